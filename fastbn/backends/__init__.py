@@ -1,0 +1,171 @@
+"""The backend protocol, the ordered registry, and which backend serves a call.
+
+A backend is a module that satisfies `Backend`. Where the array lives decides (host array: cpu); ``backend=`` or FASTBN_BACKEND
+overrides. A request that can't be served raises `BackendUnavailable` and names what is registered and why each declines.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, cast
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from fastbn import config, layout
+from fastbn.errors import BackendUnavailable
+from fastbn.moments import Moments
+
+Array = NDArray[Any]
+Sums = tuple[NDArray[np.float64], NDArray[np.float64]]
+
+
+class Backend(Protocol):
+    """The contract: canonical views (N, C, S) or (R, C) in, `out` given by the caller, statistics float64 of shape (C,).
+
+    `gamma` and `beta` have the dtype of x, or are None. `out` may be x or dy itself. Statistics and sums are allocated by the backend.
+    """
+
+    def moments(self, x: Array) -> Moments:
+        """Count, mean and m2 of each channel."""
+
+    def normalize(self, x: Array, mean: Array, rstd: Array, gamma: Array | None, beta: Array | None, out: Array) -> Array:
+        """y = gamma * (x - mean) * rstd + beta."""
+
+    def grad_reduce(self, dy: Array, x: Array, mean: Array, rstd: Array) -> Sums:
+        """(sum of dy, sum of dy * xhat)."""
+
+    def grad_input(
+        self, dy: Array, x: Array, mean: Array, rstd: Array, gamma: Array | None, sums: Sums | None, count: int, out: Array
+    ) -> Array:
+        """dx; `sums` None for constant statistics (inference)."""
+
+    def forward(self, x: Array, gamma: Array | None, beta: Array | None, eps: float, out: Array) -> tuple[Array, Moments]:
+        """moments + normalize, fused: (y, moments)."""
+
+    def backward(
+        self, dy: Array, x: Array, mean: Array, rstd: Array, gamma: Array | None, out: Array, training: bool = True
+    ) -> tuple[Array, Array, Array]:
+        """grad_reduce + grad_input, fused: (dx, dgamma, dbeta)."""
+
+    def describe(self, dims: tuple[int, ...], dtype: np.dtype[Any]) -> str:
+        """What runs for a canonical shape, for a person to read."""
+
+
+class Entry(NamedTuple):
+    """One line of the registry."""
+
+    name: str
+    module: str
+    decline: Callable[[], str | None]  # why it can't serve on this machine; None where it can
+    automatic: bool  # whether an array's home alone may choose it
+
+
+def _cuda_declines() -> str | None:
+    return "this version of fastbn has no CUDA kernels yet; use host arrays and backend='cpu'"
+
+
+def _serves() -> str | None:
+    return None
+
+
+REGISTRY: tuple[Entry, ...] = (
+    Entry("cuda", "fastbn.backends.cuda", _cuda_declines, True),
+    Entry("cpu", "fastbn.backends.cpu", _serves, True),
+    Entry("reference", "fastbn.reference", _serves, False),
+)
+_loaded: dict[str, Backend] = {}
+
+
+def select(name: str | None = None) -> Backend:
+    """The backend that serves a host array.
+
+    Parameters
+    ----------
+    name : str, optional
+        An explicit request, else FASTBN_BACKEND, else the CPU.
+
+    Raises
+    ------
+    BackendUnavailable
+        The requested backend is not registered or declines.
+    """
+    wanted = name or config.BACKEND or "cpu"
+    backend = _loaded.get(wanted)
+    return backend if backend is not None else _load(wanted, given=name is not None)
+
+
+def _load(wanted: str, given: bool) -> Backend:
+    for entry in REGISTRY:
+        if entry.name == wanted and entry.decline() is None:
+            backend = cast(Backend, importlib.import_module(entry.module))
+            _loaded[wanted] = backend
+            return backend
+    variable = f"backend={wanted!r}" if given else f"FASTBN_BACKEND={wanted!r}"
+    raise BackendUnavailable(f"{variable} can't be served. Registered: {'; '.join(availability())}.")
+
+
+def availability() -> list[str]:
+    """One line per registered backend: its name, and 'available' or why it declines."""
+    return [f"{entry.name}: {entry.decline() or 'available'}" for entry in REGISTRY]
+
+
+class Explanation(NamedTuple):
+    """What will run for a shape, and why nothing else; `str()` gives the text."""
+
+    backend: str
+    kind: str
+    dims: tuple[int, ...]
+    text: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def explain(
+    shape: tuple[int, ...], dtype: DTypeLike = np.float32, axis: int = 1, *, channels_last: bool = False, backend: str | None = None
+) -> Explanation:
+    """Which backend, kernel and schedule will run for an array, and why the others were refused.
+
+    Parameters
+    ----------
+    shape : tuple of int
+        Of the array, which need not exist.
+    dtype : dtype
+        float32 or float64.
+    axis : int
+        The channel axis.
+    channels_last : bool
+        Whether the channels are innermost in memory (as a transposed view of channels-last data has them).
+    backend : str, optional
+        An explicit request.
+
+    Returns
+    -------
+    Explanation
+        A tuple (backend, kind, dims, text); ``print`` shows the text.
+
+    Raises
+    ------
+    BackendUnavailable
+        The request can't be served.
+    TypeError, ValueError
+        As the functions would raise for such an array.
+    """
+    shape = tuple(int(n) for n in shape)
+    axis = layout.check_axis(shape, axis)
+    kind = layout.check_dtype(dtype)
+    plan = layout.plan_for(shape, kind, axis, channels_last)
+    served = select(backend)
+    name = backend or config.BACKEND or "cpu"
+    dims = " x ".join(str(n) for n in plan.dims)
+    lines = [
+        f"shape {shape}, {kind}, channel axis {axis}: {plan.channels} channels of {plan.count} values",
+        f"canonical view: {plan.kind} ({'R x C' if len(plan.dims) == 2 else 'N x C x S'} = {dims}), no copy",
+        f"backend: {name}" + (" (requested)" if backend or config.BACKEND else " (the array lives on the host)"),
+        served.describe(plan.dims, kind),
+        "other backends:",
+        *(f"  {line}" for entry, line in zip(REGISTRY, availability(), strict=True) if entry.name != name),
+    ]
+    return Explanation(name, plan.kind, plan.dims, "\n".join(lines))

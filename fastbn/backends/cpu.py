@@ -1,0 +1,1 @@
+from fastbn.reference import *

@@ -1,0 +1,267 @@
+"""The layer: parameters, running statistics, training and evaluation, PyTorch's state_dict."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+from fastbn import config, functional, layout
+from fastbn.moments import Moments
+
+Array = NDArray[Any]
+
+
+class _Saved(NamedTuple):
+    """What backward needs of the last forward."""
+
+    x: Array
+    moments: Moments | None  # None at inference
+    mean: Array | None  # the constants of inference, as they were at the forward
+    var: Array | None
+    overwritten: bool
+
+
+class BatchNorm:
+    """Batch normalization of one channel axis, with PyTorch's semantics.
+
+    In training each channel is normalized by its batch's mean and biased variance, and the running statistics move towards the
+    batch's (the variance unbiased). In evaluation the running statistics normalize.
+
+    Parameters
+    ----------
+    num_features : int
+        Channels, C.
+    eps : float
+        Added to the variance, in units of x squared.
+    momentum : float or None
+        Weight of the NEW value in the running statistics; None for the cumulative average over all batches.
+    affine : bool
+        Whether there are parameters gamma (ones) and beta (zeros); either may be set to None later.
+    track_running_stats : bool
+        Whether running statistics are kept; without them evaluation uses the batch's.
+    axis : int
+        The channel axis.
+    dtype : dtype
+        Of parameters and running statistics: float32 or float64, and x must be of the same.
+    backend : str, optional
+        "cpu" or "reference"; default where the array lives.
+    unbiased_running_var : bool
+        Whether the running variance takes m2 / (count - 1), as PyTorch; False for ONNX, Keras, Flax.
+
+    Attributes
+    ----------
+    gamma, beta : ndarray, shape (C,), or None
+        Parameters; update them in place with any optimizer.
+    dgamma, dbeta : ndarray, shape (C,), or None
+        Their gradients, of the last `backward`.
+    running_mean, running_var : ndarray, shape (C,), or None
+    num_batches_tracked : int
+    training : bool
+
+    Raises
+    ------
+    TypeError, ValueError
+        A parameter of the wrong kind or out of range.
+
+    References
+    ----------
+    Ioffe & Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate Shift", 2015.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = config.EPS,
+        momentum: float | None = config.MOMENTUM,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        axis: int = 1,
+        dtype: DTypeLike = np.float32,
+        backend: str | None = None,
+        *,
+        unbiased_running_var: bool = True,
+    ) -> None:
+        self.num_features = layout.check_channels(num_features)
+        self.eps = layout.check_eps(eps, training=False)
+        self.momentum = layout.check_momentum(momentum)
+        self.axis = axis
+        self.dtype = layout.check_dtype(dtype)
+        self.backend = backend
+        self.affine = bool(affine)
+        self.track_running_stats = bool(track_running_stats)
+        self.unbiased_running_var = bool(unbiased_running_var)
+        self.training = True
+        self.gamma: Array | None = None
+        self.beta: Array | None = None
+        self.dgamma: Array | None = None
+        self.dbeta: Array | None = None
+        self.running_mean: Array | None = None
+        self.running_var: Array | None = None
+        self.num_batches_tracked = 0
+        self._saved: _Saved | None = None
+        self.reset_parameters()
+
+    def __repr__(self) -> str:
+        return (
+            f"BatchNorm({self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}, "
+            f"track_running_stats={self.track_running_stats}, axis={self.axis}, dtype={self.dtype.name})"
+        )
+
+    def reset_running_stats(self) -> None:
+        """Running mean 0, running variance 1, no batches counted."""
+        if self.track_running_stats:
+            self.running_mean = np.zeros(self.num_features, self.dtype)
+            self.running_var = np.ones(self.num_features, self.dtype)
+            self.num_batches_tracked = 0
+
+    def reset_parameters(self) -> None:
+        """Gamma 1, beta 0, and fresh running statistics."""
+        self.reset_running_stats()
+        if self.affine:
+            self.gamma = np.ones(self.num_features, self.dtype)
+            self.beta = np.zeros(self.num_features, self.dtype)
+
+    def train(self, mode: bool = True) -> BatchNorm:
+        """Use batch statistics from here on (mode=False: running statistics); returns self."""
+        self.training = bool(mode)
+        return self
+
+    def eval(self) -> BatchNorm:
+        """Use running statistics from here on; returns self."""
+        return self.train(False)
+
+    def __call__(self, x: ArrayLike, out: Array | None = None) -> Array:
+        """Forward: see `forward`."""
+        return self.forward(x, out)
+
+    def forward(self, x: ArrayLike, out: Array | None = None) -> Array:
+        """Normalize, scale and shift; in training also update the running statistics.
+
+        Parameters
+        ----------
+        x : array_like, shape (..., C, ...), of this layer's dtype
+            Kept by reference for `backward`: leave it as it is until then.
+        out : ndarray, shape and dtype of x, optional
+            Takes y; may be x itself, but then there is no backward.
+
+        Returns
+        -------
+        ndarray, shape and dtype of x
+            y, in the memory order of x, or `out`.
+
+        Raises
+        ------
+        TypeError
+            x is of another dtype than this layer, or not floating point.
+        ValueError
+            Another number of channels, one value per channel in training, a bad axis or `out`.
+        """
+        x = layout.as_input(x)
+        layout.check_features(x, self.axis, self.num_features, self.dtype)
+        overwritten = out is not None and layout.same_memory(out, x)
+        running_mean, running_var = self.running_mean, self.running_var
+        layout.check_running(running_mean, running_var)
+        if self.training or running_mean is None or running_var is None:
+            y, m = functional.batch_norm(x, self.gamma, self.beta, self.axis, self.eps, out, backend=self.backend)
+            if self.training and running_mean is not None and running_var is not None and m.count:
+                self._track(running_mean, running_var, m)
+            self._saved = _Saved(x, m, None, None, overwritten)
+            return y
+        mean, var = running_mean.astype(np.float64), running_var.astype(np.float64)
+        y = functional.batch_norm_inference(x, mean, var, self.gamma, self.beta, self.axis, self.eps, out, backend=self.backend)
+        self._saved = _Saved(x, None, mean, var, overwritten)
+        return y
+
+    def _track(self, running_mean: Array, running_var: Array, m: Moments) -> None:
+        self.num_batches_tracked += 1
+        weight = 1.0 / self.num_batches_tracked if self.momentum is None else self.momentum
+        var = m.var(1 if self.unbiased_running_var else 0)
+        with np.errstate(over="ignore", invalid="ignore"):  # NaN and Inf propagate without a word
+            running_mean[...] = (1.0 - weight) * running_mean + weight * m.mean
+            running_var[...] = (1.0 - weight) * running_var + weight * var
+
+    def backward(self, dy: ArrayLike, out: Array | None = None) -> Array:
+        """Gradient with respect to the input of the last forward; sets `dgamma` and `dbeta` too.
+
+        After a forward in training the statistics depend on x; after one in evaluation they are constants.
+
+        Parameters
+        ----------
+        dy : array_like, shape and dtype of x
+            Gradient of the loss with respect to y.
+        out : ndarray, shape and dtype of x, optional
+            Takes dx; may be dy or x itself.
+
+        Returns
+        -------
+        ndarray, shape and dtype of x
+            dx, in the memory order of x, or `out`.
+
+        Raises
+        ------
+        RuntimeError
+            There was no forward, or it (or an earlier backward) overwrote x.
+        TypeError, ValueError
+            dy or out unlike x.
+        """
+        saved = self._saved
+        if saved is None:
+            raise RuntimeError("backward before forward: call the layer on x first, y = bn(x)")
+        if saved.overwritten:
+            raise RuntimeError("backward needs the x of the forward, which was overwritten by out=x: give another out, or none")
+        if saved.moments is not None:
+            result = functional.batch_norm_backward(
+                dy, saved.x, saved.moments, self.gamma, self.axis, self.eps, out, backend=self.backend
+            )
+        else:
+            result = functional.batch_norm_inference_backward(
+                dy, saved.x, saved.mean, saved.var, self.gamma, self.axis, self.eps, out, backend=self.backend
+            )
+        if out is not None and layout.same_memory(out, saved.x):
+            self._saved = saved._replace(overwritten=True)
+        dx, dgamma, dbeta = result
+        self.dgamma = dgamma if self.gamma is not None else None
+        self.dbeta = dbeta if self.beta is not None else None
+        return dx
+
+    def state_dict(self) -> dict[str, Array]:
+        """Copies of parameters and statistics under PyTorch's keys: weight, bias, running_mean, running_var, num_batches_tracked."""
+        tracked: dict[str, Any] = {}
+        if self.running_mean is not None:
+            tracked = {"running_mean": self.running_mean, "running_var": self.running_var}
+            tracked["num_batches_tracked"] = np.array(self.num_batches_tracked, np.int64)
+        named = {"weight": self.gamma, "bias": self.beta, **tracked}
+        return {key: value.copy() for key, value in named.items() if value is not None}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over parameters and statistics, all or none of them.
+
+        Parameters
+        ----------
+        state : mapping of str to array_like
+            As `state_dict` gives it, or PyTorch's, whose tensors convert by themselves; num_batches_tracked may be absent.
+
+        Raises
+        ------
+        ValueError
+            Missing or unexpected keys, other shapes, running_mean without running_var.
+        TypeError
+            Values that are not numbers.
+        """
+        own = self.state_dict()
+        checked = layout.check_state(state, own)
+        for key, value in checked.items():
+            own[key][...] = value
+        for target, key in (
+            (self.gamma, "weight"),
+            (self.beta, "bias"),
+            (self.running_mean, "running_mean"),
+            (self.running_var, "running_var"),
+        ):
+            if target is not None:
+                target[...] = own[key]
+        if "num_batches_tracked" in own:
+            self.num_batches_tracked = int(own["num_batches_tracked"])

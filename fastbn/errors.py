@@ -1,0 +1,17 @@
+"""The exceptions that are fastbn's own, and the rule for all others.
+
+TypeError
+    What was given is of the wrong kind: integer, boolean, complex or object data, a dtype that does not go with x.
+ValueError
+    The right kind with a wrong value: rank, axis, shape, channel count, eps, an `out` that overlaps x.
+RuntimeError
+    The right call at the wrong time: backward before forward.
+"""
+
+
+class BackendUnavailable(RuntimeError):
+    """An explicit request for a backend that can't be served; says what was asked, what is registered and why each declines."""
+
+
+class DataError(ValueError):
+    """A file that is not what its name promises: truncated, of another format, or absent."""

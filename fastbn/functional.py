@@ -1,0 +1,298 @@
+"""Batch normalization as functions of arrays: validate, find the canonical view, let the backend run, put the result in place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from fastbn import config, layout
+from fastbn.backends import select
+from fastbn.moments import Moments
+
+Array = NDArray[Any]
+
+
+class _Target:
+    """Where a result goes: the canonical view that the kernel writes, and what the caller gets."""
+
+    __slots__ = ("_late", "result", "view")
+
+    def __init__(self, plan: layout.Plan, dtype: np.dtype[Any], out: Array | None) -> None:
+        self._late = False
+        if out is None:
+            self.result, self.view = plan.empty(dtype)
+            return
+        view = plan.view(out)
+        if view is None:  # another memory order than x: compute beside it, then copy
+            self._late = True
+            view = plan.empty(dtype)[1]
+        self.result, self.view = out, view
+
+    def finish(self, plan: layout.Plan) -> Array:
+        if self._late:
+            self.result[...] = plan.restore(self.view)
+        return self.result
+
+
+def _empty(x: Array, out: Array | None) -> Array:
+    return np.empty(x.shape, x.dtype.newbyteorder("=")) if out is None else out
+
+
+def moments(x: ArrayLike, axis: int = 1, *, backend: str | None = None) -> Moments:
+    """Mean and variance of each channel, in one pass over memory.
+
+    Blocked Welford: the moments of cache-sized blocks, merged by Chan, Golub & LeVeque's formula in float64.
+
+    Parameters
+    ----------
+    x : array_like, shape (..., C, ...), float32 or float64
+        At least two axes.
+    axis : int
+        The channel axis.
+    backend : str, optional
+        "cpu" or "reference"; default where the array lives.
+
+    Returns
+    -------
+    Moments
+        count, mean (C,) and m2 (C,) in float64; count 0 and zeros for an empty x.
+
+    Raises
+    ------
+    TypeError
+        x is not of float32 or float64.
+    ValueError
+        Rank below 2, axis out of range, no channels.
+    """
+    x = layout.as_input(x)
+    axis = layout.check_axis(x.shape, axis)
+    served = select(backend)
+    if x.size == 0:
+        return Moments(0, np.zeros(x.shape[axis]), np.zeros(x.shape[axis]))
+    return served.moments(layout.plan_of(x, axis)[1])
+
+
+def batch_norm(
+    x: ArrayLike,
+    gamma: ArrayLike | None = None,
+    beta: ArrayLike | None = None,
+    axis: int = 1,
+    eps: float = config.EPS,
+    out: Array | None = None,
+    *,
+    backend: str | None = None,
+) -> tuple[Array, Moments]:
+    """Normalize each channel by its own mean and variance, then scale and shift: the training forward.
+
+    y = gamma * (x - mean) / sqrt(var + eps) + beta, with the biased variance (Ioffe & Szegedy 2015).
+
+    Parameters
+    ----------
+    x : array_like, shape (..., C, ...), float32 or float64
+        At least two axes.
+    gamma, beta : array_like, shape (C,), dtype of x, optional
+        Scale and shift; 1 and 0 where absent.
+    axis : int
+        The channel axis.
+    eps : float
+        Added to the variance, in units of x squared; positive.
+    out : ndarray, shape and dtype of x, optional
+        Takes y; may be x itself.
+    backend : str, optional
+        "cpu" or "reference"; default where the array lives.
+
+    Returns
+    -------
+    y : ndarray, shape and dtype of x
+        In the memory order of x, or `out`.
+    moments : Moments
+        The statistics of x, for `batch_norm_backward` and running averages.
+
+    Raises
+    ------
+    TypeError
+        x is not of float32 or float64, or a parameter or `out` of another dtype.
+    ValueError
+        A shape, axis or eps out of range; one value per channel; an `out` that overlaps x in part.
+    """
+    x = layout.as_input(x)
+    axis = layout.check_axis(x.shape, axis)
+    gamma = layout.as_parameter(gamma, x.shape[axis], x.dtype, "gamma")
+    beta = layout.as_parameter(beta, x.shape[axis], x.dtype, "beta")
+    eps = layout.check_eps(eps, training=True)
+    if out is not None:
+        layout.check_out(out, x)
+    served = select(backend)
+    if x.size == 0:
+        return _empty(x, out), Moments(0, np.zeros(x.shape[axis]), np.zeros(x.shape[axis]))
+    plan, view = layout.plan_of(x, axis)
+    layout.check_count(plan)
+    target = _Target(plan, view.dtype, out)
+    m = served.forward(view, gamma, beta, eps, target.view)[1]
+    return target.finish(plan), m
+
+
+def batch_norm_inference(
+    x: ArrayLike,
+    mean: ArrayLike,
+    var: ArrayLike,
+    gamma: ArrayLike | None = None,
+    beta: ArrayLike | None = None,
+    axis: int = 1,
+    eps: float = config.EPS,
+    out: Array | None = None,
+    *,
+    backend: str | None = None,
+) -> Array:
+    """Normalize each channel by given statistics, then scale and shift.
+
+    Parameters
+    ----------
+    x : array_like, shape (..., C, ...), float32 or float64
+        At least two axes.
+    mean, var : array_like, shape (C,), float32 or float64
+        The statistics, e.g. running averages.
+    gamma, beta : array_like, shape (C,), dtype of x, optional
+        Scale and shift; 1 and 0 where absent.
+    axis, eps, out, backend
+        As in `batch_norm`; eps may be 0 here.
+
+    Returns
+    -------
+    ndarray, shape and dtype of x
+        y, in the memory order of x, or `out`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As in `batch_norm`; also mean without var.
+    """
+    x = layout.as_input(x)
+    axis = layout.check_axis(x.shape, axis)
+    layout.check_running(mean, var)
+    mean = layout.as_statistic(mean, x.shape[axis], "mean")
+    var = layout.as_statistic(var, x.shape[axis], "var")
+    gamma = layout.as_parameter(gamma, x.shape[axis], x.dtype, "gamma")
+    beta = layout.as_parameter(beta, x.shape[axis], x.dtype, "beta")
+    eps = layout.check_eps(eps, training=False)
+    if out is not None:
+        layout.check_out(out, x)
+    served = select(backend)
+    if x.size == 0:
+        return _empty(x, out)
+    plan, view = layout.plan_of(x, axis)
+    target = _Target(plan, view.dtype, out)
+    served.normalize(view, mean, inverse_deviation(var, eps), gamma, beta, target.view)
+    return target.finish(plan)
+
+
+def batch_norm_backward(
+    dy: ArrayLike,
+    x: ArrayLike,
+    moments: Moments,
+    gamma: ArrayLike | None = None,
+    axis: int = 1,
+    eps: float = config.EPS,
+    out: Array | None = None,
+    *,
+    backend: str | None = None,
+) -> tuple[Array, Array, Array]:
+    """Gradients of `batch_norm`, whose statistics depend on x.
+
+    Parameters
+    ----------
+    dy : array_like, shape and dtype of x
+        Gradient of the loss with respect to y.
+    x : array_like, shape (..., C, ...), float32 or float64
+        The input of the forward.
+    moments : Moments
+        What the forward returned beside y.
+    gamma : array_like, shape (C,), dtype of x, optional
+        The forward's scale.
+    axis, eps, backend
+        As in the forward.
+    out : ndarray, shape and dtype of x, optional
+        Takes dx; may be dy or x itself.
+
+    Returns
+    -------
+    dx : ndarray, shape and dtype of x
+        In the memory order of x, or `out`.
+    dgamma, dbeta : ndarray, shape (C,), dtype of x
+        Sums over the batch of dy * xhat and of dy.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As in `batch_norm`; also dy unlike x, or moments of another shape.
+    """
+    return _backward(dy, x, moments, None, gamma, axis, eps, out, backend)
+
+
+def batch_norm_inference_backward(
+    dy: ArrayLike,
+    x: ArrayLike,
+    mean: ArrayLike,
+    var: ArrayLike,
+    gamma: ArrayLike | None = None,
+    axis: int = 1,
+    eps: float = config.EPS,
+    out: Array | None = None,
+    *,
+    backend: str | None = None,
+) -> tuple[Array, Array, Array]:
+    """Gradients of `batch_norm_inference`, whose statistics are constants: dx = gamma * dy / sqrt(var + eps).
+
+    Parameters, returns and errors as in `batch_norm_backward`, with `mean` and `var`, shape (C,), in place of the moments.
+    """
+    layout.check_running(mean, var)
+    return _backward(dy, x, None, (mean, var), gamma, axis, eps, out, backend)
+
+
+def _backward(
+    dy: ArrayLike,
+    x: ArrayLike,
+    m: Moments | None,
+    constant: tuple[ArrayLike, ArrayLike] | None,
+    gamma: ArrayLike | None,
+    axis: int,
+    eps: float,
+    out: Array | None,
+    backend: str | None,
+) -> tuple[Array, Array, Array]:
+    x = layout.as_input(x)
+    dy = layout.check_like(dy, x, "dy")
+    axis = layout.check_axis(x.shape, axis)
+    channels = x.shape[axis]
+    gamma = layout.as_parameter(gamma, channels, x.dtype, "gamma")
+    eps = layout.check_eps(eps, training=m is not None)
+    if m is not None:
+        layout.check_moments(m, channels, x.size // channels)
+        mean = layout.as_statistic(m.mean, channels, "moments.mean")
+    elif constant is not None:
+        mean = layout.as_statistic(constant[0], channels, "mean")
+        var = layout.as_statistic(constant[1], channels, "var")
+    if out is not None:
+        layout.check_out(out, x, dy)
+    served = select(backend)
+    if x.size == 0:
+        zeros = np.zeros((2, channels), x.dtype.newbyteorder("="))
+        return _empty(x, out), zeros[0], zeros[1]
+    plan, view = layout.plan_of(x, axis)
+    if m is not None:
+        layout.check_count(plan)
+        rstd = m.rstd(eps)
+    else:
+        rstd = inverse_deviation(var, eps)
+    target = _Target(plan, view.dtype, out)
+    sums = served.backward(layout.view_as(plan, dy), view, mean, rstd, gamma, target.view, m is not None)
+    return target.finish(plan), sums[1].astype(view.dtype), sums[2].astype(view.dtype)
+
+
+def inverse_deviation(var: NDArray[np.float64], eps: float) -> NDArray[np.float64]:
+    """1 / sqrt(var + eps); infinite or NaN where the variance says so, without a warning."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.asarray(1.0 / np.sqrt(var + eps))
+

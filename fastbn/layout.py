@@ -1,0 +1,325 @@
+"""Any array and channel axis -> a canonical view; and all validation of arguments.
+
+Canonical views are (N, C, S) with S contiguous ("channels first") or (R, C) with C contiguous ("channels last"). Batch normalization
+does not care in which order a channel's values come, so the other axes are ordered by their strides: C and Fortran order, transposed
+and strided arrays become canonical without a copy wherever two strides describe them; the rest is copied, once, here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, DTypeLike, NDArray
+
+Array = NDArray[Any]
+Kind = Literal["channels_first", "channels_last"]
+
+FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
+ALIGNMENT = 64
+
+
+class Plan:
+    """How arrays of one shape and memory order become canonical.
+
+    Attributes
+    ----------
+    kind : {"channels_first", "channels_last"}
+        Which kernels run.
+    dims : tuple of int
+        (N, C, S) or (R, C).
+    order : tuple of int or None
+        The transposition before the reshape to `dims`; None where the plain reshape does.
+    count, channels : int
+        Values per channel, number of channels.
+    """
+
+    __slots__ = ("_back", "_moved", "channels", "count", "dims", "kind", "order", "shape")
+
+    def __init__(self, shape: tuple[int, ...], axis: int, outer: Sequence[int], inner: Sequence[int], last: bool) -> None:
+        self.shape = shape
+        self.channels = shape[axis]
+        n, s = (math.prod(shape[a] for a in axes) for axes in (outer, inner))
+        self.kind: Kind = "channels_last" if last else "channels_first"
+        self.dims = (n, self.channels) if last else (n, self.channels, s)
+        self.count = n * s
+        ones = [a for a in range(len(shape)) if shape[a] == 1 and a != axis]
+        order = (*ones, *outer, axis, *inner)
+        significant = [a for a in order if shape[a] != 1]
+        self.order = None if significant == sorted(significant) else order
+        self._moved = tuple(shape[a] for a in order)
+        self._back = tuple(int(a) for a in np.argsort(order))
+
+    def view(self, array: Array) -> Array | None:
+        """The canonical view of an array of this plan's shape, or None where that would take a copy."""
+        moved = array if self.order is None else array.transpose(self.order)
+        view = moved.reshape(self.dims)
+        if self.order is None and array.flags.c_contiguous:
+            return view
+        if view.size == 0:
+            return view
+        if view.shape[-1] == 1:  # rows of one value would waste a vector each
+            return view if self.count == 1 else None
+        return view if view.strides[-1] == array.itemsize and np.may_share_memory(view, array) else None
+
+    def empty(self, dtype: DTypeLike) -> tuple[Array, Array]:
+        """Fresh memory in this memory order: (array of `shape`, its canonical view), on a 64-byte boundary where it is large."""
+        dtype = np.dtype(dtype)
+        size = math.prod(self.dims)
+        if size * dtype.itemsize < 64 * ALIGNMENT:
+            canonical = np.empty(self.dims, dtype)
+        else:  # np.empty aligns to 16 bytes, streaming stores want 64
+            raw = np.empty(size * dtype.itemsize + ALIGNMENT, np.uint8)
+            start = -raw.ctypes.data % ALIGNMENT
+            canonical = raw[start : start + size * dtype.itemsize].view(dtype).reshape(self.dims)
+        return self.restore(canonical), canonical
+
+    def restore(self, canonical: Array) -> Array:
+        """The inverse of `view`: a compact canonical array in this plan's shape."""
+        if self.order is None:
+            return canonical.reshape(self.shape)
+        return canonical.reshape(self._moved).transpose(self._back)
+
+
+@lru_cache(maxsize=1024)
+def _plan(shape: tuple[int, ...], strides: tuple[int, ...], axis: int, itemsize: int) -> Plan:
+    others = [a for a in range(len(shape)) if a != axis and shape[a] != 1]
+    others.sort(key=lambda a: -abs(strides[a]))
+    if shape[axis] > 1 and strides[axis] == itemsize and not any(strides[a] == itemsize for a in others):
+        return Plan(shape, axis, others, (), last=True)
+    inner: list[int] = []
+    step = itemsize
+    while others and strides[others[-1]] == step:
+        inner.insert(0, others.pop())
+        step *= shape[inner[0]]
+    return Plan(shape, axis, others, inner, last=False)
+
+
+def plan_of(x: Array, axis: int) -> tuple[Plan, Array]:
+    """The plan of a checked array, and its canonical view (a copy only where two strides can't describe it)."""
+    if x.dtype.isnative:
+        plan = _plan(x.shape, x.strides, axis, x.itemsize)
+        view = plan.view(x)
+        if view is not None:
+            return plan, view
+    compact = np.empty_like(x, dtype=x.dtype.newbyteorder("="), subok=False)
+    compact[...] = x
+    plan = _plan(compact.shape, compact.strides, axis, compact.itemsize)
+    view = plan.view(compact)
+    assert view is not None  # a compact array always has a plan
+    return plan, view
+
+
+def plan_for(shape: tuple[int, ...], dtype: DTypeLike, axis: int, channels_last: bool = False) -> Plan:
+    """The plan of a compact array that need not exist: C order, or channels innermost in memory."""
+    dtype = np.dtype(dtype)
+    axes = [a for a in range(len(shape)) if a != axis] + [axis] if channels_last else list(range(len(shape)))
+    strides, step = [0] * len(shape), dtype.itemsize
+    for a in reversed(axes):
+        strides[a] = step
+        step *= max(shape[a], 1)
+    return _plan(shape, tuple(strides), axis, dtype.itemsize)
+
+
+def view_as(plan: Plan, array: Array) -> Array:
+    """The canonical view of a checked input that goes beside the planned one; copied where its memory order differs."""
+    view = plan.view(array) if array.dtype.isnative else None
+    if view is None:
+        whole, view = plan.empty(array.dtype.newbyteorder("="))
+        whole[...] = array
+    return view
+
+
+def as_input(x: ArrayLike, name: str = "x") -> Array:
+    """The array of a floating-point input; TypeError for anything else."""
+    if isinstance(x, np.ma.MaskedArray):
+        raise TypeError(f"{name}: given a masked array, whose mask would be ignored; want a plain array, for example {name}.filled(...)")
+    if type(x) is not np.ndarray:
+        if hasattr(x, "__cuda_array_interface__"):
+            raise TypeError(f"{name}: given an array on a GPU ({type(x).__name__}), want a host array: copy it to the host first")
+        try:
+            x = np.asarray(x)
+        except ValueError as error:
+            raise TypeError(f"{name}: given ragged or mixed data ({error}), want an array of float32 or float64") from None
+    if x.dtype.newbyteorder("=") not in FLOATS:
+        raise TypeError(f"{name}: given dtype {x.dtype}, want float32 or float64: convert it first, e.g. {name}.astype('float32')")
+    return x
+
+
+def check_axis(shape: tuple[int, ...], axis: Any, name: str = "x") -> int:
+    """The channel axis, counted from the front; ValueError for a rank below 2, an axis out of range or no channels."""
+    rank = len(shape)
+    if rank < 2:
+        raise ValueError(f"{name}: given rank {rank}, shape {shape}; want rank 2 or more: a batch axis and a channel axis")
+    if isinstance(axis, bool) or not isinstance(axis, (int, np.integer)):
+        raise TypeError(f"axis: given {axis!r}, want an integer from {-rank} to {rank - 1}")
+    if not -rank <= axis < rank:
+        raise ValueError(f"axis: given {axis}, want one from {-rank} to {rank - 1} for shape {shape}")
+    if shape[axis] == 0:
+        raise ValueError(f"{name}: given shape {shape}, with no channels along axis {axis}; want at least one")
+    return int(axis) % rank
+
+
+def check_like(array: ArrayLike, x: Array, name: str) -> Array:
+    """An input that must have the shape and dtype of x (dy)."""
+    array = as_input(array, name)
+    if array.shape != x.shape:
+        raise ValueError(f"{name}: given shape {array.shape}, want {x.shape}, the shape of x")
+    if array.dtype.newbyteorder("=") != x.dtype.newbyteorder("="):
+        raise TypeError(f"{name}: given dtype {array.dtype}, want {x.dtype}, the dtype of x: convert one of them")
+    return array
+
+
+def check_out(out: Any, x: Array, *inputs: Array) -> None:
+    """An `out` that can take the result: x's shape and dtype, writeable, and each input either itself or apart from it."""
+    if not isinstance(out, np.ndarray):
+        raise TypeError(f"out: given {type(out).__name__}, want a numpy.ndarray of shape {x.shape} and dtype {x.dtype}")
+    if out.dtype != x.dtype.newbyteorder("="):
+        raise TypeError(f"out: given dtype {out.dtype}, want {x.dtype.newbyteorder('=')}, the dtype of x")
+    if out.shape != x.shape:
+        raise ValueError(f"out: given shape {out.shape}, want {x.shape}, the shape of x")
+    if not out.flags.writeable:
+        raise ValueError("out: given a read-only array, want one that can be written")
+    if any(stride == 0 and n > 1 for stride, n in zip(out.strides, out.shape, strict=True)):
+        raise ValueError(f"out: given an array whose elements share memory (strides {out.strides}), want one of its own memory")
+    for array in (x, *inputs):
+        if not same_memory(out, array) and _overlap(out, array):
+            raise ValueError("out: given an array that overlaps an input in part; want the input itself, or memory apart from it")
+
+
+def same_memory(a: Array, b: Array) -> bool:
+    """Whether two arrays are element for element the same memory."""
+    if a is b:
+        return True
+    return a.ctypes.data == b.ctypes.data and a.strides == b.strides and a.shape == b.shape
+
+
+def _overlap(a: Array, b: Array) -> bool:
+    if not np.may_share_memory(a, b):
+        return False
+    try:
+        return bool(np.shares_memory(a, b, max_work=100_000))
+    except np.exceptions.TooHardError:
+        return True  # can't be told in reasonable time: refuse rather than corrupt
+
+
+def as_parameter(value: ArrayLike | None, channels: int, dtype: np.dtype[Any], name: str) -> Array | None:
+    """gamma, beta: shape (C,) in the dtype of x, or None."""
+    if value is None:
+        return None
+    array = value if type(value) is np.ndarray else np.asarray(value, dtype=None if hasattr(value, "dtype") else dtype)
+    dtype = dtype.newbyteorder("=")
+    if array.dtype != dtype:
+        raise TypeError(f"{name}: given dtype {array.dtype}, want {dtype}, as x has: convert one of them")
+    if array.shape != (channels,):
+        raise ValueError(f"{name}: given shape {array.shape}, want ({channels},), one value per channel of x")
+    return array
+
+
+def as_statistic(value: ArrayLike, channels: int, name: str) -> NDArray[np.float64]:
+    """mean, var: shape (C,), float32 or float64 given, float64 returned (shared where it is that already)."""
+    array = np.asarray(value)
+    if array.dtype.kind != "f" or array.dtype.itemsize not in (4, 8):
+        raise TypeError(f"{name}: given dtype {array.dtype}, want float32 or float64")
+    if array.shape != (channels,):
+        raise ValueError(f"{name}: given shape {array.shape}, want ({channels},), one value per channel of x")
+    return np.ascontiguousarray(array, dtype=np.float64)
+
+
+def check_running(mean: ArrayLike | None, var: ArrayLike | None) -> None:
+    """running_mean and running_var come together or not at all."""
+    if (mean is None) != (var is None):
+        given, absent = ("mean", "var") if var is None else ("var", "mean")
+        raise ValueError(f"given running {given} without running {absent}; want both, or neither for batch statistics")
+
+
+def check_eps(eps: Any, training: bool) -> float:
+    """eps: positive in training, not negative at inference; in units of x squared."""
+    try:
+        value = float(eps)
+    except (TypeError, ValueError):
+        raise TypeError(f"eps: given {eps!r}, want a number") from None
+    if training and not 0 < value < math.inf:
+        raise ValueError(f"eps: given {eps}, want a positive number in training, e.g. 1e-5")
+    if not 0 <= value < math.inf:
+        raise ValueError(f"eps: given {eps}, want a number that is not negative")
+    return value
+
+
+def check_count(plan: Plan) -> None:
+    """Training needs more than one value per channel (none at all is an empty batch, and allowed)."""
+    if plan.count == 1:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {plan.shape}")
+
+
+def check_moments(moments: Any, channels: int, count: int) -> None:
+    """Statistics that were taken of an array like x."""
+    if not (hasattr(moments, "count") and hasattr(moments, "m2")):
+        raise TypeError(f"moments: given {type(moments).__name__}, want the Moments that batch_norm returned")
+    if moments.mean.shape != (channels,):
+        raise ValueError(f"moments: given {moments.mean.size} channels, want {channels}, as x has")
+    if moments.count != count:
+        raise ValueError(f"moments: given statistics of {moments.count} values per channel, want {count}, as x has")
+
+
+def check_channels(num_features: Any) -> int:
+    """A positive number of channels."""
+    if isinstance(num_features, bool) or not isinstance(num_features, (int, np.integer)):
+        raise TypeError(f"num_features: given {num_features!r}, want a positive integer")
+    if num_features < 1:
+        raise ValueError(f"num_features: given {num_features}, want at least 1")
+    return int(num_features)
+
+
+def check_momentum(momentum: Any) -> float | None:
+    """The weight of the new value, from 0 to 1; None for the cumulative average."""
+    if momentum is None:
+        return None
+    try:
+        value = float(momentum)
+    except (TypeError, ValueError):
+        raise TypeError(f"momentum: given {momentum!r}, want a number from 0 to 1, or None for the cumulative average") from None
+    if not 0 <= value <= 1:
+        raise ValueError(f"momentum: given {momentum}, want a number from 0 to 1: the weight of the new value (1 - decay elsewhere)")
+    return value
+
+
+def check_dtype(dtype: DTypeLike) -> np.dtype[Any]:
+    """float32 or float64."""
+    try:
+        given = np.dtype(dtype)
+    except TypeError:
+        raise TypeError(f"dtype: given {dtype!r}, want float32 or float64") from None
+    if given not in FLOATS:
+        raise TypeError(f"dtype: given {given}, want float32 or float64")
+    return given
+
+
+def check_features(x: Array, axis: int, channels: int, dtype: np.dtype[Any]) -> None:
+    """An input that goes with a layer's parameters."""
+    axis = check_axis(x.shape, axis)
+    if x.shape[axis] != channels:
+        raise ValueError(f"x: given {x.shape[axis]} channels along axis {axis} of shape {x.shape}, want {channels}, as this layer has")
+    if x.dtype.newbyteorder("=") != dtype:
+        raise TypeError(f"x: given dtype {x.dtype}, want {dtype}, this layer's: convert x, or make the layer with dtype='{x.dtype}'")
+
+
+def check_state(state: Mapping[str, Any], own: Mapping[str, Array]) -> dict[str, Array]:
+    """The values of a state_dict, each checked against what the layer has, before any is taken over."""
+    check_running(state.get("running_mean"), state.get("running_var"))
+    missing = [key for key in own if key not in state and key != "num_batches_tracked"]
+    unexpected = [key for key in state if key not in own]
+    if missing or unexpected:
+        raise ValueError(f"state_dict: missing {missing or 'nothing'}, unexpected {unexpected or 'nothing'}; want {list(own)}")
+    checked = {}
+    for key, value in state.items():
+        array = np.asarray(value)
+        if array.dtype.kind not in "fiu":
+            raise TypeError(f"state_dict: {key} given as dtype {array.dtype}, want numbers")
+        if array.shape != own[key].shape:
+            raise ValueError(f"state_dict: {key} given shape {array.shape}, want {own[key].shape}")
+        checked[key] = array
+    return checked

@@ -1,0 +1,91 @@
+"""Mean and variance as a value that can be merged: what every backend returns and every collective exchanges."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Statistics = NDArray[np.float64]
+
+
+def merge(count_a: Any, mean_a: Any, m2_a: Any, count_b: Any, mean_b: Any, m2_b: Any) -> Any:
+    """Merge two groups' (count, mean, m2); scalars or arrays alike, and jitted by the kernels.
+
+    The pairwise update of Chan, Golub & LeVeque (1979). At least one count is positive. Written in the shift from a to b,
+    so that equal means leave the mean untouched to the last bit.
+    """
+    count = count_a + count_b
+    delta = mean_b - mean_a
+    weight = count_b / count
+    return count, mean_a + delta * weight, m2_a + m2_b + delta * delta * (count_a * weight)
+
+
+class Moments:
+    """Count, mean and sum of squared deviations of each channel.
+
+    Parameters
+    ----------
+    count : int
+        Values per channel.
+    mean : ndarray, shape (C,), float64
+        Mean of each channel.
+    m2 : ndarray, shape (C,), float64
+        Sum of squared deviations from the mean, of each channel.
+    """
+
+    __slots__ = ("count", "m2", "mean")
+
+    def __init__(self, count: int, mean: Statistics, m2: Statistics) -> None:
+        self.count = count
+        self.mean = mean
+        self.m2 = m2
+
+    def __repr__(self) -> str:
+        return f"Moments(count={self.count}, mean={self.mean!r}, m2={self.m2!r})"
+
+    def var(self, ddof: int = 0) -> Statistics:
+        """Variance of each channel.
+
+        Parameters
+        ----------
+        ddof : int
+            0 for the biased variance that normalizes, 1 for the unbiased one.
+
+        Returns
+        -------
+        ndarray, shape (C,), float64
+            m2 / (count - ddof); NaN where count does not exceed ddof.
+        """
+        if self.count <= ddof:
+            return np.full_like(self.m2, np.nan)
+        return self.m2 / (self.count - ddof)
+
+    def std(self, ddof: int = 0) -> Statistics:
+        """Standard deviation of each channel: the root of `var`."""
+        return np.sqrt(self.var(ddof))
+
+    def rstd(self, eps: float) -> Statistics:
+        """1 / sqrt(var + eps) of each channel, with the biased variance; eps in units of x squared."""
+        return 1.0 / np.sqrt(self.var() + eps)
+
+    def merge(self, other: Moments) -> Moments:
+        """Moments of both groups of values together; neither is changed.
+
+        Raises
+        ------
+        TypeError
+            `other` is not a Moments.
+        ValueError
+            `other` has another number of channels.
+        """
+        if not isinstance(other, Moments):
+            raise TypeError(f"merge: given {type(other).__name__}, want Moments")
+        if self.mean.shape != other.mean.shape:
+            raise ValueError(f"merge: given {other.mean.size} channels, want {self.mean.size}, as many as on the left")
+        if other.count == 0:
+            return Moments(self.count, self.mean.copy(), self.m2.copy())
+        if self.count == 0:
+            return Moments(other.count, other.mean.copy(), other.m2.copy())
+        return Moments(*merge(self.count, self.mean, self.m2, other.count, other.mean, other.m2))

@@ -1,0 +1,91 @@
+"""The backend contract in plain float64 NumPy, formulas as published (Ioffe & Szegedy 2015): the oracle of every test.
+
+Slow and simple on purpose: it holds float64 copies of its inputs. Select it with ``backend="reference"`` to check a result.
+Canonical views in, see `fastbn.backends.Backend`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastbn.moments import Moments
+
+Array = NDArray[Any]
+Wide = NDArray[np.float64]
+
+
+def _axes(x: Array) -> tuple[int, ...]:
+    """All axes but the channels': of (N, C, S) or (R, C)."""
+    return (0, 2) if x.ndim == 3 else (0,)
+
+
+def _shaped(values: Array | float, x: Array) -> Wide:
+    """Per-channel values, shape (C,), to go beside x."""
+    wide = np.asarray(values, np.float64)
+    return wide.reshape(-1, 1) if x.ndim == 3 and wide.ndim else wide
+
+
+def _xhat(x: Array, mean: Array, rstd: Array) -> Wide:
+    return (x.astype(np.float64) - _shaped(mean, x)) * _shaped(rstd, x)
+
+
+def moments(x: Array) -> Moments:
+    """Count, mean and m2 of each channel, two passes."""
+    wide, axes = x.astype(np.float64), _axes(x)
+    mean = wide.mean(axes)
+    deviation = wide - _shaped(mean, x)
+    correction = deviation.mean(axes)  # zero but for the rounding of the mean
+    deviation -= _shaped(correction, x)
+    return Moments(x.size // mean.size, mean + correction, np.square(deviation).sum(axes))
+
+
+def normalize(x: Array, mean: Array, rstd: Array, gamma: Array | None, beta: Array | None, out: Array) -> Array:
+    """y = gamma * (x - mean) * rstd + beta."""
+    y = _xhat(x, mean, rstd)
+    if gamma is not None:
+        y *= _shaped(gamma, x)
+    if beta is not None:
+        y += _shaped(beta, x)
+    out[...] = y
+    return out
+
+
+def grad_reduce(dy: Array, x: Array, mean: Array, rstd: Array) -> tuple[Wide, Wide]:
+    """(sum of dy, sum of dy * xhat) of each channel: (dbeta, dgamma)."""
+    wide, axes = dy.astype(np.float64), _axes(x)
+    return wide.sum(axes), (wide * _xhat(x, mean, rstd)).sum(axes)
+
+
+def grad_input(
+    dy: Array, x: Array, mean: Array, rstd: Array, gamma: Array | None, sums: tuple[Wide, Wide] | None, count: int, out: Array
+) -> Array:
+    """dx in training; with sums=None the statistics are constants, as at inference."""
+    scale = _shaped(rstd, x) * (1.0 if gamma is None else _shaped(gamma, x))
+    dx = dy.astype(np.float64)
+    if sums is not None:
+        dx -= _shaped(sums[0] / count, x) + _xhat(x, mean, rstd) * _shaped(sums[1] / count, x)
+    out[...] = dx * scale
+    return out
+
+
+def forward(x: Array, gamma: Array | None, beta: Array | None, eps: float, out: Array) -> tuple[Array, Moments]:
+    """Moments, then normalize."""
+    m = moments(x)
+    return normalize(x, m.mean, m.rstd(eps), gamma, beta, out), m
+
+
+def backward(
+    dy: Array, x: Array, mean: Array, rstd: Array, gamma: Array | None, out: Array, training: bool = True
+) -> tuple[Array, Wide, Wide]:
+    """grad_reduce, then grad_input: (dx, dgamma, dbeta)."""
+    sums = grad_reduce(dy, x, mean, rstd)
+    grad_input(dy, x, mean, rstd, gamma, sums if training else None, x.size // mean.size, out)
+    return out, sums[1], sums[0]
+
+
+def describe(dims: tuple[int, ...], dtype: np.dtype[Any]) -> str:
+    """What runs for a canonical shape."""
+    return f"NumPy in float64, one thread, several passes over {dims}"

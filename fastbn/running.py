@@ -1,0 +1,84 @@
+"""Statistics of data that never fits in memory: chunk by chunk, in any split, from any number of places."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from fastbn import functional, layout
+from fastbn.moments import Moments, Statistics
+
+
+class RunningMoments:
+    """Mean and variance per channel of everything seen so far.
+
+    Parameters
+    ----------
+    num_features : int
+        Channels, C.
+    axis : int
+        The channel axis of the chunks.
+    backend : str, optional
+        "cpu" or "reference"; default where the array lives.
+
+    Raises
+    ------
+    TypeError, ValueError
+        num_features is not a positive integer.
+    """
+
+    def __init__(self, num_features: int, axis: int = 1, backend: str | None = None) -> None:
+        self.num_features = layout.check_channels(num_features)
+        self.axis = axis
+        self.backend = backend
+        self.moments = Moments(0, np.zeros(self.num_features), np.zeros(self.num_features))
+
+    def __repr__(self) -> str:
+        return f"RunningMoments({self.num_features}, axis={self.axis}, count={self.count})"
+
+    def update(self, chunk: ArrayLike) -> RunningMoments:
+        """Take in a chunk, shape (..., C, ...), float32 or float64; an empty one changes nothing. Returns self.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `fastbn.moments`; also another number of channels.
+        """
+        found = functional.moments(chunk, self.axis, backend=self.backend)
+        return self._take(found, "chunk")
+
+    def merge(self, other: RunningMoments | Moments) -> RunningMoments:
+        """Take in what another one, or a Moments, has seen; the other is left as it is. Returns self.
+
+        Raises
+        ------
+        TypeError
+            `other` is neither.
+        ValueError
+            Another number of channels.
+        """
+        return self._take(other.moments if isinstance(other, RunningMoments) else other, "other")
+
+    def _take(self, found: Moments, name: str) -> RunningMoments:
+        if isinstance(found, Moments) and found.mean.size != self.num_features:
+            raise ValueError(f"{name}: given {found.mean.size} channels along axis {self.axis}, want {self.num_features}")
+        self.moments = self.moments.merge(found)
+        return self
+
+    @property
+    def count(self) -> int:
+        """Values per channel so far."""
+        return self.moments.count
+
+    @property
+    def mean(self) -> Statistics:
+        """Mean of each channel, shape (C,); zeros before the first chunk."""
+        return self.moments.mean
+
+    def var(self, ddof: int = 0) -> Statistics:
+        """Variance of each channel, shape (C,); NaN where count does not exceed ddof."""
+        return self.moments.var(ddof)
+
+    def std(self, ddof: int = 0) -> Statistics:
+        """Standard deviation of each channel, shape (C,)."""
+        return self.moments.std(ddof)
