@@ -4,7 +4,7 @@ LLVM's own vectorizer is not enough here: it keeps no accumulators in registers 
 (its overlap check fails), runs up to 15 scalar steps at the end of every short row, and never emits a streaming store. With a vector
 type the kernels say what they mean, and compile in half the time.
 
-A vector has `lanes(dtype)` elements: 16 of float32, 8 of float64. On narrower machines LLVM splits it. `+`, `-` and `*` work on
+A vector has 64 // x.itemsize elements: 16 of float32, 8 of float64. On narrower machines LLVM splits it. `+`, `-`, `*` and `/` work on
 vectors. Positions are index tuples of a strided array whose last axis is contiguous; alignment of one element is enough.
 With NUMBA_DISABLE_JIT=1 a vector is a small NumPy array and the same kernels run as plain Python.
 """
@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import config, types
+from numba import types
 from numba.core import cgutils
 from numba.core.datamodel import models, register_default
 from numba.core.imputils import lower_builtin
@@ -23,12 +23,9 @@ from numba.core.typing.templates import AbstractTemplate, infer_global, signatur
 from numba.extending import intrinsic
 from numba.np.arrayobj import make_array
 
+from fastbn.kernels._jit import DISABLED
+
 VECTOR_BYTES = 64
-
-
-def lanes(dtype: Any) -> int:
-    """Elements of one vector: how far a kernel steps."""
-    return VECTOR_BYTES // np.dtype(dtype).itemsize
 
 
 class Vector(types.Type):
@@ -62,7 +59,7 @@ def _register(op: Callable[[Any, Any], Any], instruction: str) -> None:
         return getattr(builder, instruction)(*args)
 
 
-for _op, _instruction in ((operator.add, "fadd"), (operator.sub, "fsub"), (operator.mul, "fmul")):
+for _op, _instruction in ((operator.add, "fadd"), (operator.sub, "fsub"), (operator.mul, "fmul"), (operator.truediv, "fdiv")):
     _register(_op, _instruction)
 
 
@@ -88,35 +85,37 @@ def _pointer(context: Any, builder: Any, array_type: Any, array: Any, index_type
     )
 
 
-def _mask(context: Any, builder: Any, kind: Vector, first: Any, count: Any) -> Any:
-    """Lanes first <= lane < first + count."""
-    i32 = ir.IntType(32)
-    row = ir.VectorType(i32, kind.lanes)
-    lane = ir.Constant(row, list(range(kind.lanes)))
-    start = _splat(builder, builder.trunc(first, i32), row)
-    size = _splat(builder, builder.trunc(count, i32), row)
-    return builder.icmp_unsigned("<", builder.sub(lane, start), size)
+def _where(kind: Vector) -> tuple[Any, Any]:
+    return ir.Constant(ir.VectorType(ir.IntType(32), kind.lanes), list(range(kind.lanes))), ir.Constant(ir.IntType(32), 1)
 
 
-def _vector_pointer(builder: Any, pointer: Any, kind: Vector) -> Any:
-    return builder.bitcast(pointer, kind.ir.as_pointer())
+def _mask(builder: Any, kind: Vector, count: Any) -> Any:
+    """The first `count` lanes."""
+    lane, _ = _where(kind)
+    return builder.icmp_unsigned("<", lane, _splat(builder, builder.trunc(count, ir.IntType(32)), lane.type))
 
 
-def _masked(builder: Any, kind: Vector, what: str, arguments: list[Any]) -> Any:
-    suffix = f"v{kind.lanes}f{kind.dtype.bitwidth}.p0"
-    result = kind.ir if what == "load" else ir.VoidType()
+def _vector_pointer(context: Any, builder: Any, kind: Vector, sig: Any, args: Any) -> Any:
+    """Where sig's first two arguments, an array and an index, point."""
+    return builder.bitcast(_pointer(context, builder, sig.args[0], args[0], sig.args[1], args[1]), kind.ir.as_pointer())
+
+
+def _call(builder: Any, result: Any, name: str, arguments: list[Any], fastmath: tuple[str, ...] = ()) -> Any:
     fn_type = ir.FunctionType(result, [a.type for a in arguments])
-    fn = cgutils.get_or_insert_function(builder.module, fn_type, f"llvm.masked.{what}.{suffix}")
-    return builder.call(fn, arguments)
+    return builder.call(cgutils.get_or_insert_function(builder.module, fn_type, name), arguments, fastmath=fastmath)
+
+
+def _suffix(vector: Any) -> str:
+    return f"v{vector.count}{'f32' if vector.element == ir.FloatType() else 'f64'}"
 
 
 @intrinsic
-def _load(typingctx, x, index):  # type: ignore[no-untyped-def]
+def load(typingctx, x, index):  # type: ignore[no-untyped-def]
+    """Vector at x[index]."""
     kind = Vector(x.dtype)
 
     def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
-        pointer = _pointer(context, builder, sig.args[0], args[0], sig.args[1], args[1])
-        loaded = builder.load(_vector_pointer(builder, pointer, kind), typ=kind.ir)
+        loaded = builder.load(_vector_pointer(context, builder, kind, sig, args), typ=kind.ir)
         loaded.align = 1
         return loaded
 
@@ -124,102 +123,177 @@ def _load(typingctx, x, index):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def _load_some(typingctx, x, index, count, fill):  # type: ignore[no-untyped-def]
+def load_some(typingctx, x, index, count, fill):  # type: ignore[no-untyped-def]
+    """The first `count` lanes from x[index], the others from `fill`; memory beyond is not touched."""
     kind = Vector(x.dtype)
-    sig = kind(x, index, types.intp, kind)
 
     def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
-        pointer = _pointer(context, builder, sig.args[0], args[0], sig.args[1], args[1])
-        mask = _mask(context, builder, kind, ir.Constant(ir.IntType(64), 0), args[2])
-        align = ir.Constant(ir.IntType(32), 1)
-        return _masked(builder, kind, "load", [_vector_pointer(builder, pointer, kind), align, mask, args[3]])
+        pointer = _vector_pointer(context, builder, kind, sig, args)
+        arguments = [pointer, _where(kind)[1], _mask(builder, kind, args[2]), args[3]]
+        return _call(builder, kind.ir, f"llvm.masked.load.{_suffix(kind.ir)}.p0", arguments)
 
-    return sig, codegen
+    return kind(x, index, types.intp, kind), codegen
 
 
 @intrinsic
-def _store(typingctx, x, index, value):  # type: ignore[no-untyped-def]
+def store(typingctx, x, index, value):  # type: ignore[no-untyped-def]
+    """x[index] onwards = value."""
+
     def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
-        pointer = _pointer(context, builder, sig.args[0], args[0], sig.args[1], args[1])
-        builder.store(args[2], _vector_pointer(builder, pointer, sig.args[2])).align = 1
+        builder.store(args[2], _vector_pointer(context, builder, value, sig, args)).align = 1
         return context.get_dummy_value()
 
     return types.void(x, index, value), codegen
 
 
 @intrinsic
-def _store_stream(typingctx, x, index, value):  # type: ignore[no-untyped-def]
+def store_stream(typingctx, x, index, value):  # type: ignore[no-untyped-def]
+    """The same past the cache; x[index] lies on a 64-byte boundary. `fence` before others read it."""
+
     def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
-        pointer = _pointer(context, builder, sig.args[0], args[0], sig.args[1], args[1])
-        store = builder.store(args[2], _vector_pointer(builder, pointer, sig.args[2]))
-        store.align = VECTOR_BYTES
-        store.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)]))
+        stored = builder.store(args[2], _vector_pointer(context, builder, value, sig, args))
+        stored.align = VECTOR_BYTES
+        stored.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)]))
         return context.get_dummy_value()
 
     return types.void(x, index, value), codegen
 
 
 @intrinsic
-def _store_some(typingctx, x, index, value, count):  # type: ignore[no-untyped-def]
-    sig = types.void(x, index, value, types.intp)
+def store_some(typingctx, x, index, count, value):  # type: ignore[no-untyped-def]
+    """The first `count` lanes of value to x[index]; memory beyond is not touched."""
 
     def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
-        kind = sig.args[2]
-        pointer = _pointer(context, builder, sig.args[0], args[0], sig.args[1], args[1])
-        mask = _mask(context, builder, kind, ir.Constant(ir.IntType(64), 0), args[3])
-        align = ir.Constant(ir.IntType(32), 1)
-        _masked(builder, kind, "store", [args[2], _vector_pointer(builder, pointer, kind), align, mask])
+        pointer = _vector_pointer(context, builder, value, sig, args)
+        arguments = [args[3], pointer, _where(value)[1], _mask(builder, value, args[2])]
+        _call(builder, ir.VoidType(), f"llvm.masked.store.{_suffix(value.ir)}.p0", arguments)
         return context.get_dummy_value()
 
-    return sig, codegen
+    return types.void(x, index, types.intp, value), codegen
 
 
 @intrinsic
-def _spread(typingctx, x, value):  # type: ignore[no-untyped-def]
+def spread(typingctx, x, value):  # type: ignore[no-untyped-def]
+    """The value in every lane of a vector of x's dtype."""
     kind = Vector(x.dtype)
-    sig = kind(x, kind.dtype)
 
     def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
         return _splat(builder, args[1], kind.ir)
 
-    return sig, codegen
+    return kind(x, kind.dtype), codegen
 
 
 @intrinsic
-def _muladd(typingctx, a, b, c):  # type: ignore[no-untyped-def]
+def muladd(typingctx, a, b, c):  # type: ignore[no-untyped-def]
+    """The vector a * b + c, fused where the machine can."""
+
     def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
-        fn_type = ir.FunctionType(a.ir, [a.ir] * 3)
-        name = f"llvm.fmuladd.v{a.lanes}f{a.dtype.bitwidth}"
-        return builder.call(cgutils.get_or_insert_function(builder.module, fn_type, name), args)
+        return _call(builder, a.ir, f"llvm.fmuladd.{_suffix(a.ir)}", list(args))
 
     return a(a, a, a), codegen
 
 
+def _reduce(builder: Any, vector: Any) -> Any:
+    start = ir.Constant(vector.type.element, -0.0)
+    return _call(builder, start.type, f"llvm.vector.reduce.fadd.{_suffix(vector.type)}", [start, vector], ("reassoc",))
+
+
 @intrinsic
-def _total(typingctx, a):  # type: ignore[no-untyped-def]
+def total(typingctx, a):  # type: ignore[no-untyped-def]
+    """Sum of the lanes, pairwise."""
+
     def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
-        element = a.ir.element
-        fn_type = ir.FunctionType(element, [element, a.ir])
-        name = f"llvm.vector.reduce.fadd.v{a.lanes}f{a.dtype.bitwidth}"
-        fn = cgutils.get_or_insert_function(builder.module, fn_type, name)
-        return builder.call(fn, [ir.Constant(element, -0.0), args[0]], fastmath=("reassoc",))
+        return _reduce(builder, args[0])
 
     return a.dtype(a), codegen
 
 
 @intrinsic
-def _address(typingctx, x, index):  # type: ignore[no-untyped-def]
+def wide_sums(typingctx, a, shift):  # type: ignore[no-untyped-def]
+    """(sum, sum of squares) of a - shift over the lanes, all in float64."""
+
+    def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        double = ir.VectorType(ir.DoubleType(), a.lanes)
+        wide = [v if v.type == double else builder.fpext(v, double) for v in args]
+        d = builder.fsub(*wide)
+        sums = [_reduce(builder, d), _reduce(builder, builder.fmul(d, d))]
+        return context.make_tuple(builder, sig.return_type, sums)
+
+    return types.UniTuple(types.float64, 2)(a, a), codegen
+
+
+WIDE = Vector(types.float64)
+
+
+def _convert(builder: Any, vector: Any, element: Any) -> Any:
+    """The same lanes as another floating-point type."""
+    if vector.type.element == element:
+        return vector
+    convert = builder.fpext if element == ir.DoubleType() else builder.fptrunc
+    return convert(vector, ir.VectorType(element, vector.type.count))
+
+
+@intrinsic
+def load_wide(typingctx, x, index):  # type: ignore[no-untyped-def]
+    """Eight elements from x[index], as a vector of float64."""
+
     def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
         pointer = _pointer(context, builder, sig.args[0], args[0], sig.args[1], args[1])
-        return builder.ptrtoint(pointer, ir.IntType(64))
+        eight = ir.VectorType(Vector(x.dtype).ir.element, WIDE.lanes)
+        loaded = builder.load(builder.bitcast(pointer, eight.as_pointer()), typ=eight)
+        loaded.align = 1
+        return _convert(builder, loaded, ir.DoubleType())
+
+    return WIDE(x, index), codegen
+
+
+@intrinsic
+def store_narrow(typingctx, x, index, value):  # type: ignore[no-untyped-def]
+    """Eight elements from x[index] onwards = a vector of float64, rounded to the dtype of x."""
+
+    def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        pointer = _pointer(context, builder, sig.args[0], args[0], sig.args[1], args[1])
+        narrow = _convert(builder, args[2], Vector(x.dtype).ir.element)
+        builder.store(narrow, builder.bitcast(pointer, narrow.type.as_pointer())).align = 1
+        return context.get_dummy_value()
+
+    return types.void(x, index, WIDE), codegen
+
+
+@intrinsic
+def address(typingctx, x, index):  # type: ignore[no-untyped-def]
+    """Address of x[index], in bytes."""
+
+    def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+        return builder.ptrtoint(_pointer(context, builder, sig.args[0], args[0], sig.args[1], args[1]), ir.IntType(64))
 
     return types.intp(x, index), codegen
 
 
 @intrinsic
-def _fence(typingctx):  # type: ignore[no-untyped-def]
+def fence(typingctx):  # type: ignore[no-untyped-def]
+    """Make this thread's streaming stores visible before anything that follows."""
+
     def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
         builder.fence("seq_cst")
         return context.get_dummy_value()
 
     return types.void(), codegen
+
+
+if DISABLED:
+    from fastbn.kernels._plain import (
+        address,
+        fence,
+        load,
+        load_some,
+        load_wide,
+        muladd,
+        spread,
+        store,
+        store_narrow,
+        store_some,
+        store_stream,
+        total,
+        wide_sums,
+    )

@@ -1,0 +1,110 @@
+"""The elementwise half of every pass: y from x, dx from dy and x, with each channel's coefficients.
+
+The coefficients split the mean into its nearest value in the dtype of x and the remainder: `x - high` is exact near the mean, where
+`x * scale + shift` would cancel, and the remainder goes into the shift, which costs nothing.
+"""
+
+from __future__ import annotations
+
+import math
+
+from fastbn.kernels._jit import leaf
+from fastbn.kernels._simd import address, load, load_some, muladd, spread, store, store_some, store_stream
+
+
+@leaf
+def inverse_deviation(m2, count, eps):
+    """1 / sqrt(var + eps), the same bits as `Moments.rstd`."""
+    return 1.0 / math.sqrt(m2 / count + eps)
+
+
+@leaf
+def affine(x, mean, rstd, gamma, beta, c):
+    """(high, scale, shift) of channel c: y = (x - high) * scale + shift."""
+    g = float(gamma[c]) if gamma.size else 1.0
+    b = float(beta[c]) if beta.size else 0.0
+    high = x.dtype.type(mean)
+    scale = x.dtype.type(g * rstd)
+    return high, scale, x.dtype.type(b - (mean - float(high)) * float(scale))
+
+
+@leaf
+def standardize(x, mean, rstd):
+    """(high, scale, shift) of one channel: xhat = (x - high) * scale + shift."""
+    high = x.dtype.type(mean)
+    scale = x.dtype.type(rstd)
+    return high, scale, x.dtype.type(-(mean - float(high)) * float(scale))
+
+
+@leaf
+def gradient(x, rstd, gamma, c, sum_dy, sum_dy_xhat, count):
+    """(mean_dy, slope, scale, shift) of channel c: dx = ((dy - mean_dy) + xhat * slope) * scale + shift."""
+    a = rstd * float(gamma[c]) if gamma.size else rstd
+    mean_dy = x.dtype.type(sum_dy / count)
+    scale = x.dtype.type(a)
+    return mean_dy, x.dtype.type(-sum_dy_xhat / count), scale, x.dtype.type(-(sum_dy / count - float(mean_dy)) * float(scale))
+
+
+@leaf
+def head(y, index, size):
+    """Elements of a row of `size` before y's first 64-byte boundary."""
+    return min(size, (-address(y, index) & 63) // y.itemsize)
+
+
+@leaf
+def affine_block(x, c, n0, n1, s0, s1, high, scale, shift, stream, y):
+    """y = (x - high) * scale + shift on rows n0 .. n1, columns s0 .. s1 of channel c, past the cache where `stream`."""
+    lanes = 64 // x.itemsize
+    h, a, b = spread(x, high), spread(x, scale), spread(x, shift)
+    for n in range(n1 - 1, n0 - 1, -1):
+        i = s0
+        if stream:
+            first = head(y, (n, c, i), s1 - i)
+            if first > 0:
+                store_some(y, (n, c, i), first, muladd(load_some(x, (n, c, i), first, h) - h, a, b))
+                i += first
+            while i + lanes <= s1:
+                store_stream(y, (n, c, i), muladd(load(x, (n, c, i)) - h, a, b))
+                i += lanes
+        else:
+            while i + 2 * lanes <= s1:
+                v = muladd(load(x, (n, c, i)) - h, a, b)
+                w = muladd(load(x, (n, c, i + lanes)) - h, a, b)
+                store(y, (n, c, i), v)
+                store(y, (n, c, i + lanes), w)
+                i += 2 * lanes
+            if i + lanes <= s1:
+                store(y, (n, c, i), muladd(load(x, (n, c, i)) - h, a, b))
+                i += lanes
+        if i < s1:
+            store_some(y, (n, c, i), s1 - i, muladd(load_some(x, (n, c, i), s1 - i, h) - h, a, b))
+
+
+@leaf
+def gradient_block(dy, x, c, n0, n1, s0, s1, high, rstd, offset, mean_dy, slope, scale, shift, stream, dx):
+    """dx = ((dy - mean_dy) + xhat * slope) * scale + shift on a block; xhat = (x - high) * rstd + offset."""
+    lanes = 64 // x.itemsize
+    h, r, o = spread(x, high), spread(x, rstd), spread(x, offset)
+    m, k, a, b = spread(x, mean_dy), spread(x, slope), spread(x, scale), spread(x, shift)
+    for n in range(n1 - 1, n0 - 1, -1):
+        i = s0
+        if stream:
+            first = head(dx, (n, c, i), s1 - i)
+            if first > 0:
+                xhat = muladd(load_some(x, (n, c, i), first, h) - h, r, o)
+                g = muladd(xhat, k, load_some(dy, (n, c, i), first, m) - m)
+                store_some(dx, (n, c, i), first, muladd(g, a, b))
+                i += first
+            while i + lanes <= s1:
+                xhat = muladd(load(x, (n, c, i)) - h, r, o)
+                store_stream(dx, (n, c, i), muladd(muladd(xhat, k, load(dy, (n, c, i)) - m), a, b))
+                i += lanes
+        else:
+            while i + lanes <= s1:
+                xhat = muladd(load(x, (n, c, i)) - h, r, o)
+                store(dx, (n, c, i), muladd(muladd(xhat, k, load(dy, (n, c, i)) - m), a, b))
+                i += lanes
+        if i < s1:
+            xhat = muladd(load_some(x, (n, c, i), s1 - i, h) - h, r, o)
+            g = muladd(xhat, k, load_some(dy, (n, c, i), s1 - i, m) - m)
+            store_some(dx, (n, c, i), s1 - i, muladd(g, a, b))
