@@ -18,9 +18,7 @@ class _Saved(NamedTuple):
     """What backward needs of the last forward."""
 
     x: Array
-    moments: Moments | None  # None at inference
-    mean: Array | None  # the constants of inference, as they were at the forward
-    var: Array | None
+    statistics: Moments | tuple[Array, Array]  # of the batch, or the constants (mean, var) of inference as they were then
     overwritten: bool
 
 
@@ -168,11 +166,11 @@ class BatchNorm:
             y, m = functional.batch_norm(x, self.gamma, self.beta, self.axis, self.eps, out, backend=self.backend)
             if self.training and running_mean is not None and running_var is not None and m.count:
                 self._track(running_mean, running_var, m)
-            self._saved = _Saved(x, m, None, None, overwritten)
+            self._saved = _Saved(x, m, overwritten)
             return y
         mean, var = running_mean.astype(np.float64), running_var.astype(np.float64)
         y = functional.batch_norm_inference(x, mean, var, self.gamma, self.beta, self.axis, self.eps, out, backend=self.backend)
-        self._saved = _Saved(x, None, mean, var, overwritten)
+        self._saved = _Saved(x, (mean, var), overwritten)
         return y
 
     def _track(self, running_mean: Array, running_var: Array, m: Moments) -> None:
@@ -212,13 +210,13 @@ class BatchNorm:
             raise RuntimeError("backward before forward: call the layer on x first, y = bn(x)")
         if saved.overwritten:
             raise RuntimeError("backward needs the x of the forward, which was overwritten by out=x: give another out, or none")
-        if saved.moments is not None:
+        if isinstance(saved.statistics, Moments):
             result = functional.batch_norm_backward(
-                dy, saved.x, saved.moments, self.gamma, self.axis, self.eps, out, backend=self.backend
+                dy, saved.x, saved.statistics, self.gamma, self.axis, self.eps, out, backend=self.backend
             )
         else:
             result = functional.batch_norm_inference_backward(
-                dy, saved.x, saved.mean, saved.var, self.gamma, self.axis, self.eps, out, backend=self.backend
+                dy, saved.x, *saved.statistics, self.gamma, self.axis, self.eps, out, backend=self.backend
             )
         if out is not None and layout.same_memory(out, saved.x):
             self._saved = saved._replace(overwritten=True)

@@ -295,4 +295,3 @@ def inverse_deviation(var: NDArray[np.float64], eps: float) -> NDArray[np.float6
     """1 / sqrt(var + eps); infinite or NaN where the variance says so, without a warning."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.asarray(1.0 / np.sqrt(var + eps))
-

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
@@ -61,7 +61,7 @@ class Plan:
             return view
         if view.size == 0:
             return view
-        if view.shape[-1] == 1:  # rows of one value would waste a vector each
+        if self.dims[-1] == 1:  # rows of one value would waste a vector each
             return view if self.count == 1 else None
         return view if view.strides[-1] == array.itemsize and np.may_share_memory(view, array) else None
 
@@ -81,7 +81,8 @@ class Plan:
         """The inverse of `view`: a compact canonical array in this plan's shape."""
         if self.order is None:
             return canonical.reshape(self.shape)
-        return canonical.reshape(self._moved).transpose(self._back)
+        moved: Array = canonical.reshape(self._moved).transpose(self._back)
+        return moved
 
 
 @lru_cache(maxsize=1024)
@@ -201,7 +202,7 @@ def _overlap(a: Array, b: Array) -> bool:
     if not np.may_share_memory(a, b):
         return False
     try:
-        return bool(np.shares_memory(a, b, max_work=100_000))
+        return bool(np.shares_memory(a, b, max_work=cast(Any, 100_000)))
     except np.exceptions.TooHardError:
         return True  # can't be told in reasonable time: refuse rather than corrupt
 

@@ -16,19 +16,21 @@ def _lanes(x: Array) -> int:
 
 
 def _span(x: Array, index: Index, count: int) -> Array:
-    span = x[(*index[:-1], slice(index[-1], index[-1] + count))]
+    where: Any = (*index[:-1], slice(index[-1], index[-1] + count))
+    span: Array = x[where]
     assert span.size == count, "a vector beyond the end of its row"
     return span
 
 
 def load(x: Array, index: Index) -> Array:
     """Vector at x[index]."""
-    return _span(x, index, _lanes(x)).copy()
+    vector: Array = _span(x, index, _lanes(x)).copy()
+    return vector
 
 
 def load_some(x: Array, index: Index, count: int, fill: Array) -> Array:
     """The first `count` lanes from x[index], the others from `fill`."""
-    vector = fill.copy()
+    vector: Array = fill.copy()
     vector[:count] = _span(x, index, count)
     return vector
 

@@ -28,7 +28,7 @@ from fastbn.kernels._jit import DISABLED
 VECTOR_BYTES = 64
 
 
-class Vector(types.Type):
+class Vector(types.Type):  # type: ignore[misc]  # numba is untyped
     """The numba type of a 64-byte vector of float32 or float64."""
 
     def __init__(self, dtype: types.Float) -> None:
@@ -54,7 +54,7 @@ class _Elementwise(AbstractTemplate):  # type: ignore[misc]  # numba is untyped
 def _register(op: Callable[[Any, Any], Any], instruction: str) -> None:
     infer_global(op)(type(f"_{instruction}", (_Elementwise,), {}))
 
-    @lower_builtin(op, Vector, Vector)
+    @lower_builtin(op, Vector, Vector)  # type: ignore[untyped-decorator]  # numba is untyped
     def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         return getattr(builder, instruction)(*args)
 
@@ -110,11 +110,11 @@ def _suffix(vector: Any) -> str:
 
 
 @intrinsic
-def load(typingctx, x, index):  # type: ignore[no-untyped-def]
+def load(typingctx, x, index):
     """Vector at x[index]."""
     kind = Vector(x.dtype)
 
-    def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, sig, args):
         loaded = builder.load(_vector_pointer(context, builder, kind, sig, args), typ=kind.ir)
         loaded.align = 1
         return loaded
@@ -123,11 +123,11 @@ def load(typingctx, x, index):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def load_some(typingctx, x, index, count, fill):  # type: ignore[no-untyped-def]
+def load_some(typingctx, x, index, count, fill):
     """The first `count` lanes from x[index], the others from `fill`; memory beyond is not touched."""
     kind = Vector(x.dtype)
 
-    def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, sig, args):
         pointer = _vector_pointer(context, builder, kind, sig, args)
         arguments = [pointer, _where(kind)[1], _mask(builder, kind, args[2]), args[3]]
         return _call(builder, kind.ir, f"llvm.masked.load.{_suffix(kind.ir)}.p0", arguments)
@@ -136,10 +136,10 @@ def load_some(typingctx, x, index, count, fill):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def store(typingctx, x, index, value):  # type: ignore[no-untyped-def]
+def store(typingctx, x, index, value):
     """x[index] onwards = value."""
 
-    def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, sig, args):
         builder.store(args[2], _vector_pointer(context, builder, value, sig, args)).align = 1
         return context.get_dummy_value()
 
@@ -147,10 +147,10 @@ def store(typingctx, x, index, value):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def store_stream(typingctx, x, index, value):  # type: ignore[no-untyped-def]
+def store_stream(typingctx, x, index, value):
     """The same past the cache; x[index] lies on a 64-byte boundary. `fence` before others read it."""
 
-    def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, sig, args):
         stored = builder.store(args[2], _vector_pointer(context, builder, value, sig, args))
         stored.align = VECTOR_BYTES
         stored.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)]))
@@ -160,10 +160,10 @@ def store_stream(typingctx, x, index, value):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def store_some(typingctx, x, index, count, value):  # type: ignore[no-untyped-def]
+def store_some(typingctx, x, index, count, value):
     """The first `count` lanes of value to x[index]; memory beyond is not touched."""
 
-    def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, sig, args):
         pointer = _vector_pointer(context, builder, value, sig, args)
         arguments = [args[3], pointer, _where(value)[1], _mask(builder, value, args[2])]
         _call(builder, ir.VoidType(), f"llvm.masked.store.{_suffix(value.ir)}.p0", arguments)
@@ -173,21 +173,21 @@ def store_some(typingctx, x, index, count, value):  # type: ignore[no-untyped-de
 
 
 @intrinsic
-def spread(typingctx, x, value):  # type: ignore[no-untyped-def]
+def spread(typingctx, x, value):
     """The value in every lane of a vector of x's dtype."""
     kind = Vector(x.dtype)
 
-    def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, sig, args):
         return _splat(builder, args[1], kind.ir)
 
     return kind(x, kind.dtype), codegen
 
 
 @intrinsic
-def muladd(typingctx, a, b, c):  # type: ignore[no-untyped-def]
+def muladd(typingctx, a, b, c):
     """The vector a * b + c, fused where the machine can."""
 
-    def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, sig, args):
         return _call(builder, a.ir, f"llvm.fmuladd.{_suffix(a.ir)}", list(args))
 
     return a(a, a, a), codegen
@@ -199,20 +199,20 @@ def _reduce(builder: Any, vector: Any) -> Any:
 
 
 @intrinsic
-def total(typingctx, a):  # type: ignore[no-untyped-def]
+def total(typingctx, a):
     """Sum of the lanes, pairwise."""
 
-    def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, sig, args):
         return _reduce(builder, args[0])
 
     return a.dtype(a), codegen
 
 
 @intrinsic
-def wide_sums(typingctx, a, shift):  # type: ignore[no-untyped-def]
+def wide_sums(typingctx, a, shift):
     """(sum, sum of squares) of a - shift over the lanes, all in float64."""
 
-    def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, sig, args):
         double = ir.VectorType(ir.DoubleType(), a.lanes)
         wide = [v if v.type == double else builder.fpext(v, double) for v in args]
         d = builder.fsub(*wide)
@@ -234,10 +234,10 @@ def _convert(builder: Any, vector: Any, element: Any) -> Any:
 
 
 @intrinsic
-def load_wide(typingctx, x, index):  # type: ignore[no-untyped-def]
+def load_wide(typingctx, x, index):
     """Eight elements from x[index], as a vector of float64."""
 
-    def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, sig, args):
         pointer = _pointer(context, builder, sig.args[0], args[0], sig.args[1], args[1])
         eight = ir.VectorType(Vector(x.dtype).ir.element, WIDE.lanes)
         loaded = builder.load(builder.bitcast(pointer, eight.as_pointer()), typ=eight)
@@ -248,10 +248,10 @@ def load_wide(typingctx, x, index):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def store_narrow(typingctx, x, index, value):  # type: ignore[no-untyped-def]
+def store_narrow(typingctx, x, index, value):
     """Eight elements from x[index] onwards = a vector of float64, rounded to the dtype of x."""
 
-    def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, sig, args):
         pointer = _pointer(context, builder, sig.args[0], args[0], sig.args[1], args[1])
         narrow = _convert(builder, args[2], Vector(x.dtype).ir.element)
         builder.store(narrow, builder.bitcast(pointer, narrow.type.as_pointer())).align = 1
@@ -261,20 +261,20 @@ def store_narrow(typingctx, x, index, value):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def address(typingctx, x, index):  # type: ignore[no-untyped-def]
+def address(typingctx, x, index):
     """Address of x[index], in bytes."""
 
-    def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, sig, args):
         return builder.ptrtoint(_pointer(context, builder, sig.args[0], args[0], sig.args[1], args[1]), ir.IntType(64))
 
     return types.intp(x, index), codegen
 
 
 @intrinsic
-def fence(typingctx):  # type: ignore[no-untyped-def]
+def fence(typingctx):
     """Make this thread's streaming stores visible before anything that follows."""
 
-    def codegen(context, builder, sig, args):  # type: ignore[no-untyped-def]
+    def codegen(context, builder, sig, args):
         builder.fence("seq_cst")
         return context.get_dummy_value()
 

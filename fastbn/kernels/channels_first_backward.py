@@ -86,9 +86,7 @@ def grad_input(dy, x, mean, rstd, gamma, sums, count, training, rows, splits, bl
     for task in prange(x.shape[1] * parts):
         c, p = task // parts, task % parts
         first, last = blocks * p // parts, blocks * (p + 1) // parts
-        part_gradient(
-            dy, x, c, first, last, rows, splits, mean[c], rstd[c], gamma, sums[0, c], sums[1, c], count, training, stream, dx
-        )
+        part_gradient(dy, x, c, first, last, rows, splits, mean[c], rstd[c], gamma, sums[0, c], sums[1, c], count, training, stream, dx)
 
 
 @kernel("x3 x3 s1 s1 x1 b i i i b y3 s2")

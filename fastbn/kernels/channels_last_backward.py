@@ -197,9 +197,7 @@ def grad_input(dy, rest_dy, x, rest, mean, rstd, gamma, sums, count, training, r
         r0, r1 = R * p // parts, R * (p + 1) // parts
         part_gradient(dy, x, r0, r1, c0, c1, mean, rstd, gamma, sums, count, training, stream, work[p], dx)
     if rest_rows > 0:
-        part_gradient(
-            rest_dy, rest, 0, rest_rows, 0, mean.size, mean, rstd, gamma, sums, count, training, False, work[0], rest_dx
-        )
+        part_gradient(rest_dy, rest, 0, rest_rows, 0, mean.size, mean, rstd, gamma, sums, count, training, False, work[0], rest_dx)
 
 
 @kernel("x2 x2 s1 s1 x1 b i b w2 y2 s2")
