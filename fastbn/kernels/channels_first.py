@@ -6,6 +6,8 @@ pieces of a long row. Blocks are numbered 0 .. blocks, a part is a run of them, 
 
 from __future__ import annotations
 
+import numpy as np
+
 from fastbn.kernels import welford
 from fastbn.kernels._jit import kernel, leaf, prange
 from fastbn.kernels._simd import fence, load, load_some, muladd, spread, total, wide_sums
@@ -113,11 +115,11 @@ def block_moments(x, c, n0, n1, s0, s1):
     count = float((n1 - n0) * (s1 - s0))
     shift = x.dtype.type(block_sum(x, c, n0, n1, s0, s1) / count)
     t, q = block_deviations(x, c, n0, n1, s0, s1, shift)
-    t, q = float(t), float(q)
+    t, q = np.float64(t), np.float64(q)
     if x.itemsize == 4 and not (LOW < q < HIGH):
         shift = x.dtype.type(wide_deviations(x, c, n0, n1, s0, s1, x.dtype.type(0.0))[0] / count)
         t, q = wide_deviations(x, c, n0, n1, s0, s1, shift)
-    mean, m2 = finish_block(count, float(shift), t, q)
+    mean, m2 = finish_block(count, np.float64(shift), t, q)
     return count, mean, m2
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from fastbn.kernels._jit import kernel, leaf, prange
 from fastbn.kernels._simd import fence, load, load_some, muladd, spread, total
 from fastbn.kernels.channels_first import bounds
@@ -41,8 +43,8 @@ def part_sums(dy, x, c, first, last, rows, splits, mean, rstd):
     for k in range(first, last):
         n0, n1, s0, s1 = bounds(x, k, rows, splits)
         block_t, block_q = block_sums(dy, x, c, n0, n1, s0, s1, high, scale, offset)
-        t += float(block_t)
-        q += float(block_q)
+        t += np.float64(block_t)
+        q += np.float64(block_q)
     return t, q
 
 

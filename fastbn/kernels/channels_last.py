@@ -11,6 +11,8 @@ A task is one of `parts` runs of rows by one of `groups` runs of columns.
 
 from __future__ import annotations
 
+import numpy as np
+
 from fastbn.kernels import welford
 from fastbn.kernels._jit import kernel, leaf, prange
 from fastbn.kernels._simd import load, load_some, load_wide, muladd, spread, store, store_narrow
@@ -109,10 +111,10 @@ def tile_sums(x, r0, r1, c0, c1, shift, t, q):
 @leaf
 def wide_column(x, r0, r1, c):
     """(mean, m2) of column c over rows r0 .. r1, in float64."""
-    shift = float(x[r0, c])
+    shift = np.float64(x[r0, c])
     t, q = 0.0, 0.0
     for r in range(r0, r1):
-        d = float(x[r, c]) - shift
+        d = np.float64(x[r, c]) - shift
         t += d
         q += d * d
     return finish_block(float(r1 - r0), shift, t, q)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
+
 from fastbn.kernels._jit import leaf
 from fastbn.kernels._simd import address, load, load_some, muladd, spread, store, store_some, store_stream
 
@@ -21,11 +23,11 @@ def inverse_deviation(m2, count, eps):
 @leaf
 def affine(x, mean, rstd, gamma, beta, c):
     """(high, scale, shift) of channel c: y = (x - high) * scale + shift."""
-    g = float(gamma[c]) if gamma.size else 1.0
-    b = float(beta[c]) if beta.size else 0.0
+    g = np.float64(gamma[c]) if gamma.size else 1.0
+    b = np.float64(beta[c]) if beta.size else 0.0
     high = x.dtype.type(mean)
     scale = x.dtype.type(g * rstd)
-    return high, scale, x.dtype.type(b - (mean - float(high)) * float(scale))
+    return high, scale, x.dtype.type(b - (mean - np.float64(high)) * np.float64(scale))
 
 
 @leaf
@@ -33,16 +35,16 @@ def standardize(x, mean, rstd):
     """(high, scale, shift) of one channel: xhat = (x - high) * scale + shift."""
     high = x.dtype.type(mean)
     scale = x.dtype.type(rstd)
-    return high, scale, x.dtype.type(-(mean - float(high)) * float(scale))
+    return high, scale, x.dtype.type(-(mean - np.float64(high)) * np.float64(scale))
 
 
 @leaf
 def gradient(x, rstd, gamma, c, sum_dy, sum_dy_xhat, count):
     """(mean_dy, slope, scale, shift) of channel c: dx = ((dy - mean_dy) + xhat * slope) * scale + shift."""
-    a = rstd * float(gamma[c]) if gamma.size else rstd
+    a = rstd * np.float64(gamma[c]) if gamma.size else rstd
     mean_dy = x.dtype.type(sum_dy / count)
     scale = x.dtype.type(a)
-    return mean_dy, x.dtype.type(-sum_dy_xhat / count), scale, x.dtype.type(-(sum_dy / count - float(mean_dy)) * float(scale))
+    return mean_dy, x.dtype.type(-sum_dy_xhat / count), scale, x.dtype.type(-(sum_dy / count - np.float64(mean_dy)) * np.float64(scale))
 
 
 @leaf
