@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from fastbn import config
 
-BLOCK = 4096  # values: 16 kB of float32, half a first-level cache, read twice from there
+BLOCK = 256  # vectors of 64 bytes: half a first-level cache, read twice from there
 SLAB_BYTES = 4 * 2**20  # what a task may hold in its cache between two passes
 PART_BYTES = 256 * 1024  # a task worth scheduling
 PARTS = 64  # enough tasks for the cores of any machine that numba drives well
@@ -41,10 +41,8 @@ class Last(NamedTuple):
 def first(N: int, C: int, S: int, itemsize: int) -> First:
     """The schedule of (N, C, S)."""
     slab = N * S * itemsize
-    if S > BLOCK:
-        rows, splits = 1, -(-S // BLOCK)
-    else:
-        rows, splits = min(N, BLOCK // S), 1
+    vectors = -(-S * itemsize // 64)  # of a row
+    rows, splits = (1, -(-vectors // BLOCK)) if vectors > BLOCK else (min(N, BLOCK // vectors), 1)
     blocks = N * splits if splits > 1 else -(-N // rows)
     parallel = slab * C >= config.SERIAL_BYTES
     fused = not parallel or (slab <= SLAB_BYTES and (C >= TASKS or slab <= PART_BYTES))

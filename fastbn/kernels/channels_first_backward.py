@@ -6,7 +6,7 @@ import numpy as np
 
 from fastbn.kernels._jit import kernel, leaf, prange
 from fastbn.kernels._simd import fence, load, load_some, muladd, spread, total
-from fastbn.kernels.channels_first import bounds
+from fastbn.kernels.channels_first import SEGMENT, bounds, group_rows
 from fastbn.kernels.elementwise import affine_block, gradient, gradient_block, standardize
 
 
@@ -16,23 +16,29 @@ def block_sums(dy, x, c, n0, n1, s0, s1, high, rstd, offset):
     lanes = 64 // x.itemsize
     h, r, o = spread(x, high), spread(x, rstd), spread(x, offset)
     zero = spread(x, 0.0)
-    t0, t1, q0, q1 = zero, zero, zero, zero
-    for n in range(n0, n1):
-        i = s0
-        while i + 2 * lanes <= s1:
-            g = load(dy, (n, c, i))
-            t0, q0 = t0 + g, muladd(g, muladd(load(x, (n, c, i)) - h, r, o), q0)
-            g = load(dy, (n, c, i + lanes))
-            t1, q1 = t1 + g, muladd(g, muladd(load(x, (n, c, i + lanes)) - h, r, o), q1)
-            i += 2 * lanes
-        if i + lanes <= s1:
-            g = load(dy, (n, c, i))
-            t0, q0 = t0 + g, muladd(g, muladd(load(x, (n, c, i)) - h, r, o), q0)
-            i += lanes
-        if i < s1:
-            g = load_some(dy, (n, c, i), s1 - i, zero)
-            t1, q1 = t1 + g, muladd(g, muladd(load_some(x, (n, c, i), s1 - i, h) - h, r, o), q1)
-    return total(t0 + t1), total(q0 + q1)
+    t, q = zero, zero
+    group = group_rows(x, s0, s1)
+    for m in range(n0, n1, group):
+        for s in range(s0, s1, SEGMENT * lanes):
+            stop = min(s1, s + SEGMENT * lanes)
+            t0, t1, q0, q1 = zero, zero, zero, zero
+            for n in range(m, min(n1, m + group)):
+                i = s
+                while i + 2 * lanes <= stop:
+                    g = load(dy, (n, c, i))
+                    t0, q0 = t0 + g, muladd(g, muladd(load(x, (n, c, i)) - h, r, o), q0)
+                    g = load(dy, (n, c, i + lanes))
+                    t1, q1 = t1 + g, muladd(g, muladd(load(x, (n, c, i + lanes)) - h, r, o), q1)
+                    i += 2 * lanes
+                if i + lanes <= stop:
+                    g = load(dy, (n, c, i))
+                    t0, q0 = t0 + g, muladd(g, muladd(load(x, (n, c, i)) - h, r, o), q0)
+                    i += lanes
+                if i < stop:
+                    g = load_some(dy, (n, c, i), stop - i, zero)
+                    t1, q1 = t1 + g, muladd(g, muladd(load_some(x, (n, c, i), stop - i, h) - h, r, o), q1)
+            t, q = t + (t0 + t1), q + (q0 + q1)
+    return total(t), total(q)
 
 
 @leaf
