@@ -245,7 +245,28 @@ def batch_norm_inference_backward(
 ) -> tuple[Array, Array, Array]:
     """Gradients of `batch_norm_inference`, whose statistics are constants: dx = gamma * dy / sqrt(var + eps).
 
-    Parameters, returns and errors as in `batch_norm_backward`, with `mean` and `var`, shape (C,), in place of the moments.
+    Parameters
+    ----------
+    dy : array_like, shape and dtype of x
+        Gradient of the loss with respect to y.
+    x : array_like, shape (..., C, ...), float32 or float64
+        The input of the forward.
+    mean, var : array_like, shape (C,), float32 or float64
+        The forward's statistics.
+    gamma, axis, eps, out, backend
+        As in `batch_norm_backward`; eps may be 0 here.
+
+    Returns
+    -------
+    dx : ndarray, shape and dtype of x
+        In the memory order of x, or `out`.
+    dgamma, dbeta : ndarray, shape (C,), dtype of x
+        Sums over the batch of dy * xhat and of dy.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As in `batch_norm_inference`; also dy unlike x.
     """
     layout.check_running(mean, var)
     return _backward(dy, x, None, (mean, var), gamma, axis, eps, out, backend)

@@ -63,11 +63,32 @@ class Moments:
         return self.m2 / (self.count - ddof)
 
     def std(self, ddof: int = 0) -> Statistics:
-        """Standard deviation of each channel: the root of `var`."""
+        """Standard deviation of each channel: the root of `var`.
+
+        Parameters
+        ----------
+        ddof : int
+            0 for the biased variance, 1 for the unbiased one.
+
+        Returns
+        -------
+        ndarray, shape (C,), float64
+            NaN where count does not exceed ddof.
+        """
         return np.sqrt(self.var(ddof))
 
     def rstd(self, eps: float) -> Statistics:
-        """1 / sqrt(var + eps) of each channel, with the biased variance; eps in units of x squared."""
+        """1 / sqrt(var + eps) of each channel, with the biased variance.
+
+        Parameters
+        ----------
+        eps : float
+            In units of x squared; positive.
+
+        Returns
+        -------
+        ndarray, shape (C,), float64
+        """
         return 1.0 / np.sqrt(self.var() + eps)
 
     def merge(self, other: Moments) -> Moments:

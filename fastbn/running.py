@@ -76,9 +76,31 @@ class RunningMoments:
         return self.moments.mean
 
     def var(self, ddof: int = 0) -> Statistics:
-        """Variance of each channel, shape (C,); NaN where count does not exceed ddof."""
+        """Variance of each channel.
+
+        Parameters
+        ----------
+        ddof : int
+            0 for the biased variance, 1 for the unbiased one.
+
+        Returns
+        -------
+        ndarray, shape (C,), float64
+            NaN where count does not exceed ddof.
+        """
         return self.moments.var(ddof)
 
     def std(self, ddof: int = 0) -> Statistics:
-        """Standard deviation of each channel, shape (C,)."""
+        """Standard deviation of each channel: the root of `var`.
+
+        Parameters
+        ----------
+        ddof : int
+            0 for the biased variance, 1 for the unbiased one.
+
+        Returns
+        -------
+        ndarray, shape (C,), float64
+            NaN where count does not exceed ddof.
+        """
         return self.moments.std(ddof)
