@@ -15,3 +15,7 @@ class BackendUnavailable(RuntimeError):
 
 class DataError(ValueError):
     """A file that is not what its name promises: truncated, of another format, or absent."""
+
+
+class MissingExtra(ImportError):
+    """A package that only an extra installs is absent; says which, and how to install it."""

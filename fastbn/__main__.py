@@ -1,0 +1,7 @@
+"""`python -m fastbn`."""
+
+import sys
+
+from fastbn.cli import main
+
+sys.exit(main())

@@ -1,0 +1,207 @@
+"""The command line: `python -m fastbn COMMAND`, or `fastbn COMMAND`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, NamedTuple
+
+import fastbn
+from fastbn import check, demo, info, quickbench, stream
+from fastbn.errors import BackendUnavailable, MissingExtra
+
+PROGRAM = "python -m fastbn"  # works where scripts are not on the PATH
+BAD_INPUT = 2  # argparse's own code for it
+INTERRUPTED = 128 + signal.SIGINT
+CLOSED_PIPE = 128 + 13  # SIGPIPE has no name on Windows
+
+
+class Command(NamedTuple):
+    """One subcommand: a line of --help, its examples, its options, and what it does (returning the exit code)."""
+
+    name: str
+    line: str
+    examples: tuple[str, ...]
+    add_arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+
+
+def _explain_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("shape", metavar="SHAPE", help="of the array, like 32,64,56,56 or 32x64x56x56")
+    parser.add_argument("dtype", metavar="DTYPE", nargs="?", default="float32", help="float32 or float64 (default: float32)")
+    parser.add_argument("--axis", type=int, default=1, metavar="A", help="the channel axis, negative counts from the end (default: 1)")
+    parser.add_argument("--channels-last", action="store_true", help="the channels are innermost in memory, wherever their axis is")
+    parser.add_argument("--backend", metavar="NAME", help="ask for one backend: cpu, cuda or reference")
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    try:
+        shape = tuple(int(n) for n in text.strip("()[] ").replace("x", ",").split(",") if n.strip())
+    except ValueError:
+        shape = ()
+    if not shape or min(shape) < 0:
+        raise ValueError(f"SHAPE: given {text!r}, want whole numbers with commas between them, like 32,64,56,56")
+    return shape
+
+
+def _explain(args: argparse.Namespace) -> int:
+    print(fastbn.explain(_shape(args.shape), args.dtype, args.axis, channels_last=args.channels_last, backend=args.backend))
+    return 0
+
+
+def _warmup(args: argparse.Namespace) -> int:
+    from fastbn.backends import cpu
+
+    start = time.perf_counter()
+    for name in cpu.warmup():
+        print(f"{time.perf_counter() - start:6.1f} s  {name}", flush=True)
+    print(f"compiled, or found compiled, in {time.perf_counter() - start:.1f} s; kept in {info.cache_directory()}")
+    return 0
+
+
+def _no_arguments(parser: argparse.ArgumentParser) -> None:
+    pass
+
+
+COMMANDS = (
+    Command(
+        "train",
+        "train a network on real handwritten digits, with and without batch normalization, and compare the two",
+        ("train", "train --optimizer adam --activation relu --plot adam.png", "train --data mnist/ --batch 128"),
+        demo.add_arguments,
+        demo.run,
+    ),
+    Command(
+        "moments",
+        "mean and standard deviation per channel of a .npy file of any size, in bounded memory",
+        ("moments images.npy", "moments table.npy --axis -1 --save statistics.npz", "moments images.npy --normalize normalized.npy"),
+        stream.add_arguments,
+        stream.run,
+    ),
+    Command(
+        "explain",
+        "say which kernel and schedule will run for an array",
+        ("explain 32,64,56,56 float32", "explain 32x64x56x56 float32 --channels-last", "explain 4096,256 float64"),
+        _explain_arguments,
+        _explain,
+    ),
+    Command(
+        "info",
+        "versions, processor, threads, and which backends are there and why",
+        ("info",),
+        _no_arguments,
+        info.run,
+    ),
+    Command(
+        "check",
+        "hold every public function against the float64 reference on this machine, in seconds",
+        ("check", "check --backend reference"),
+        check.add_arguments,
+        check.run,
+    ),
+    Command(
+        "bench",
+        "time fastbn against NumPy, and PyTorch where installed; or compare their accuracy",
+        ("bench", "bench --accuracy", "bench --json speed.json --readme README.md"),
+        quickbench.add_arguments,
+        quickbench.run,
+    ),
+    Command(
+        "warmup",
+        "compile every kernel ahead of its first use, for example while a container image is built",
+        ("warmup", "NUMBA_CACHE_DIR=/var/cache/numba python -m fastbn warmup"),
+        _no_arguments,
+        _warmup,
+    ),
+)
+
+
+def _paragraph(text: str) -> str:
+    return textwrap.fill(text, 78)
+
+
+def _epilog(examples: Sequence[str]) -> str:
+    lines = (example if "fastbn" in example else f"{PROGRAM} {example}" for example in examples)
+    return "examples:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def _parser() -> argparse.ArgumentParser:
+    shape: Any = argparse.RawDescriptionHelpFormatter  # the examples keep their lines
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM,
+        description=_paragraph("Batch normalization for NumPy arrays: train with it, take the statistics of a file, check it, time it."),
+        epilog=_epilog(("train", "moments images.npy", "explain 32,64,56,56 float32", "COMMAND --help")),
+        formatter_class=shape,
+    )
+    parser.add_argument("--version", action="version", version=f"fastbn {fastbn.__version__}")
+    parser.add_argument("--traceback", action="store_true", help="show where an error came from, not only its message")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True, title="commands")
+    for command in COMMANDS:
+        line = command.line[0].upper() + command.line[1:]
+        sub = commands.add_parser(
+            command.name,
+            help=command.line,
+            description=_paragraph(f"{line}."),
+            epilog=_epilog(command.examples),
+            formatter_class=shape,
+        )
+        command.add_arguments(sub)
+        sub.set_defaults(run=command.run)
+    return parser
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM raise SystemExit, so that files half written are removed; main threads only may ask for it."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    try:
+        before = signal.signal(signal.SIGTERM, stop)
+    except ValueError:
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line.
+
+    Parameters
+    ----------
+    argv : sequence of str, optional
+        Without the program's name; default the process's own.
+
+    Returns
+    -------
+    int
+        Exit code: 0, 1 where `check` fails, 2 for bad input, 130 after an interrupt.
+    """
+    args = _parser().parse_args(argv)
+    try:
+        with _terminable():
+            code: int = args.run(args)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        print("fastbn: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit complains
+        return CLOSED_PIPE
+    except (ValueError, TypeError, OSError, MissingExtra, BackendUnavailable) as error:  # DataError is a ValueError
+        if args.traceback:
+            raise
+        print(f"fastbn: {error}", file=sys.stderr)
+        return BAD_INPUT

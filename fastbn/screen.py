@@ -1,0 +1,49 @@
+"""Tables and progress bars of the commands, with rich (the extra `demo`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from fastbn.errors import MissingExtra
+
+
+def need_rich() -> None:
+    """MissingExtra where rich is not installed: to be called before any work."""
+    try:
+        import rich  # noqa: F401
+    except ImportError:
+        raise MissingExtra("this command needs rich, which is not installed: pip install 'fastbn[demo]'") from None
+
+
+def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table on stdout: the first column to the left, numbers to the right."""
+    need_rich()
+    from rich.box import SIMPLE
+    from rich.console import Console
+    from rich.table import Table
+
+    drawn = Table(box=SIMPLE, show_edge=False, pad_edge=False)
+    for i, header in enumerate(headers):
+        drawn.add_column(header, justify="right" if i else "left", no_wrap=True)
+    for row in rows:
+        drawn.add_row(*row)
+    Console(highlight=False, markup=False).print("", drawn, "", sep="\n")
+
+
+@contextmanager
+def byte_progress() -> Iterator[Callable[[str, int], Callable[[int], object]]]:
+    """Progress bars in bytes on stderr, nothing where that is no terminal: (what, total) -> (bytes done since) -> None."""
+    need_rich()
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description:>15}"), BarColumn(20), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+
+        def start(what: str, total: int) -> Callable[[int], object]:
+            task = progress.add_task(what, total=total)
+            return lambda done: progress.advance(task, done)
+
+        yield start

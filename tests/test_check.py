@@ -1,0 +1,157 @@
+"""The `check` command must pass on a right backend and fail on a wrong one, naming the functions that rest on what is wrong."""
+
+import types
+
+import numpy as np
+import pytest
+
+from fastbn import backends, check, reference
+from fastbn.cli import main
+from fastbn.moments import Moments
+
+SHAPES = check.SHAPES  # before the fixture makes them small
+SMALL = ((4, 6, 5, 5), (40, 7))
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch):
+    monkeypatch.setattr(check, "SHAPES", SMALL)
+
+
+@pytest.fixture
+def install(monkeypatch):
+    """Let a copy of the reference, with some functions replaced, serve as the CPU backend; the oracle stays as it is."""
+
+    def install(**replaced):
+        fake = types.SimpleNamespace(**{name: getattr(reference, name) for name in ("moments", "normalize", "forward", "backward")})
+        for name, function in replaced.items():
+            setattr(fake, name, function)
+        monkeypatch.setitem(backends._loaded, "cpu", fake)
+
+    return install
+
+
+def failing(capsys):
+    """Names of the functions whose line says FAILED; every function has a line."""
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.endswith(("  ok", "  FAILED"))]
+    assert [line[:30].strip() for line in lines] == list(check.CHECKS)
+    return {line[:30].strip() for line in lines if line.endswith("FAILED")}
+
+
+@pytest.mark.parametrize("shapes", [SMALL, ((8, 16, 28, 28),)], ids=["serial", "parallel"])
+def test_every_backend_passes(shapes, backend, capsys, monkeypatch):
+    monkeypatch.setattr(check, "SHAPES", shapes)
+    assert main(["check", "--backend", backend]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.count("  ok\n") == len(check.CHECKS) == 8
+    assert f"backend {backend}, 8 of 8 functions within their limits" in captured.out
+    assert captured.err == ""
+
+
+def _moments(x):
+    m = reference.moments(x)
+    return Moments(m.count, m.mean, m.m2 * (1 + 3e-6))
+
+
+def _one_channel(x):
+    m = reference.moments(x)
+    m.mean[-1] += 3e-6 * np.abs(m.mean[-1]) + 1e-5
+    return m
+
+
+def _normalize(x, mean, rstd, gamma, beta, out):
+    reference.normalize(x, mean, rstd, gamma, beta, out)
+    out[-1, ..., -1] += 1e-5
+    return out
+
+
+def _nan(x, gamma, beta, eps, out):
+    y, m = reference.forward(x, gamma, beta, eps, out)
+    y[0, 0] = np.nan
+    return y, m
+
+
+def _naive(x, gamma, beta, eps, out):
+    """E[x^2] - E[x]^2 in the dtype of x: right at offset 0."""
+    axes = (0, 2) if x.ndim == 3 else (0,)
+    mean = x.mean(axes, dtype=x.dtype)
+    var = np.maximum(np.square(x).mean(axes, dtype=x.dtype) - np.square(mean), 0)
+    m = Moments(x.size // mean.size, mean.astype(float), var.astype(float) * (x.size // mean.size))
+    return reference.normalize(x, m.mean, m.rstd(eps), gamma, beta, out), m
+
+
+def _backward(*args):
+    dx, dgamma, dbeta = reference.backward(*args)
+    return dx, dgamma * (1 + 1e-4), dbeta
+
+
+def _raises(*args):
+    raise ZeroDivisionError("kernel broke")
+
+
+LAYER = "BatchNorm, training"
+
+
+@pytest.mark.parametrize(
+    ("replaced", "expected"),
+    [
+        ({}, set()),
+        ({"moments": _moments}, {"moments", "RunningMoments"}),
+        ({"moments": _one_channel}, {"moments", "RunningMoments"}),
+        ({"normalize": _normalize}, {"batch_norm_inference", "BatchNorm, evaluation"}),
+        ({"forward": _nan}, {"batch_norm", LAYER}),
+        ({"forward": _naive}, {"batch_norm", LAYER}),
+        ({"backward": _backward}, {"batch_norm_backward", "batch_norm_inference_backward", LAYER, "BatchNorm, evaluation"}),
+        ({"forward": _raises}, {"batch_norm", LAYER}),
+    ],
+    ids=["right", "var", "mean of one channel", "one value of y", "NaN", "naive variance", "dgamma", "raises"],
+)
+def test_a_wrong_backend_fails_by_name(replaced, expected, install, capsys):
+    install(**replaced)
+    assert main(["check", "--backend", "cpu"]) == (1 if expected else 0)
+    assert failing(capsys) == expected
+
+
+def test_a_failure_says_where(install, capsys):
+    install(forward=_naive, moments=_raises)
+    assert main(["check", "--backend", "cpu"]) == 1
+    out = capsys.readouterr().out
+    assert "    var, float" in out
+    assert "offset 1e+06" in out
+    assert "    ZeroDivisionError: kernel broke, float32, shape (4, 6, 5, 5), channels first, offset 0" in out
+    assert "4 of 8 functions within their limits" in out
+    assert "python -m fastbn info" in out
+
+
+def test_an_unknown_backend_is_bad_input(capsys):
+    assert main(["check", "--backend", "gpu"]) == 2
+    assert "backend='gpu' can't be served" in capsys.readouterr().err
+
+
+def test_cases_hold_every_dtype_memory_order_and_offset():
+    cases = list(check.cases())
+    assert len(cases) == len(SMALL) * 2 * 2 * 3
+    innermost = [case.x.strides[1] == case.x.itemsize for case in cases]
+    assert sum(innermost) == len(cases) // 2
+    assert {str(case.x.dtype) for case in cases} == {"float32", "float64"}
+    assert all(case.dy.strides == case.x.strides for case in cases)
+
+
+def test_the_real_shapes_reach_every_kernel():
+    """Serial and parallel, fused and in two passes, folded and not: the branches of the CPU backend's schedule."""
+    from fastbn.backends import schedule
+
+    first, last = set(), set()
+    for shape in (s for s in SHAPES if len(s) > 2):
+        n, c, s = shape[0], shape[1], int(np.prod(shape[2:]))
+        for itemsize in (4, 8):
+            plan = schedule.first(n, c, s, itemsize)
+            first.add((plan.parallel, plan.parts == 1))
+            cut = schedule.last(n * s, c, itemsize, True)
+            last.add((cut.parallel, cut.parts == 1, cut.fold == 1))
+    for r, c in (s for s in SHAPES if len(s) == 2):
+        for itemsize in (4, 8):
+            cut = schedule.last(r, c, itemsize, True)
+            last.add((cut.parallel, cut.parts == 1, cut.fold == 1))
+    assert first >= {(False, True), (True, True), (True, False)}
+    assert last >= {(False, True, True), (True, True, True), (True, False, True), (True, False, False)}

@@ -1,0 +1,347 @@
+"""The command line: help that shows examples, one clear line for bad input, quick start, `explain`, `info`, `bench`, `warmup`."""
+
+import functools
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+import fastbn
+from fastbn import cases, cli, config, info, quickbench
+from fastbn.cli import main
+from fastbn.errors import MissingExtra
+
+NAMES = ["train", "moments", "explain", "info", "check", "bench", "warmup"]
+
+
+def run(*arguments, **options):
+    return subprocess.run([sys.executable, "-m", "fastbn", *arguments], capture_output=True, text=True, timeout=120, **options)
+
+
+def refused(capsys, *arguments):
+    """The one line on stderr of a command that ends with 2."""
+    assert main(list(arguments)) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("fastbn: ")
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+def test_help_lists_every_command():
+    done = run("--help", env={**os.environ, "COLUMNS": "80"})
+    assert done.returncode == 0
+    assert re.findall(r"^    (\w+) ", done.stdout, re.MULTILINE) == NAMES
+    assert "python -m fastbn train\n" in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_help_of_each_command_has_examples_that_parse(name, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as exit:
+        main([name, "--help"])
+    assert exit.value.code == 0
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 80
+    examples = re.findall(r"^  .*python -m fastbn (.+)$", out.partition("examples:\n")[2], re.MULTILINE)
+    assert 1 <= len(examples) <= 3
+    for example in examples:
+        assert cli._parser().parse_args(example.split()).run is not None
+
+
+def test_version_and_a_missing_or_unknown_command(capsys):
+    for arguments, code, text in ((["--version"], 0, f"fastbn {fastbn.__version__}"), ([], 2, "COMMAND"), (["trian"], 2, "trian")):
+        with pytest.raises(SystemExit) as exit:
+            main(arguments)
+        assert exit.value.code == code
+        captured = capsys.readouterr()
+        assert text in captured.out + captured.err
+
+
+def test_starting_imports_nothing_heavy():
+    code = (
+        "import sys, fastbn.cli\n"
+        "try: fastbn.cli.main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'numba', 'rich', 'matplotlib', 'sklearn', 'torch', 'scipy'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL, timeout=120)
+
+
+@pytest.mark.parametrize("text", ["32,64,56,56", "32x64x56x56", "(32, 64, 56, 56)"])
+def test_explain(text, capsys):
+    assert main(["explain", text, "float32"]) == 0
+    assert capsys.readouterr().out == f"{fastbn.explain((32, 64, 56, 56), 'float32')}\n"
+
+
+def test_explain_options(capsys):
+    assert main(["explain", "8,4,4,16", "float64", "--axis", "-1", "--backend", "reference"]) == 0
+    assert capsys.readouterr().out == f"{fastbn.explain((8, 4, 4, 16), 'float64', -1, backend='reference')}\n"
+    assert main(["explain", "8,16,4,4", "--channels-last"]) == 0
+    assert capsys.readouterr().out == f"{fastbn.explain((8, 16, 4, 4), channels_last=True)}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["32,a"], "SHAPE: given '32,a', want whole numbers with commas"),
+        (["32,-4"], "SHAPE: given '32,-4'"),
+        ([""], "SHAPE: given ''"),
+        (["32"], "want rank 2 or more"),
+        (["32,4", "--axis", "2"], "axis: given 2, want one from -2 to 1"),
+        (["32,4", "int8"], "given int8, want float32 or float64"),
+        (["32,4", "flout32"], "given 'flout32', want float32 or float64"),
+        (["32,4", "--backend", "gpu"], "backend='gpu' can't be served. Registered: cuda: "),
+        (["32,4", "--backend", "cuda"], "backend='cuda' can't be served"),
+    ],
+)
+def test_explain_refuses(arguments, message, capsys):
+    assert message in refused(capsys, "explain", *arguments)
+
+
+def test_traceback_on_demand():
+    with pytest.raises(ValueError, match="SHAPE"):
+        main(["--traceback", "explain", "32,a"])
+
+
+def test_a_real_process_fails_in_one_line():
+    done = run("explain", "32,64", env={**os.environ, "FASTBN_BACKEND": "gpu"})
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("fastbn: FASTBN_BACKEND='gpu' can't be served. Registered: ")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a closed pipe is another error on Windows")
+def test_a_closed_pipe_is_silent():
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run([sys.executable, "-m", "fastbn", "info"], stdout=writing, stderr=subprocess.PIPE, text=True, timeout=120)
+    os.close(writing)
+    assert done.returncode == 141
+    assert done.stderr == ""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows processes are not ended by signals")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_leaves_nothing_behind(number, code, tmp_path):
+    np.save(tmp_path / "x.npy", np.zeros((2000, 50), np.float32))
+    # A copy that never ends: every chunk takes a second.
+    slow = (
+        "import sys, time\nfrom fastbn import functional\nfrom fastbn.cli import main\n"
+        "functional.batch_norm_inference = lambda *a, **k: time.sleep(1)\nsys.exit(main(sys.argv[1:]))"
+    )
+    arguments = ["moments", str(tmp_path / "x.npy"), "--normalize", str(tmp_path / "y.npy"), "--chunk-mb", "0.004"]
+    with subprocess.Popen([sys.executable, "-c", slow, *arguments], stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 60
+        while not list(tmp_path.glob(".y.npy.*.part")):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(number)
+        err = process.communicate(timeout=60)[1]
+    assert process.returncode == code
+    assert "Traceback" not in err
+    assert [path.name for path in tmp_path.iterdir()] == ["x.npy"]
+
+
+def test_sigterm_is_restored(capsys):
+    before = signal.getsignal(signal.SIGTERM)
+    assert main(["explain", "4,4"]) == 0
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_info_in_a_real_process():
+    environment = {**os.environ, "FASTBN_STREAM_BYTES": "1000"}
+    environment.pop("NUMBA_THREADING_LAYER", None)
+    done = run("info", env=environment)
+    assert done.returncode == 0
+    assert done.stderr == ""
+    lines = done.stdout.splitlines()
+    facts = {line[:15].strip(): line[17:] for line in lines if line[:15].strip()}
+    assert list(facts) == [
+        "fastbn", "python", "numpy", "numba", "llvmlite", "tbb", "processor", "vectors", "cores", "threads",
+        "threading layer", "kernel cache", "backends", "environment",
+    ]  # fmt: skip
+    assert facts["fastbn"].startswith(f"{fastbn.__version__} in ")
+    assert facts["numpy"] == np.__version__
+    assert facts["threading layer"] in ("tbb", "omp", "workqueue")
+    assert re.match(r"(128|256|512) bits .*|unknown", facts["vectors"])
+    for line in ("cuda: ", "cpu: available", "reference: available", "FASTBN_STREAM_BYTES=1000", "NUMBA_THREADING_LAYER is not set"):
+        assert any(given[17:].startswith(line) for given in lines), line
+
+
+def test_the_kernel_cache_named_is_the_one_used(tmp_path):
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "NUMBA_DISABLE_JIT": "0"}
+    code = (
+        "import numpy\nfrom fastbn import info\nfrom fastbn.backends import cpu\nfrom fastbn.kernels import _jit\n"
+        "_jit.KERNELS[0].form(numpy.dtype('f4'), False)\nprint(info.cache_directory())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True, timeout=120)
+    used = {path.parent for path in tmp_path.rglob("*.nbi")}
+    assert used == {type(tmp_path)(done.stdout.strip())}
+
+
+def test_info_without_extras_and_without_a_jit(capsys, monkeypatch):
+    import numba
+
+    monkeypatch.setitem(sys.modules, "rich", None)
+    monkeypatch.setattr(numba.config, "DISABLE_JIT", 1)
+    monkeypatch.setattr(info.metadata, "version", lambda name: (_ for _ in ()).throw(info.metadata.PackageNotFoundError(name)))
+    assert main(["info"]) == 0
+    out = capsys.readouterr().out
+    assert "tbb              not installed\n" in out
+    assert "nowhere: NUMBA_DISABLE_JIT is set" in out
+
+
+def test_warmup_compiles_and_says_what(capsys, monkeypatch):
+    from fastbn.backends import cpu  # noqa: F401  # registers the kernels
+    from fastbn.kernels import _jit
+
+    monkeypatch.setattr(_jit, "KERNELS", _jit.KERNELS[:1])
+    assert main(["warmup"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    kernel = _jit.KERNELS[0].name
+    forms = [f"{kernel} {dtype} {form}" for dtype in ("float32", "float64") for form in ("serial", "parallel")]
+    assert [line.split("  ")[-1] for line in lines[:-1]] == forms
+    assert lines[-1].endswith(info.cache_directory())
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """A bench of two small arrays, on a machine that counts as quiet."""
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(quickbench, "SHAPES", (((4, 3, 5, 5), True), ((16, 4), False)))
+    monkeypatch.setattr(quickbench, "others", lambda: 0.0)
+    monkeypatch.setattr(cases, "accuracy", functools.partial(cases.accuracy, (8, 4, 6, 6)))
+
+
+README = "# Title\n\n<!-- speed:begin -->\nold\n<!-- speed:end -->\nbetween\n<!-- accuracy:begin -->\n<!-- accuracy:end -->\nlast line\n"
+
+
+def test_bench_speed(tiny, tmp_path, capsys):
+    readme, numbers = tmp_path / "README.md", tmp_path / "speed.json"
+    readme.write_text(README)
+    assert main(["bench", "--repeats", "2", "--json", str(numbers), "--readme", str(readme)]) == 0
+    out = capsys.readouterr().out
+    record = json.loads(numbers.read_text())
+    assert [(row["shape"], row["channels"], row["pass"]) for row in record["speed"]] == [
+        ("4x3x5x5", "last", "forward"), ("4x3x5x5", "last", "backward"), ("16x4", "first", "forward"), ("16x4", "first", "backward"),
+    ]  # fmt: skip
+    assert all(0 < s < 1 for row in record["speed"] for s in row["seconds"].values())
+    assert set(record["speed"][0]["seconds"]) >= {"fastbn", "NumPy"}
+    assert record["machine"]["numpy"] == np.__version__
+    text = readme.read_text()
+    assert text.startswith("# Title\n\n<!-- speed:begin -->\n| shape | channels | pass | fastbn | NumPy takes |")
+    assert text.endswith("<!-- speed:end -->\nbetween\n<!-- accuracy:begin -->\n<!-- accuracy:end -->\nlast line\n")
+    assert "old" not in text
+    assert text.count("\n| ") == 1 + 1 + 4
+    assert record["machine"]["date"] in text
+    ratio = record["speed"][0]["seconds"]["NumPy"] / record["speed"][0]["seconds"]["fastbn"]
+    assert f"{ratio:.1f}x" in text
+    assert f"{ratio:.1f}x" in out
+
+
+def test_bench_accuracy(tiny, tmp_path, capsys):
+    readme = tmp_path / "README.md"
+    readme.write_text(README)
+    assert main(["bench", "--accuracy", "--readme", str(readme)]) == 0
+    out = capsys.readouterr().out
+    text = readme.read_text()
+    assert "<!-- speed:begin -->\nold\n<!-- speed:end -->" in text
+    for name in cases.accuracy_cases((2, 1)):
+        assert f"\n| {name} | " in text
+        assert f"\n{name} " in out
+    assert max(len(line) for line in out.splitlines() if not line.startswith("wrote")) <= 80
+
+
+def test_accuracy_sees_errors_of_the_peer(monkeypatch):
+    """The table is worth its name: a naive variance in place of fastbn's shows there."""
+
+    def naive(x):
+        var = np.square(x).mean((0, 2, 3)) - np.square(x.mean((0, 2, 3)))
+        return (x - x.mean((0, 2, 3), keepdims=True)) / np.sqrt(np.maximum(var, 0) + config.EPS).reshape(1, -1, 1, 1), var
+
+    shape = (8, 4, 16, 16)
+    right = {row["case"]: row["errors"]["fastbn first"] for row in cases.accuracy(shape)}
+    monkeypatch.setattr(cases, "_fastbn", naive)
+    with np.errstate(over="ignore", invalid="ignore"):
+        wrong = {row["case"]: row["errors"]["fastbn first"] for row in cases.accuracy(shape)}
+    assert wrong["offset 0"]["var"] < 1e-5
+    for case in ("offset 1e4", "offset 1e6"):
+        assert right[case]["var"] < 2e-6 < 1e-2 < wrong[case]["var"]
+        assert right[case]["y"] < 2e-6 < 1e-2 < wrong[case]["y"]
+
+
+def test_pytorch_stands_beside(tiny, capsys):
+    pytest.importorskip("torch", reason="the peers extra is not installed")
+    assert main(["bench", "--repeats", "1"]) == 0
+    assert "PyTorch takes" in capsys.readouterr().out
+    assert main(["bench", "--accuracy"]) == 0
+    assert "PyTorch last" in capsys.readouterr().out
+
+
+def test_without_pytorch_it_is_left_out(tiny, capsys, monkeypatch):
+    monkeypatch.setattr(cases, "torch", lambda: None)
+    assert main(["bench", "--repeats", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "PyTorch is not installed and is left out" in out
+    assert "PyTorch takes" not in out
+    assert main(["bench", "--accuracy"]) == 0
+    assert "PyTorch first" not in capsys.readouterr().out
+
+
+def test_results_that_differ_are_not_timed(tiny, monkeypatch):
+    monkeypatch.setattr(quickbench, "_numpy_forward", lambda x, gamma, beta, y, axes: (x + 1,))
+    monkeypatch.setattr(quickbench, "interleaved", lambda *_: pytest.fail("timed a wrong result"))
+    with pytest.raises(SystemExit, match="result 0 of NumPy and fastbn differ by"):
+        main(["bench", "--repeats", "1"])
+
+
+def test_a_busy_machine_writes_no_readme(tiny, tmp_path, capsys, monkeypatch):
+    readme = tmp_path / "README.md"
+    readme.write_text(README)
+    used = iter((0.0, 1e6))
+    monkeypatch.setattr(quickbench, "others", lambda: next(used))
+    assert main(["bench", "--repeats", "1", "--readme", str(readme)]) == 1
+    assert "repeat them on a quiet machine" in capsys.readouterr().err
+    assert readme.read_text() == README
+
+
+def test_others_counts_other_processes_only():
+    before = quickbench.others()
+    if before is None:
+        pytest.skip("this system has no /proc/stat")
+    assert quickbench.crowded(before, 1e9, 1) is None
+    assert quickbench.crowded(None, 1.0, 1) is None
+    assert "other processes used" in quickbench.crowded(before - 1e9, 1.0, 1)
+
+
+@pytest.mark.parametrize("text", ["no markers", README + README])
+def test_bench_wants_one_block_before_it_starts(text, tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(quickbench, "speed", lambda repeats: pytest.fail("worked before it looked"))
+    (tmp_path / "README.md").write_text(text)
+    assert "blocks from <!-- speed:begin --> to <!-- speed:end -->, want one" in refused(
+        capsys, "bench", "--readme", str(tmp_path / "README.md")
+    )
+    assert (tmp_path / "README.md").read_text() == text
+
+
+def test_bench_refuses(tmp_path, capsys, monkeypatch):
+    assert "--repeats: given 0, want 1 or more" in refused(capsys, "bench", "--repeats", "0")
+    assert "there is no directory" in refused(capsys, "bench", "--json", str(tmp_path / "none" / "x.json"))
+    assert "No such file" in refused(capsys, "bench", "--readme", str(tmp_path / "none.md"))
+    monkeypatch.setitem(sys.modules, "rich", None)
+    assert "pip install 'fastbn[demo]'" in refused(capsys, "bench")
+
+
+def test_missing_extras_are_import_errors():
+    assert issubclass(MissingExtra, ImportError)

@@ -1,0 +1,282 @@
+"""The `moments` command: files of any order, axis and byte order, in bounded memory; bad files; nothing half-written."""
+
+import io
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import fastbn
+from fastbn import functional, stream
+from fastbn.cli import main
+from fastbn.errors import DataError
+
+SHAPE = (5, 6, 7, 3)
+
+
+def data(dtype="float32", order="C", shape=SHAPE):
+    x = np.random.default_rng(1).standard_normal(shape) * np.linspace(1, 3, shape[-1]) + 100
+    return np.asarray(x.astype(dtype), order=order)
+
+
+@pytest.fixture
+def npy(tmp_path):
+    path = tmp_path / "x.npy"
+    np.save(path, data())
+    return path
+
+
+def left(tmp_path):
+    """Names beside the input; a temporary file would show here."""
+    return sorted(path.name for path in tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("chunk_bytes", [3, 40, 300, 10**6], ids=["below one value", "below one row", "rows", "whole"])
+@pytest.mark.parametrize("axis", [0, 1, -1])
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("dtype", ["<f4", ">f4", "<f8", ">f8"])
+def test_every_order_axis_and_chunk(tmp_path, dtype, order, axis, chunk_bytes):
+    x = data(dtype, order)
+    np.save(tmp_path / "x.npy", x)
+    arguments = ["moments", "x.npy", "--axis", axis, "--save", "s.npz", "--normalize", "y.npy", "--chunk-mb", chunk_bytes / 1e6]
+    paths = [str(tmp_path / a) if str(a).endswith((".npy", ".npz")) else str(a) for a in arguments]
+    assert main(paths) == 0
+
+    wide = np.moveaxis(x.astype(np.float64), axis, 0).reshape(x.shape[axis], -1)
+    saved = np.load(tmp_path / "s.npz")
+    assert saved["count"] == wide.shape[1]
+    assert saved["axis"] == axis % x.ndim
+    np.testing.assert_allclose(saved["mean"], wide.mean(1), rtol=1e-6)
+    np.testing.assert_allclose(saved["var"], wide.var(1), rtol=1e-6)
+    np.testing.assert_allclose(saved["std"], wide.std(1), rtol=1e-6)
+
+    y = np.load(tmp_path / "y.npy")
+    assert (y.dtype, y.shape, y.flags.f_contiguous) == (x.dtype, x.shape, x.flags.f_contiguous)
+    expected = (wide - wide.mean(1)[:, None]) / np.sqrt(wide.var(1) + 1e-5)[:, None]
+    np.testing.assert_allclose(np.moveaxis(y, axis, 0).reshape(expected.shape), expected, atol=5e-6)
+    assert left(tmp_path) == ["s.npz", "x.npy", "y.npy"]
+
+
+@given(st.lists(st.integers(1, 5), min_size=2, max_size=5), st.data(), st.integers(1, 5000))
+def test_chunks_are_consecutive_and_hold_the_channels_they_say(shape, draw, limit):
+    axis = draw.draw(st.integers(0, len(shape) - 1))
+    npy = stream.Npy(Path("x"), np.dtype("f8"), tuple(shape), tuple(shape), axis, 0)
+    channel = np.indices(shape)[axis].ravel()
+    position = 0
+    for dims, first in stream._chunks(npy, limit):
+        size = math.prod(dims)
+        assert size == 1 or size * 8 <= limit
+        expected = np.broadcast_to(np.arange(first, first + dims[axis]).reshape([-1 if a == axis else 1 for a in range(len(dims))]), dims)
+        np.testing.assert_array_equal(channel[position : position + size], expected.ravel())
+        position += size
+    assert position == math.prod(shape)
+
+
+def test_a_chunked_mean_at_a_large_offset_is_exact_enough(tmp_path):
+    x = np.random.default_rng(0).standard_normal((4000, 3), np.float32) + np.float32(1e6)
+    np.save(tmp_path / "x.npy", x)
+    m = stream.file_moments(stream.open_npy(tmp_path / "x.npy", 1), 1000, lambda done: None)
+    np.testing.assert_allclose(m.mean, x.mean(0, np.float64), rtol=1e-9)
+    np.testing.assert_allclose(m.var(), x.var(0, np.float64), rtol=1e-6)
+
+
+def test_nan_and_inf_stay_in_their_channel(tmp_path, capsys):
+    x = data(shape=(50, 3))
+    x[7, 0], x[8, 1] = np.nan, np.inf
+    np.save(tmp_path / "x.npy", x)
+    assert main(["moments", str(tmp_path / "x.npy"), "--chunk-mb", "0.0001", "--save", str(tmp_path / "s.npz")]) == 0
+    saved = np.load(tmp_path / "s.npz")
+    assert np.isnan(saved["mean"][0])
+    assert not np.isfinite(saved["mean"][1])
+    assert np.isfinite(saved["std"][2])
+    assert "2 channels hold NaN or infinite values" in capsys.readouterr().err
+
+
+def test_the_printed_table(npy, capsys):
+    assert main(["moments", str(npy)]) == 0
+    out = capsys.readouterr().out
+    assert "float32, shape (5, 6, 7, 3), 2,520 bytes" in out
+    assert "channel axis 1: 6 channels of 105 values" in out
+    m = fastbn.moments(data())
+    rows = [line.split() for line in out.splitlines() if line[:1].isdigit()]
+    expected = np.stack([np.arange(6), m.mean, m.std()], 1)
+    np.testing.assert_allclose(np.array(rows, float), expected, rtol=1e-8)
+
+
+def test_many_channels_are_shortened(tmp_path, capsys):
+    np.save(tmp_path / "x.npy", data(shape=(4, 100)))
+    assert main(["moments", str(tmp_path / "x.npy")]) == 0
+    out = capsys.readouterr().out
+    assert "80 channels in between are left out; --save OUT.npz keeps them all" in out
+    rows = [line.split()[0] for line in out.splitlines() if len(line.split()) == 3]
+    assert rows == ["channel", *map(str, range(10)), "...", *map(str, range(90, 100))]
+
+
+MEASURE = """
+import resource, sys
+from fastbn.cli import main
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+main(["moments", sys.argv[1]])
+before = peak()
+main(["moments", sys.argv[2], "--chunk-mb", "16", "--axis", sys.argv[3]])
+print("grown", peak() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no getrusage to measure with")
+@pytest.mark.parametrize("axis", [0, 1])
+def test_memory_is_bounded_by_the_chunk(npy, tmp_path, axis):
+    shape = (4, 300, 250, 250)  # 300 MB, a hole in the file system
+    with (tmp_path / "big.npy").open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
+        file.truncate(file.tell() + 4 * math.prod(shape))
+    command = [sys.executable, "-c", MEASURE, str(npy), str(tmp_path / "big.npy"), str(axis)]
+    environment = {**os.environ, "NUMBA_DISABLE_JIT": "0"}
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, timeout=300)
+    assert "75,000,000 bytes" not in done.stdout
+    assert "300,000,000 bytes" in done.stdout
+    assert int(done.stdout.split("grown")[1]) < 40e6
+
+
+def _bytes(array, **options):
+    file = io.BytesIO()
+    np.save(file, array, **options)
+    return file.getvalue()
+
+
+HEADER = _bytes(data())[:128]
+BAD = {
+    "cut short in the data": (_bytes(data())[:-1], "cut short: the header promises float32 of shape (5, 6, 7, 3), 1 bytes more"),
+    "cut short in the header": (HEADER[:50], "damaged .npy header"),
+    "cut short in the magic": (HEADER[:5], "damaged .npy header"),
+    "empty": (b"", "is not a .npy file"),
+    "text": (b"1,2,3\n4,5,6\n", "is not a .npy file"),
+    "an archive": (b"PK\x03\x04" + bytes(100), "is an .npz archive, want a .npy file"),
+    "a header of nonsense": (HEADER.replace(b"'shape'", b"'shale'"), "damaged .npy header"),
+    "a header that can't be parsed": (HEADER.replace(b"{", b"("), "damaged .npy header"),
+    "a format to come": (HEADER.replace(b"NUMPY\x01", b"NUMPY\x07"), "damaged .npy header"),
+    "a negative shape": (HEADER.replace(b"(5, 6", b"(5,-6") + bytes(2520), "cut short"),
+    "a gigantic shape": (HEADER.replace(b"(5, 6, 7, 3), }     ", b"(99999999999999, 6)}"), "cut short"),
+    "integers": (_bytes(np.ones((2, 3), np.int32)), "holds int32, want float32 or float64"),
+    "half precision": (_bytes(np.ones((2, 3), np.float16)), "holds float16, want float32 or float64"),
+    "complex": (_bytes(np.ones((2, 3), np.complex64)), "holds complex64, want float32 or float64"),
+    "strings": (_bytes(np.array([["a", "b"]])), "holds <U1, want float32 or float64"),
+    "objects": (_bytes(np.array([[None, 1]]), allow_pickle=True), "holds object, want float32 or float64"),
+    "records": (_bytes(np.zeros((2, 2), "f4,i4")), "want float32 or float64"),
+    "one axis": (_bytes(np.ones(3, np.float32)), "want rank 2 or more"),
+    "a scalar": (_bytes(np.float32(1)), "want rank 2 or more"),
+    "no channels": (_bytes(np.ones((3, 0), np.float32)), "with no channels"),
+    "no values": (_bytes(np.ones((0, 3), np.float32)), "holds no values"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_files(name, tmp_path, capsys):
+    content, message = BAD[name]
+    (tmp_path / "x.npy").write_bytes(content)
+    assert main(["moments", str(tmp_path / "x.npy"), "--save", str(tmp_path / "s.npz"), "--normalize", str(tmp_path / "y.npy")]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.startswith("fastbn: ")
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+    assert left(tmp_path) == ["x.npy"]
+
+
+def test_missing_file_and_directory(tmp_path, capsys):
+    assert main(["moments", str(tmp_path / "none.npy")]) == 2
+    assert "none.npy: no such file" in capsys.readouterr().err
+    assert main(["moments", str(tmp_path)]) == 2
+    assert "is not a file" in capsys.readouterr().err
+
+
+def test_an_axis_out_of_range(npy, capsys):
+    assert main(["moments", str(npy), "--axis", "4"]) == 2
+    assert "axis: given 4, want one from -4 to 3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--normalize", "x.npy"], "is the input itself"),
+        (["--normalize", "link.npy"], "is the input itself"),
+        (["--save", "x.npy"], "is the input itself"),
+        (["--normalize", "none/y.npy"], "there is no directory"),
+        (["--save", "none/s.npz"], "there is no directory"),
+        (["--save", "."], "is not a file and can't be replaced"),
+        (["--normalize", "y.npy", "--save", "y.npy"], "given to both --save and --normalize"),
+        (["--normalize", "y.npy", "--eps", "0"], "eps: given 0.0, want a positive number"),
+        (["--chunk-mb", "0"], "--chunk-mb: given 0, want a positive number"),
+        (["--chunk-mb", "nan"], "--chunk-mb: given nan, want a positive number"),
+    ],
+)
+def test_bad_outputs_are_refused_before_any_work(options, message, npy, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(stream, "file_moments", lambda *_: pytest.fail("worked before it looked"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link.npy").symlink_to(npy)
+    assert main(["moments", "x.npy", *options]) == 2
+    assert message in capsys.readouterr().err
+    assert left(tmp_path) == ["link.npy", "x.npy"]
+    np.testing.assert_array_equal(np.load(npy), data())
+
+
+def test_a_full_disk_is_noticed_before_any_work(npy, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(stream.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    assert main(["moments", str(npy), "--normalize", str(tmp_path / "y.npy")]) == 2
+    assert "needs 2,648 bytes, its disk has 1,000 left" in capsys.readouterr().err
+    assert left(tmp_path) == ["x.npy"]
+
+
+@pytest.mark.parametrize(("raised", "code"), [(KeyboardInterrupt, 130), (OSError(28, "No space left on device"), 2)])
+@pytest.mark.parametrize("before", [None, b"precious"], ids=["new", "replacing"])
+def test_an_interrupt_in_the_middle_leaves_nothing(raised, code, before, npy, tmp_path, capsys, monkeypatch):
+    inference, calls = functional.batch_norm_inference, []
+
+    def interrupted(*args, **options):
+        assert any(name.endswith(".part") for name in left(tmp_path))
+        calls.append(args)
+        if len(calls) == 3:
+            raise raised
+        return inference(*args, **options)
+
+    monkeypatch.setattr(functional, "batch_norm_inference", interrupted)
+    y = tmp_path / "y.npy"
+    if before:
+        y.write_bytes(before)
+    assert main(["moments", str(npy), "--normalize", str(y), "--save", str(tmp_path / "s.npz"), "--chunk-mb", "0.0005"]) == code
+    assert len(calls) == 3
+    assert left(tmp_path) == (["x.npy", "y.npy"] if before else ["x.npy"])
+    assert before is None or y.read_bytes() == before
+    err = capsys.readouterr().err
+    assert err.startswith("fastbn: ")
+    assert "Traceback" not in err
+
+
+def test_a_file_cut_short_while_it_is_read(npy):
+    header = stream.open_npy(npy, 1)
+    os.truncate(npy, npy.stat().st_size - 400)
+    with pytest.raises(DataError, match="was cut short while it was read"):
+        stream.file_moments(header, 500, lambda done: None)
+
+
+def test_outputs_get_ordinary_permissions_and_follow_links(npy, tmp_path):
+    (tmp_path / "target.npy").write_bytes(b"old")
+    (tmp_path / "y.npy").symlink_to(tmp_path / "target.npy")
+    assert main(["moments", str(npy), "--normalize", str(tmp_path / "y.npy"), "--save", str(tmp_path / "s.npz")]) == 0
+    assert (tmp_path / "y.npy").is_symlink()
+    assert np.load(tmp_path / "target.npy").shape == SHAPE
+    (tmp_path / "plain").write_bytes(b"")
+    assert (tmp_path / "s.npz").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_without_rich_the_remedy_is_named(npy, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "rich", None)
+    assert main(["moments", str(npy)]) == 2
+    assert "pip install 'fastbn[demo]'" in capsys.readouterr().err
