@@ -122,13 +122,13 @@ def batch_norm(
     gamma = layout.as_parameter(gamma, x.shape[axis], x.dtype, "gamma")
     beta = layout.as_parameter(beta, x.shape[axis], x.dtype, "beta")
     eps = layout.check_eps(eps, training=True)
+    layout.check_count(x, x.shape[axis])
     if out is not None:
         layout.check_out(out, x)
     served = select(backend)
     if x.size == 0:
         return _empty(x, out), Moments(0, np.zeros(x.shape[axis]), np.zeros(x.shape[axis]))
     plan, view = layout.plan_of(x, axis)
-    layout.check_count(plan)
     target = _Target(plan, view.dtype, out)
     m = served.forward(view, gamma, beta, eps, target.view)[1]
     return target.finish(plan), m
@@ -275,7 +275,7 @@ def batch_norm_inference_backward(
 def _backward(
     dy: ArrayLike,
     x: ArrayLike,
-    m: Moments | None,
+    m: Any,
     constant: tuple[ArrayLike, ArrayLike] | None,
     gamma: ArrayLike | None,
     axis: int,
@@ -288,11 +288,12 @@ def _backward(
     axis = layout.check_axis(x.shape, axis)
     channels = x.shape[axis]
     gamma = layout.as_parameter(gamma, channels, x.dtype, "gamma")
-    eps = layout.check_eps(eps, training=m is not None)
-    if m is not None:
+    eps = layout.check_eps(eps, training=constant is None)
+    if constant is None:
         layout.check_moments(m, channels, x.size // channels)
+        layout.check_count(x, channels)
         mean = layout.as_statistic(m.mean, channels, "moments.mean")
-    elif constant is not None:
+    else:
         mean = layout.as_statistic(constant[0], channels, "mean")
         var = layout.as_statistic(constant[1], channels, "var")
     if out is not None:
@@ -302,14 +303,11 @@ def _backward(
         zeros = np.zeros((2, channels), x.dtype.newbyteorder("="))
         return _empty(x, out), zeros[0], zeros[1]
     plan, view = layout.plan_of(x, axis)
-    if m is not None:
-        layout.check_count(plan)
-        rstd = m.rstd(eps)
-    else:
-        rstd = inverse_deviation(var, eps)
+    rstd = m.rstd(eps) if constant is None else inverse_deviation(var, eps)
     target = _Target(plan, view.dtype, out)
-    sums = served.backward(layout.view_as(plan, dy), view, mean, rstd, gamma, target.view, m is not None)
-    return target.finish(plan), sums[1].astype(view.dtype), sums[2].astype(view.dtype)
+    sums = served.backward(layout.view_as(plan, dy), view, mean, rstd, gamma, target.view, constant is None)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return target.finish(plan), sums[1].astype(view.dtype), sums[2].astype(view.dtype)
 
 
 def inverse_deviation(var: NDArray[np.float64], eps: float) -> NDArray[np.float64]:

@@ -8,6 +8,7 @@ and strided arrays become canonical without a copy wherever two strides describe
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Literal, cast
@@ -25,21 +26,15 @@ ALIGNMENT = 64
 class Plan:
     """How arrays of one shape and memory order become canonical.
 
-    Attributes
-    ----------
-    kind : {"channels_first", "channels_last"}
-        Which kernels run.
-    dims : tuple of int
-        (N, C, S) or (R, C).
-    order : tuple of int or None
-        The transposition before the reshape to `dims`; None where the plain reshape does.
-    count, channels : int
-        Values per channel, number of channels.
+    `kind` tells which kernels run, `dims` is (N, C, S) or (R, C), `order` the transposition before the reshape to `dims` (None where the
+    plain reshape does), `count` the values per channel of `channels`.
     """
 
-    __slots__ = ("_back", "_moved", "channels", "count", "dims", "kind", "order", "shape")
+    __slots__ = ("_own", "channels", "count", "dims", "kind", "order", "shape")
 
-    def __init__(self, shape: tuple[int, ...], axis: int, outer: Sequence[int], inner: Sequence[int], last: bool) -> None:
+    def __init__(
+        self, shape: tuple[int, ...], strides: tuple[int, ...], axis: int, outer: Sequence[int], inner: Sequence[int], last: bool
+    ) -> None:
         self.shape = shape
         self.channels = shape[axis]
         n, s = (math.prod(shape[a] for a in axes) for axes in (outer, inner))
@@ -50,16 +45,16 @@ class Plan:
         order = (*ones, *outer, axis, *inner)
         significant = [a for a in order if shape[a] != 1]
         self.order = None if significant == sorted(significant) else order
-        self._moved = tuple(shape[a] for a in order)
-        self._back = tuple(int(a) for a in np.argsort(order))
+        # Memory order of a result: as the planned array has it, also where its channels are the outermost axis.
+        outermost = not last and all(abs(strides[axis]) > abs(strides[a]) for a in outer)
+        own = (*ones, axis, *outer, *inner) if outermost else order
+        self._own = None if own == tuple(range(len(shape))) else own
 
     def view(self, array: Array) -> Array | None:
         """The canonical view of an array of this plan's shape, or None where that would take a copy."""
         moved = array if self.order is None else array.transpose(self.order)
         view = moved.reshape(self.dims)
-        if self.order is None and array.flags.c_contiguous:
-            return view
-        if view.size == 0:
+        if view.size == 0 or (self.order is None and array.flags.c_contiguous):
             return view
         if self.dims[-1] == 1:  # rows of one value would waste a vector each
             return view if self.count == 1 else None
@@ -68,20 +63,24 @@ class Plan:
     def empty(self, dtype: DTypeLike) -> tuple[Array, Array]:
         """Fresh memory in this memory order: (array of `shape`, its canonical view), on a 64-byte boundary where it is large."""
         dtype = np.dtype(dtype)
-        size = math.prod(self.dims)
-        if size * dtype.itemsize < 64 * ALIGNMENT:
-            canonical = np.empty(self.dims, dtype)
+        own = self._own or range(len(self.shape))
+        shape = tuple(self.shape[a] for a in own)
+        size = math.prod(shape) * dtype.itemsize
+        if size < 64 * ALIGNMENT:
+            whole = np.empty(shape, dtype)
         else:  # np.empty aligns to 16 bytes, streaming stores want 64
-            raw = np.empty(size * dtype.itemsize + ALIGNMENT, np.uint8)
+            raw = np.empty(size + ALIGNMENT, np.uint8)
             start = -raw.ctypes.data % ALIGNMENT
-            canonical = raw[start : start + size * dtype.itemsize].view(dtype).reshape(self.dims)
-        return self.restore(canonical), canonical
+            whole = raw[start : start + size].view(dtype).reshape(shape)
+        if self._own is not None:
+            whole = whole.transpose(np.argsort(own))
+        return whole, cast(Array, self.view(whole))  # a compact array in this order always has one
 
     def restore(self, canonical: Array) -> Array:
-        """The inverse of `view`: a compact canonical array in this plan's shape."""
+        """The inverse of `view`: a canonical array in this plan's shape."""
         if self.order is None:
             return canonical.reshape(self.shape)
-        moved: Array = canonical.reshape(self._moved).transpose(self._back)
+        moved: Array = canonical.reshape([self.shape[a] for a in self.order]).transpose(np.argsort(self.order))
         return moved
 
 
@@ -90,27 +89,25 @@ def _plan(shape: tuple[int, ...], strides: tuple[int, ...], axis: int, itemsize:
     others = [a for a in range(len(shape)) if a != axis and shape[a] != 1]
     others.sort(key=lambda a: -abs(strides[a]))
     if shape[axis] > 1 and strides[axis] == itemsize and not any(strides[a] == itemsize for a in others):
-        return Plan(shape, axis, others, (), last=True)
+        return Plan(shape, strides, axis, others, (), last=True)
     inner: list[int] = []
     step = itemsize
     while others and strides[others[-1]] == step:
         inner.insert(0, others.pop())
         step *= shape[inner[0]]
-    return Plan(shape, axis, others, inner, last=False)
+    return Plan(shape, strides, axis, others, inner, last=False)
 
 
 def plan_of(x: Array, axis: int) -> tuple[Plan, Array]:
     """The plan of a checked array, and its canonical view (a copy only where two strides can't describe it)."""
-    if x.dtype.isnative:
-        plan = _plan(x.shape, x.strides, axis, x.itemsize)
-        view = plan.view(x)
-        if view is not None:
-            return plan, view
+    plan = _plan(x.shape, x.strides, axis, x.itemsize)
+    if x.dtype.isnative and (view := plan.view(x)) is not None:
+        return plan, view
     compact = np.empty_like(x, dtype=x.dtype.newbyteorder("="), subok=False)
     compact[...] = x
     plan = _plan(compact.shape, compact.strides, axis, compact.itemsize)
     view = plan.view(compact)
-    assert view is not None  # a compact array always has a plan
+    assert view is not None  # a compact array always has one
     return plan, view
 
 
@@ -118,10 +115,7 @@ def plan_for(shape: tuple[int, ...], dtype: DTypeLike, axis: int, channels_last:
     """The plan of a compact array that need not exist: C order, or channels innermost in memory."""
     dtype = np.dtype(dtype)
     axes = [a for a in range(len(shape)) if a != axis] + [axis] if channels_last else list(range(len(shape)))
-    strides, step = [0] * len(shape), dtype.itemsize
-    for a in reversed(axes):
-        strides[a] = step
-        step *= max(shape[a], 1)
+    strides = [dtype.itemsize * math.prod(max(shape[b], 1) for b in axes[axes.index(a) + 1 :]) for a in range(len(shape))]
     return _plan(shape, tuple(strides), axis, dtype.itemsize)
 
 
@@ -141,13 +135,18 @@ def as_input(x: ArrayLike, name: str = "x") -> Array:
     if type(x) is not np.ndarray:
         if hasattr(x, "__cuda_array_interface__"):
             raise TypeError(f"{name}: given an array on a GPU ({type(x).__name__}), want a host array: copy it to the host first")
-        try:
-            x = np.asarray(x)
-        except ValueError as error:
-            raise TypeError(f"{name}: given ragged or mixed data ({error}), want an array of float32 or float64") from None
+        x = _as_array(x, name)
     if x.dtype.newbyteorder("=") not in FLOATS:
         raise TypeError(f"{name}: given dtype {x.dtype}, want float32 or float64: convert it first, e.g. {name}.astype('float32')")
     return x
+
+
+def _as_array(value: ArrayLike, name: str, dtype: np.dtype[Any] | None = None) -> Array:
+    """The array; `dtype` for what has none of its own."""
+    try:
+        return np.asarray(value, None if hasattr(value, "dtype") else dtype)
+    except ValueError as error:
+        raise TypeError(f"{name}: given ragged or mixed data ({error}), want an array of float32 or float64") from None
 
 
 def check_axis(shape: tuple[int, ...], axis: Any, name: str = "x") -> int:
@@ -162,6 +161,17 @@ def check_axis(shape: tuple[int, ...], axis: Any, name: str = "x") -> int:
     if shape[axis] == 0:
         raise ValueError(f"{name}: given shape {shape}, with no channels along axis {axis}; want at least one")
     return int(axis) % rank
+
+
+def check_shape(shape: Any) -> tuple[int, ...]:
+    """The shape of an array that need not exist."""
+    try:
+        sizes = tuple(operator.index(n) for n in shape)
+    except TypeError:
+        raise TypeError(f"shape: given {shape!r}, want a tuple of integers, like (32, 64, 56, 56)") from None
+    if min(sizes, default=0) < 0:
+        raise ValueError(f"shape: given {sizes}, want sizes of 0 or more")
+    return sizes
 
 
 def check_like(array: ArrayLike, x: Array, name: str) -> Array:
@@ -184,17 +194,27 @@ def check_out(out: Any, x: Array, *inputs: Array) -> None:
         raise ValueError(f"out: given shape {out.shape}, want {x.shape}, the shape of x")
     if not out.flags.writeable:
         raise ValueError("out: given a read-only array, want one that can be written")
-    if any(stride == 0 and n > 1 for stride, n in zip(out.strides, out.shape, strict=True)):
+    if _repeats(out):
         raise ValueError(f"out: given an array whose elements share memory (strides {out.strides}), want one of its own memory")
     for array in (x, *inputs):
         if not same_memory(out, array) and _overlap(out, array):
             raise ValueError("out: given an array that overlaps an input in part; want the input itself, or memory apart from it")
 
 
-def same_memory(a: Array, b: Array) -> bool:
+def _repeats(array: Array) -> bool:
+    """Whether elements may share memory: an axis that steps by less than the axes within it reach."""
+    reach = array.itemsize
+    for stride, n in sorted((abs(stride), n) for stride, n in zip(array.strides, array.shape, strict=True)):
+        if n > 1 and stride < reach:
+            return array.size > 0
+        reach += stride * (n - 1)
+    return False
+
+
+def same_memory(a: Any, b: Array) -> bool:
     """Whether two arrays are element for element the same memory."""
-    if a is b:
-        return True
+    if a is b or not isinstance(a, np.ndarray):
+        return a is b
     return a.ctypes.data == b.ctypes.data and a.strides == b.strides and a.shape == b.shape
 
 
@@ -211,7 +231,7 @@ def as_parameter(value: ArrayLike | None, channels: int, dtype: np.dtype[Any], n
     """gamma, beta: shape (C,) in the dtype of x, or None."""
     if value is None:
         return None
-    array = value if type(value) is np.ndarray else np.asarray(value, dtype=None if hasattr(value, "dtype") else dtype)
+    array = value if type(value) is np.ndarray else _as_array(value, name, dtype)
     dtype = dtype.newbyteorder("=")
     if array.dtype != dtype:
         raise TypeError(f"{name}: given dtype {array.dtype}, want {dtype}, as x has: convert one of them")
@@ -222,12 +242,12 @@ def as_parameter(value: ArrayLike | None, channels: int, dtype: np.dtype[Any], n
 
 def as_statistic(value: ArrayLike, channels: int, name: str) -> NDArray[np.float64]:
     """mean, var: shape (C,), float32 or float64 given, float64 returned (shared where it is that already)."""
-    array = np.asarray(value)
+    array = _as_array(value, name)
     if array.dtype.kind != "f" or array.dtype.itemsize not in (4, 8):
         raise TypeError(f"{name}: given dtype {array.dtype}, want float32 or float64")
     if array.shape != (channels,):
         raise ValueError(f"{name}: given shape {array.shape}, want ({channels},), one value per channel of x")
-    return np.ascontiguousarray(array, dtype=np.float64)
+    return array.astype(np.float64, copy=False)
 
 
 def check_running(mean: ArrayLike | None, var: ArrayLike | None) -> None:
@@ -237,12 +257,16 @@ def check_running(mean: ArrayLike | None, var: ArrayLike | None) -> None:
         raise ValueError(f"given running {given} without running {absent}; want both, or neither for batch statistics")
 
 
+def _number(value: Any, message: str) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise TypeError(message.format(value)) from None
+
+
 def check_eps(eps: Any, training: bool) -> float:
     """eps: positive in training, not negative at inference; in units of x squared."""
-    try:
-        value = float(eps)
-    except (TypeError, ValueError):
-        raise TypeError(f"eps: given {eps!r}, want a number") from None
+    value = _number(eps, "eps: given {!r}, want a number")
     if training and not 0 < value < math.inf:
         raise ValueError(f"eps: given {eps}, want a positive number in training, e.g. 1e-5")
     if not 0 <= value < math.inf:
@@ -250,10 +274,10 @@ def check_eps(eps: Any, training: bool) -> float:
     return value
 
 
-def check_count(plan: Plan) -> None:
+def check_count(x: Array, channels: int) -> None:
     """Training needs more than one value per channel (none at all is an empty batch, and allowed)."""
-    if plan.count == 1:
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {plan.shape}")
+    if x.size == channels:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
 
 
 def check_moments(moments: Any, channels: int, count: int) -> None:
@@ -276,15 +300,12 @@ def check_channels(num_features: Any) -> int:
 
 
 def check_momentum(momentum: Any) -> float | None:
-    """The weight of the new value, from 0 to 1; None for the cumulative average."""
+    """The weight of the new value; None for the cumulative average. Outside 0 to 1 it extrapolates, as PyTorch lets it."""
     if momentum is None:
         return None
-    try:
-        value = float(momentum)
-    except (TypeError, ValueError):
-        raise TypeError(f"momentum: given {momentum!r}, want a number from 0 to 1, or None for the cumulative average") from None
-    if not 0 <= value <= 1:
-        raise ValueError(f"momentum: given {momentum}, want a number from 0 to 1: the weight of the new value (1 - decay elsewhere)")
+    value = _number(momentum, "momentum: given {!r}, want a number from 0 to 1, or None for the cumulative average")
+    if not math.isfinite(value):
+        raise ValueError(f"momentum: given {momentum}, want a finite number: the weight of the new value (1 - decay elsewhere)")
     return value
 
 
@@ -293,9 +314,9 @@ def check_dtype(dtype: DTypeLike) -> np.dtype[Any]:
     try:
         given = np.dtype(dtype)
     except TypeError:
-        raise TypeError(f"dtype: given {dtype!r}, want float32 or float64") from None
-    if given not in FLOATS:
-        raise TypeError(f"dtype: given {given}, want float32 or float64")
+        given = None
+    if given is None or given not in FLOATS:  # None equals float64 to NumPy
+        raise TypeError(f"dtype: given {repr(dtype) if given is None else given}, want float32 or float64")
     return given
 
 
@@ -317,10 +338,12 @@ def check_state(state: Mapping[str, Any], own: Mapping[str, Array]) -> dict[str,
         raise ValueError(f"state_dict: missing {missing or 'nothing'}, unexpected {unexpected or 'nothing'}; want {list(own)}")
     checked = {}
     for key, value in state.items():
-        array = np.asarray(value)
+        array = _as_array(value, f"state_dict: {key}")
         if array.dtype.kind not in "fiu":
             raise TypeError(f"state_dict: {key} given as dtype {array.dtype}, want numbers")
         if array.shape != own[key].shape:
             raise ValueError(f"state_dict: {key} given shape {array.shape}, want {own[key].shape}")
+        if key == "num_batches_tracked" and not (array >= 0 and array == np.trunc(array)):
+            raise ValueError(f"state_dict: num_batches_tracked given {array}, want a whole number, 0 or more")
         checked[key] = array
     return checked

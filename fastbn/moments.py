@@ -77,6 +77,7 @@ class Moments:
         """
         return np.sqrt(self.var(ddof))
 
+    @np.errstate(all="ignore")
     def rstd(self, eps: float) -> Statistics:
         """1 / sqrt(var + eps) of each channel, with the biased variance.
 
@@ -91,6 +92,7 @@ class Moments:
         """
         return 1.0 / np.sqrt(self.var() + eps)
 
+    @np.errstate(all="ignore")  # NaN and Inf propagate without a warning
     def merge(self, other: Moments) -> Moments:
         """Moments of both groups of values together; neither is changed.
 

@@ -1,7 +1,7 @@
 """The backend contract in plain float64 NumPy, formulas as published (Ioffe & Szegedy 2015): the oracle of every test.
 
 Slow and simple on purpose: it holds float64 copies of its inputs. Select it with ``backend="reference"`` to check a result.
-Canonical views in, see `fastbn.backends.Backend`.
+Canonical views in, see `fastbn.backends.Backend`; NaN and Inf propagate without a warning.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ def _xhat(x: Array, mean: Array, rstd: Array) -> Wide:
     return (x.astype(np.float64) - _shaped(mean, x)) * _shaped(rstd, x)
 
 
+@np.errstate(all="ignore")
 def moments(x: Array) -> Moments:
     """Count, mean and m2 of each channel, two passes."""
     wide, axes = x.astype(np.float64), _axes(x)
@@ -42,6 +43,7 @@ def moments(x: Array) -> Moments:
     return Moments(x.size // mean.size, mean + correction, np.square(deviation).sum(axes))
 
 
+@np.errstate(all="ignore")
 def normalize(x: Array, mean: Array, rstd: Array, gamma: Array | None, beta: Array | None, out: Array) -> Array:
     """y = gamma * (x - mean) * rstd + beta."""
     y = _xhat(x, mean, rstd)
@@ -53,12 +55,14 @@ def normalize(x: Array, mean: Array, rstd: Array, gamma: Array | None, beta: Arr
     return out
 
 
+@np.errstate(all="ignore")
 def grad_reduce(dy: Array, x: Array, mean: Array, rstd: Array) -> tuple[Wide, Wide]:
     """(sum of dy, sum of dy * xhat) of each channel: (dbeta, dgamma)."""
     wide, axes = dy.astype(np.float64), _axes(x)
     return wide.sum(axes), (wide * _xhat(x, mean, rstd)).sum(axes)
 
 
+@np.errstate(all="ignore")
 def grad_input(
     dy: Array, x: Array, mean: Array, rstd: Array, gamma: Array | None, sums: tuple[Wide, Wide] | None, count: int, out: Array
 ) -> Array:
@@ -71,12 +75,14 @@ def grad_input(
     return out
 
 
+@np.errstate(all="ignore")
 def forward(x: Array, gamma: Array | None, beta: Array | None, eps: float, out: Array) -> tuple[Array, Moments]:
     """Moments, then normalize."""
     m = moments(x)
     return normalize(x, m.mean, m.rstd(eps), gamma, beta, out), m
 
 
+@np.errstate(all="ignore")
 def backward(
     dy: Array, x: Array, mean: Array, rstd: Array, gamma: Array | None, out: Array, training: bool = True
 ) -> tuple[Array, Wide, Wide]:

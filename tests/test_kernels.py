@@ -9,6 +9,7 @@ import pytest
 
 from fastbn import config, reference
 from fastbn.backends import cpu, schedule
+from fastbn.kernels import welford
 
 SHAPES = {
     (2, 3, 7): "rows shorter than a vector",
@@ -140,3 +141,8 @@ def test_nan_and_inf_stay_in_their_channel(data, bad):
     assert not np.isfinite(m.m2[spoilt])
     assert np.isnan(y[:, spoilt]).all()
     assert y[:, :spoilt].tobytes() == clean[:, :spoilt].tobytes()
+
+
+def test_a_block_of_rounding_errors_has_no_negative_variance():
+    assert welford.block(3.0, 10.0, 1.0, 0.3) == (10.0 + 1.0 / 3.0, 0.0)
+    assert np.isnan(welford.block(3.0, 10.0, 1.0, np.nan)[1])

@@ -153,7 +153,7 @@ def explain(
     TypeError, ValueError
         As the functions would raise for such an array.
     """
-    shape = tuple(int(n) for n in shape)
+    shape = layout.check_shape(shape)
     axis = layout.check_axis(shape, axis)
     kind = layout.check_dtype(dtype)
     plan = layout.plan_for(shape, kind, axis, channels_last)
@@ -164,7 +164,7 @@ def explain(
         f"shape {shape}, {kind}, channel axis {axis}: {plan.channels} channels of {plan.count} values",
         f"canonical view: {plan.kind} ({'R x C' if len(plan.dims) == 2 else 'N x C x S'} = {dims}), no copy",
         f"backend: {name}" + (" (requested)" if backend or config.BACKEND else " (the array lives on the host)"),
-        served.describe(plan.dims, kind),
+        served.describe(plan.dims, kind) if plan.count else "schedule: nothing to do, the array is empty",
         "other backends:",
         *(f"  {line}" for entry, line in zip(REGISTRY, availability(), strict=True) if entry.name != name),
     ]

@@ -99,7 +99,9 @@ def _argument(token: str, dtype: Any) -> Any:
         return types.Array(dtype, rank, "A", aligned=False)
     if kind == "w":  # workspace in the dtype of x
         return types.Array(dtype, rank, "C")
-    if kind == "s":  # float64 statistics
+    if kind == "m":  # float64 statistics, read
+        return types.Array(types.float64, rank, "A", readonly=True, aligned=False)
+    if kind == "s":  # float64 statistics, written
         return types.Array(types.float64, rank, "C")
     return {"i": types.intp, "f": types.float64, "b": types.boolean}[kind]
 
@@ -112,7 +114,8 @@ class Kernel:
     body : function
         The kernel, written with one `prange`; the serial form runs it as a plain range.
     arguments : str
-        A token per argument: x3 an input of rank 3, y3 an output, w2 a workspace of the same dtype, s1 float64, i f b scalars.
+        A token per argument: x3 an input of rank 3, y3 an output, w2 a workspace of the same dtype; m1 float64
+        to read, s1 to write; i f b scalars.
     """
 
     def __init__(self, body: Callable[..., Any], arguments: str) -> None:

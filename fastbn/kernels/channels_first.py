@@ -163,7 +163,7 @@ def moments(x, rows, splits, blocks, parts, partial, mean, m2):
         mean[c], m2[c] = mean_c, m2_c
 
 
-@kernel("x3 s1 s1 x1 x1 i i i i b y3")
+@kernel("x3 m1 m1 x1 x1 i i i i b y3")
 def normalize(x, mean, rstd, gamma, beta, rows, splits, blocks, parts, stream, y):
     """y = gamma * (x - mean) * rstd + beta; gamma, beta may be empty."""
     for task in prange(x.shape[1] * parts):

@@ -72,7 +72,7 @@ def part_gradient(dy, x, c, first, last, rows, splits, mean, rstd, gamma, sum_dy
         fence()
 
 
-@kernel("x3 x3 s1 s1 i i i i s3 s2")
+@kernel("x3 x3 m1 m1 i i i i s3 s2")
 def grad_reduce(dy, x, mean, rstd, rows, splits, blocks, parts, partial, sums):
     """sums (2, C): sum of dy, sum of dy * xhat; `partial` is a workspace (C, parts, 2)."""
     C = x.shape[1]
@@ -88,7 +88,7 @@ def grad_reduce(dy, x, mean, rstd, rows, splits, blocks, parts, partial, sums):
         sums[0, c], sums[1, c] = t, q
 
 
-@kernel("x3 x3 s1 s1 x1 s2 f b i i i i b y3")
+@kernel("x3 x3 m1 m1 x1 m2 f b i i i i b y3")
 def grad_input(dy, x, mean, rstd, gamma, sums, count, training, rows, splits, blocks, parts, stream, dx):
     """dx from the sums; `training` False for constant statistics."""
     for task in prange(x.shape[1] * parts):
@@ -97,7 +97,7 @@ def grad_input(dy, x, mean, rstd, gamma, sums, count, training, rows, splits, bl
         part_gradient(dy, x, c, first, last, rows, splits, mean[c], rstd[c], gamma, sums[0, c], sums[1, c], count, training, stream, dx)
 
 
-@kernel("x3 x3 s1 s1 x1 b i i i b y3 s2")
+@kernel("x3 x3 m1 m1 x1 b i i i b y3 s2")
 def backward(dy, x, mean, rstd, gamma, training, rows, splits, blocks, stream, dx, sums):
     """grad_reduce and grad_input, a channel at a time: its slabs of dy and x are still in the cache for the second pass."""
     count = float(x.shape[0] * x.shape[2])

@@ -155,8 +155,7 @@ def part_moments(x, r0, r1, c0, c1, work, mean, m2):
     for c in range(c0, c1):
         if x.itemsize == 4 and not (LOW < m2[c] < HIGH):
             mean[c], m2[c] = wide_column(x, r0, r1, c)
-        elif m2[c] < 0.0:
-            m2[c] = 0.0
+        m2[c] = 0.0 if m2[c] < 0.0 else m2[c]  # rounding; NaN stays
 
 
 @leaf

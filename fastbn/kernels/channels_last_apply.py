@@ -74,7 +74,7 @@ def affine_rows(x, first, last, c0, c1, k, stream, y):
         fence()
 
 
-@kernel("x2 x2 s1 s1 x1 x1 i i i b w3 y2 y2")
+@kernel("x2 x2 m1 m1 x1 x1 i i i b w3 y2 y2")
 def normalize(x, rest, mean, rstd, gamma, beta, rest_rows, parts, groups, stream, work, y, rest_y):
     """y = gamma * (x - mean) * rstd + beta; `work` (parts, 3, width)."""
     R = x.shape[0]

@@ -167,7 +167,7 @@ def part_gradient(dy, x, r0, r1, c0, c1, mean, rstd, gamma, sums, count, trainin
         affine_rows(dy, r0, r1, c0, c1, work, stream, dx)
 
 
-@kernel("x2 x2 x2 x2 s1 s1 i i i w3 s3 s2")
+@kernel("x2 x2 x2 x2 m1 m1 i i i w3 s3 s2")
 def grad_reduce(dy, rest_dy, x, rest, mean, rstd, rest_rows, parts, groups, work, partial, sums):
     """sums (2, C): sum of dy, sum of dy * xhat; workspaces work (parts, 5, width) and partial (parts + 1, 2, width)."""
     R, C = x.shape[0], mean.size
@@ -187,7 +187,7 @@ def grad_reduce(dy, rest_dy, x, rest, mean, rstd, rest_rows, parts, groups, work
             sums[i, c] = t
 
 
-@kernel("x2 x2 x2 x2 s1 s1 x1 s2 f b i i i b w3 y2 y2")
+@kernel("x2 x2 x2 x2 m1 m1 x1 m2 f b i i i b w3 y2 y2")
 def grad_input(dy, rest_dy, x, rest, mean, rstd, gamma, sums, count, training, rest_rows, parts, groups, stream, work, dx, rest_dx):
     """dx from the sums; `training` False for constant statistics; `work` (parts, 7, width)."""
     R = x.shape[0]
@@ -200,7 +200,7 @@ def grad_input(dy, rest_dy, x, rest, mean, rstd, gamma, sums, count, training, r
         part_gradient(rest_dy, rest, 0, rest_rows, 0, mean.size, mean, rstd, gamma, sums, count, training, False, work[0], rest_dx)
 
 
-@kernel("x2 x2 s1 s1 x1 b i b w2 y2 s2")
+@kernel("x2 x2 m1 m1 x1 b i b w2 y2 s2")
 def backward(dy, x, mean, rstd, gamma, training, groups, stream, work, dx, sums):
     """grad_reduce and grad_input, a group of columns at a time; sums (2, width) and `work` (7, width) as wide as whole vectors."""
     R = x.shape[0]

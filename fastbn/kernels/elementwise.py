@@ -49,7 +49,7 @@ def gradient(x, rstd, gamma, c, sum_dy, sum_dy_xhat, count):
 
 @leaf
 def head(y, index, size):
-    """Elements of a row of `size` before y's first 64-byte boundary."""
+    """Elements of a row of `size` before y's first 64-byte boundary, which an odd address never meets."""
     return min(size, (-address(y, index) & 63) // y.itemsize)
 
 
@@ -60,7 +60,7 @@ def affine_block(x, c, n0, n1, s0, s1, high, scale, shift, stream, y):
     h, a, b = spread(x, high), spread(x, scale), spread(x, shift)
     for n in range(n1 - 1, n0 - 1, -1):
         i = s0
-        if stream:
+        if stream and address(y, (n, c, i)) % y.itemsize == 0:
             first = head(y, (n, c, i), s1 - i)
             if first > 0:
                 store_some(y, (n, c, i), first, muladd(load_some(x, (n, c, i), first, h) - h, a, b))
@@ -90,7 +90,7 @@ def gradient_block(dy, x, c, n0, n1, s0, s1, high, rstd, offset, mean_dy, slope,
     m, k, a, b = spread(x, mean_dy), spread(x, slope), spread(x, scale), spread(x, shift)
     for n in range(n1 - 1, n0 - 1, -1):
         i = s0
-        if stream:
+        if stream and address(dx, (n, c, i)) % dx.itemsize == 0:
             first = head(dx, (n, c, i), s1 - i)
             if first > 0:
                 xhat = muladd(load_some(x, (n, c, i), first, h) - h, r, o)

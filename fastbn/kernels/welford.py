@@ -13,10 +13,8 @@ def block(count: Any, shift: Any, total: Any, squares: Any) -> Any:
     """(mean, m2) of a block from the sums of x - shift and of (x - shift)^2.
 
     The corrected two-pass algorithm (Chan, Golub & LeVeque 1983): exact in the shift, so that a shift near the mean loses nothing.
-    The clamp keeps NaN.
+    Rounding may leave m2 a little below zero; NaN stays NaN.
     """
     offset = total / count
     m2 = squares - offset * total
-    if m2 < 0.0:
-        m2 = 0.0
-    return shift + offset, m2
+    return shift + offset, 0.0 if m2 < 0.0 else m2

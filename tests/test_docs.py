@@ -1,0 +1,159 @@
+"""The README is right: its code runs, its commands and options exist, its signatures and links too; docstrings have their sections."""
+
+import importlib.metadata
+import inspect
+import re
+import shlex
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import fastbn
+from fastbn import cli, config
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+PROSE = re.sub(r"^```python\n.*?^```$", "", README, flags=re.MULTILINE | re.DOTALL)
+CODE = [*re.findall(r"^    (\S.*)$", PROSE, re.MULTILINE), *re.findall(r"`([^`\n]+)`", PROSE)]  # indented lines, inline code
+
+
+def test_python_blocks_run_in_order_in_one_namespace(capsys: pytest.CaptureFixture[str]) -> None:
+    assert len(BLOCKS) >= 3
+    namespace: dict[str, Any] = {}
+    for number, block in enumerate(BLOCKS, 1):
+        exec(compile(block, f"README.md, python block {number}", "exec"), namespace)
+    assert "channels_first" in capsys.readouterr().out  # print(fastbn.explain(...))
+    # What its comments say of the quickstart.
+    assert namespace["dx"].shape == namespace["x"].shape
+    assert namespace["one"].shape == (1, *namespace["x"].shape[1:])
+    whole = namespace["x"].astype(np.float64)
+    np.testing.assert_allclose(namespace["seen"].mean, whole.mean((0, 2, 3)), rtol=1e-6)
+    np.testing.assert_allclose(namespace["seen"].var(), whole.var((0, 2, 3)), rtol=1e-6)
+
+
+def test_the_two_commands_stand_there_as_promised() -> None:
+    for command in ("pip install '.[demo]' && python -m fastbn train", "pip install '.[test]' && pytest"):
+        assert README.count(f"\n    {command}\n") == 1
+    assert {"demo", "test"} <= set(importlib.metadata.metadata("fastbn").get_all("Provides-Extra") or ())
+
+
+def _command_lines() -> Iterator[list[str]]:
+    """The arguments of every `fastbn ...` in code."""
+    for line in CODE:
+        for part in line.split("&&"):
+            found = re.match(r"(?:python -m )?fastbn ((?:[a-z]|-)[^|]*)$", part.strip())
+            if found:
+                yield shlex.split(found[1])
+
+
+def test_commands_parse() -> None:
+    lines = [line for line in _command_lines() if line != ["COMMAND"]]
+    assert len(lines) >= 3
+    for line in lines:
+        assert cli._parser().parse_args(line).run is not None, line
+
+
+def test_the_table_of_commands_has_them_all_and_its_examples_parse() -> None:
+    section = PROSE.split("\n## The command line\n", 1)[1].split("\n## ", 1)[0]
+    rows = re.findall(r"^\| `([a-z]+)([^`|]*)` \|(.*)\|$", section, re.MULTILINE)
+    assert [name for name, _, _ in rows] == [command.name for command in cli.COMMANDS]
+    for name, arguments, text in rows:
+        options = shlex.split(arguments)
+        assert cli._parser().parse_args([name, *options]).run is not None
+        for option in re.findall(r"`(--[^`]+)`", text):
+            assert cli._parser().parse_args([name, *options, *shlex.split(option)]).run is not None
+
+
+def _variables(text: str) -> set[str]:
+    return set(re.findall(r"\bFASTBN_[A-Z_]+\b", text))
+
+
+def test_variables_are_those_of_config() -> None:
+    assert _variables(PROSE) == _variables(config.__doc__ or "") == {"FASTBN_BACKEND", "FASTBN_STREAM_BYTES"}
+
+
+def _named(value: inspect.Parameter) -> str:
+    if value.default is inspect.Parameter.empty:
+        return value.name
+    default = "np.float32" if value.default is np.float32 else str(value.default)
+    return f"{value.name}={default.replace('e-05', 'e-5')}"
+
+
+def test_the_signature_of_the_layer_is_the_real_one() -> None:
+    parameters = inspect.signature(fastbn.BatchNorm).parameters.values()
+    wanted = f"`BatchNorm({', '.join(map(_named, parameters))})`"
+    assert wanted in re.sub(r"\s+", " ", PROSE)
+
+
+def test_every_attribute_of_fastbn_that_is_named_is_there() -> None:
+    named = set(re.findall(r"\bfastbn\.([A-Za-z_]+)", README)) - {"py"}
+    assert {"BatchNorm", "moments"} <= named
+    assert {name for name in named if not hasattr(fastbn, name)} == set()
+
+
+def test_links_lead_somewhere() -> None:
+    links = [link for link in re.findall(r"\]\(([^)#]+)", README) if not link.startswith("http")]
+    assert links
+    for link in links:
+        assert (ROOT / link).exists(), link
+
+
+def test_paths_that_are_named_are_there() -> None:
+    paths = [path for line in CODE for path in re.findall(r"(?:^|\s)((?:\.ci|bench|tests)/[\w./]*)", line)]
+    assert paths
+    for path in paths:
+        assert (ROOT / path).exists(), path
+
+
+@pytest.mark.parametrize("name", ["accuracy", "speed"])
+def test_the_measured_tables_were_written(name: str) -> None:
+    found = re.search(rf"<!-- {name}:begin -->\n(.*?)<!-- {name}:end -->", README, re.DOTALL)
+    assert found, f"no place for the {name} table"
+    rows = [line for line in found[1].splitlines() if line.startswith("|")]
+    assert len(rows) >= 4
+    assert len({row.count("|") for row in rows}) == 1
+    for fact in ("fastbn ", "numpy ", "numba ", "threads", "python -m fastbn bench"):  # versions, machine, how it was written
+        assert fact in found[1], f"the {name} table does not say its {fact}"
+
+
+FUNCTIONS = [name for name in fastbn.__all__ if inspect.isfunction(getattr(fastbn, name))]
+CLASSES = [name for name in ("BatchNorm", "Moments", "RunningMoments") if name in fastbn.__all__]
+
+
+def _sections(value: Callable[..., Any]) -> set[str]:
+    return set(re.findall(r"^([A-Z][a-z]+)\n-{3,}$", inspect.getdoc(value) or "", re.MULTILINE))
+
+
+def _parameters(value: Callable[..., Any]) -> list[str]:
+    return [name for name in inspect.signature(value).parameters if name != "self"]
+
+
+@pytest.mark.parametrize("name", [*FUNCTIONS, *CLASSES])
+def test_docstrings_have_their_sections_and_name_every_parameter(name: str) -> None:
+    value = getattr(fastbn, name)
+    wanted = {"Parameters"} | ({"Returns", "Raises"} if name in FUNCTIONS else set())
+    assert wanted <= _sections(value)
+    listed = (inspect.getdoc(value) or "").split("Parameters\n", 1)[1]
+    for parameter in _parameters(value):
+        assert re.search(rf"^(\w+, )*{parameter}(, \w+)*( :|$)", listed, re.MULTILINE), f"{name}: {parameter} is not documented"
+
+
+METHODS = [
+    (name, method)
+    for name in CLASSES
+    for method, value in vars(getattr(fastbn, name)).items()
+    if not method.startswith("_") and inspect.isfunction(value)
+]
+
+
+@pytest.mark.parametrize(("name", "method"), METHODS)
+def test_methods_name_their_parameters_or_where_they_are_explained(name: str, method: str) -> None:
+    value = getattr(getattr(fastbn, name), method)
+    text = inspect.getdoc(value) or ""
+    assert text
+    for parameter in _parameters(value):
+        assert re.search(rf"\b{parameter}\b", text) or re.search(r"`\w+`", text), f"{name}.{method}: {parameter} is not explained"

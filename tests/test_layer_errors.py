@@ -1,0 +1,172 @@
+"""Every misuse of the layer: its exact message, with the layer and the arguments left as they were."""
+
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+
+import fastbn
+
+SHAPE = (4, 3, 5)
+
+
+def _float32(*shape: int) -> np.ndarray:
+    return np.ones(shape, np.float32)
+
+
+def _read_only(array: np.ndarray) -> np.ndarray:
+    array.flags.writeable = False
+    return array
+
+
+def _layer(backend: str, **options: Any) -> fastbn.BatchNorm:
+    bn = fastbn.BatchNorm(3, backend=backend, **options)
+    bn.running_mean, bn.running_var, bn.num_batches_tracked = np.arange(3, dtype=bn.dtype), np.arange(1, 4, dtype=bn.dtype), 7
+    return bn
+
+
+MEMORY = _float32(5, 3, 5)
+
+LAYER_INPUT: list[tuple[dict[str, Any], dict[str, Any], type[Exception], str]] = [
+    ({}, {"x": _float32(4, 5, 3)}, ValueError, "x: given 5 channels along axis 1 of shape (4, 5, 3), want 3, as this layer has"),
+    ({"axis": -1}, {"x": _float32(4, 3, 5)}, ValueError, "x: given 5 channels along axis 2 of shape (4, 3, 5), want 3, as this layer has"),
+    ({"axis": 3}, {"x": _float32(4, 3, 5)}, ValueError, "axis: given 3, want one from -3 to 2 for shape (4, 3, 5)"),
+    ({}, {"x": np.ones(SHAPE)}, TypeError,
+     "x: given dtype float64, want float32, this layer's: convert x, or make the layer with dtype='float64'"),
+    ({"dtype": "float64"}, {"x": _float32(*SHAPE)}, TypeError,
+     "x: given dtype float32, want float64, this layer's: convert x, or make the layer with dtype='float32'"),
+    ({}, {"x": np.ones(SHAPE, int)}, TypeError,
+     "x: given dtype int64, " + "want float32 or float64: convert it first, e.g. x.astype('float32')"),
+    ({}, {"x": _float32(1, 3, 1), "out": None}, ValueError,
+     "Expected more than 1 value per channel when training, got input size (1, 3, 1)"),
+    ({"eps": 0.0}, {}, ValueError, "eps: given 0.0, want a positive number in training, e.g. 1e-5"),
+    ({}, {"out": _float32(4, 3, 4)}, ValueError, "out: given shape (4, 3, 4), want (4, 3, 5), the shape of x"),
+    ({}, {"out": [1.0]}, TypeError, "out: given list, want a numpy.ndarray of shape (4, 3, 5) and dtype float32"),
+    ({}, {"out": _read_only(_float32(*SHAPE))}, ValueError, "out: given a read-only array, want one that can be written"),
+    ({}, {"x": MEMORY[:4], "out": MEMORY[1:]}, ValueError,
+     "out: given an array that overlaps an input in part; want the input itself, or memory apart from it"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("options", "given", "error", "message"), LAYER_INPUT)
+def test_layer_input(options: dict[str, Any], given: dict[str, Any], error: type[Exception], message: str, backend: str) -> None:
+    bn = _layer(backend, **options)
+    arguments = {"x": _float32(*SHAPE), "out": np.full(SHAPE, -7, np.float32)} | given
+    before = {name: np.array(value) for name, value in (*bn.state_dict().items(), *arguments.items())}
+    with pytest.raises(error, match=f"^{re.escape(message)}$"):
+        bn(arguments["x"], arguments["out"])
+    for name, value in (*bn.state_dict().items(), *arguments.items()):
+        np.testing.assert_array_equal(value, before[name], err_msg=f"{name} changed")
+    with pytest.raises(RuntimeError, match=r"^backward before forward"):
+        bn.backward(arguments["x"])
+
+
+WEIGHT = "want a finite number: the weight of the new value (1 - decay elsewhere)"
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"num_features": 0}, ValueError, "num_features: given 0, want at least 1"),
+        ({"num_features": -3}, ValueError, "num_features: given -3, want at least 1"),
+        ({"num_features": 2.0}, TypeError, "num_features: given 2.0, want a positive integer"),
+        ({"num_features": True}, TypeError, "num_features: given True, want a positive integer"),
+        ({"num_features": "3"}, TypeError, "num_features: given '3', want a positive integer"),
+        ({"eps": -1.0}, ValueError, "eps: given -1.0, want a number that is not negative"),
+        ({"eps": float("nan")}, ValueError, "eps: given nan, want a number that is not negative"),
+        ({"eps": "small"}, TypeError, "eps: given 'small', want a number"),
+        ({"momentum": float("inf")}, ValueError, f"momentum: given inf, {WEIGHT}"),
+        ({"momentum": float("nan")}, ValueError, f"momentum: given nan, {WEIGHT}"),
+        ({"momentum": "slow"}, TypeError, "momentum: given 'slow', want a number from 0 to 1, or None for the cumulative average"),
+        ({"dtype": "float16"}, TypeError, "dtype: given float16, want float32 or float64"),
+        ({"dtype": int}, TypeError, "dtype: given int64, want float32 or float64"),
+        ({"dtype": "single precision"}, TypeError, "dtype: given 'single precision', want float32 or float64"),
+    ],
+)  # fmt: skip
+def test_layer_options(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"^{re.escape(message)}$"):
+        fastbn.BatchNorm(**{"num_features": 3} | options)
+
+
+BEFORE_FORWARD = "backward before forward: call the layer on x first, y = bn(x)"
+OVERWRITTEN = "backward needs the x of the forward, which was overwritten by out=x: give another out, or none"
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_backward_at_the_wrong_time(training: bool, backend: str) -> None:
+    bn, x = _layer(backend).train(training), np.arange(60, dtype=np.float32).reshape(SHAPE)
+    with pytest.raises(RuntimeError, match=f"^{re.escape(BEFORE_FORWARD)}$"):
+        bn.backward(x)
+    bn(x, out=x)
+    with pytest.raises(RuntimeError, match=f"^{re.escape(OVERWRITTEN)}$"):
+        bn.backward(_float32(*SHAPE))
+    bn(x)
+    bn.backward(_float32(*SHAPE), out=x)
+    with pytest.raises(RuntimeError, match=f"^{re.escape(OVERWRITTEN)}$"):
+        bn.backward(_float32(*SHAPE))
+    bn(x)
+    bn.backward(_float32(*SHAPE))
+
+
+def test_backward_refuses_what_is_unlike_x(backend: str) -> None:
+    bn, x = _layer(backend), np.arange(60, dtype=np.float32).reshape(SHAPE)
+    bn(x)
+    bn.backward(_float32(*SHAPE))
+    before = (bn.dgamma, bn.dbeta)
+    with pytest.raises(ValueError, match=f"^{re.escape('dy: given shape (4, 3), want (4, 3, 5), the shape of x')}$"):
+        bn.backward(_float32(4, 3))
+    with pytest.raises(TypeError, match=r"^dy: given dtype float64, want float32, the dtype of x: convert one of them$"):
+        bn.backward(np.ones(SHAPE))
+    with pytest.raises(ValueError, match=r"^out: given shape"):
+        bn.backward(_float32(*SHAPE), out=_float32(4, 3))
+    assert bn.dgamma is before[0]
+    assert bn.dbeta is before[1]
+
+
+KEYS = ["weight", "bias", "running_mean", "running_var", "num_batches_tracked"]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"weight": None}, ValueError, f"state_dict: missing ['weight'], unexpected nothing; want {KEYS}"),
+        ({"extra": _float32(3)}, ValueError, f"state_dict: missing nothing, unexpected ['extra']; want {KEYS}"),
+        ({"bias": None, "offset": _float32(3)}, ValueError, f"state_dict: missing ['bias'], unexpected ['offset']; want {KEYS}"),
+        ({"running_var": None}, ValueError, "given running mean without running var; want both, or neither for batch statistics"),
+        ({"running_mean": None}, ValueError, "given running var without running mean; want both, or neither for batch statistics"),
+        ({"running_var": _float32(4)}, ValueError, "state_dict: running_var given shape (4,), want (3,)"),
+        ({"running_var": _float32(1)}, ValueError, "state_dict: running_var given shape (1,), want (3,)"),
+        ({"num_batches_tracked": np.zeros(1, int)}, ValueError, "state_dict: num_batches_tracked given shape (1,), want ()"),
+        ({"running_var": ["a", "b", "c"]}, TypeError, "state_dict: running_var given as dtype <U1, want numbers"),
+        ({"running_var": np.ones(3, complex)}, TypeError, "state_dict: running_var given as dtype complex128, want numbers"),
+        ({"num_batches_tracked": "many"}, TypeError, "state_dict: num_batches_tracked given as dtype <U4, want numbers"),
+    ],
+)  # fmt: skip
+def test_load_state_dict_takes_all_or_nothing(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    bn = _layer("reference")
+    before = bn.state_dict()
+    state = {key: value + 1 for key, value in before.items()} | change
+    with pytest.raises(error, match=f"^{re.escape(message)}$"):
+        bn.load_state_dict({key: value for key, value in state.items() if value is not None})
+    for key, value in bn.state_dict().items():
+        np.testing.assert_array_equal(value, before[key], err_msg=f"{key} changed")
+
+
+def test_load_state_dict_rejects_a_ragged_value() -> None:
+    bn = _layer("reference")
+    before = bn.state_dict()
+    with pytest.raises((TypeError, ValueError), match="running_var"):
+        bn.load_state_dict({key: value + 1 for key, value in before.items()} | {"running_var": [[1.0], [2.0, 3.0]]})
+    for key, value in bn.state_dict().items():
+        np.testing.assert_array_equal(value, before[key], err_msg=f"{key} changed")
+
+
+@pytest.mark.parametrize("count", [float("nan"), 2.5, -1])
+def test_load_state_dict_rejects_a_count_that_is_none(count: float) -> None:
+    bn = _layer("reference")
+    before = bn.state_dict()
+    with pytest.raises((TypeError, ValueError), match="num_batches_tracked"):
+        bn.load_state_dict({key: value + 1 for key, value in before.items()} | {"num_batches_tracked": count})
+    for key, value in bn.state_dict().items():
+        np.testing.assert_array_equal(value, before[key], err_msg=f"{key} changed")

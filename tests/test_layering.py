@@ -1,0 +1,209 @@
+"""The house plan, read from the source: who may import whom, what is imported where, how long a file may be."""
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "fastbn"
+
+# A file imports only from lower tiers; the fraction orders the files of one tier. Tier 6 may import within itself, without cycles.
+TIERS = {
+    "config.py": 0,
+    "errors.py": 0,
+    "layout.py": 0,
+    "moments.py": 0,
+    "reference.py": 1,
+    "kernels/__init__.py": 2.0,
+    "kernels/_jit.py": 2.0,
+    "kernels/_plain.py": 2.0,
+    "kernels/welford.py": 2.0,
+    "kernels/_simd.py": 2.1,
+    "kernels/elementwise.py": 2.2,
+    "kernels/channels_first.py": 2.3,
+    "kernels/channels_first_backward.py": 2.4,
+    "kernels/channels_last.py": 2.4,
+    "kernels/channels_last_apply.py": 2.5,
+    "kernels/channels_last_backward.py": 2.6,
+    "backends/schedule.py": 3.0,
+    "backends/__init__.py": 3.1,
+    "backends/cpu.py": 3.1,
+    "functional.py": 4,
+    "batchnorm.py": 5,
+    "running.py": 5,
+    "__init__.py": 6,
+    "__main__.py": 6,
+    "cases.py": 6,
+    "check.py": 6,
+    "cli.py": 6,
+    "data.py": 6,
+    "demo.py": 6,
+    "demo_network.py": 6,
+    "info.py": 6,
+    "quickbench.py": 6,
+    "screen.py": 6,
+    "stream.py": 6,
+}
+
+FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
+every_file = pytest.mark.parametrize("file", FILES)
+
+
+class Import(NamedTuple):
+    module: str  # as written, absolute
+    names: tuple[str, ...]  # of a from-import
+    deferred: bool  # inside a function, or for the type checker only
+    line: int
+
+
+def _imports(tree: ast.AST, package: str, deferred: bool = False) -> Iterator[Import]:
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import):
+            yield from (Import(alias.name, (), deferred, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            up = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            module = ".".join([*up, *([node.module] if node.module else [])])
+            yield Import(module, tuple(alias.name for alias in node.names), deferred, node.lineno)
+        inside = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        inside |= isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+        yield from _imports(node, package, deferred or inside)
+
+
+def _parse(file: str) -> ast.Module:
+    return ast.parse((PACKAGE / file).read_text(encoding="utf-8"), file)
+
+
+def imports(file: str) -> list[Import]:
+    package = ".".join(["fastbn", *Path(file).parts[:-1]])
+    return list(_imports(_parse(file), package))
+
+
+def _file_of(module: str) -> str | None:
+    """The file of a module of the package, or None."""
+    parts = module.split(".")[1:]
+    for candidate in ("/".join(parts) + ".py", "/".join([*parts, "__init__.py"])):
+        if candidate in FILES:
+            return candidate
+    return None
+
+
+def own_imports(file: str) -> Iterator[tuple[str, int]]:
+    """(file imported, line) for every import of the package's own."""
+    for found in imports(file):
+        if found.module.split(".")[0] != "fastbn":
+            continue
+        submodules = [_file_of(f"{found.module}.{name}") for name in found.names]
+        if not found.names or None in submodules:  # names of the module itself
+            target = _file_of(found.module)
+            assert target is not None, f"{file}:{found.line} imports {found.module}, which is not there"
+            yield target, found.line
+        yield from ((target, found.line) for target in submodules if target is not None)
+
+
+def test_the_reader_sees_every_kind_of_import() -> None:
+    """The check itself: each spelling, also inside a function, is resolved."""
+    source = (
+        "import fastbn.layout\nfrom fastbn import config as c\nfrom . import cpu\nfrom ..errors import X\n"
+        "def f():\n    from fastbn.kernels import _jit\nif TYPE_CHECKING:\n    import rich\n"
+    )
+    found = list(_imports(ast.parse(source), "fastbn.backends"))
+    assert [(i.module, i.names, i.deferred) for i in found] == [
+        ("fastbn.layout", (), False),
+        ("fastbn", ("config",), False),
+        ("fastbn.backends", ("cpu",), False),
+        ("fastbn.errors", ("X",), False),
+        ("fastbn.kernels", ("_jit",), True),
+        ("rich", (), True),
+    ]
+    assert ("backends/schedule.py", "layout.py", "kernels/_jit.py") == tuple(
+        map(_file_of, ("fastbn.backends.schedule", "fastbn.layout", "fastbn.kernels._jit"))
+    )
+    assert _file_of("fastbn") == "__init__.py"
+    assert _file_of("fastbn.explain") is None
+    assert "config.py" in {target for target, _ in own_imports("functional.py")}
+
+
+def test_every_file_has_a_tier_and_every_tier_a_file() -> None:
+    assert sorted(TIERS) == FILES
+
+
+@every_file
+def test_imports_only_from_lower_tiers(file: str) -> None:
+    for target, line in own_imports(file):
+        below, here = TIERS[target], TIERS[file]
+        assert below < here or below == here == 6, f"fastbn/{file}:{line}: tier {here} imports {target}, tier {below}"
+
+
+def test_no_cycles() -> None:
+    graph = {file: {target for target, _ in own_imports(file)} for file in FILES}
+    while graph:
+        leaves = {file for file, targets in graph.items() if not targets & graph.keys()}
+        assert leaves, f"these import each other in a circle: {sorted(graph)}"
+        graph = {file: targets for file, targets in graph.items() if file not in leaves}
+
+
+def test_the_kernel_contract_is_a_docstring_only() -> None:
+    assert [type(node) for node in _parse("kernels/__init__.py").body] == [ast.Expr]
+
+
+# Who may import which of the dependencies: with the module, and only when a function asks.
+AT_IMPORT = {"numpy": FILES, "numba": ["kernels/_jit.py", "kernels/_simd.py"], "llvmlite": ["kernels/_simd.py"]}
+IN_FUNCTIONS = {
+    "numba": ["info.py"],  # shows numba's settings
+    "llvmlite": ["info.py"],  # shows the processor as the compiler sees it
+    "rich": ["screen.py", "demo.py"],
+    "matplotlib": ["demo.py"],
+    "threadpoolctl": ["demo.py"],
+    "sklearn": ["data.py"],
+    "torch": ["quickbench.py", "cases.py"],  # a peer, where installed
+}
+
+
+@every_file
+def test_dependencies_are_imported_where_they_belong(file: str) -> None:
+    for found in imports(file):
+        root = found.module.split(".")[0]
+        if root == "fastbn" or root in sys.stdlib_module_names:
+            continue
+        allowed = file in AT_IMPORT.get(root, []) or (found.deferred and file in IN_FUNCTIONS.get(root, []))
+        assert allowed, f"fastbn/{file}:{found.line} imports {found.module}{', in a function' if found.deferred else ''}"
+
+
+@every_file
+def test_nobody_imports_numba_cuda(file: str) -> None:
+    for found in imports(file):
+        named = {found.module, *(f"{found.module}.{name}" for name in found.names)}
+        assert not any(f"{name}.".startswith("numba.cuda.") for name in named), f"fastbn/{file}:{found.line}"
+
+
+ENVIRONMENT = {"environ", "environb", "getenv", "getenvb", "putenv", "unsetenv"}
+READS_ENVIRONMENT = ["config.py", "info.py"]  # info shows what is set
+
+
+@every_file
+def test_only_config_reads_the_environment(file: str) -> None:
+    found = [
+        node.lineno
+        for node in ast.walk(_parse(file))
+        if (isinstance(node, ast.Attribute) and node.attr in ENVIRONMENT)
+        or (isinstance(node, ast.ImportFrom) and node.module == "os" and ENVIRONMENT & {alias.name for alias in node.names})
+    ]
+    assert bool(found) == (file in READS_ENVIRONMENT), f"fastbn/{file}: lines {found}"
+
+
+@every_file
+def test_no_exec_eval_or_globals(file: str) -> None:
+    calls = [node for node in ast.walk(_parse(file)) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
+    banned = [node.lineno for node in calls if isinstance(node.func, ast.Name) and node.func.id in {"exec", "eval", "globals"}]
+    assert not banned, f"fastbn/{file}: lines {banned}"
+
+
+def test_no_file_over_350_lines() -> None:
+    every = [path for folder in ("fastbn", "tests", "bench") for path in (ROOT / folder).rglob("*.py")]
+    assert len(every) > len(FILES)
+    too_long = {path.relative_to(ROOT).as_posix(): n for path in every if (n := len(path.read_text(encoding="utf-8").splitlines())) > 350}
+    assert not too_long

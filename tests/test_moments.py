@@ -1,0 +1,135 @@
+"""Moments: count, mean and m2 as a value."""
+
+import numpy as np
+import pytest
+
+import fastbn
+from fastbn import Moments
+
+
+def _of(values: np.ndarray) -> Moments:
+    """The moments of an array (R, C), by their definition."""
+    mean = values.mean(0)
+    return Moments(len(values), mean, np.square(values - mean).sum(0))
+
+
+ROWS = np.random.default_rng(0).standard_normal((12, 3)) * [1, 5, 0.1] + [0, 100, -7]
+EMPTY = Moments(0, np.zeros(3), np.zeros(3))
+
+
+@pytest.mark.parametrize("ddof", [0, 1, 2])
+def test_var_and_std_are_numpys(ddof: int) -> None:
+    m = _of(ROWS)
+    np.testing.assert_allclose(m.var(ddof), ROWS.var(0, ddof=ddof), rtol=1e-12)
+    np.testing.assert_allclose(m.std(ddof), ROWS.std(0, ddof=ddof), rtol=1e-12)
+
+
+def test_var_defaults_to_the_biased_one() -> None:
+    np.testing.assert_array_equal(_of(ROWS).var(), _of(ROWS).var(0))
+    np.testing.assert_array_equal(_of(ROWS).std(), _of(ROWS).std(0))
+
+
+@pytest.mark.parametrize(("count", "ddof"), [(0, 0), (0, 1), (1, 1), (1, 2), (2, 2)])
+def test_var_is_nan_where_count_does_not_exceed_ddof(count: int, ddof: int) -> None:
+    m = Moments(count, np.zeros(3), np.zeros(3))
+    assert np.isnan(m.var(ddof)).all()
+    assert np.isnan(m.std(ddof)).all()
+
+
+def test_rstd_has_the_biased_variance_and_eps_within_the_root() -> None:
+    np.testing.assert_allclose(_of(ROWS).rstd(0.5), 1 / np.sqrt(ROWS.var(0) + 0.5), rtol=1e-12)
+
+
+def test_rstd_of_a_constant_channel_without_eps_is_infinite_without_a_warning() -> None:
+    assert np.isposinf(Moments(4, np.ones(2), np.zeros(2)).rstd(0.0)).all()
+
+
+@pytest.mark.parametrize("at", [1, 5, 11])
+def test_merge_is_the_whole(at: int) -> None:
+    left, right = _of(ROWS[:at]), _of(ROWS[at:])
+    for merged in (left.merge(right), right.merge(left)):
+        whole = _of(ROWS)
+        assert merged.count == 12
+        np.testing.assert_allclose(merged.mean, whole.mean, rtol=1e-13)
+        np.testing.assert_allclose(merged.m2, whole.m2, rtol=1e-13)
+
+
+def test_merge_changes_neither_side_and_shares_no_memory() -> None:
+    left, right = _of(ROWS[:5]), _of(ROWS[5:])
+    before = [array.copy() for m in (left, right) for array in (m.mean, m.m2)]
+    for merged in (left.merge(right), left.merge(EMPTY), EMPTY.merge(right), EMPTY.merge(EMPTY)):
+        for m in (left, right, EMPTY):
+            assert not np.shares_memory(merged.mean, m.mean)
+            assert not np.shares_memory(merged.m2, m.m2)
+    for array, was in zip([array for m in (left, right) for array in (m.mean, m.m2)], before, strict=True):
+        np.testing.assert_array_equal(array, was)
+    assert (left.count, right.count, EMPTY.count) == (5, 7, 0)
+
+
+def test_merge_with_an_empty_side_is_the_other_to_the_last_bit() -> None:
+    m = _of(ROWS)
+    for merged in (m.merge(EMPTY), EMPTY.merge(m)):
+        assert merged.count == m.count
+        np.testing.assert_array_equal(merged.mean, m.mean)
+        np.testing.assert_array_equal(merged.m2, m.m2)
+    nothing = EMPTY.merge(EMPTY)
+    assert nothing.count == 0
+    np.testing.assert_array_equal(nothing.mean, 0)
+    np.testing.assert_array_equal(nothing.m2, 0)
+
+
+def test_merge_of_equal_means_keeps_the_mean_to_the_last_bit() -> None:
+    third = np.full(2, 1e7 / 3)
+    merged = Moments(3, third, np.zeros(2)).merge(Moments(1000, third.copy(), np.ones(2)))
+    np.testing.assert_array_equal(merged.mean, third)
+    np.testing.assert_array_equal(merged.m2, 1)
+
+
+def test_counts_beyond_32_bits() -> None:
+    half = Moments(3 * 2**40, np.zeros(1), np.full(1, 3.0 * 2**40))
+    merged = half.merge(Moments(3 * 2**40, np.full(1, 2.0), np.full(1, 3.0 * 2**40)))
+    assert merged.count == 6 * 2**40
+    assert merged.mean == 1.0
+    assert merged.var() == 2.0
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_merge_propagates_nan_and_inf_to_their_channel_only(value: float) -> None:
+    bad = Moments(2, np.array([0.0, value, 0.0]), np.array([1.0, np.nan, 1.0]))
+    for other in (_of(ROWS), bad):
+        for merged in (bad.merge(other), other.merge(bad)):
+            assert not np.isfinite(merged.mean[1])
+            assert np.isnan(merged.m2[1])
+            assert np.isfinite(merged.mean[[0, 2]]).all()
+            assert np.isfinite(merged.m2[[0, 2]]).all()
+
+
+@pytest.mark.parametrize(
+    ("other", "error", "message"),
+    [
+        (None, TypeError, "merge: given NoneType, want Moments"),
+        ((4, np.zeros(3), np.zeros(3)), TypeError, "merge: given tuple, want Moments"),
+        (Moments(4, np.zeros(4), np.zeros(4)), ValueError, "merge: given 4 channels, want 3, as many as on the left"),
+        (Moments(0, np.zeros(2), np.zeros(2)), ValueError, "merge: given 2 channels, want 3, as many as on the left"),
+    ],
+)
+def test_merge_refuses_what_does_not_fit(other: object, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"^{message}$"):
+        _of(ROWS).merge(other)  # type: ignore[arg-type]
+
+
+def test_repr_names_every_part() -> None:
+    assert repr(Moments(2, np.zeros(1), np.ones(1))) == "Moments(count=2, mean=array([0.]), m2=array([1.]))"
+
+
+def test_moments_of_exact_data_are_exact(backend: str) -> None:
+    """Pairs m(1 - k/8), m(1 + k/8): mean and variance are representable, in any order of summation."""
+    k = np.repeat(np.arange(1, 5), 2) * np.tile([-1, 1], 4) / 8  # squares sum to 60 / 64
+    m = np.array([1.0, 64.0, -2048.0])
+    for dtype in ("float32", "float64"):
+        for x, axis in (((m * (1 + k[:, None])).astype(dtype), 1), ((m[:, None] * (1 + k)).astype(dtype), 0)):
+            found = fastbn.moments(x, axis, backend=backend)
+            assert found.count == 8
+            assert found.mean.dtype == found.m2.dtype == np.float64
+            np.testing.assert_array_equal(found.mean, m)
+            np.testing.assert_array_equal(found.m2, m**2 * 60 / 64)
