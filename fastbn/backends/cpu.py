@@ -64,7 +64,8 @@ def normalize(x: Array, mean: Wide, rstd: Wide, gamma: Array | None, beta: Array
         plan = schedule.first(*x.shape, x.itemsize)
         parts = max(plan.parts, min(plan.blocks, -(-schedule.TASKS // x.shape[1]))) if plan.parallel else 1
         run = channels_first.normalize.form(x.dtype, plan.parallel)
-        run(x, mean, rstd, gamma, beta, plan.rows, plan.splits, plan.blocks, parts, plan.stream, out)
+        groups, work = plan.groups if parts == 1 else x.shape[1], np.empty((parts, 3, x.shape[1]), x.dtype)
+        run(x, mean, rstd, gamma, beta, plan.rows, plan.splits, plan.blocks, parts, groups, plan.stream, work, out)
         return out
     cut = _last(x, out)
     (folded, rest), (folded_out, rest_out) = _folded(cut, x), _folded(cut, out)
@@ -101,8 +102,10 @@ def grad_input(
     if x.ndim == 3:
         plan = schedule.first(*x.shape, x.itemsize)
         run = channels_first_backward.grad_input.form(x.dtype, plan.parallel)
+        work = np.empty((plan.parts, 7, mean.size), x.dtype)
         run(
-            dy, x, mean, rstd, gamma, both, count, training, plan.rows, plan.splits, plan.blocks, plan.parts, plan.stream, out
+            dy, x, mean, rstd, gamma, both, count, training,
+            plan.rows, plan.splits, plan.blocks, plan.parts, plan.groups, plan.stream, work, out,
         )  # fmt: skip
         return out
     cut = _last(x, dy, out)
@@ -124,7 +127,8 @@ def forward(x: Array, gamma: Array | None, beta: Array | None, eps: float, out: 
             mean, m2 = np.empty((2, C))
             run = channels_first.forward.form(x.dtype, plan.parallel)
             run(
-                x, _parameter(gamma, x), _parameter(beta, x), eps, plan.rows, plan.splits, plan.blocks, plan.stream, out, mean, m2
+                x, _parameter(gamma, x), _parameter(beta, x), eps,
+                plan.rows, plan.splits, plan.blocks, plan.groups, plan.stream, np.empty((3, C), x.dtype), out, mean, m2,
             )  # fmt: skip
             return out, Moments(N * S, mean, m2)
     else:
@@ -149,8 +153,10 @@ def backward(
         if plan.parts == 1:
             sums = np.empty((2, mean.size))
             run = channels_first_backward.backward.form(x.dtype, plan.parallel)
+            work = np.empty((7, mean.size), x.dtype)
             run(
-                dy, x, mean, rstd, _parameter(gamma, x), training, plan.rows, plan.splits, plan.blocks, plan.stream, out, sums
+                dy, x, mean, rstd, _parameter(gamma, x), training,
+                plan.rows, plan.splits, plan.blocks, plan.groups, plan.stream, work, out, sums,
             )  # fmt: skip
             return out, sums[1], sums[0]
     else:

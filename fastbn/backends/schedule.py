@@ -10,6 +10,7 @@ from fastbn import config
 BLOCK = 256  # vectors of 64 bytes: half a first-level cache, read twice from there
 SLAB_BYTES = 4 * 2**20  # what a task may hold in its cache between two passes
 PART_BYTES = 256 * 1024  # a task worth scheduling
+RUN_BYTES = 8 * 1024  # channels side by side that are written as one run, where a row alone is too short for a prefetcher
 PARTS = 64  # enough tasks for the cores of any machine that numba drives well
 TASKS = 16
 
@@ -21,6 +22,7 @@ class First(NamedTuple):
     splits: int  # blocks of a row, where a row is several
     blocks: int  # of a channel
     parts: int  # of a channel; 1 where a channel stays in the cache: the fused kernels
+    groups: int  # of the channels: those of a group are written row by row together
     parallel: bool
     stream: bool
 
@@ -47,7 +49,8 @@ def first(N: int, C: int, S: int, itemsize: int) -> First:
     parallel = slab * C >= config.SERIAL_BYTES
     fused = not parallel or (slab <= SLAB_BYTES and (C >= TASKS or slab <= PART_BYTES))
     parts = 1 if fused else min(PARTS, blocks, max(1, slab // PART_BYTES))
-    return First(rows, splits, blocks, parts, parallel and C * parts > 1, slab * C >= config.STREAM_BYTES)
+    size = max(1, min(RUN_BYTES // (S * itemsize), PART_BYTES // slab, C // TASKS)) if fused else 1
+    return First(rows, splits, blocks, parts, -(-C // size), parallel and C * parts > 1, slab * C >= config.STREAM_BYTES)
 
 
 @lru_cache(maxsize=1024)

@@ -11,7 +11,8 @@ Array = NDArray[Any]
 Index = tuple[int, ...]
 
 
-def _lanes(x: Array) -> int:
+def lanes(x: Array) -> int:
+    """Elements of one vector of x's dtype."""
     return 64 // x.itemsize
 
 
@@ -24,7 +25,7 @@ def _span(x: Array, index: Index, count: int) -> Array:
 
 def load(x: Array, index: Index) -> Array:
     """Vector at x[index]."""
-    vector: Array = _span(x, index, _lanes(x)).copy()
+    vector: Array = _span(x, index, lanes(x)).copy()
     return vector
 
 
@@ -53,7 +54,7 @@ def store_some(x: Array, index: Index, count: int, value: Array) -> None:
 
 def spread(x: Array, value: float) -> Array:
     """The value in every lane of a vector of x's dtype."""
-    return np.full(_lanes(x), value, x.dtype)
+    return np.full(lanes(x), value, x.dtype)
 
 
 def muladd(a: Array, b: Array, c: Array) -> Array:

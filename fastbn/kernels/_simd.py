@@ -4,7 +4,7 @@ LLVM's own vectorizer is not enough here: it keeps no accumulators in registers 
 (its overlap check fails), runs up to 15 scalar steps at the end of every short row, and never emits a streaming store. With a vector
 type the kernels say what they mean, and compile in half the time.
 
-A vector has 64 // x.itemsize elements: 16 of float32, 8 of float64. On narrower machines LLVM splits it. `+`, `-`, `*` and `/` work on
+A vector has lanes(x) elements: 16 of float32, 8 of float64. On narrower machines LLVM splits it. `+`, `-`, `*` and `/` work on
 vectors. Positions are index tuples of a strided array whose last axis is contiguous; alignment of one element is enough.
 With NUMBA_DISABLE_JIT=1 a vector is a small NumPy array and the same kernels run as plain Python.
 """
@@ -71,18 +71,14 @@ def _splat(builder: Any, value: Any, vector: ir.VectorType) -> Any:
 
 
 def _pointer(context: Any, builder: Any, array_type: Any, array: Any, index_type: Any, index: Any) -> Any:
+    """Address of array[index]. The last axis is contiguous: its stride is a constant, which the loops' addressing folds in."""
     view = make_array(array_type)(context, builder, array)
     parts = cgutils.unpack_tuple(builder, index, len(index_type))
     parts = [context.cast(builder, part, kind, types.intp) for part, kind in zip(parts, index_type, strict=True)]
-    return cgutils.get_item_pointer2(
-        context,
-        builder,
-        view.data,
-        cgutils.unpack_tuple(builder, view.shape),
-        cgutils.unpack_tuple(builder, view.strides),
-        "A",
-        parts,
-    )
+    offset = builder.mul(parts[-1], ir.Constant(ir.IntType(64), array_type.dtype.bitwidth // 8))
+    for part, stride in zip(parts[:-1], cgutils.unpack_tuple(builder, view.strides), strict=False):
+        offset = builder.add(offset, builder.mul(part, stride))
+    return cgutils.pointer_add(builder, view.data, offset)
 
 
 def _where(kind: Vector) -> tuple[Any, Any]:
@@ -107,6 +103,16 @@ def _call(builder: Any, result: Any, name: str, arguments: list[Any], fastmath: 
 
 def _suffix(vector: Any) -> str:
     return f"v{vector.count}{'f32' if vector.element == ir.FloatType() else 'f64'}"
+
+
+@intrinsic
+def lanes(typingctx, x):
+    """Elements of one vector of x's dtype: how far a kernel steps; a constant, where x.itemsize would be read at run time."""
+
+    def codegen(context, builder, sig, args):
+        return ir.Constant(ir.IntType(64), Vector(x.dtype).lanes)
+
+    return types.intp(x), codegen
 
 
 @intrinsic
@@ -285,6 +291,7 @@ if DISABLED:
     from fastbn.kernels._plain import (
         address,
         fence,
+        lanes,
         load,
         load_some,
         load_wide,

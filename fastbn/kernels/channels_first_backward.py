@@ -5,35 +5,35 @@ from __future__ import annotations
 import numpy as np
 
 from fastbn.kernels._jit import kernel, leaf, prange
-from fastbn.kernels._simd import fence, load, load_some, muladd, spread, total
-from fastbn.kernels.channels_first import SEGMENT, bounds, group_rows
-from fastbn.kernels.elementwise import affine_block, gradient, gradient_block, standardize
+from fastbn.kernels._simd import fence, lanes, load, load_some, muladd, spread, total
+from fastbn.kernels.channels_first import SEGMENT, affine_group, bounds, group_rows
+from fastbn.kernels.elementwise import gradient, gradient_row, standardize
 
 
 @leaf
 def block_sums(dy, x, c, n0, n1, s0, s1, high, rstd, offset):
     """(sum of dy, sum of dy * xhat) over a block, in the dtype of x."""
-    lanes = 64 // x.itemsize
+    W = lanes(x)
     h, r, o = spread(x, high), spread(x, rstd), spread(x, offset)
     zero = spread(x, 0.0)
     t, q = zero, zero
     group = group_rows(x, s0, s1)
     for m in range(n0, n1, group):
-        for s in range(s0, s1, SEGMENT * lanes):
-            stop = min(s1, s + SEGMENT * lanes)
+        for s in range(s0, s1, SEGMENT * W):
+            stop = min(s1, s + SEGMENT * W)
             t0, t1, q0, q1 = zero, zero, zero, zero
             for n in range(m, min(n1, m + group)):
                 i = s
-                while i + 2 * lanes <= stop:
+                while i + 2 * W <= stop:
                     g = load(dy, (n, c, i))
                     t0, q0 = t0 + g, muladd(g, muladd(load(x, (n, c, i)) - h, r, o), q0)
-                    g = load(dy, (n, c, i + lanes))
-                    t1, q1 = t1 + g, muladd(g, muladd(load(x, (n, c, i + lanes)) - h, r, o), q1)
-                    i += 2 * lanes
-                if i + lanes <= stop:
+                    g = load(dy, (n, c, i + W))
+                    t1, q1 = t1 + g, muladd(g, muladd(load(x, (n, c, i + W)) - h, r, o), q1)
+                    i += 2 * W
+                if i + W <= stop:
                     g = load(dy, (n, c, i))
                     t0, q0 = t0 + g, muladd(g, muladd(load(x, (n, c, i)) - h, r, o), q0)
-                    i += lanes
+                    i += W
                 if i < stop:
                     g = load_some(dy, (n, c, i), stop - i, zero)
                     t1, q1 = t1 + g, muladd(g, muladd(load_some(x, (n, c, i), stop - i, h) - h, r, o), q1)
@@ -55,21 +55,28 @@ def part_sums(dy, x, c, first, last, rows, splits, mean, rstd):
 
 
 @leaf
-def part_gradient(dy, x, c, first, last, rows, splits, mean, rstd, gamma, sum_dy, sum_dy_xhat, count, training, stream, dx):
-    """dx on blocks first .. last of channel c, last block first."""
+def fill_coefficients(x, c, mean, rstd, gamma, sum_dy, sum_dy_xhat, count, training, k):
+    """Column c of k: the coefficients of `gradient_row`, or of `affine_row` on dy where the statistics are constants."""
     if training:
-        high, scale, offset = standardize(x, mean, rstd)
-        mean_dy, slope, a, b = gradient(x, rstd, gamma, c, sum_dy, sum_dy_xhat, count)
-        for k in range(last - 1, first - 1, -1):
-            n0, n1, s0, s1 = bounds(x, k, rows, splits)
-            gradient_block(dy, x, c, n0, n1, s0, s1, high, scale, offset, mean_dy, slope, a, b, stream, dx)
+        k[0, c], k[1, c], k[2, c] = standardize(x, mean, rstd)
+        k[3, c], k[4, c], k[5, c], k[6, c] = gradient(x, rstd, gamma, c, sum_dy, sum_dy_xhat, count)
     else:
-        zero, _, a, b = gradient(x, rstd, gamma, c, 0.0, 0.0, 1.0)
-        for k in range(last - 1, first - 1, -1):
-            n0, n1, s0, s1 = bounds(x, k, rows, splits)
-            affine_block(dy, c, n0, n1, s0, s1, zero, a, b, stream, dx)
-    if stream:
-        fence()
+        k[0, c], _, k[1, c], k[2, c] = gradient(x, rstd, gamma, c, 0.0, 0.0, 1.0)
+
+
+@leaf
+def gradient_group(dy, x, c0, c1, first, last, rows, splits, k, training, stream, dx):
+    """dx on blocks first .. last of channels c0 .. c1, last row first, row by row over all channels of the group."""
+    if training:
+        for block in range(last - 1, first - 1, -1):
+            n0, n1, s0, s1 = bounds(x, block, rows, splits)
+            for n in range(n1 - 1, n0 - 1, -1):
+                for c in range(c0, c1):
+                    gradient_row(dy, x, n, c, s0, s1, k, stream, dx)
+        if stream:
+            fence()
+    else:
+        affine_group(dy, c0, c1, first, last, rows, splits, k, stream, dx)
 
 
 @kernel("x3 x3 m1 m1 i i i i s3 s2")
@@ -88,20 +95,27 @@ def grad_reduce(dy, x, mean, rstd, rows, splits, blocks, parts, partial, sums):
         sums[0, c], sums[1, c] = t, q
 
 
-@kernel("x3 x3 m1 m1 x1 m2 f b i i i i b y3")
-def grad_input(dy, x, mean, rstd, gamma, sums, count, training, rows, splits, blocks, parts, stream, dx):
-    """dx from the sums; `training` False for constant statistics."""
-    for task in prange(x.shape[1] * parts):
-        c, p = task // parts, task % parts
+@kernel("x3 x3 m1 m1 x1 m2 f b i i i i i b w3 y3")
+def grad_input(dy, x, mean, rstd, gamma, sums, count, training, rows, splits, blocks, parts, groups, stream, work, dx):
+    """dx from the sums; `training` False for constant statistics; `work` (parts, 7, C)."""
+    C = x.shape[1]
+    for task in prange(groups * parts):
+        g, p = task // parts, task % parts
+        c0, c1 = C * g // groups, C * (g + 1) // groups
+        for c in range(c0, c1):
+            fill_coefficients(x, c, mean[c], rstd[c], gamma, sums[0, c], sums[1, c], count, training, work[p])
         first, last = blocks * p // parts, blocks * (p + 1) // parts
-        part_gradient(dy, x, c, first, last, rows, splits, mean[c], rstd[c], gamma, sums[0, c], sums[1, c], count, training, stream, dx)
+        gradient_group(dy, x, c0, c1, first, last, rows, splits, work[p], training, stream, dx)
 
 
-@kernel("x3 x3 m1 m1 x1 b i i i b y3 s2")
-def backward(dy, x, mean, rstd, gamma, training, rows, splits, blocks, stream, dx, sums):
-    """grad_reduce and grad_input, a channel at a time: its slabs of dy and x are still in the cache for the second pass."""
-    count = float(x.shape[0] * x.shape[2])
-    for c in prange(x.shape[1]):
-        t, q = part_sums(dy, x, c, 0, blocks, rows, splits, mean[c], rstd[c])
-        sums[0, c], sums[1, c] = t, q
-        part_gradient(dy, x, c, 0, blocks, rows, splits, mean[c], rstd[c], gamma, t, q, count, training, stream, dx)
+@kernel("x3 x3 m1 m1 x1 b i i i i b w2 y3 s2")
+def backward(dy, x, mean, rstd, gamma, training, rows, splits, blocks, groups, stream, work, dx, sums):
+    """grad_reduce and grad_input, a group of channels at a time: its slabs are still in the cache for the second pass; `work` (7, C)."""
+    C, count = x.shape[1], float(x.shape[0] * x.shape[2])
+    for g in prange(groups):
+        c0, c1 = C * g // groups, C * (g + 1) // groups
+        for c in range(c0, c1):
+            t, q = part_sums(dy, x, c, 0, blocks, rows, splits, mean[c], rstd[c])
+            sums[0, c], sums[1, c] = t, q
+            fill_coefficients(x, c, mean[c], rstd[c], gamma, t, q, count, training, work)
+        gradient_group(dy, x, c0, c1, 0, blocks, rows, splits, work, training, stream, dx)

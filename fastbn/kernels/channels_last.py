@@ -15,7 +15,7 @@ import numpy as np
 
 from fastbn.kernels import welford
 from fastbn.kernels._jit import kernel, leaf, prange
-from fastbn.kernels._simd import load, load_some, load_wide, muladd, spread, store, store_narrow
+from fastbn.kernels._simd import lanes, load, load_some, load_wide, muladd, spread, store, store_narrow
 from fastbn.kernels.channels_first import HIGH, LOW
 
 merge = leaf(welford.merge)
@@ -27,7 +27,7 @@ TILE = 128  # rows: a lane adds up 64 values in float32, which keeps a variance 
 @leaf
 def columns(x, g, groups):
     """Columns c0 .. c1 of group g: whole panels."""
-    panel = 4 * (64 // x.itemsize)
+    panel = 4 * lanes(x)
     panels = (x.shape[1] + panel - 1) // panel
     return panels * g // groups * panel, min(x.shape[1], panels * (g + 1) // groups * panel)
 
@@ -35,8 +35,8 @@ def columns(x, g, groups):
 @leaf
 def panel_sums(x, r0, r1, c, shift, t, q):
     """t, q = sums of x - shift and of its square over rows r0 .. r1, for the 4 vectors from column c."""
-    lanes = 64 // x.itemsize
-    c1, c2, c3 = c + lanes, c + 2 * lanes, c + 3 * lanes
+    W = lanes(x)
+    c1, c2, c3 = c + W, c + 2 * W, c + 3 * W
     k0, k1, k2, k3 = load(shift, (c,)), load(shift, (c1,)), load(shift, (c2,)), load(shift, (c3,))
     zero = spread(x, 0.0)
     t0, t1, t2, t3, t4, t5, t6, t7 = zero, zero, zero, zero, zero, zero, zero, zero
@@ -98,14 +98,14 @@ def vector_sums(x, r0, r1, c, count, shift, t, q):
 @leaf
 def tile_sums(x, r0, r1, c0, c1, shift, t, q):
     """t, q of columns c0 .. c1."""
-    lanes = 64 // x.itemsize
+    W = lanes(x)
     c = c0
-    while c + 4 * lanes <= c1:
+    while c + 4 * W <= c1:
         panel_sums(x, r0, r1, c, shift, t, q)
-        c += 4 * lanes
+        c += 4 * W
     while c < c1:
-        vector_sums(x, r0, r1, c, min(lanes, c1 - c), shift, t, q)
-        c += lanes
+        vector_sums(x, r0, r1, c, min(W, c1 - c), shift, t, q)
+        c += W
 
 
 @leaf
@@ -124,11 +124,11 @@ def wide_column(x, r0, r1, c):
 def part_moments(x, r0, r1, c0, c1, work, mean, m2):
     """mean, m2 (width,) of columns c0 .. c1 over rows r0 .. r1; `work` (3, width)."""
     shift, t, q = work[0], work[1], work[2]
-    lanes = 64 // x.itemsize
-    end = (c1 + lanes - 1) // lanes * lanes
+    W = lanes(x)
+    end = (c1 + W - 1) // W * W
     none = spread(mean, 0.0)
-    for c in range(c0, end, lanes):
-        store(shift, (c,), load_some(x, (r0, c), min(lanes, c1 - c), spread(x, 0.0)))
+    for c in range(c0, end, W):
+        store(shift, (c,), load_some(x, (r0, c), min(W, c1 - c), spread(x, 0.0)))
     # The mean of the first rows is a better shift than the first row, which may be an outlier.
     few = min(8, r1 - r0)
     tile_sums(x, r0, r0 + few, c0, c1, shift, t, q)
@@ -153,7 +153,7 @@ def part_moments(x, r0, r1, c0, c1, work, mean, m2):
             store(m2, (c,), load(m2, (c,)) + block_m2 + delta * delta * k if before > 0.0 else block_m2)
             store_narrow(shift, (c,), new)
     for c in range(c0, c1):
-        if x.itemsize == 4 and not (LOW < m2[c] < HIGH):
+        if lanes(x) == 16 and not (LOW < m2[c] < HIGH):
             mean[c], m2[c] = wide_column(x, r0, r1, c)
         m2[c] = 0.0 if m2[c] < 0.0 else m2[c]  # rounding; NaN stays
 

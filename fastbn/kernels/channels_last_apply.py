@@ -7,7 +7,7 @@ tiles, folds and tasks as in `channels_last`.
 from __future__ import annotations
 
 from fastbn.kernels._jit import kernel, leaf, prange
-from fastbn.kernels._simd import address, fence, load, load_some, muladd, store, store_some, store_stream
+from fastbn.kernels._simd import address, fence, lanes, load, load_some, muladd, store, store_some, store_stream
 from fastbn.kernels.channels_last import columns, part_moments
 from fastbn.kernels.elementwise import affine, inverse_deviation
 
@@ -32,8 +32,8 @@ def fill_affine(x, mean, rstd, gamma, beta, c0, c1, coefficients):
 @leaf
 def affine_panel(x, r0, r1, c, k, stream, y):
     """y = (x - high) * scale + shift on rows r0 .. r1 of the 4 vectors from column c."""
-    lanes = 64 // x.itemsize
-    c1, c2, c3 = c + lanes, c + 2 * lanes, c + 3 * lanes
+    W = lanes(x)
+    c1, c2, c3 = c + W, c + 2 * W, c + 3 * W
     h0, h1, h2, h3 = load(k, (0, c)), load(k, (0, c1)), load(k, (0, c2)), load(k, (0, c3))
     a0, a1, a2, a3 = load(k, (1, c)), load(k, (1, c1)), load(k, (1, c2)), load(k, (1, c3))
     b0, b1, b2, b3 = load(k, (2, c)), load(k, (2, c1)), load(k, (2, c2)), load(k, (2, c3))
@@ -54,21 +54,21 @@ def affine_panel(x, r0, r1, c, k, stream, y):
 @leaf
 def affine_rows(x, first, last, c0, c1, k, stream, y):
     """y on rows first .. last, columns c0 .. c1, last tile first."""
-    lanes = 64 // x.itemsize
+    W = lanes(x)
     stream = stream and on_boundary(y)
     r1 = last
     while r1 > first:
         r0 = max(first, r1 - ROWS)
         c = c0
-        while c + 4 * lanes <= c1:
+        while c + 4 * W <= c1:
             affine_panel(x, r0, r1, c, k, stream, y)
-            c += 4 * lanes
+            c += 4 * W
         while c < c1:
-            count = min(lanes, c1 - c)
+            count = min(W, c1 - c)
             h, a, b = load(k, (0, c)), load(k, (1, c)), load(k, (2, c))
             for r in range(r1 - 1, r0 - 1, -1):
                 store_some(y, (r, c), count, muladd(load_some(x, (r, c), count, h) - h, a, b))
-            c += lanes
+            c += W
         r1 = r0
     if stream:
         fence()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fastbn.kernels._jit import kernel, leaf, prange
-from fastbn.kernels._simd import fence, load, load_some, load_wide, muladd, spread, store, store_some, store_stream
+from fastbn.kernels._simd import fence, lanes, load, load_some, load_wide, muladd, spread, store, store_some, store_stream
 from fastbn.kernels.channels_last import TILE, columns
 from fastbn.kernels.channels_last_apply import ROWS, affine_rows, on_boundary
 from fastbn.kernels.elementwise import gradient, standardize
@@ -21,7 +21,7 @@ def fill_standardize(x, mean, rstd, c0, c1, k):
 @leaf
 def panel_sums(dy, x, r0, r1, c, k, t, q):
     """t, q = sums of dy and of dy * xhat over rows r0 .. r1, for the 2 vectors from column c."""
-    c1 = c + 64 // x.itemsize
+    c1 = c + lanes(x)
     h0, s0, o0 = load(k, (0, c)), load(k, (1, c)), load(k, (2, c))
     h1, s1, o1 = load(k, (0, c1)), load(k, (1, c1)), load(k, (2, c1))
     zero = spread(x, 0.0)
@@ -63,9 +63,9 @@ def vector_sums(dy, x, r0, r1, c, count, k, t, q):
 @leaf
 def part_sums(dy, x, r0, r1, c0, c1, work, sums):
     """sums (2, width) of columns c0 .. c1 over rows r0 .. r1, tiles added in float64; rows 3 and 4 of `work` are scratch."""
-    lanes = 64 // x.itemsize
+    W = lanes(x)
     t, q = work[3], work[4]
-    end = (c1 + lanes - 1) // lanes * lanes
+    end = (c1 + W - 1) // W * W
     zero = spread(sums, 0.0)
     for c in range(c0, end, 8):
         store(sums, (0, c), zero)
@@ -73,12 +73,12 @@ def part_sums(dy, x, r0, r1, c0, c1, work, sums):
     for row in range(r0, r1, TILE):
         stop = min(r1, row + TILE)
         c = c0
-        while c + 2 * lanes <= c1:
+        while c + 2 * W <= c1:
             panel_sums(dy, x, row, stop, c, work, t, q)
-            c += 2 * lanes
+            c += 2 * W
         while c < c1:
-            vector_sums(dy, x, row, stop, c, min(lanes, c1 - c), work, t, q)
-            c += lanes
+            vector_sums(dy, x, row, stop, c, min(W, c1 - c), work, t, q)
+            c += W
         for c in range(c0, end, 8):
             store(sums, (0, c), load(sums, (0, c)) + load_wide(t, (c,)))
             store(sums, (1, c), load(sums, (1, c)) + load_wide(q, (c,)))
@@ -97,7 +97,7 @@ def fill_gradient(x, mean, rstd, gamma, sums, count, c0, c1, k):
 @leaf
 def gradient_panel(dy, x, r0, r1, c, k, stream, dx):
     """dx on rows r0 .. r1 of the 2 vectors from column c."""
-    e = c + 64 // x.itemsize
+    e = c + lanes(x)
     h0, s0, o0, m0, k0, a0, b0 = (
         load(k, (0, c)), load(k, (1, c)), load(k, (2, c)), load(k, (3, c)), load(k, (4, c)), load(k, (5, c)), load(k, (6, c))
     )  # fmt: skip
@@ -131,18 +131,18 @@ def gradient_vector(dy, x, r0, r1, c, count, k, dx):
 @leaf
 def gradient_rows(dy, x, first, last, c0, c1, k, stream, dx):
     """dx on rows first .. last, columns c0 .. c1, last tile first."""
-    lanes = 64 // x.itemsize
+    W = lanes(x)
     stream = stream and on_boundary(dx)
     r1 = last
     while r1 > first:
         r0 = max(first, r1 - ROWS)
         c = c0
-        while c + 2 * lanes <= c1:
+        while c + 2 * W <= c1:
             gradient_panel(dy, x, r0, r1, c, k, stream, dx)
-            c += 2 * lanes
+            c += 2 * W
         while c < c1:
-            gradient_vector(dy, x, r0, r1, c, min(lanes, c1 - c), k, dx)
-            c += lanes
+            gradient_vector(dy, x, r0, r1, c, min(W, c1 - c), k, dx)
+            c += W
         r1 = r0
     if stream:
         fence()

@@ -10,8 +10,8 @@ import math
 
 import numpy as np
 
-from fastbn.kernels._jit import leaf
-from fastbn.kernels._simd import address, load, load_some, muladd, spread, store, store_some, store_stream
+from fastbn.kernels._jit import leaf, row_leaf
+from fastbn.kernels._simd import address, lanes, load, load_some, muladd, spread, store, store_some, store_stream
 
 
 @leaf
@@ -47,66 +47,65 @@ def gradient(x, rstd, gamma, c, sum_dy, sum_dy_xhat, count):
     return mean_dy, x.dtype.type(-sum_dy_xhat / count), scale, x.dtype.type(-(sum_dy / count - np.float64(mean_dy)) * np.float64(scale))
 
 
-@leaf
+@row_leaf
 def head(y, index, size):
     """Elements of a row of `size` before y's first 64-byte boundary, which an odd address never meets."""
-    return min(size, (-address(y, index) & 63) // y.itemsize)
+    return min(size, (-address(y, index) & 63) // (64 // lanes(y)))
 
 
-@leaf
-def affine_block(x, c, n0, n1, s0, s1, high, scale, shift, stream, y):
-    """y = (x - high) * scale + shift on rows n0 .. n1, columns s0 .. s1 of channel c, past the cache where `stream`."""
-    lanes = 64 // x.itemsize
+@row_leaf
+def affine_row(x, n, c, s0, s1, high, scale, shift, stream, y):
+    """y = (x - high) * scale + shift on columns s0 .. s1 of row n of channel c, past the cache where `stream`."""
+    W = lanes(x)
     h, a, b = spread(x, high), spread(x, scale), spread(x, shift)
-    for n in range(n1 - 1, n0 - 1, -1):
-        i = s0
-        if stream and address(y, (n, c, i)) % y.itemsize == 0:
-            first = head(y, (n, c, i), s1 - i)
-            if first > 0:
-                store_some(y, (n, c, i), first, muladd(load_some(x, (n, c, i), first, h) - h, a, b))
-                i += first
-            while i + lanes <= s1:
-                store_stream(y, (n, c, i), muladd(load(x, (n, c, i)) - h, a, b))
-                i += lanes
-        else:
-            while i + 2 * lanes <= s1:
-                v = muladd(load(x, (n, c, i)) - h, a, b)
-                w = muladd(load(x, (n, c, i + lanes)) - h, a, b)
-                store(y, (n, c, i), v)
-                store(y, (n, c, i + lanes), w)
-                i += 2 * lanes
-            if i + lanes <= s1:
-                store(y, (n, c, i), muladd(load(x, (n, c, i)) - h, a, b))
-                i += lanes
-        if i < s1:
-            store_some(y, (n, c, i), s1 - i, muladd(load_some(x, (n, c, i), s1 - i, h) - h, a, b))
+    i = s0
+    if stream and address(y, (n, c, i)) % (64 // W) == 0:
+        first = head(y, (n, c, i), s1 - i)
+        if first > 0:
+            store_some(y, (n, c, i), first, muladd(load_some(x, (n, c, i), first, h) - h, a, b))
+            i += first
+        while i + W <= s1:
+            store_stream(y, (n, c, i), muladd(load(x, (n, c, i)) - h, a, b))
+            i += W
+    else:
+        while i + 2 * W <= s1:
+            v = muladd(load(x, (n, c, i)) - h, a, b)
+            w = muladd(load(x, (n, c, i + W)) - h, a, b)
+            store(y, (n, c, i), v)
+            store(y, (n, c, i + W), w)
+            i += 2 * W
+        if i + W <= s1:
+            store(y, (n, c, i), muladd(load(x, (n, c, i)) - h, a, b))
+            i += W
+    if i < s1:
+        store_some(y, (n, c, i), s1 - i, muladd(load_some(x, (n, c, i), s1 - i, h) - h, a, b))
 
 
-@leaf
-def gradient_block(dy, x, c, n0, n1, s0, s1, high, rstd, offset, mean_dy, slope, scale, shift, stream, dx):
-    """dx = ((dy - mean_dy) + xhat * slope) * scale + shift on a block; xhat = (x - high) * rstd + offset."""
-    lanes = 64 // x.itemsize
-    h, r, o = spread(x, high), spread(x, rstd), spread(x, offset)
-    m, k, a, b = spread(x, mean_dy), spread(x, slope), spread(x, scale), spread(x, shift)
-    for n in range(n1 - 1, n0 - 1, -1):
-        i = s0
-        if stream and address(dx, (n, c, i)) % dx.itemsize == 0:
-            first = head(dx, (n, c, i), s1 - i)
-            if first > 0:
-                xhat = muladd(load_some(x, (n, c, i), first, h) - h, r, o)
-                g = muladd(xhat, k, load_some(dy, (n, c, i), first, m) - m)
-                store_some(dx, (n, c, i), first, muladd(g, a, b))
-                i += first
-            while i + lanes <= s1:
-                xhat = muladd(load(x, (n, c, i)) - h, r, o)
-                store_stream(dx, (n, c, i), muladd(muladd(xhat, k, load(dy, (n, c, i)) - m), a, b))
-                i += lanes
-        else:
-            while i + lanes <= s1:
-                xhat = muladd(load(x, (n, c, i)) - h, r, o)
-                store(dx, (n, c, i), muladd(muladd(xhat, k, load(dy, (n, c, i)) - m), a, b))
-                i += lanes
-        if i < s1:
-            xhat = muladd(load_some(x, (n, c, i), s1 - i, h) - h, r, o)
-            g = muladd(xhat, k, load_some(dy, (n, c, i), s1 - i, m) - m)
-            store_some(dx, (n, c, i), s1 - i, muladd(g, a, b))
+@row_leaf
+def gradient_row(dy, x, n, c, s0, s1, coefficients, stream, dx):
+    """dx = ((dy - mean_dy) + xhat * slope) * scale + shift on columns s0 .. s1 of row n of channel c; xhat = (x - high) * rstd + offset."""
+    W = lanes(x)
+    h, r, o = spread(x, coefficients[0, c]), spread(x, coefficients[1, c]), spread(x, coefficients[2, c])
+    m, k = spread(x, coefficients[3, c]), spread(x, coefficients[4, c])
+    a, b = spread(x, coefficients[5, c]), spread(x, coefficients[6, c])
+    i = s0
+    if stream and address(dx, (n, c, i)) % (64 // W) == 0:
+        first = head(dx, (n, c, i), s1 - i)
+        if first > 0:
+            xhat = muladd(load_some(x, (n, c, i), first, h) - h, r, o)
+            g = muladd(xhat, k, load_some(dy, (n, c, i), first, m) - m)
+            store_some(dx, (n, c, i), first, muladd(g, a, b))
+            i += first
+        while i + W <= s1:
+            xhat = muladd(load(x, (n, c, i)) - h, r, o)
+            store_stream(dx, (n, c, i), muladd(muladd(xhat, k, load(dy, (n, c, i)) - m), a, b))
+            i += W
+    else:
+        while i + W <= s1:
+            xhat = muladd(load(x, (n, c, i)) - h, r, o)
+            store(dx, (n, c, i), muladd(muladd(xhat, k, load(dy, (n, c, i)) - m), a, b))
+            i += W
+    if i < s1:
+        xhat = muladd(load_some(x, (n, c, i), s1 - i, h) - h, r, o)
+        g = muladd(xhat, k, load_some(dy, (n, c, i), s1 - i, m) - m)
+        store_some(dx, (n, c, i), s1 - i, muladd(g, a, b))
