@@ -35,8 +35,9 @@ SHAPES: tuple[tuple[tuple[int, ...], bool], ...] = (  # float32; whether the cha
     ((32, 64), True),
 )
 EPS = config.EPS
-TURN_SECONDS = 2e-3  # calls shorter than this are timed several at a time
-REST_SECONDS = 3e-3  # a library's threads spin for a while after a call, at the cost of the next one's
+TURN_SECONDS = 10e-3  # calls shorter than this are timed several at a time
+REST_SECONDS = 5e-3  # a library's threads spin for a while after a call, at the cost of the next one's
+WARM_SECONDS = 20e-3  # and its own threads take a while to wake: the first calls after a rest cost up to three times the later ones
 CROWD = 0.5  # processors short, from which on PyTorch's spinning threads wait for each other 10 to 1000 times as long as they work
 AGREEMENT = 1e-4  # absolute, on data of standard deviation 1: a wrong result is timed by nobody
 
@@ -104,22 +105,27 @@ def agree(calls: Contestants) -> None:
                 raise SystemExit(f"fastbn: result {i} of {name} and fastbn differ by {apart:.1e}, nothing is timed; run: fastbn check")
 
 
+def _calls(call: Callable[[], object], seconds: float) -> int:
+    """Call until the time is over; the number of calls."""
+    end, number = time.perf_counter() + seconds, 0
+    while number == 0 or time.perf_counter() < end:
+        call()
+        number += 1
+    return number
+
+
 def interleaved(calls: Contestants, repeats: int) -> dict[str, float]:
     """Median seconds per call; the contestants take turns, so that a slow spell of the machine meets them all."""
-    number = {}
-    for name, call in calls.items():
-        start = time.perf_counter()
-        call()
-        number[name] = max(1, int(TURN_SECONDS / (time.perf_counter() - start)))
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repeats):
         for name, call in calls.items():
             time.sleep(REST_SECONDS)
-            call()  # back into the caches, untimed
+            warm = _calls(call, WARM_SECONDS)  # untimed
+            number = max(1, int(TURN_SECONDS / WARM_SECONDS * warm))
             start = time.perf_counter()
-            for _ in range(number[name]):
+            for _ in range(number):
                 call()
-            seconds[name].append((time.perf_counter() - start) / number[name])
+            seconds[name].append((time.perf_counter() - start) / number)
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
@@ -212,7 +218,7 @@ def _markdown(headers: Sequence[str], lines: Sequence[Sequence[str]], notes: str
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the `bench` command."""
     parser.add_argument("--accuracy", action="store_true", help="compare accuracy on hard float32 data instead of speed")
-    parser.add_argument("--repeats", type=int, default=15, metavar="N", help="turns of each contestant (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=9, metavar="N", help="turns of each contestant (default: %(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers")
     parser.add_argument(
         "--readme", type=Path, metavar="FILE", help="replace the block between <!-- speed:begin --> and <!-- speed:end --> (or accuracy)"
