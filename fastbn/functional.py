@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from fastbn import config, layout
 from fastbn.backends import select
-from fastbn.moments import Moments
+from fastbn.moments import Moments, inverse_deviation
 
 Array = NDArray[Any]
 
@@ -308,9 +308,3 @@ def _backward(
     sums = served.backward(layout.view_as(plan, dy), view, mean, rstd, gamma, target.view, constant is None)
     with np.errstate(over="ignore", invalid="ignore"):
         return target.finish(plan), sums[1].astype(view.dtype), sums[2].astype(view.dtype)
-
-
-def inverse_deviation(var: NDArray[np.float64], eps: float) -> NDArray[np.float64]:
-    """1 / sqrt(var + eps); infinite or NaN where the variance says so, without a warning."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.asarray(1.0 / np.sqrt(var + eps))

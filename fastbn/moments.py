@@ -22,6 +22,12 @@ def merge(count_a: Any, mean_a: Any, m2_a: Any, count_b: Any, mean_b: Any, m2_b:
     return count, mean_a + delta * weight, m2_a + m2_b + delta * delta * (count_a * weight)
 
 
+def inverse_deviation(var: Statistics, eps: float) -> Statistics:
+    """1 / sqrt(var + eps); infinite or NaN where the variance says so, without a warning."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.asarray(1.0 / np.sqrt(var + eps))
+
+
 class Moments:
     """Count, mean and sum of squared deviations of each channel.
 
@@ -77,7 +83,6 @@ class Moments:
         """
         return np.sqrt(self.var(ddof))
 
-    @np.errstate(all="ignore")
     def rstd(self, eps: float) -> Statistics:
         """1 / sqrt(var + eps) of each channel, with the biased variance.
 
@@ -90,7 +95,7 @@ class Moments:
         -------
         ndarray, shape (C,), float64
         """
-        return 1.0 / np.sqrt(self.var() + eps)
+        return inverse_deviation(self.var(), eps)
 
     @np.errstate(all="ignore")  # NaN and Inf propagate without a warning
     def merge(self, other: Moments) -> Moments:

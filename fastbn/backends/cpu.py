@@ -177,16 +177,22 @@ def describe(dims: tuple[int, ...], dtype: np.dtype[Any]) -> str:
     if len(dims) == 3:
         plan = schedule.first(*dims, dtype.itemsize)
         cut, fused = f"{plan.blocks} blocks a channel", plan.parts == 1
-        tasks = dims[1] * plan.parts
+        tasks = plan.groups if fused else dims[1] * plan.parts
         chosen: schedule.First | schedule.Last = plan
     else:
         chosen = schedule.last(*dims, dtype.itemsize, True)
         cut = f"{chosen.fold} rows folded into one" if chosen.fold > 1 else "rows as they are"
         tasks, fused = chosen.parts * chosen.groups, chosen.parts == 1 and chosen.fold == 1
+    modules = (channels_first,) * 2 if len(dims) == 3 else (channels_last, channels_last_apply)
+    back = channels_first_backward if len(dims) == 3 else channels_last_backward
+    forwards = [modules[1].forward] if fused else [modules[0].moments, modules[1].normalize]
+    backwards = [back.backward] if fused else [back.grad_reduce, back.grad_input]
+    names = [" + ".join(kernel.name for kernel in kernels) for kernels in (forwards, backwards)]
     passes = "fused, x is read from memory once" if fused else "two passes over memory: moments, then normalize"
     how = f"{_jit.threads()} threads ({_jit.threading_layer()})" if chosen.parallel else "one thread: too small to wake the others"
     stores = "streaming, past the cache" if chosen.stream else "ordinary, into the cache"
-    return f"schedule: {passes}; {tasks} tasks, {cut}\nthreads: {how}\nstores: {stores}"
+    form = f"{dtype}, {'parallel' if chosen.parallel else 'serial'}"
+    return f"kernels: {names[0]} ({form})\nbackward: {names[1]}\nschedule: {passes}; {tasks} tasks, {cut}\nthreads: {how}\nstores: {stores}"
 
 
 def warmup() -> Iterator[str]:
