@@ -102,7 +102,7 @@ def grad_input(
     if x.ndim == 3:
         plan = schedule.first(*x.shape, x.itemsize)
         run = channels_first_backward.grad_input.form(x.dtype, plan.parallel)
-        work = np.empty((plan.parts, 7, mean.size), x.dtype)
+        work = np.empty((plan.parts, 5, mean.size), x.dtype)
         run(
             dy, x, mean, rstd, gamma, both, count, training,
             plan.rows, plan.splits, plan.blocks, plan.parts, plan.groups, plan.stream, work, out,
@@ -110,7 +110,7 @@ def grad_input(
         return out
     cut = _last(x, dy, out)
     pairs = [_folded(cut, array) for array in (dy, x, out)]
-    work = np.empty((cut.parts, 7, cut.width), x.dtype)
+    work = np.empty((cut.parts, 5, cut.width), x.dtype)
     run = channels_last_backward.grad_input.form(x.dtype, cut.parallel)
     run(
         *pairs[0], *pairs[1], mean, rstd, gamma, both, count, training, cut.rest, cut.parts, cut.groups, cut.stream, work, *pairs[2]
@@ -153,7 +153,7 @@ def backward(
         if plan.parts == 1:
             sums = np.empty((2, mean.size))
             run = channels_first_backward.backward.form(x.dtype, plan.parallel)
-            work = np.empty((7, mean.size), x.dtype)
+            work = np.empty((5, mean.size), x.dtype)
             run(
                 dy, x, mean, rstd, _parameter(gamma, x), training,
                 plan.rows, plan.splits, plan.blocks, plan.groups, plan.stream, work, out, sums,
@@ -163,7 +163,7 @@ def backward(
         cut = _last(x, dy)
         if cut.parts == 1 and cut.fold == 1:
             sums = np.empty((2, cut.width))
-            work = np.zeros((7, cut.width), x.dtype)
+            work = np.zeros((5, cut.width), x.dtype)
             run = channels_last_backward.backward.form(x.dtype, cut.parallel)
             run(dy, x, mean, rstd, _parameter(gamma, x), training, cut.groups, cut.stream, work, out, sums)
             return out, sums[1, : mean.size], sums[0, : mean.size]

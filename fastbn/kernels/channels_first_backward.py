@@ -7,7 +7,7 @@ import numpy as np
 from fastbn.kernels._jit import kernel, leaf, prange
 from fastbn.kernels._simd import fence, lanes, load, load_some, muladd, spread, total
 from fastbn.kernels.channels_first import SEGMENT, affine_group, bounds, group_rows
-from fastbn.kernels.elementwise import gradient, gradient_row, standardize
+from fastbn.kernels.elementwise import constant_scale, gradient, gradient_row, standardize
 
 
 @leaf
@@ -58,10 +58,9 @@ def part_sums(dy, x, c, first, last, rows, splits, mean, rstd):
 def fill_coefficients(x, c, mean, rstd, gamma, sum_dy, sum_dy_xhat, count, training, k):
     """Column c of k: the coefficients of `gradient_row`, or of `affine_row` on dy where the statistics are constants."""
     if training:
-        k[0, c], k[1, c], k[2, c] = standardize(x, mean, rstd)
-        k[3, c], k[4, c], k[5, c], k[6, c] = gradient(x, rstd, gamma, c, sum_dy, sum_dy_xhat, count)
+        k[0, c], k[1, c], k[2, c], k[3, c], k[4, c] = gradient(x, mean, rstd, gamma, c, sum_dy, sum_dy_xhat, count)
     else:
-        k[0, c], _, k[1, c], k[2, c] = gradient(x, rstd, gamma, c, 0.0, 0.0, 1.0)
+        k[0, c], k[1, c], k[2, c] = x.dtype.type(0.0), constant_scale(x, rstd, gamma, c), x.dtype.type(0.0)
 
 
 @leaf
@@ -97,7 +96,7 @@ def grad_reduce(dy, x, mean, rstd, rows, splits, blocks, parts, partial, sums):
 
 @kernel("x3 x3 m1 m1 x1 m2 f b i i i i i b w3 y3")
 def grad_input(dy, x, mean, rstd, gamma, sums, count, training, rows, splits, blocks, parts, groups, stream, work, dx):
-    """dx from the sums; `training` False for constant statistics; `work` (parts, 7, C)."""
+    """dx from the sums; `training` False for constant statistics; `work` (parts, 5, C)."""
     C = x.shape[1]
     for task in prange(groups * parts):
         g, p = task // parts, task % parts
@@ -110,7 +109,7 @@ def grad_input(dy, x, mean, rstd, gamma, sums, count, training, rows, splits, bl
 
 @kernel("x3 x3 m1 m1 x1 b i i i i b w2 y3 s2")
 def backward(dy, x, mean, rstd, gamma, training, rows, splits, blocks, groups, stream, work, dx, sums):
-    """grad_reduce and grad_input, a group of channels at a time: its slabs are still in the cache for the second pass; `work` (7, C)."""
+    """grad_reduce and grad_input, a group of channels at a time: its slabs are still in the cache for the second pass; `work` (5, C)."""
     C, count = x.shape[1], float(x.shape[0] * x.shape[2])
     for g in prange(groups):
         c0, c1 = C * g // groups, C * (g + 1) // groups

@@ -11,7 +11,7 @@ from fastbn.kernels._simd import address, fence, lanes, load, load_some, muladd,
 from fastbn.kernels.channels_last import columns, part_moments
 from fastbn.kernels.elementwise import affine, inverse_deviation
 
-ROWS = 64  # of a tile: what two panels side by side share of the cache
+ROWS = 64  # of a tile: as many values as a lane may add up in float32 (see `channels_last.TILE`)
 
 
 @leaf

@@ -39,12 +39,22 @@ def standardize(x, mean, rstd):
 
 
 @leaf
-def gradient(x, rstd, gamma, c, sum_dy, sum_dy_xhat, count):
-    """(mean_dy, slope, scale, shift) of channel c: dx = ((dy - mean_dy) + xhat * slope) * scale + shift."""
-    a = rstd * np.float64(gamma[c]) if gamma.size else rstd
+def gradient(x, mean, rstd, gamma, c, sum_dy, sum_dy_xhat, count):
+    """(high, slope, offset, mean_dy, scale) of channel c: dx = ((dy - mean_dy) + ((x - high) * slope + offset)) * scale.
+
+    The slope is rstd times the mean of dy * xhat; times gamma * rstd too, it would underflow for data near 1e30.
+    """
+    high = x.dtype.type(mean)
+    slope = x.dtype.type(-rstd * (sum_dy_xhat / count))
     mean_dy = x.dtype.type(sum_dy / count)
-    scale = x.dtype.type(a)
-    return mean_dy, x.dtype.type(-sum_dy_xhat / count), scale, x.dtype.type(-(sum_dy / count - np.float64(mean_dy)) * np.float64(scale))
+    offset = -(mean - np.float64(high)) * np.float64(slope) - (sum_dy / count - np.float64(mean_dy))
+    return high, slope, x.dtype.type(offset), mean_dy, constant_scale(x, rstd, gamma, c)
+
+
+@leaf
+def constant_scale(x, rstd, gamma, c):
+    """gamma * rstd of channel c: dx / dy where the statistics are constants."""
+    return x.dtype.type(rstd * np.float64(gamma[c])) if gamma.size else x.dtype.type(rstd)
 
 
 @row_leaf
@@ -82,30 +92,26 @@ def affine_row(x, n, c, s0, s1, high, scale, shift, stream, y):
 
 
 @row_leaf
-def gradient_row(dy, x, n, c, s0, s1, coefficients, stream, dx):
-    """dx = ((dy - mean_dy) + xhat * slope) * scale + shift on columns s0 .. s1 of row n of channel c; xhat = (x - high) * rstd + offset."""
+def gradient_row(dy, x, n, c, s0, s1, k, stream, dx):
+    """dx = ((dy - mean_dy) + ((x - high) * slope + offset)) * scale on columns s0 .. s1 of row n of channel c, coefficients k[:, c]."""
     W = lanes(x)
-    h, r, o = spread(x, coefficients[0, c]), spread(x, coefficients[1, c]), spread(x, coefficients[2, c])
-    m, k = spread(x, coefficients[3, c]), spread(x, coefficients[4, c])
-    a, b = spread(x, coefficients[5, c]), spread(x, coefficients[6, c])
+    h, p, o, m, a = spread(x, k[0, c]), spread(x, k[1, c]), spread(x, k[2, c]), spread(x, k[3, c]), spread(x, k[4, c])
     i = s0
     if stream and address(dx, (n, c, i)) % (64 // W) == 0:
         first = head(dx, (n, c, i), s1 - i)
         if first > 0:
-            xhat = muladd(load_some(x, (n, c, i), first, h) - h, r, o)
-            g = muladd(xhat, k, load_some(dy, (n, c, i), first, m) - m)
-            store_some(dx, (n, c, i), first, muladd(g, a, b))
+            g = load_some(dy, (n, c, i), first, m) - m
+            store_some(dx, (n, c, i), first, (g + muladd(load_some(x, (n, c, i), first, h) - h, p, o)) * a)
             i += first
         while i + W <= s1:
-            xhat = muladd(load(x, (n, c, i)) - h, r, o)
-            store_stream(dx, (n, c, i), muladd(muladd(xhat, k, load(dy, (n, c, i)) - m), a, b))
+            g = load(dy, (n, c, i)) - m
+            store_stream(dx, (n, c, i), (g + muladd(load(x, (n, c, i)) - h, p, o)) * a)
             i += W
     else:
         while i + W <= s1:
-            xhat = muladd(load(x, (n, c, i)) - h, r, o)
-            store(dx, (n, c, i), muladd(muladd(xhat, k, load(dy, (n, c, i)) - m), a, b))
+            g = load(dy, (n, c, i)) - m
+            store(dx, (n, c, i), (g + muladd(load(x, (n, c, i)) - h, p, o)) * a)
             i += W
     if i < s1:
-        xhat = muladd(load_some(x, (n, c, i), s1 - i, h) - h, r, o)
-        g = muladd(xhat, k, load_some(dy, (n, c, i), s1 - i, m) - m)
-        store_some(dx, (n, c, i), s1 - i, muladd(g, a, b))
+        g = load_some(dy, (n, c, i), s1 - i, m) - m
+        store_some(dx, (n, c, i), s1 - i, (g + muladd(load_some(x, (n, c, i), s1 - i, h) - h, p, o)) * a)
