@@ -156,7 +156,7 @@ def test_view_as_pairs_every_element_with_its_own(drawn: tuple[np.ndarray, int],
 
 
 def test_large_results_lie_on_a_64_byte_boundary() -> None:
-    plan = layout.plan_for((8, 16, 33), "float32", 1)
+    plan = layout.plan_for((64, 16, 33), "float32", 1)
     for _ in range(8):
         whole, canonical = plan.empty(np.float32)
         assert whole.ctypes.data % 64 == 0
