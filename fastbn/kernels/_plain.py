@@ -57,6 +57,11 @@ def spread(x: Array, value: float) -> Array:
     return np.full(lanes(x), value, x.dtype)
 
 
+def broadcast(x: Array, index: Index) -> Array:
+    """The element x[index] in every lane."""
+    return spread(x, x[index])
+
+
 def muladd(a: Array, b: Array, c: Array) -> Array:
     """The vector a * b + c."""
     result: Array = a * b + c

@@ -190,6 +190,19 @@ def spread(typingctx, x, value):
 
 
 @intrinsic
+def broadcast(typingctx, x, index):
+    """The element x[index] in every lane; no index counts from the end, as NumPy's may."""
+    kind = Vector(x.dtype)
+
+    def codegen(context, builder, sig, args):
+        pointer = _pointer(context, builder, sig.args[0], args[0], sig.args[1], args[1])
+        pointer = builder.bitcast(pointer, kind.ir.element.as_pointer())
+        return _splat(builder, builder.load(pointer, typ=kind.ir.element), kind.ir)
+
+    return kind(x, index), codegen
+
+
+@intrinsic
 def muladd(typingctx, a, b, c):
     """The vector a * b + c, fused where the machine can."""
 
@@ -290,6 +303,7 @@ def fence(typingctx):
 if DISABLED:
     from fastbn.kernels._plain import (
         address,
+        broadcast,
         fence,
         lanes,
         load,

@@ -174,7 +174,7 @@ def affine_group(x, c0, c1, first, last, rows, splits, k, stream, y):
         n0, n1, s0, s1 = bounds(x, block, rows, splits)
         for n in range(n1 - 1, n0 - 1, -1):
             for c in range(c0, c1):
-                affine_row(x, n, c, s0, s1, k[0, c], k[1, c], k[2, c], stream, y)
+                affine_row(x, n, c, s0, s1, k, stream, y)
     if stream:
         fence()
 

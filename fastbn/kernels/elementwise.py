@@ -11,7 +11,7 @@ import math
 import numpy as np
 
 from fastbn.kernels._jit import leaf, row_leaf
-from fastbn.kernels._simd import address, lanes, load, load_some, muladd, spread, store, store_some, store_stream
+from fastbn.kernels._simd import address, broadcast, lanes, load, load_some, muladd, store, store_some, store_stream
 
 
 @leaf
@@ -64,10 +64,10 @@ def head(y, index, size):
 
 
 @row_leaf
-def affine_row(x, n, c, s0, s1, high, scale, shift, stream, y):
-    """y = (x - high) * scale + shift on columns s0 .. s1 of row n of channel c, past the cache where `stream`."""
+def affine_row(x, n, c, s0, s1, k, stream, y):
+    """y = (x - high) * scale + shift on columns s0 .. s1 of row n of channel c, coefficients k[:, c]; past the cache where `stream`."""
     W = lanes(x)
-    h, a, b = spread(x, high), spread(x, scale), spread(x, shift)
+    h, a, b = broadcast(k, (0, c)), broadcast(k, (1, c)), broadcast(k, (2, c))
     i = s0
     if stream and address(y, (n, c, i)) % (64 // W) == 0:
         first = head(y, (n, c, i), s1 - i)
@@ -95,7 +95,8 @@ def affine_row(x, n, c, s0, s1, high, scale, shift, stream, y):
 def gradient_row(dy, x, n, c, s0, s1, k, stream, dx):
     """dx = ((dy - mean_dy) + ((x - high) * slope + offset)) * scale on columns s0 .. s1 of row n of channel c, coefficients k[:, c]."""
     W = lanes(x)
-    h, p, o, m, a = spread(x, k[0, c]), spread(x, k[1, c]), spread(x, k[2, c]), spread(x, k[3, c]), spread(x, k[4, c])
+    h, p, o = broadcast(k, (0, c)), broadcast(k, (1, c)), broadcast(k, (2, c))
+    m, a = broadcast(k, (3, c)), broadcast(k, (4, c))
     i = s0
     if stream and address(dx, (n, c, i)) % (64 // W) == 0:
         first = head(dx, (n, c, i), s1 - i)
