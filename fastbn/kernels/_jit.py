@@ -15,7 +15,7 @@ import numba
 import numpy as np
 from numba import config, prange, types
 
-__all__ = ["DISABLED", "KERNELS", "Kernel", "kernel", "leaf", "load_tbb", "prange", "row_leaf", "threading_layer", "threads"]
+__all__ = ["DISABLED", "KERNELS", "Kernel", "kernel", "leaf", "load_tbb", "prange", "threading_layer", "threads"]
 
 DISABLED = bool(config.DISABLE_JIT)
 
@@ -77,12 +77,10 @@ def _njit(function: Callable[..., Any], parallel: bool = False, cache: bool = Fa
 
 
 def leaf(function: Callable[..., Any]) -> Any:
-    """A serial function that kernels call; compiled with the kernel, for its types."""
-    return _njit(function)
+    """A serial function that kernels call; compiled with the kernel, for its types.
 
-
-def row_leaf(function: Callable[..., Any]) -> Any:
-    """A leaf that is called for every row: inlined, since an array argument takes ten words on the stack, 15 ns a call in all."""
+    Inlined: an array argument takes ten words on the stack, and a call 15 ns. Short rows gain 5 to 15 %, a first call loses 0.7 s.
+    """
     return _njit(function, inline=True)
 
 

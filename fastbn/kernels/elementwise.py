@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 
-from fastbn.kernels._jit import leaf, row_leaf
+from fastbn.kernels._jit import leaf
 from fastbn.kernels._simd import address, broadcast, lanes, load, load_some, muladd, store, store_some, store_stream
 
 
@@ -57,13 +57,13 @@ def constant_scale(x, rstd, gamma, c):
     return x.dtype.type(rstd * np.float64(gamma[c])) if gamma.size else x.dtype.type(rstd)
 
 
-@row_leaf
+@leaf
 def head(y, index, size):
     """Elements of a row of `size` before y's first 64-byte boundary, which an odd address never meets."""
     return min(size, (-address(y, index) & 63) // (64 // lanes(y)))
 
 
-@row_leaf
+@leaf
 def affine_row(x, n, c, s0, s1, k, stream, y):
     """y = (x - high) * scale + shift on columns s0 .. s1 of row n of channel c, coefficients k[:, c]; past the cache where `stream`."""
     W = lanes(x)
@@ -91,7 +91,7 @@ def affine_row(x, n, c, s0, s1, k, stream, y):
         store_some(y, (n, c, i), s1 - i, muladd(load_some(x, (n, c, i), s1 - i, h) - h, a, b))
 
 
-@row_leaf
+@leaf
 def gradient_row(dy, x, n, c, s0, s1, k, stream, dx):
     """dx = ((dy - mean_dy) + ((x - high) * slope + offset)) * scale on columns s0 .. s1 of row n of channel c, coefficients k[:, c]."""
     W = lanes(x)
