@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from fastbn import demo_network as nets
 from fastbn import screen, stream
 from fastbn.data import Dataset, load_digits, load_idx
-from fastbn.errors import DataError, MissingExtra
+from fastbn.errors import DataError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -80,14 +80,12 @@ def run(args: argparse.Namespace) -> int:
     hidden, rate = _check_options(args)
     with ExitStack() as stack:
         plot, file = _open_plot(args.plot, stack)
-        try:
-            import matplotlib  # noqa: F401
-            import rich  # noqa: F401
-            from threadpoolctl import threadpool_limits  # type: ignore[import-untyped,unused-ignore]  # comes with scikit-learn
+        screen.need(
+            "rich", "matplotlib", "sklearn", "threadpoolctl", command="train", named="rich, matplotlib, scikit-learn and threadpoolctl"
+        )
+        from threadpoolctl import threadpool_limits
 
-            data = load_digits() if args.data is None else load_idx(args.data)
-        except ImportError as error:
-            raise MissingExtra("train needs rich, matplotlib and scikit-learn: pip install 'fastbn[demo]'") from error
+        data = load_digits() if args.data is None else load_idx(args.data)
         if not 2 <= args.batch <= len(data.images):
             raise DataError(f"--batch: given {args.batch}, want 2 (a variance needs two images) to {len(data.images)}, the training images")
         # Matrices this small gain nothing from a second BLAS thread, and on a busy machine its waiting cost a factor of 20.

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from fastbn.errors import MissingExtra
 
 
-def need_rich() -> None:
-    """MissingExtra where rich is not installed: to be called before any work."""
+def need(*packages: str, command: str = "this command", named: str = "rich") -> None:
+    """MissingExtra where a package of the extra `demo` is not installed: to be called before any work."""
     try:
-        import rich  # noqa: F401
-    except ImportError:
-        raise MissingExtra("this command needs rich, which is not installed: pip install 'fastbn[demo]'") from None
+        for package in packages or ("rich",):
+            importlib.import_module(package)
+    except ImportError as error:
+        raise MissingExtra(f"{command} needs {named}: pip install 'fastbn[demo]'") from error
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table on stdout: the first column to the left, numbers to the right."""
-    need_rich()
+    need()
     from rich.box import SIMPLE
     from rich.console import Console
     from rich.table import Table
@@ -34,7 +36,7 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 @contextmanager
 def byte_progress() -> Iterator[Callable[[str, int], Callable[[int], object]]]:
     """Progress bars in bytes on stderr, nothing where that is no terminal: (what, total) -> (bytes done since) -> None."""
-    need_rich()
+    need()
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 

@@ -107,7 +107,7 @@ def test_the_cases_catch_poor_statistics(statistics: object, caught: set[str]) -
     for name in NAMES:
         p = problem((8, 24, 14, 14), name)
         with np.errstate(over="ignore", invalid="ignore"):
-            poor = statistics(p.x)  # type: ignore[operator]
+            poor = statistics(p.x)
             y = published.normalized(p.x, poor.mean, poor.var, p.gamma, p.beta, 1, EPS)
             if excess("var", np.float32, poor.var, p.stats.var, p.scales.var) > 1 or excess("y", np.float32, y, p.y, p.scales.y) > 1:
                 broken.add(name)

@@ -211,8 +211,8 @@ def test_the_registry_in_its_order() -> None:
 @pytest.mark.skipif(bool(os.environ.get("FASTBN_BACKEND")), reason="FASTBN_BACKEND overrides the default that is tested here")
 def test_a_host_array_goes_to_the_cpu() -> None:
     assert select() is select("cpu")
-    assert select().__name__ == "fastbn.backends.cpu"  # type: ignore[attr-defined]
-    assert select("reference").__name__ == "fastbn.reference"  # type: ignore[attr-defined]
+    assert select().__name__ == "fastbn.backends.cpu"
+    assert select("reference").__name__ == "fastbn.reference"
 
 
 def test_the_requested_backend_runs(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -119,7 +119,7 @@ def test_backward_in_both_modes(dtype: str, axis: int, training: bool, backend: 
 def test_backward_uses_the_statistics_and_the_mode_of_its_forward(training: bool, backend: str) -> None:
     bn, x, dy = _layer(backend).train(training), _batch(1), _batch(2)
     bn(x)
-    want = bn.backward(dy).copy(), np.copy(bn.dgamma), np.copy(bn.dbeta)  # type: ignore[arg-type]
+    want = bn.backward(dy).copy(), np.copy(bn.dgamma), np.copy(bn.dbeta)
     bn(x)
     assert bn.running_mean is not None
     assert bn.running_var is not None
@@ -273,9 +273,9 @@ def test_what_exceeds_float32_becomes_inf_without_a_warning(backend: str) -> Non
     bn, x = _layer(backend), _batch(0) * np.float32(1e30)
     y = bn(x)
     assert np.isfinite(y).all()
-    assert np.isposinf(bn.running_var).all()  # type: ignore[call-overload]
+    assert np.isposinf(bn.running_var).all()
     bn.backward(np.full(SHAPE, 3e38, np.float32))
-    assert np.isposinf(bn.dbeta).all()  # type: ignore[call-overload]
+    assert np.isposinf(bn.dbeta).all()
 
 
 def test_state_dict_is_a_copy_in_pytorchs_keys_and_shapes() -> None:

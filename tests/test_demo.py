@@ -240,7 +240,7 @@ def test_an_interrupt_leaves_nothing_half_written(train: Command, monkeypatch: p
 @pytest.mark.parametrize("package", ["rich", "matplotlib", "sklearn", "threadpoolctl"])
 def test_a_missing_extra_is_said(train: Command, monkeypatch: pytest.MonkeyPatch, package: str) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    message = "train needs rich, matplotlib and scikit-learn: pip install 'fastbn[demo]'"
+    message = "train needs rich, matplotlib, scikit-learn and threadpoolctl: pip install 'fastbn[demo]'"
     with pytest.raises(MissingExtra, match=f"^{re.escape(message)}$"):
         train(*SHORT)
     assert list(Path.cwd().iterdir()) == []

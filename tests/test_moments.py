@@ -115,7 +115,7 @@ def test_merge_propagates_nan_and_inf_to_their_channel_only(value: float) -> Non
 )
 def test_merge_refuses_what_does_not_fit(other: object, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=f"^{message}$"):
-        _of(ROWS).merge(other)  # type: ignore[arg-type]
+        _of(ROWS).merge(other)
 
 
 def test_repr_names_every_part() -> None:

@@ -127,7 +127,7 @@ def test_a_refused_merge_changes_nothing(other: object, error: type[Exception], 
     r = RunningMoments(3, backend="reference").update(DATA)
     before = r.count, r.mean.tobytes(), r.var().tobytes()
     with pytest.raises(error, match=f"^{re.escape(message)}$"):
-        r.merge(other)  # type: ignore[arg-type]
+        r.merge(other)
     assert (r.count, r.mean.tobytes(), r.var().tobytes()) == before
 
 
@@ -137,7 +137,7 @@ def test_a_refused_merge_changes_nothing(other: object, error: type[Exception], 
 )
 def test_channels_are_a_positive_integer(channels: object, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=f"^{re.escape(message)}$"):
-        RunningMoments(channels)  # type: ignore[arg-type]
+        RunningMoments(channels)
 
 
 def test_repr() -> None:

@@ -152,7 +152,8 @@ class Kernel:
             compiled = _njit(function, parallel, cache=False)
         compiled.compile(tuple(_argument(token, numba.from_dtype(dtype)) for token in self._arguments))
         compiled.disable_compile()
-        return compiled  # type: ignore[no-any-return]
+        specialized: Callable[..., Any] = compiled
+        return specialized
 
 
 KERNELS: list[Kernel] = []
