@@ -8,88 +8,131 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fastbn import config
 from fastbn.backends import schedule
 from fastbn.kernels import _jit, channels_first, channels_first_backward, channels_last, channels_last_apply, channels_last_backward
+from fastbn.kernels.channels_last import WORK
 from fastbn.moments import Moments
 
 Array = NDArray[Any]
 Wide = NDArray[np.float64]
 
-_NONE = {np.dtype(kind): np.empty(0, kind) for kind in (np.float32, np.float64)}
+# Half precision reaches the kernels as its bits, in the integer type that tells them which one it is.
+_BITS: dict[str, np.dtype[Any]] = {"float16": np.dtype(np.uint16), "bfloat16": np.dtype(np.int16)}
+_SINGLE, _DOUBLE = np.dtype(np.float32), np.dtype(np.float64)
+_NONE = {kind: np.empty(0, kind) for kind in (_SINGLE, _DOUBLE)}
 
 
-def _parameter(value: Array | None, x: Array) -> Array:
-    """An absent parameter is an empty array to the kernels."""
-    return _NONE[x.dtype] if value is None else value
+def _bits(array: Array) -> Array:
+    return array if array.dtype in _NONE else array.view(_BITS[array.dtype.name])
 
 
-def _last(x: Array, *others: Array) -> schedule.Last:
-    """The schedule of (R, C) arrays that are walked together."""
-    R, C = x.shape
-    contiguous = all(a.strides[0] == C * a.itemsize for a in (x, *others))
-    return schedule.last(R, C, x.itemsize, contiguous)
+def _kind(x: Array) -> np.dtype[Any]:
+    """What x is computed in."""
+    return _DOUBLE if x.itemsize == 8 else _SINGLE
+
+
+def _columns(x: Array) -> tuple[int, int, int, Array] | None:
+    """(R, C, S, view (R, C * S)) where the kernels on columns serve x: channels last, or short rows without gaps between them."""
+    if x.ndim == 2:
+        return x.shape[0], x.shape[1], 1, x
+    N, C, S = x.shape
+    if schedule.short(N, S, _kind(x).itemsize) and (x.strides[1] == S * x.itemsize or C == 1):
+        return N, C, S, x.reshape(N, C * S)
+    return None
+
+
+def _stream(out: Array, arrays: int) -> bool:
+    """Whether a result is written past the cache, in a call on so many arrays of its size."""
+    return arrays * out.nbytes >= config.STREAM_BYTES
+
+
+def _tasks(units: int, parallel: bool) -> int:
+    return min(units, 4 * _jit.threads()) if parallel else 1
+
+
+def _contiguous(*arrays: Array) -> bool:
+    return all(a.strides[0] == a.shape[1] * a.itemsize for a in arrays)
 
 
 def _folded(plan: schedule.Last, array: Array) -> tuple[Array, Array]:
-    """(rows folded, rows left over) of an (R, C) array."""
+    """(rows folded, the rows left over as one row) of an (R, F) array."""
     if plan.fold == 1:
         return array, array
-    R, C = array.shape
-    return array[: R - plan.rest].reshape(-1, plan.fold * C), array[R - plan.rest :]
+    whole = array.shape[0] - plan.rest
+    return array[:whole].reshape(-1, plan.fold * array.shape[1]), array[whole:].reshape(1, -1)
 
 
 def moments(x: Array) -> Moments:
     """Count, mean and m2 of each channel."""
-    if x.ndim == 3:
+    x = _bits(x)
+    kind = _kind(x)
+    found = _columns(x)
+    if found is None:
         N, C, S = x.shape
         mean, m2 = np.empty((2, C))
-        plan = schedule.first(N, C, S, x.itemsize)
+        plan = schedule.first(N, C, S, kind.itemsize)
         run = channels_first.moments.form(x.dtype, plan.parallel)
-        run(x, plan.rows, plan.splits, plan.blocks, plan.parts, np.empty((C, plan.parts, 3)), mean, m2)
+        tasks = _tasks(C * plan.parts, plan.parallel)
+        run(x, plan.rows, plan.splits, plan.blocks, plan.parts, tasks, np.empty((C, plan.parts, 3)), mean, m2)
         return Moments(N * S, mean, m2)
-    R, C = x.shape
+    R, C, S, x = found
     mean, m2 = np.empty((2, C))
-    cut = _last(x)
-    folded, rest = _folded(cut, x)
-    work = np.zeros((cut.parts, 3, cut.width), x.dtype)
+    cut = schedule.last(R, C, S, kind.itemsize, _contiguous(x))
+    rows, rest = _folded(cut, x)
     run = channels_last.moments.form(x.dtype, cut.parallel)
-    run(folded, rest, cut.fold, cut.rest, cut.parts, cut.groups, work, np.empty((cut.parts + 1, 2, cut.width)), mean, m2)
-    return Moments(R, mean, m2)
+    tasks = _tasks(cut.parts * cut.blocks, cut.parallel)
+    work, partial = np.empty((tasks, 3, cut.columns), kind), np.empty((cut.parts + 1, 2, cut.fold * C))
+    run(rows, rest, C, S, cut.fold, cut.rest, cut.parts, cut.block * cut.fold, tasks, work, partial, mean, m2)
+    return Moments(R * S, mean, m2)
 
 
 def normalize(x: Array, mean: Wide, rstd: Wide, gamma: Array | None, beta: Array | None, out: Array) -> Array:
     """y = gamma * (x - mean) * rstd + beta."""
-    gamma, beta = _parameter(gamma, x), _parameter(beta, x)
-    if x.ndim == 3:
-        plan = schedule.first(*x.shape, x.itemsize)
-        parts = max(plan.parts, min(plan.blocks, -(-schedule.TASKS // x.shape[1]))) if plan.parallel else 1
+    x, y, stream = _bits(x), _bits(out), _stream(out, 2)
+    kind = _kind(x)
+    gamma, beta = _NONE[kind] if gamma is None else gamma, _NONE[kind] if beta is None else beta
+    found, target = _columns(x), _columns(y)
+    if found is None or target is None:
+        N, C, S = x.shape
+        plan = schedule.first(N, C, S, kind.itemsize)
         run = channels_first.normalize.form(x.dtype, plan.parallel)
-        groups, work = plan.groups if parts == 1 else x.shape[1], np.empty((parts, 3, x.shape[1]), x.dtype)
-        run(x, mean, rstd, gamma, beta, plan.rows, plan.splits, plan.blocks, parts, groups, plan.stream, work, out)
+        tasks = _tasks(N * C * plan.pieces, plan.parallel)
+        run(x, mean, rstd, gamma, beta, plan.pieces, tasks, stream, np.empty((3, C + 7 & -8), kind), y)
         return out
-    cut = _last(x, out)
-    (folded, rest), (folded_out, rest_out) = _folded(cut, x), _folded(cut, out)
-    work = np.empty((cut.parts, 3, cut.width), x.dtype)
+    R, C, S, x = found
+    y = target[3]
+    cut = schedule.last(R, C, S, kind.itemsize, _contiguous(x, y))
+    (rows, rest), (rows_y, rest_y) = _folded(cut, x), _folded(cut, y)
+    tasks = _tasks(cut.runs * cut.blocks, cut.parallel)
+    work = np.empty((tasks, WORK, cut.columns), kind)
     run = channels_last_apply.normalize.form(x.dtype, cut.parallel)
-    run(folded, rest, mean, rstd, gamma, beta, cut.rest, cut.parts, cut.groups, cut.stream, work, folded_out, rest_out)
+    run(rows, rest, mean, rstd, gamma, beta, S, cut.fold, cut.rest, cut.runs, cut.block, tasks, stream, work, rows_y, rest_y)
     return out
 
 
 def grad_reduce(dy: Array, x: Array, mean: Wide, rstd: Wide) -> tuple[Wide, Wide]:
     """(sum of dy, sum of dy * xhat) of each channel: (dbeta, dgamma)."""
+    x, dy = _bits(x), _bits(dy)
+    kind = _kind(x)
     sums = np.empty((2, mean.size))
-    if x.ndim == 3:
-        plan = schedule.first(*x.shape, x.itemsize)
+    found, beside = _columns(x), _columns(dy)
+    if found is None or beside is None:
+        N, C, S = x.shape
+        plan = schedule.first(N, C, S, kind.itemsize)
         run = channels_first_backward.grad_reduce.form(x.dtype, plan.parallel)
-        partial = np.empty((mean.size, plan.parts, 2))
-        run(dy, x, mean, rstd, plan.rows, plan.splits, plan.blocks, plan.parts, partial, sums)
+        tasks = _tasks(C * plan.parts, plan.parallel)
+        work, partial = np.empty((tasks, 3, 8), kind), np.empty((C, plan.parts, 2))
+        run(dy, x, mean, rstd, plan.rows, plan.splits, plan.blocks, plan.parts, tasks, work, partial, sums)
         return sums[0], sums[1]
-    cut = _last(x, dy)
-    (folded, rest), (folded_dy, rest_dy) = _folded(cut, x), _folded(cut, dy)
-    work = np.empty((cut.parts, 5, cut.width), x.dtype)
-    partial = np.empty((cut.parts + 1, 2, cut.width))
+    R, C, S, x = found
+    dy = beside[3]
+    cut = schedule.last(R, C, S, kind.itemsize, _contiguous(x, dy))
+    (rows, rest), (rows_dy, rest_dy) = _folded(cut, x), _folded(cut, dy)
+    tasks = _tasks(cut.parts * cut.blocks, cut.parallel)
+    work, partial = np.empty((tasks, WORK, cut.columns), kind), np.empty((cut.parts + 1, 2, cut.fold * C))
     run = channels_last_backward.grad_reduce.form(x.dtype, cut.parallel)
-    run(folded_dy, rest_dy, folded, rest, mean, rstd, cut.rest, cut.parts, cut.groups, work, partial, sums)
+    run(rows_dy, rest_dy, rows, rest, mean, rstd, S, cut.fold, cut.rest, cut.parts, cut.block, tasks, work, partial, sums)
     return sums[0], sums[1]
 
 
@@ -97,49 +140,69 @@ def grad_input(
     dy: Array, x: Array, mean: Wide, rstd: Wide, gamma: Array | None, sums: tuple[Wide, Wide] | None, count: int, out: Array
 ) -> Array:
     """dx in training; with sums=None the statistics are constants, as at inference."""
-    gamma, training = _parameter(gamma, x), sums is not None
     both = np.zeros((2, mean.size)) if sums is None else np.stack(sums)
-    if x.ndim == 3:
-        plan = schedule.first(*x.shape, x.itemsize)
+    return _grad_input(_bits(dy), _bits(x), mean, rstd, gamma, both, sums is not None, count, out)
+
+
+def _grad_input(
+    dy: Array, x: Array, mean: Wide, rstd: Wide, gamma: Array | None, sums: Wide, training: bool, count: int, out: Array
+) -> Array:
+    dx, stream = _bits(out), _stream(out, 3)
+    kind = _kind(x)
+    gamma = _NONE[kind] if gamma is None else gamma
+    found, beside, target = _columns(x), _columns(dy), _columns(dx)
+    if found is None or beside is None or target is None:
+        N, C, S = x.shape
+        plan = schedule.first(N, C, S, kind.itemsize)
         run = channels_first_backward.grad_input.form(x.dtype, plan.parallel)
-        work = np.empty((plan.parts, 5, mean.size), x.dtype)
-        run(
-            dy, x, mean, rstd, gamma, both, count, training,
-            plan.rows, plan.splits, plan.blocks, plan.parts, plan.groups, plan.stream, work, out,
-        )  # fmt: skip
+        tasks, work = _tasks(N * C * plan.pieces, plan.parallel), np.empty((5, C + 7 & -8), kind)
+        run(dy, x, mean, rstd, gamma, sums, count, training, plan.pieces, tasks, stream, work, dx)
         return out
-    cut = _last(x, dy, out)
-    pairs = [_folded(cut, array) for array in (dy, x, out)]
-    work = np.empty((cut.parts, 5, cut.width), x.dtype)
+    R, C, S, x = found
+    cut = schedule.last(R, C, S, kind.itemsize, _contiguous(x, beside[3], target[3]))
+    pairs = [_folded(cut, array) for array in (beside[3], x, target[3])]
+    tasks = _tasks(cut.runs * cut.blocks, cut.parallel)
+    work = np.empty((tasks, WORK, cut.columns), kind)
     run = channels_last_backward.grad_input.form(x.dtype, cut.parallel)
     run(
-        *pairs[0], *pairs[1], mean, rstd, gamma, both, count, training, cut.rest, cut.parts, cut.groups, cut.stream, work, *pairs[2]
+        *pairs[0], *pairs[1], mean, rstd, gamma, sums, count, training,
+        S, cut.fold, cut.rest, cut.runs, cut.block, tasks, stream, work, *pairs[2],
     )  # fmt: skip
     return out
 
 
 def forward(x: Array, gamma: Array | None, beta: Array | None, eps: float, out: Array) -> tuple[Array, Moments]:
-    """Moments and normalize; in one kernel, x from memory once, where a task's slab stays in the cache."""
-    if x.ndim == 3:
+    """Moments and normalize; in one kernel, x from memory once, where a task's slab stays in the cache.
+
+    x alone decides how its statistics are taken, so that they do not depend on where the result goes.
+    """
+    bits, y = _bits(x), _bits(out)
+    kind = _kind(bits)
+    found, target = _columns(bits), _columns(y)
+    if found is None:
         N, C, S = x.shape
-        plan = schedule.first(N, C, S, x.itemsize)
+        plan = schedule.first(N, C, S, kind.itemsize)
         if plan.parts == 1:
             mean, m2 = np.empty((2, C))
-            run = channels_first.forward.form(x.dtype, plan.parallel)
+            run = channels_first.forward.form(bits.dtype, plan.parallel)
+            tasks = _tasks(C, plan.parallel)
             run(
-                x, _parameter(gamma, x), _parameter(beta, x), eps,
-                plan.rows, plan.splits, plan.blocks, plan.groups, plan.stream, np.empty((3, C), x.dtype), out, mean, m2,
+                bits, _NONE[kind] if gamma is None else gamma, _NONE[kind] if beta is None else beta, eps,
+                plan.rows, plan.splits, plan.blocks, tasks, plan.ahead, _stream(out, 2), np.empty((tasks, 3, 8), kind), y, mean, m2,
             )  # fmt: skip
             return out, Moments(N * S, mean, m2)
     else:
-        cut = _last(x)  # x alone decides, so that the statistics do not depend on where the result goes
-        if cut.parts == 1 and cut.fold == 1:
-            R, C = x.shape
-            mean, m2 = np.empty((2, cut.width))
-            work = np.zeros((3, cut.width), x.dtype)
-            run = channels_last_apply.forward.form(x.dtype, cut.parallel)
-            run(x, _parameter(gamma, x), _parameter(beta, x), eps, cut.groups, cut.stream, work, out, mean, m2)
-            return out, Moments(R, mean[:C], m2[:C])
+        R, C, S, rows = found
+        cut = schedule.last(R, C, S, kind.itemsize, _contiguous(rows))
+        if cut.parts == 1 and cut.fold == 1 and target is not None:
+            mean, m2 = np.empty((2, C))
+            run = channels_last_apply.forward.form(bits.dtype, cut.parallel)
+            tasks = _tasks(cut.blocks, cut.parallel)
+            run(
+                rows, _NONE[kind] if gamma is None else gamma, _NONE[kind] if beta is None else beta, eps,
+                S, cut.block, tasks, _stream(out, 2), np.empty((tasks, WORK, cut.columns), kind), target[3], mean, m2,
+            )  # fmt: skip
+            return out, Moments(R * S, mean, m2)
     m = moments(x)
     return normalize(x, m.mean, m.rstd(eps), gamma, beta, out), m
 
@@ -148,49 +211,60 @@ def backward(
     dy: Array, x: Array, mean: Wide, rstd: Wide, gamma: Array | None, out: Array, training: bool = True
 ) -> tuple[Array, Wide, Wide]:
     """grad_reduce and grad_input, in one kernel where a task's slabs stay in the cache: (dx, dgamma, dbeta)."""
-    if x.ndim == 3:
-        plan = schedule.first(*x.shape, x.itemsize)
+    bits, bits_dy, dx = _bits(x), _bits(dy), _bits(out)
+    kind = _kind(bits)
+    found, beside, target = _columns(bits), _columns(bits_dy), _columns(dx)
+    if found is None or beside is None:
+        N, C, S = x.shape
+        plan = schedule.first(N, C, S, kind.itemsize)
         if plan.parts == 1:
-            sums = np.empty((2, mean.size))
-            run = channels_first_backward.backward.form(x.dtype, plan.parallel)
-            work = np.empty((5, mean.size), x.dtype)
+            sums = np.empty((2, C))
+            run = channels_first_backward.backward.form(bits.dtype, plan.parallel)
+            tasks = _tasks(C, plan.parallel)
             run(
-                dy, x, mean, rstd, _parameter(gamma, x), training,
-                plan.rows, plan.splits, plan.blocks, plan.groups, plan.stream, work, out, sums,
+                bits_dy, bits, mean, rstd, _NONE[kind] if gamma is None else gamma, training,
+                plan.rows, plan.splits, plan.blocks, tasks, plan.ahead, _stream(out, 3), np.empty((tasks, 5, 8), kind), dx, sums,
             )  # fmt: skip
             return out, sums[1], sums[0]
     else:
-        cut = _last(x, dy)
-        if cut.parts == 1 and cut.fold == 1:
-            sums = np.empty((2, cut.width))
-            work = np.zeros((5, cut.width), x.dtype)
-            run = channels_last_backward.backward.form(x.dtype, cut.parallel)
-            run(dy, x, mean, rstd, _parameter(gamma, x), training, cut.groups, cut.stream, work, out, sums)
-            return out, sums[1, : mean.size], sums[0, : mean.size]
-    found = grad_reduce(dy, x, mean, rstd)
-    grad_input(dy, x, mean, rstd, gamma, found if training else None, x.size // mean.size, out)
-    return out, found[1], found[0]
+        R, C, S, rows = found
+        cut = schedule.last(R, C, S, kind.itemsize, _contiguous(rows, beside[3]))
+        if cut.parts == 1 and cut.fold == 1 and target is not None:
+            sums = np.empty((2, C))
+            run = channels_last_backward.backward.form(bits.dtype, cut.parallel)
+            tasks = _tasks(cut.blocks, cut.parallel)
+            run(
+                beside[3], rows, mean, rstd, _NONE[kind] if gamma is None else gamma, training,
+                S, cut.block, tasks, _stream(out, 3), np.empty((tasks, WORK, cut.columns), kind), target[3], sums,
+            )  # fmt: skip
+            return out, sums[1], sums[0]
+    reduced = grad_reduce(dy, x, mean, rstd)
+    grad_input(dy, x, mean, rstd, gamma, reduced if training else None, x.size // mean.size, out)
+    return out, reduced[1], reduced[0]
 
 
 def describe(dims: tuple[int, ...], dtype: np.dtype[Any]) -> str:
     """Kernel and schedule for a canonical shape, for a person to read."""
-    if len(dims) == 3:
-        plan = schedule.first(*dims, dtype.itemsize)
-        cut, fused = f"{plan.blocks} blocks a channel", plan.parts == 1
-        tasks = plan.groups if fused else dims[1] * plan.parts
-        chosen: schedule.First | schedule.Last = plan
-    else:
-        chosen = schedule.last(*dims, dtype.itemsize, True)
+    itemsize = 8 if dtype == _DOUBLE else 4
+    columns = len(dims) == 2 or schedule.short(dims[0], dims[2], itemsize)
+    if columns:
+        R, C, S = dims if len(dims) == 3 else (*dims, 1)
+        chosen: schedule.First | schedule.Last = schedule.last(R, C, S, itemsize, True)
         cut = f"{chosen.fold} rows folded into one" if chosen.fold > 1 else "rows as they are"
-        tasks, fused = chosen.parts * chosen.groups, chosen.parts == 1 and chosen.fold == 1
-    modules = (channels_first,) * 2 if len(dims) == 3 else (channels_last, channels_last_apply)
-    back = channels_first_backward if len(dims) == 3 else channels_last_backward
-    forwards = [modules[1].forward] if fused else [modules[0].moments, modules[1].normalize]
+        cut += f", {S} columns a channel" if S > 1 else ""
+        tasks, fused = chosen.parts * chosen.blocks, chosen.parts == 1 and chosen.fold == 1
+    else:
+        chosen = schedule.first(*dims, itemsize)
+        cut, fused = f"{chosen.blocks} blocks a channel", chosen.parts == 1
+        tasks = dims[1] * chosen.parts
+    statistics, apply = (channels_last, channels_last_apply) if columns else (channels_first, channels_first)
+    back = channels_last_backward if columns else channels_first_backward
+    forwards = [apply.forward] if fused else [statistics.moments, apply.normalize]
     backwards = [back.backward] if fused else [back.grad_reduce, back.grad_input]
     names = [" + ".join(kernel.name for kernel in kernels) for kernels in (forwards, backwards)]
     passes = "fused, x is read from memory once" if fused else "two passes over memory: moments, then normalize"
     how = f"{_jit.threads()} threads ({_jit.threading_layer()})" if chosen.parallel else "one thread: too small to wake the others"
-    stores = "streaming, past the cache" if chosen.stream else "ordinary, into the cache"
+    stores = "streaming, past the cache" if 2 * np.prod(dims) * dtype.itemsize >= config.STREAM_BYTES else "ordinary, into the cache"
     form = f"{dtype}, {'parallel' if chosen.parallel else 'serial'}"
     return f"kernels: {names[0]} ({form})\nbackward: {names[1]}\nschedule: {passes}; {tasks} tasks, {cut}\nthreads: {how}\nstores: {stores}"
 

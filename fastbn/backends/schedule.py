@@ -1,16 +1,26 @@
-"""How an array is cut into blocks, parts and groups: pure functions of the shape, so that any number of threads gives the same bits."""
+"""How an array is cut into blocks, parts and units: pure functions of the shape, so that any number of threads gives the same bits.
+
+Sizes that decide the arithmetic are of the arithmetic's elements (`itemsize`: 4 for half precision too): a half-precision array is cut as
+its float32 copy would be.
+"""
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import NamedTuple
 
 from fastbn import config
 
-BLOCK = 256  # vectors of 64 bytes: half a first-level cache, read twice from there
-SLAB_BYTES = 4 * 2**20  # what a task may hold in its cache between two passes
+BLOCK = 256  # vectors of 64 bytes: half a first-level cache
+SLAB_BYTES = 4 * 2**20  # channels first: what a task may hold in its cache between two passes
+BLOCK_BYTES = 512 * 1024  # columns: the same, in pieces of rows that are far apart
 PART_BYTES = 256 * 1024  # a task worth scheduling
-RUN_BYTES = 8 * 1024  # channels side by side that are written as one run, where a row alone is too short for a prefetcher
+COLUMNS = 1024  # of a unit: coefficients and sums of so many fit the first-level cache
+FOLDED = 128  # columns that rows are folded to
+NARROW = 256  # columns: in shorter runs, memory waits for the prefetcher more than it moves data
+
+SHORT_BYTES = 2048  # rows of channels first up to this are treated as columns
 PARTS = 64  # enough tasks for the cores of any machine that numba drives well
 TASKS = 16
 
@@ -22,21 +32,22 @@ class First(NamedTuple):
     splits: int  # blocks of a row, where a row is several
     blocks: int  # of a channel
     parts: int  # of a channel; 1 where a channel stays in the cache: the fused kernels
-    groups: int  # of the channels: those of a group are written row by row together
+    pieces: int  # of a row, in the elementwise passes
+    ahead: bool  # whether a channel's slab leaves room in the cache to fetch the next one's
     parallel: bool
-    stream: bool
 
 
 class Last(NamedTuple):
-    """Schedule of an (R, C) array: see `fastbn.kernels.channels_last`."""
+    """Schedule of an (R, C * S) array: see `fastbn.kernels.channels_last`."""
 
     fold: int  # rows of the array in a row of the kernel
     rest: int  # rows left over
-    parts: int  # of the rows; 1 where a group stays in the cache: the fused kernels
-    groups: int  # of the columns
-    width: int  # of a workspace: the columns rounded up to whole vectors
+    parts: int  # of the rows; 1 where a block stays in the cache: the fused kernels
+    block: int  # channels of a unit
+    blocks: int
+    columns: int  # of a unit, rounded up to whole vectors
+    runs: int  # of the rows, in the elementwise passes
     parallel: bool
-    stream: bool
 
 
 @lru_cache(maxsize=1024)
@@ -49,25 +60,38 @@ def first(N: int, C: int, S: int, itemsize: int) -> First:
     parallel = slab * C >= config.SERIAL_BYTES
     fused = not parallel or (slab <= SLAB_BYTES and (C >= TASKS or slab <= PART_BYTES))
     parts = 1 if fused else min(PARTS, blocks, max(1, slab // PART_BYTES))
-    size = max(1, min(RUN_BYTES // (S * itemsize), PART_BYTES // slab, C // TASKS)) if fused else 1
-    return First(rows, splits, blocks, parts, -(-C // size), parallel and C * parts > 1, slab * C >= config.STREAM_BYTES)
+    pieces = min(max(1, vectors // 64), -(-PARTS // (N * C)))
+    return First(rows, splits, blocks, parts, pieces, slab <= BLOCK_BYTES, parallel)
+
+
+def short(N: int, S: int, itemsize: int) -> bool:
+    """Whether rows of channels first are better treated as columns."""
+    return N >= 4 and S * itemsize <= SHORT_BYTES
 
 
 @lru_cache(maxsize=1024)
-def last(R: int, C: int, itemsize: int, contiguous: bool) -> Last:
-    """The schedule of (R, C); only rows without gaps can be folded."""
+def last(R: int, C: int, S: int, itemsize: int, contiguous: bool) -> Last:
+    """The schedule of (R, C * S); only rows without gaps can be folded."""
     lanes = 64 // itemsize
-    panel = 4 * lanes
-    size = R * C * itemsize
-    fold = panel // C if contiguous and 2 * C <= panel and R >= panel * 8 else 1
-    rows, F = R // fold, fold * C
-    width = -(-F // lanes) * lanes
-    panels = -(-F // panel)
+    size = R * C * S * itemsize
+    fold = 1
+    while contiguous and fold * 2 * C * S <= FOLDED and R // (fold * 2) >= 32:
+        fold *= 2
+    rows = R // fold
+    widest = max(1, COLUMNS // S)
+    narrow = max(1, NARROW // S)
     parallel = size >= config.SERIAL_BYTES
-    stream = size >= config.STREAM_BYTES
-    if fold == 1 and (not parallel or (rows * panel * itemsize <= SLAB_BYTES // 8 and panels >= TASKS)):
-        groups = min(panels, max(1, size // (PART_BYTES // 2))) if parallel else 1
-        return Last(1, 0, 1, groups, width, parallel, stream)
-    parts = max(1, min(PARTS, size // PART_BYTES, rows // 64, 2**16 // F))
-    groups = min(panels, -(-TASKS // parts))
-    return Last(fold, R - fold * rows, parts, groups, width, parallel, stream)
+    held = BLOCK_BYTES // (rows * S * itemsize)  # channels of a unit that stay in the cache
+    if fold > 1:
+        parts, block = max(1, min(PARTS, size // PART_BYTES, rows // 64)), C
+    elif not parallel or held >= min(C, narrow):
+        parts, block = 1, min(C, widest, max(held, narrow), max(narrow, -(-C // TASKS)) if parallel else C)
+    else:
+        parts, block = max(1, min(PARTS, size // PART_BYTES, rows // 64, 2**16 // (C * S))), min(C, widest)
+    step = lanes // math.gcd(S, lanes)  # channels whose columns are whole vectors: runs then begin on the boundaries of streaming stores
+    if block < C and block >= step:
+        block = block // step * step
+    blocks = -(-C // block)
+    columns = -(-block * fold * S // lanes) * lanes
+    runs = max(1, min(-(-PARTS // blocks), size // PART_BYTES // blocks, rows // 8)) if parallel else 1
+    return Last(fold, R - fold * rows, parts, block, blocks, columns, runs, parallel)

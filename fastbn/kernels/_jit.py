@@ -15,7 +15,7 @@ import numba
 import numpy as np
 from numba import config, prange, types
 
-__all__ = ["DISABLED", "KERNELS", "Kernel", "kernel", "leaf", "load_tbb", "prange", "threading_layer", "threads"]
+__all__ = ["DISABLED", "KERNELS", "Kernel", "kernel", "leaf", "load_tbb", "prange", "routine", "threading_layer", "threads"]
 
 DISABLED = bool(config.DISABLE_JIT)
 
@@ -84,6 +84,11 @@ def leaf(function: Callable[..., Any]) -> Any:
     return _njit(function, inline=True)
 
 
+def routine(function: Callable[..., Any]) -> Any:
+    """The same, called and not inlined: for work on whole blocks, compiled once for all kernels that call it."""
+    return _njit(function)
+
+
 def _plainly(body: Callable[..., Any]) -> Callable[..., Any]:
     """The body as plain Python, as silent about NaN and Inf as the compiled one."""
 
@@ -96,14 +101,17 @@ def _plainly(body: Callable[..., Any]) -> Callable[..., Any]:
 
 def _argument(token: str, dtype: Any) -> Any:
     kind, rank = token[0], int(token[1:] or 1)
+    computed = dtype if isinstance(dtype, types.Float) else types.float32
     if kind == "x":  # an input: any strides, read-only, unaligned
         return types.Array(dtype, rank, "A", readonly=True, aligned=False)
     if kind == "y":  # an output
         return types.Array(dtype, rank, "A", aligned=False)
-    if kind == "w":  # workspace in the dtype of x
-        return types.Array(dtype, rank, "C")
+    if kind == "w":  # workspace in the arithmetic of x
+        return types.Array(computed, rank, "C")
+    if kind == "p":  # a parameter in the arithmetic of x, read
+        return types.Array(computed, rank, "C", readonly=True, aligned=False)
     if kind == "m":  # float64 statistics, read
-        return types.Array(types.float64, rank, "A", readonly=True, aligned=False)
+        return types.Array(types.float64, rank, "C", readonly=True, aligned=False)
     if kind == "s":  # float64 statistics, written
         return types.Array(types.float64, rank, "C")
     return {"i": types.intp, "f": types.float64, "b": types.boolean}[kind]
@@ -117,8 +125,8 @@ class Kernel:
     body : function
         The kernel, written with one `prange`; the serial form runs it as a plain range.
     arguments : str
-        A token per argument: x3 an input of rank 3, y3 an output, w2 a workspace of the same dtype; m1 float64
-        to read, s1 to write; i f b scalars.
+        A token per argument: x3 an input of rank 3, y3 an output; p1 a parameter and w2 a workspace in the arithmetic of x (float32 for
+        half precision); m1 float64 to read, s1 to write; i f b scalars.
     """
 
     def __init__(self, body: Callable[..., Any], arguments: str) -> None:

@@ -9,56 +9,98 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 Index = tuple[int, ...]
+WIDE = 8
+
+
+def _arithmetic(x: Array) -> np.dtype[Any]:
+    return x.dtype if x.dtype.kind == "f" else np.dtype(np.float32)
+
+
+def _widen(kept: Array) -> Array:
+    """Elements as kept in an array -> what they are computed in."""
+    if kept.dtype == np.uint16:
+        return kept.view(np.float16).astype(np.float32)
+    if kept.dtype == np.int16:
+        return (kept.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
+    return kept.copy()
+
+
+def _narrow(value: Array, dtype: np.dtype[Any]) -> Array:
+    """The inverse, to nearest even."""
+    if dtype == np.uint16:
+        return value.astype(np.float16).view(np.uint16)
+    if dtype == np.int16:
+        bits = value.astype(np.float32).view(np.uint32)
+        high = bits >> np.uint32(16)
+        rounded = (bits + (high & np.uint32(1)) + np.uint32(0x7FFF)) >> np.uint32(16)
+        quiet = (high & np.uint32(0x8000)) | np.uint32(0x7FC0)
+        return np.where(np.isnan(value), quiet, rounded).astype(np.uint16).view(np.int16)
+    return value.astype(dtype)
 
 
 def lanes(x: Array) -> int:
-    """Elements of one vector of x's dtype."""
-    return 64 // x.itemsize
+    """Elements of one vector of x."""
+    return 64 // _arithmetic(x).itemsize
+
+
+def bytes_of(x: Array) -> int:
+    """Bytes of an element of x in memory."""
+    return x.itemsize
+
+
+def scalar(x: Array, value: float) -> Any:
+    """A float64 rounded to what x is computed in."""
+    return _arithmetic(x).type(value)
 
 
 def _span(x: Array, index: Index, count: int) -> Array:
+    assert min(index) >= 0, "a vector before the beginning"
     where: Any = (*index[:-1], slice(index[-1], index[-1] + count))
     span: Array = x[where]
     assert span.size == count, "a vector beyond the end of its row"
     return span
 
 
+def element(x: Array, index: Index) -> Any:
+    """x[index] in float64."""
+    return np.float64(_widen(_span(x, index, 1))[0])
+
+
 def load(x: Array, index: Index) -> Array:
     """Vector at x[index]."""
-    vector: Array = _span(x, index, lanes(x)).copy()
-    return vector
+    return _widen(_span(x, index, lanes(x)))
 
 
 def load_some(x: Array, index: Index, count: int, fill: Array) -> Array:
     """The first `count` lanes from x[index], the others from `fill`."""
     vector: Array = fill.copy()
-    vector[:count] = _span(x, index, count)
+    vector[:count] = _widen(_span(x, index, count))
     return vector
 
 
 def store(x: Array, index: Index, value: Array) -> None:
     """x[index] onwards = value."""
-    _span(x, index, value.size)[:] = value
+    _span(x, index, value.size)[:] = _narrow(value, x.dtype)
 
 
 def store_stream(x: Array, index: Index, value: Array) -> None:
     """The same; checks the alignment that the real one needs."""
-    assert address(x, index) % 64 == 0, "a streaming store off its 64-byte boundary"
+    assert address(x, index) % (value.size * x.itemsize) == 0, "a streaming store off its boundary"
     store(x, index, value)
 
 
 def store_some(x: Array, index: Index, count: int, value: Array) -> None:
     """The first `count` lanes of value to x[index]."""
-    _span(x, index, count)[:] = value[:count]
+    _span(x, index, count)[:] = _narrow(value[:count], x.dtype)
 
 
 def spread(x: Array, value: float) -> Array:
-    """The value in every lane of a vector of x's dtype."""
-    return np.full(lanes(x), value, x.dtype)
+    """The value in every lane of a vector of x."""
+    return np.full(lanes(x), value, _arithmetic(x))
 
 
 def broadcast(x: Array, index: Index) -> Array:
-    """The element x[index] in every lane."""
+    """The element x[index] of a float array in every lane."""
     return spread(x, x[index])
 
 
@@ -73,25 +115,56 @@ def total(a: Array) -> Any:
     return a.sum()
 
 
-def wide_sums(a: Array, shift: Array) -> tuple[float, float]:
-    """(sum, sum of squares) of a - shift over the lanes, all in float64."""
-    d = a.astype(np.float64) - shift
-    return d.sum(), (d * d).sum()
+def load_wide(x: Array, index: Index, count: int) -> Array:
+    """The first `count` of eight elements from x[index], as a wide vector with zeros behind them."""
+    vector = np.zeros(WIDE)
+    vector[:count] = _widen(_span(x, index, count))
+    return vector
 
 
-def load_wide(x: Array, index: Index) -> Array:
-    """Eight elements from x[index], as a vector of float64."""
-    return _span(x, index, 8).astype(np.float64)
+def store_wide(x: Array, index: Index, count: int, value: Array) -> None:
+    """The first `count` lanes of a wide vector to x[index] onwards, rounded to the dtype of a float array x."""
+    _span(x, index, count)[:] = value[:count]
 
 
-def store_narrow(x: Array, index: Index, value: Array) -> None:
-    """Eight elements from x[index] onwards = a vector of float64, rounded to the dtype of x."""
-    _span(x, index, 8)[:] = value
+def rounded(x: Array, value: Array) -> Array:
+    """A wide vector rounded to what x is computed in, as a wide vector."""
+    return value.astype(_arithmetic(x)).astype(np.float64)
+
+
+def wide(value: float) -> Array:
+    """The float64 in every lane of a wide vector."""
+    return np.full(WIDE, value)
+
+
+def root(a: Array) -> Array:
+    """Square root of each lane."""
+    result: Array = np.sqrt(a)
+    return result
+
+
+def not_negative(a: Array) -> Array:
+    """Each lane, 0 where it is below; NaN stays NaN."""
+    return np.where(a < 0.0, 0.0, a)
+
+
+def within(a: Array, count: int, low: float, high: float) -> bool:
+    """Whether low < lane < high for the first `count` lanes of a wide vector."""
+    return bool(((a[:count] > low) & (a[:count] < high)).all())
+
+
+def choose(a: Array, low: float, high: float, inside: Array, outside: Array) -> Array:
+    """Each lane of `inside` where low < a < high, else of `outside`; all wide vectors."""
+    return np.where((a > low) & (a < high), inside, outside)
 
 
 def address(x: Array, index: Index) -> int:
     """Address of x[index], in bytes."""
     return int(x.ctypes.data + sum(i * stride for i, stride in zip(index, x.strides, strict=True)))
+
+
+def prefetch(x: Array, index: Index) -> None:
+    """Nothing to hurry here."""
 
 
 def fence() -> None:

@@ -1,118 +1,96 @@
-"""Explicit vectors for kernels: one 64-byte vector type, its loads and stores, written as LLVM instructions.
+"""Explicit vectors for kernels: loads, stores and arithmetic of 64-byte vectors, written as LLVM instructions.
 
 LLVM's own vectorizer is not enough here: it keeps no accumulators in registers across rows, gives an in-place call the scalar loop
 (its overlap check fails), runs up to 15 scalar steps at the end of every short row, and never emits a streaming store. With a vector
 type the kernels say what they mean, and compile in half the time.
 
-A vector has lanes(x) elements: 16 of float32, 8 of float64. On narrower machines LLVM splits it. `+`, `-`, `*` and `/` work on
-vectors. Positions are index tuples of a strided array whose last axis is contiguous; alignment of one element is enough.
-With NUMBA_DISABLE_JIT=1 a vector is a small NumPy array and the same kernels run as plain Python.
+A vector has lanes(x) elements: 16 where x is computed in float32, 8 of float64. On narrower machines LLVM splits it. `+`, `-`, `*` and
+`/` work on vectors. Positions are index tuples of a strided array whose last axis is contiguous; alignment of one element is enough.
+Wide vectors are of 8 float64, whatever the array. With NUMBA_DISABLE_JIT=1 a vector is a small NumPy array (see `_plain`).
 """
 
-import operator
-from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
-from numba.core.datamodel import models, register_default
-from numba.core.imputils import lower_builtin
-from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 from numba.extending import intrinsic
-from numba.np.arrayobj import make_array
 
 from fastbn.kernels._jit import DISABLED
+from fastbn.kernels._vector import DOUBLE, I32, I64, VECTOR_BYTES, Vector, call, convert, itemsize, mask, narrow, pointer
+from fastbn.kernels._vector import splat, stored, suffix, widen
 
-VECTOR_BYTES = 64
-
-
-class Vector(types.Type):  # type: ignore[misc]  # numba is untyped
-    """The numba type of a 64-byte vector of float32 or float64."""
-
-    def __init__(self, dtype: types.Float) -> None:
-        self.dtype = dtype
-        self.lanes = VECTOR_BYTES * 8 // dtype.bitwidth
-        self.ir = ir.VectorType(ir.FloatType() if dtype.bitwidth == 32 else ir.DoubleType(), self.lanes)
-        super().__init__(name=f"Vector({dtype} x {self.lanes})")
+WIDE = Vector(types.float64)
 
 
-@register_default(Vector)
-class _VectorModel(models.PrimitiveModel):  # type: ignore[misc]  # numba is untyped
-    def __init__(self, dmm: Any, fe_type: Vector) -> None:
-        super().__init__(dmm, fe_type, fe_type.ir)
+def _load(context: Any, builder: Any, sig: Any, args: Any, lanes: int) -> Any:
+    """So many elements from x[index], as they are computed."""
+    kind = stored(sig.args[0].dtype, lanes)
+    loaded = builder.load(builder.bitcast(pointer(context, builder, sig, args), kind.as_pointer()), typ=kind)
+    loaded.align = 1
+    return widen(builder, loaded, sig.args[0].dtype)
 
 
-class _Elementwise(AbstractTemplate):  # type: ignore[misc]  # numba is untyped
-    def generic(self, args: tuple[Any, ...], kws: dict[str, Any]) -> Any:
-        if len(args) == 2 and isinstance(args[0], Vector) and args[0] == args[1]:
-            return signature(args[0], *args)
-        return None
+def _load_some(context: Any, builder: Any, sig: Any, args: Any, lanes: int) -> Any:
+    """The first args[2] of so many elements, zeros behind them."""
+    kind, some = stored(sig.args[0].dtype, lanes), mask(builder, args[2], lanes)
+    place = builder.bitcast(pointer(context, builder, sig, args), kind.as_pointer())
+    arguments = [place, ir.Constant(I32, 1), some, ir.Constant(kind, None)]
+    return widen(builder, call(builder, kind, f"llvm.masked.load.{suffix(kind)}.p0", arguments), sig.args[0].dtype), some
 
 
-def _register(op: Callable[[Any, Any], Any], instruction: str) -> None:
-    infer_global(op)(type(f"_{instruction}", (_Elementwise,), {}))
-
-    @lower_builtin(op, Vector, Vector)  # type: ignore[untyped-decorator]  # numba is untyped
-    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return getattr(builder, instruction)(*args)
-
-
-for _op, _instruction in ((operator.add, "fadd"), (operator.sub, "fsub"), (operator.mul, "fmul"), (operator.truediv, "fdiv")):
-    _register(_op, _instruction)
+def _store(context: Any, builder: Any, sig: Any, args: Any, value: Any, align: int) -> Any:
+    kept = narrow(builder, value, sig.args[0].dtype)
+    instruction = builder.store(kept, builder.bitcast(pointer(context, builder, sig, args), kept.type.as_pointer()))
+    instruction.align = align
+    return instruction
 
 
-def _splat(builder: Any, value: Any, vector: ir.VectorType) -> Any:
-    undefined = ir.Constant(vector, ir.Undefined)
-    i32 = ir.IntType(32)
-    first = builder.insert_element(undefined, value, ir.Constant(i32, 0))
-    return builder.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(i32, vector.count), [0] * vector.count))
-
-
-def _pointer(context: Any, builder: Any, array_type: Any, array: Any, index_type: Any, index: Any) -> Any:
-    """Address of array[index]. The last axis is contiguous: its stride is a constant, which the loops' addressing folds in."""
-    view = make_array(array_type)(context, builder, array)
-    parts = cgutils.unpack_tuple(builder, index, len(index_type))
-    parts = [context.cast(builder, part, kind, types.intp) for part, kind in zip(parts, index_type, strict=True)]
-    offset = builder.mul(parts[-1], ir.Constant(ir.IntType(64), array_type.dtype.bitwidth // 8))
-    for part, stride in zip(parts[:-1], cgutils.unpack_tuple(builder, view.strides), strict=False):
-        offset = builder.add(offset, builder.mul(part, stride))
-    return cgutils.pointer_add(builder, view.data, offset)
-
-
-def _where(kind: Vector) -> tuple[Any, Any]:
-    return ir.Constant(ir.VectorType(ir.IntType(32), kind.lanes), list(range(kind.lanes))), ir.Constant(ir.IntType(32), 1)
-
-
-def _mask(builder: Any, kind: Vector, count: Any) -> Any:
-    """The first `count` lanes."""
-    lane, _ = _where(kind)
-    return builder.icmp_unsigned("<", lane, _splat(builder, builder.trunc(count, ir.IntType(32)), lane.type))
-
-
-def _vector_pointer(context: Any, builder: Any, kind: Vector, sig: Any, args: Any) -> Any:
-    """Where sig's first two arguments, an array and an index, point."""
-    return builder.bitcast(_pointer(context, builder, sig.args[0], args[0], sig.args[1], args[1]), kind.ir.as_pointer())
-
-
-def _call(builder: Any, result: Any, name: str, arguments: list[Any], fastmath: tuple[str, ...] = ()) -> Any:
-    fn_type = ir.FunctionType(result, [a.type for a in arguments])
-    return builder.call(cgutils.get_or_insert_function(builder.module, fn_type, name), arguments, fastmath=fastmath)
-
-
-def _suffix(vector: Any) -> str:
-    return f"v{vector.count}{'f32' if vector.element == ir.FloatType() else 'f64'}"
+def _store_some(context: Any, builder: Any, sig: Any, args: Any, value: Any) -> None:
+    kept = narrow(builder, value, sig.args[0].dtype)
+    place = builder.bitcast(pointer(context, builder, sig, args), kept.type.as_pointer())
+    arguments = [kept, place, ir.Constant(I32, 1), mask(builder, args[2], kept.type.count)]
+    call(builder, ir.VoidType(), f"llvm.masked.store.{suffix(kept.type)}.p0", arguments)
 
 
 @intrinsic
 def lanes(typingctx, x):
-    """Elements of one vector of x's dtype: how far a kernel steps; a constant, where x.itemsize would be read at run time."""
+    """Elements of one vector of x: how far a kernel steps; a constant."""
 
     def codegen(context, builder, sig, args):
-        return ir.Constant(ir.IntType(64), Vector(x.dtype).lanes)
+        return ir.Constant(I64, Vector(x.dtype).lanes)
 
     return types.intp(x), codegen
+
+
+@intrinsic
+def bytes_of(typingctx, x):
+    """Bytes of an element of x in memory; a constant, where x.itemsize would be read at run time."""
+
+    def codegen(context, builder, sig, args):
+        return ir.Constant(I64, itemsize(x.dtype))
+
+    return types.intp(x), codegen
+
+
+@intrinsic
+def scalar(typingctx, x, value):
+    """A float64 rounded to what x is computed in."""
+    kind = Vector(x.dtype).dtype
+
+    def codegen(context, builder, sig, args):
+        return args[1]
+
+    return kind(x, kind), codegen
+
+
+@intrinsic
+def element(typingctx, x, index):
+    """x[index] in float64; no index counts from the end, as NumPy's may."""
+
+    def codegen(context, builder, sig, args):
+        return builder.extract_element(convert(builder, _load(context, builder, sig, args, 1), DOUBLE), ir.Constant(I32, 0))
+
+    return types.float64(x, index), codegen
 
 
 @intrinsic
@@ -121,9 +99,7 @@ def load(typingctx, x, index):
     kind = Vector(x.dtype)
 
     def codegen(context, builder, sig, args):
-        loaded = builder.load(_vector_pointer(context, builder, kind, sig, args), typ=kind.ir)
-        loaded.align = 1
-        return loaded
+        return _load(context, builder, sig, args, kind.lanes)
 
     return kind(x, index), codegen
 
@@ -134,9 +110,8 @@ def load_some(typingctx, x, index, count, fill):
     kind = Vector(x.dtype)
 
     def codegen(context, builder, sig, args):
-        pointer = _vector_pointer(context, builder, kind, sig, args)
-        arguments = [pointer, _where(kind)[1], _mask(builder, kind, args[2]), args[3]]
-        return _call(builder, kind.ir, f"llvm.masked.load.{_suffix(kind.ir)}.p0", arguments)
+        loaded, some = _load_some(context, builder, sig, args, kind.lanes)
+        return builder.select(some, loaded, args[3])
 
     return kind(x, index, types.intp, kind), codegen
 
@@ -146,7 +121,7 @@ def store(typingctx, x, index, value):
     """x[index] onwards = value."""
 
     def codegen(context, builder, sig, args):
-        builder.store(args[2], _vector_pointer(context, builder, value, sig, args)).align = 1
+        _store(context, builder, sig, args, args[2], 1)
         return context.get_dummy_value()
 
     return types.void(x, index, value), codegen
@@ -154,12 +129,11 @@ def store(typingctx, x, index, value):
 
 @intrinsic
 def store_stream(typingctx, x, index, value):
-    """The same past the cache; x[index] lies on a 64-byte boundary. `fence` before others read it."""
+    """The same past the cache; x[index] lies on a boundary of a whole vector's bytes. `fence` before others read it."""
 
     def codegen(context, builder, sig, args):
-        stored = builder.store(args[2], _vector_pointer(context, builder, value, sig, args))
-        stored.align = VECTOR_BYTES
-        stored.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)]))
+        instruction = _store(context, builder, sig, args, args[2], value.lanes * itemsize(x.dtype))
+        instruction.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(I32, 1)]))
         return context.get_dummy_value()
 
     return types.void(x, index, value), codegen
@@ -170,9 +144,7 @@ def store_some(typingctx, x, index, count, value):
     """The first `count` lanes of value to x[index]; memory beyond is not touched."""
 
     def codegen(context, builder, sig, args):
-        pointer = _vector_pointer(context, builder, value, sig, args)
-        arguments = [args[3], pointer, _where(value)[1], _mask(builder, value, args[2])]
-        _call(builder, ir.VoidType(), f"llvm.masked.store.{_suffix(value.ir)}.p0", arguments)
+        _store_some(context, builder, sig, args, args[3])
         return context.get_dummy_value()
 
     return types.void(x, index, types.intp, value), codegen
@@ -180,24 +152,22 @@ def store_some(typingctx, x, index, count, value):
 
 @intrinsic
 def spread(typingctx, x, value):
-    """The value in every lane of a vector of x's dtype."""
+    """The value in every lane of a vector of x."""
     kind = Vector(x.dtype)
 
     def codegen(context, builder, sig, args):
-        return _splat(builder, args[1], kind.ir)
+        return splat(builder, args[1], kind.ir)
 
     return kind(x, kind.dtype), codegen
 
 
 @intrinsic
 def broadcast(typingctx, x, index):
-    """The element x[index] in every lane; no index counts from the end, as NumPy's may."""
+    """The element x[index] of a float array in every lane."""
     kind = Vector(x.dtype)
 
     def codegen(context, builder, sig, args):
-        pointer = _pointer(context, builder, sig.args[0], args[0], sig.args[1], args[1])
-        pointer = builder.bitcast(pointer, kind.ir.element.as_pointer())
-        return _splat(builder, builder.load(pointer, typ=kind.ir.element), kind.ir)
+        return splat(builder, builder.extract_element(_load(context, builder, sig, args, 1), ir.Constant(I32, 0)), kind.ir)
 
     return kind(x, index), codegen
 
@@ -207,14 +177,14 @@ def muladd(typingctx, a, b, c):
     """The vector a * b + c, fused where the machine can."""
 
     def codegen(context, builder, sig, args):
-        return _call(builder, a.ir, f"llvm.fmuladd.{_suffix(a.ir)}", list(args))
+        return call(builder, a.ir, f"llvm.fmuladd.{suffix(a.ir)}", list(args))
 
     return a(a, a, a), codegen
 
 
 def _reduce(builder: Any, vector: Any) -> Any:
     start = ir.Constant(vector.type.element, -0.0)
-    return _call(builder, start.type, f"llvm.vector.reduce.fadd.{_suffix(vector.type)}", [start, vector], ("reassoc",))
+    return call(builder, start.type, f"llvm.vector.reduce.fadd.{suffix(vector.type)}", [start, vector], ("reassoc",))
 
 
 @intrinsic
@@ -228,55 +198,92 @@ def total(typingctx, a):
 
 
 @intrinsic
-def wide_sums(typingctx, a, shift):
-    """(sum, sum of squares) of a - shift over the lanes, all in float64."""
+def load_wide(typingctx, x, index, count):
+    """The first `count` of eight elements from x[index], as a wide vector with zeros behind them."""
 
     def codegen(context, builder, sig, args):
-        double = ir.VectorType(ir.DoubleType(), a.lanes)
-        wide = [v if v.type == double else builder.fpext(v, double) for v in args]
-        d = builder.fsub(*wide)
-        sums = [_reduce(builder, d), _reduce(builder, builder.fmul(d, d))]
-        return context.make_tuple(builder, sig.return_type, sums)
+        return convert(builder, _load_some(context, builder, sig, args, WIDE.lanes)[0], DOUBLE)
 
-    return types.UniTuple(types.float64, 2)(a, a), codegen
-
-
-WIDE = Vector(types.float64)
-
-
-def _convert(builder: Any, vector: Any, element: Any) -> Any:
-    """The same lanes as another floating-point type."""
-    if vector.type.element == element:
-        return vector
-    convert = builder.fpext if element == ir.DoubleType() else builder.fptrunc
-    return convert(vector, ir.VectorType(element, vector.type.count))
+    return WIDE(x, index, types.intp), codegen
 
 
 @intrinsic
-def load_wide(typingctx, x, index):
-    """Eight elements from x[index], as a vector of float64."""
+def store_wide(typingctx, x, index, count, value):
+    """The first `count` lanes of a wide vector to x[index] onwards, rounded to the dtype of a float array x."""
 
     def codegen(context, builder, sig, args):
-        pointer = _pointer(context, builder, sig.args[0], args[0], sig.args[1], args[1])
-        eight = ir.VectorType(Vector(x.dtype).ir.element, WIDE.lanes)
-        loaded = builder.load(builder.bitcast(pointer, eight.as_pointer()), typ=eight)
-        loaded.align = 1
-        return _convert(builder, loaded, ir.DoubleType())
-
-    return WIDE(x, index), codegen
-
-
-@intrinsic
-def store_narrow(typingctx, x, index, value):
-    """Eight elements from x[index] onwards = a vector of float64, rounded to the dtype of x."""
-
-    def codegen(context, builder, sig, args):
-        pointer = _pointer(context, builder, sig.args[0], args[0], sig.args[1], args[1])
-        narrow = _convert(builder, args[2], Vector(x.dtype).ir.element)
-        builder.store(narrow, builder.bitcast(pointer, narrow.type.as_pointer())).align = 1
+        _store_some(context, builder, sig, args, convert(builder, args[3], Vector(x.dtype).ir.element))
         return context.get_dummy_value()
 
-    return types.void(x, index, WIDE), codegen
+    return types.void(x, index, types.intp, WIDE), codegen
+
+
+@intrinsic
+def rounded(typingctx, x, value):
+    """A wide vector rounded to what x is computed in, as a wide vector."""
+
+    def codegen(context, builder, sig, args):
+        return convert(builder, convert(builder, args[1], Vector(x.dtype).ir.element), DOUBLE)
+
+    return WIDE(x, WIDE), codegen
+
+
+@intrinsic
+def wide(typingctx, value):
+    """The float64 in every lane of a wide vector."""
+
+    def codegen(context, builder, sig, args):
+        return splat(builder, args[0], WIDE.ir)
+
+    return WIDE(types.float64), codegen
+
+
+@intrinsic
+def root(typingctx, a):
+    """Square root of each lane."""
+
+    def codegen(context, builder, sig, args):
+        return call(builder, a.ir, f"llvm.sqrt.{suffix(a.ir)}", list(args))
+
+    return a(a), codegen
+
+
+@intrinsic
+def not_negative(typingctx, a):
+    """Each lane, 0 where it is below; NaN stays NaN."""
+
+    def codegen(context, builder, sig, args):
+        zero = ir.Constant(a.ir, None)
+        return builder.select(builder.fcmp_ordered("<", args[0], zero), zero, args[0])
+
+    return a(a), codegen
+
+
+def _inside(builder: Any, value: Any, low: Any, high: Any) -> Any:
+    limits = [splat(builder, limit, WIDE.ir) for limit in (low, high)]
+    return builder.and_(builder.fcmp_ordered(">", value, limits[0]), builder.fcmp_ordered("<", value, limits[1]))
+
+
+@intrinsic
+def within(typingctx, a, count, low, high):
+    """Whether low < lane < high for the first `count` lanes of a wide vector."""
+
+    def codegen(context, builder, sig, args):
+        beyond = builder.not_(mask(builder, args[1], WIDE.lanes))
+        every = builder.or_(_inside(builder, args[0], *args[2:]), beyond)
+        return builder.icmp_unsigned("==", builder.bitcast(every, ir.IntType(WIDE.lanes)), ir.Constant(ir.IntType(WIDE.lanes), 2**WIDE.lanes - 1))
+
+    return types.boolean(WIDE, types.intp, types.float64, types.float64), codegen
+
+
+@intrinsic
+def choose(typingctx, a, low, high, inside, outside):
+    """Each lane of `inside` where low < a < high, else of `outside`; all wide vectors."""
+
+    def codegen(context, builder, sig, args):
+        return builder.select(_inside(builder, *args[:3]), *args[3:])
+
+    return WIDE(WIDE, types.float64, types.float64, WIDE, WIDE), codegen
 
 
 @intrinsic
@@ -284,9 +291,22 @@ def address(typingctx, x, index):
     """Address of x[index], in bytes."""
 
     def codegen(context, builder, sig, args):
-        return builder.ptrtoint(_pointer(context, builder, sig.args[0], args[0], sig.args[1], args[1]), ir.IntType(64))
+        return builder.ptrtoint(pointer(context, builder, sig, args), I64)
 
     return types.intp(x, index), codegen
+
+
+@intrinsic
+def prefetch(typingctx, x, index):
+    """Bring x[index] into the second-level cache; any address will do."""
+
+    def codegen(context, builder, sig, args):
+        place = builder.bitcast(pointer(context, builder, sig, args), ir.IntType(8).as_pointer())
+        hints = [ir.Constant(I32, hint) for hint in (0, 2, 1)]  # to read, second level, data
+        call(builder, ir.VoidType(), "llvm.prefetch.p0", [place, *hints])
+        return context.get_dummy_value()
+
+    return types.void(x, index), codegen
 
 
 @intrinsic
@@ -304,17 +324,26 @@ if DISABLED:
     from fastbn.kernels._plain import (
         address,
         broadcast,
+        bytes_of,
+        choose,
+        element,
         fence,
         lanes,
         load,
         load_some,
         load_wide,
         muladd,
+        not_negative,
+        prefetch,
+        root,
+        rounded,
+        scalar,
         spread,
         store,
-        store_narrow,
         store_some,
         store_stream,
+        store_wide,
         total,
-        wide_sums,
+        wide,
+        within,
     )

@@ -1,8 +1,9 @@
-"""Kernels on (N, C, S) arrays, S contiguous: statistics, and the forward that reads x from memory once.
+"""Kernels on (N, C, S) arrays, S contiguous: statistics, normalize, and the forward that reads x from memory once.
 
-A channel's slab, N rows of S values, is walked in blocks that fit the first-level cache: a block is `rows` rows, or one of `splits`
-pieces of a long row. Blocks are numbered 0 .. blocks, a part is a run of them. A task is one part of one channel, or of a group of
-channels side by side in memory.
+A channel's slab, N rows of S values, is walked in blocks: `rows` rows, or one of `splits` pieces of a long row. Blocks are numbered
+0 .. blocks, a part is a run of them. One pass over a block is enough: its values are shifted by the mean of the blocks before; only the
+first block of a part, which fits the first-level cache, is read twice for that.
+`tasks` is how many tasks share the work, each with a row of the workspace; which task does what changes nothing in the result.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ from __future__ import annotations
 import numpy as np
 
 from fastbn.kernels import welford
-from fastbn.kernels._jit import kernel, leaf, prange
-from fastbn.kernels._simd import fence, lanes, load, load_some, muladd, spread, total, wide_sums
-from fastbn.kernels.elementwise import affine, affine_row, inverse_deviation
+from fastbn.kernels._jit import kernel, leaf, prange, routine
+from fastbn.kernels._simd import element, fence, lanes, load, load_some, load_wide, muladd, scalar, spread, total, wide
+from fastbn.kernels.elementwise import affine_row, fill_affine, fill_forward
 
 merge = leaf(welford.merge)
 finish_block = leaf(welford.block)
@@ -37,9 +38,9 @@ def bounds(x, k, rows, splits):
     return n, n + 1, vectors * piece // splits * W, min(S, vectors * (piece + 1) // splits * W)
 
 
-@leaf
+@routine
 def block_sum(x, c, n0, n1, s0, s1):
-    """Sum of a block, in the dtype of x."""
+    """Sum of a block, in the arithmetic of x."""
     W = lanes(x)
     zero = spread(x, 0.0)
     a, b, d, e = zero, zero, zero, zero
@@ -51,11 +52,7 @@ def block_sum(x, c, n0, n1, s0, s1):
             d = d + load(x, (n, c, i + 2 * W))
             e = e + load(x, (n, c, i + 3 * W))
             i += 4 * W
-        if i + 2 * W <= s1:
-            a = a + load(x, (n, c, i))
-            b = b + load(x, (n, c, i + W))
-            i += 2 * W
-        if i + W <= s1:
+        while i + W <= s1:
             d = d + load(x, (n, c, i))
             i += W
         if i < s1:
@@ -69,9 +66,9 @@ def group_rows(x, s0, s1):
     return max(1, min(8, SEGMENT * lanes(x) // (s1 - s0)))
 
 
-@leaf
+@routine
 def block_deviations(x, c, n0, n1, s0, s1, shift):
-    """(sum, sum of squares) of x - shift over a block, in the dtype of x."""
+    """(sum, sum of squares) of x - shift over a block, in the arithmetic of x."""
     W = lanes(x)
     k = spread(x, shift)
     zero = spread(x, 0.0)
@@ -111,52 +108,63 @@ def block_deviations(x, c, n0, n1, s0, s1, shift):
     return total(t), total(q)
 
 
-@leaf
+@routine
 def wide_deviations(x, c, n0, n1, s0, s1, shift):
     """(sum, sum of squares) of x - shift over a block, in float64."""
-    W = lanes(x)
-    k = spread(x, shift)
-    t, q = 0.0, 0.0
+    t, q = wide(0.0), wide(0.0)
+    k = wide(shift)
+    last_t, last_q = 0.0, 0.0
     for n in range(n0, n1):
-        for i in range(s0, s1, W):
-            d, e = wide_sums(load_some(x, (n, c, i), min(W, s1 - i), k), k)
-            t += d
-            q += e
-    return t, q
+        i = s0
+        while i + 8 <= s1:
+            d = load_wide(x, (n, c, i), 8) - k
+            t, q = t + d, muladd(d, d, q)
+            i += 8
+        while i < s1:
+            e = element(x, (n, c, i)) - shift
+            last_t += e
+            last_q += e * e
+            i += 1
+    return total(t) + last_t, total(q) + last_q
 
 
 @leaf
-def block_moments(x, c, n0, n1, s0, s1):
-    """(count, mean, m2) of a block: its mean, then the deviations from it, both from the first-level cache."""
+def block_moments(x, c, n0, n1, s0, s1, first, mean):
+    """(count, mean, m2) of a block, in deviations from the mean of what came before, or its own where it is the first."""
     count = float((n1 - n0) * (s1 - s0))
-    shift = x.dtype.type(block_sum(x, c, n0, n1, s0, s1) / count)
-    t, q = block_deviations(x, c, n0, n1, s0, s1, shift)
-    t, q = np.float64(t), np.float64(q)
+    shift = scalar(x, block_sum(x, c, n0, n1, s0, s1) / count if first else mean)
+    near, squares = block_deviations(x, c, n0, n1, s0, s1, shift)
+    k, t, q = np.float64(shift), np.float64(near), np.float64(squares)
     if lanes(x) == 16 and not (LOW < q < HIGH):
-        shift = x.dtype.type(wide_deviations(x, c, n0, n1, s0, s1, x.dtype.type(0.0))[0] / count)
-        t, q = wide_deviations(x, c, n0, n1, s0, s1, shift)
-    mean, m2 = finish_block(count, np.float64(shift), t, q)
-    return count, mean, m2
+        k = wide_deviations(x, c, n0, n1, s0, s1, 0.0)[0] / count
+        t, q = wide_deviations(x, c, n0, n1, s0, s1, k)
+    block_mean, m2 = finish_block(count, k, t, q)
+    return count, block_mean, m2
 
 
-@leaf
+@routine
 def part_moments(x, c, first, last, rows, splits):
     """(count, mean, m2) of blocks first .. last of channel c."""
-    count, mean, m2 = block_moments(x, c, *bounds(x, first, rows, splits))
-    for k in range(first + 1, last):
-        more, block_mean, block_m2 = block_moments(x, c, *bounds(x, k, rows, splits))
-        count, mean, m2 = merge(count, mean, m2, more, block_mean, block_m2)
+    count, mean, m2 = 0.0, 0.0, 0.0
+    for k in range(first, last):
+        n0, n1, s0, s1 = bounds(x, k, rows, splits)
+        more, block_mean, block_m2 = block_moments(x, c, n0, n1, s0, s1, k == first, mean)
+        if k == first:
+            count, mean, m2 = more, block_mean, block_m2
+        else:
+            count, mean, m2 = merge(count, mean, m2, more, block_mean, block_m2)
     return count, mean, m2
 
 
-@kernel("x3 i i i i s3 s1 s1")
-def moments(x, rows, splits, blocks, parts, partial, mean, m2):
+@kernel("x3 i i i i i s3 s1 s1")
+def moments(x, rows, splits, blocks, parts, tasks, partial, mean, m2):
     """mean, m2 (C,) of x; `partial` is a workspace (C, parts, 3)."""
     C = x.shape[1]
-    for task in prange(C * parts):
-        c, p = task // parts, task % parts
-        found = part_moments(x, c, blocks * p // parts, blocks * (p + 1) // parts, rows, splits)
-        partial[c, p, 0], partial[c, p, 1], partial[c, p, 2] = found
+    for task in prange(tasks):
+        for unit in range(C * parts * task // tasks, C * parts * (task + 1) // tasks):
+            c, p = unit // parts, unit % parts
+            found = part_moments(x, c, blocks * p // parts, blocks * (p + 1) // parts, rows, splits)
+            partial[c, p, 0], partial[c, p, 1], partial[c, p, 2] = found
     for c in range(C):
         count, mean_c, m2_c = partial[c, 0, 0], partial[c, 0, 1], partial[c, 0, 2]
         for p in range(1, parts):
@@ -165,40 +173,37 @@ def moments(x, rows, splits, blocks, parts, partial, mean, m2):
 
 
 @leaf
-def affine_group(x, c0, c1, first, last, rows, splits, k, stream, y):
-    """y on blocks first .. last of channels c0 .. c1, last row first; rows 0 .. 2 of k: high, scale, shift.
-
-    Row by row over all channels of the group, so that short rows are written as one long run.
-    """
-    for block in range(last - 1, first - 1, -1):
-        n0, n1, s0, s1 = bounds(x, block, rows, splits)
-        for n in range(n1 - 1, n0 - 1, -1):
-            for c in range(c0, c1):
-                affine_row(x, n, c, s0, s1, k, stream, y)
-    if stream:
-        fence()
+def span(x, unit, pieces):
+    """Unit of N * C * pieces, in the order of memory: row n, channel c, columns s0 .. s1, which begin on whole vectors."""
+    C, S, W = x.shape[1], x.shape[2], lanes(x)
+    row, piece = unit // pieces, unit % pieces
+    vectors = (S + W - 1) // W
+    return row // C, row % C, vectors * piece // pieces * W, min(S, vectors * (piece + 1) // pieces * W)
 
 
-@kernel("x3 m1 m1 x1 x1 i i i i i b w3 y3")
-def normalize(x, mean, rstd, gamma, beta, rows, splits, blocks, parts, groups, stream, work, y):
-    """y = gamma * (x - mean) * rstd + beta; gamma, beta may be empty; `work` (parts, 3, C)."""
-    C = x.shape[1]
-    for task in prange(groups * parts):
-        g, p = task // parts, task % parts
-        c0, c1 = C * g // groups, C * (g + 1) // groups
-        for c in range(c0, c1):
-            work[p, 0, c], work[p, 1, c], work[p, 2, c] = affine(x, mean[c], rstd[c], gamma, beta, c)
-        affine_group(x, c0, c1, blocks * p // parts, blocks * (p + 1) // parts, rows, splits, work[p], stream, y)
+@kernel("x3 m1 m1 p1 p1 i i b w2 y3")
+def normalize(x, mean, rstd, gamma, beta, pieces, tasks, stream, work, y):
+    """y = gamma * (x - mean) * rstd + beta, in the order of memory; gamma, beta may be empty; `work` (3, C rounded up to 8)."""
+    fill_affine(x, mean, rstd, gamma, beta, 0, x.shape[1], work)
+    units = x.shape[0] * x.shape[1] * pieces
+    for task in prange(tasks):
+        for unit in range(units * task // tasks, units * (task + 1) // tasks):
+            n, c, s0, s1 = span(x, unit, pieces)
+            affine_row(x, n, c, s0, s1, work, c, False, stream, y)
+        if stream:
+            fence()
 
 
-@kernel("x3 x1 x1 f i i i i b w2 y3 s1 s1")
-def forward(x, gamma, beta, eps, rows, splits, blocks, groups, stream, work, y, mean, m2):
-    """Moments and normalize, a group of channels at a time: its slab is still in the cache when it is normalized; `work` (3, C)."""
-    C, count = x.shape[1], float(x.shape[0] * x.shape[2])
-    for g in prange(groups):
-        c0, c1 = C * g // groups, C * (g + 1) // groups
-        for c in range(c0, c1):
-            _, mean_c, m2_c = part_moments(x, c, 0, blocks, rows, splits)
+@kernel("x3 p1 p1 f i i i i b b w3 y3 s1 s1")
+def forward(x, gamma, beta, eps, rows, splits, blocks, tasks, ahead, stream, work, y, mean, m2):
+    """Moments and normalize, a channel at a time: its slab is still in the cache when it is normalized; `work` (tasks, 3, 8)."""
+    N, C, S = x.shape
+    for task in prange(tasks):
+        for c in range(C * task // tasks, C * (task + 1) // tasks):
+            count, mean_c, m2_c = part_moments(x, c, 0, blocks, rows, splits)
             mean[c], m2[c] = mean_c, m2_c
-            work[0, c], work[1, c], work[2, c] = affine(x, mean_c, inverse_deviation(m2_c, count, eps), gamma, beta, c)
-        affine_group(x, c0, c1, 0, blocks, rows, splits, work, stream, y)
+            fill_forward(x, mean, m2, count, eps, gamma, beta, c, c + 1, work[task])
+            for n in range(N - 1, -1, -1):  # what was read last is the hottest
+                affine_row(x, n, c, 0, S, work[task], 0, ahead, stream, y)
+        if stream:
+            fence()

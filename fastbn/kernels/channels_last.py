@@ -1,193 +1,284 @@
-"""Kernels on (R, C) arrays, C contiguous: statistics, normalize, and the forward for a few rows.
+"""Kernels on (R, F) arrays, F contiguous: statistics. Channels last, and channels first with short rows.
 
-A panel of 4 vectors of columns walks the rows of a tile with its accumulators in registers, where a loop over rows would load and
-store them for each row. Values are shifted by the mean so far, which makes one pass enough; tiles merge in float64. Two rows at a time
-have accumulators of their own: half the rounding, and no waiting for the last addition.
+Every column is summed by itself, over 4 rows at a time, into accumulators that stay in the first-level cache: long runs of memory, all
+lanes busy, no chain of additions. Sums of a tile of rows are of deviations from the mean of the tiles before, which makes one pass
+enough; tiles merge in float64.
 
-Folding: k rows of few channels make one row of k * C columns, whose k parts of each channel are merged at the end. The rows that are
-left over (`rest`) go through the same code unfolded. Workspaces are as wide as the columns rounded up to whole vectors (`width`).
-A task is one of `parts` runs of rows by one of `groups` runs of columns.
+S adjacent columns share a channel: 1 in a channels-last array; a channels-first array with rows too short to fill vectors is one of
+C * S columns. Rows of few columns are folded: `fold` of them make one, whose parts of each channel merge at the end, pairwise; the rows
+left over make one more, incomplete, row `rest`. Counted with their folds, channels are `strips` here, P = fold * C of them.
+
+A unit of work is one of `parts` runs of rows by a block of strips; `tasks` share the units, each with a workspace of its own. Only parts
+and folds show in the result.
 """
 
 from __future__ import annotations
 
-import numpy as np
+from fastbn.kernels._jit import kernel, leaf, prange, routine
+from fastbn.kernels._simd import (
+    choose,
+    element,
+    lanes,
+    load,
+    load_some,
+    load_wide,
+    muladd,
+    not_negative,
+    scalar,
+    spread,
+    store,
+    store_some,
+    store_wide,
+    total,
+    wide,
+    within,
+)
+from fastbn.kernels.channels_first import HIGH, LOW, finish_block, merge
 
-from fastbn.kernels import welford
-from fastbn.kernels._jit import kernel, leaf, prange
-from fastbn.kernels._simd import lanes, load, load_some, load_wide, muladd, spread, store, store_narrow
-from fastbn.kernels.channels_first import HIGH, LOW
-
-merge = leaf(welford.merge)
-finish_block = leaf(welford.block)
-
-TILE = 128  # rows: a lane adds up 64 values in float32, which keeps a variance within 1e-6 (4 sigma over 2048 channels: 7e-7)
+TILE = 128  # rows: a lane adds up 32 sums of 4, which keeps a variance within 1e-6
+WORK = 12  # rows of a task's workspace
 
 
 @leaf
-def columns(x, g, groups):
-    """Columns c0 .. c1 of group g: whole panels."""
-    panel = 4 * lanes(x)
-    panels = (x.shape[1] + panel - 1) // panel
-    return panels * g // groups * panel, min(x.shape[1], panels * (g + 1) // groups * panel)
+def fetch(x, r, j, count, fill, whole):
+    """The vector at x[r, j], or its first `count` lanes; `whole` is a constant wherever this is inlined."""
+    return load(x, (r, j)) if whole else load_some(x, (r, j), count, fill)
 
 
 @leaf
-def panel_sums(x, r0, r1, c, shift, t, q):
-    """t, q = sums of x - shift and of its square over rows r0 .. r1, for the 4 vectors from column c."""
+def four_rows(x, r, j, i, count, whole, k, t, q):
+    """Rows r .. r + 4 of one vector."""
+    h = load(k, (i,))
+    a, b = fetch(x, r, j, count, h, whole) - h, fetch(x, r + 1, j, count, h, whole) - h
+    c, d = fetch(x, r + 2, j, count, h, whole) - h, fetch(x, r + 3, j, count, h, whole) - h
+    store(t, (i,), load(t, (i,)) + ((a + b) + (c + d)))
+    store(q, (i,), load(q, (i,)) + (muladd(b, b, a * a) + muladd(d, d, c * c)))
+
+
+@leaf
+def one_row(x, r, j, i, count, whole, k, t, q):
+    """Row r of one vector."""
+    h = load(k, (i,))
+    d = fetch(x, r, j, count, h, whole) - h
+    store(t, (i,), load(t, (i,)) + d)
+    store(q, (i,), muladd(d, d, load(q, (i,))))
+
+
+@routine
+def tile_sums(x, r0, r1, j, width, k, t, q):
+    """t, q = sums of x - k and of its square over rows r0 .. r1, for `width` columns from j."""
     W = lanes(x)
-    c1, c2, c3 = c + W, c + 2 * W, c + 3 * W
-    k0, k1, k2, k3 = load(shift, (c,)), load(shift, (c1,)), load(shift, (c2,)), load(shift, (c3,))
     zero = spread(x, 0.0)
-    t0, t1, t2, t3, t4, t5, t6, t7 = zero, zero, zero, zero, zero, zero, zero, zero
-    q0, q1, q2, q3, q4, q5, q6, q7 = zero, zero, zero, zero, zero, zero, zero, zero
-    for r in range(r0, r1 - 1, 2):
-        d = load(x, (r, c)) - k0
-        t0, q0 = t0 + d, muladd(d, d, q0)
-        d = load(x, (r, c1)) - k1
-        t1, q1 = t1 + d, muladd(d, d, q1)
-        d = load(x, (r, c2)) - k2
-        t2, q2 = t2 + d, muladd(d, d, q2)
-        d = load(x, (r, c3)) - k3
-        t3, q3 = t3 + d, muladd(d, d, q3)
-        d = load(x, (r + 1, c)) - k0
-        t4, q4 = t4 + d, muladd(d, d, q4)
-        d = load(x, (r + 1, c1)) - k1
-        t5, q5 = t5 + d, muladd(d, d, q5)
-        d = load(x, (r + 1, c2)) - k2
-        t6, q6 = t6 + d, muladd(d, d, q6)
-        d = load(x, (r + 1, c3)) - k3
-        t7, q7 = t7 + d, muladd(d, d, q7)
-    if (r1 - r0) % 2:
-        d = load(x, (r1 - 1, c)) - k0
-        t0, q0 = t0 + d, muladd(d, d, q0)
-        d = load(x, (r1 - 1, c1)) - k1
-        t1, q1 = t1 + d, muladd(d, d, q1)
-        d = load(x, (r1 - 1, c2)) - k2
-        t2, q2 = t2 + d, muladd(d, d, q2)
-        d = load(x, (r1 - 1, c3)) - k3
-        t3, q3 = t3 + d, muladd(d, d, q3)
-    store(t, (c,), t0 + t4)
-    store(t, (c1,), t1 + t5)
-    store(t, (c2,), t2 + t6)
-    store(t, (c3,), t3 + t7)
-    store(q, (c,), q0 + q4)
-    store(q, (c1,), q1 + q5)
-    store(q, (c2,), q2 + q6)
-    store(q, (c3,), q3 + q7)
+    for i in range(0, width, W):
+        store(t, (i,), zero)
+        store(q, (i,), zero)
+    r = r0
+    while r + 4 <= r1:
+        i = 0
+        while i + W <= width:
+            four_rows(x, r, j + i, i, W, True, k, t, q)
+            i += W
+        if i < width:
+            four_rows(x, r, j + i, i, width - i, False, k, t, q)
+        r += 4
+    while r < r1:
+        i = 0
+        while i + W <= width:
+            one_row(x, r, j + i, i, W, True, k, t, q)
+            i += W
+        if i < width:
+            one_row(x, r, j + i, i, width - i, False, k, t, q)
+        r += 1
 
 
 @leaf
-def vector_sums(x, r0, r1, c, count, shift, t, q):
-    """The same for one vector, of which `count` lanes are columns."""
-    k = load(shift, (c,))
-    zero = spread(x, 0.0)
-    t0, t1, q0, q1 = zero, zero, zero, zero
-    for r in range(r0, r1 - 1, 2):
-        d = load_some(x, (r, c), count, k) - k
-        t0, q0 = t0 + d, muladd(d, d, q0)
-        d = load_some(x, (r + 1, c), count, k) - k
-        t1, q1 = t1 + d, muladd(d, d, q1)
-    if (r1 - r0) % 2:
-        d = load_some(x, (r1 - 1, c), count, k) - k
-        t0, q0 = t0 + d, muladd(d, d, q0)
-    store(t, (c,), t0 + t1)
-    store(q, (c,), q0 + q1)
+def run_total(t, i, S):
+    """Sum of t[i : i + S] in float64."""
+    found, a = wide(0.0), 0
+    while a + 8 <= S:
+        found = found + load_wide(t, (i + a,), 8)
+        a += 8
+    return total(found + load_wide(t, (i + a,), S - a)) if a < S else total(found)
 
 
 @leaf
-def tile_sums(x, r0, r1, c0, c1, shift, t, q):
-    """t, q of columns c0 .. c1."""
+def fill(k, i, S, value):
+    """k[i : i + S] = value."""
+    v, a = spread(k, scalar(k, value)), 0
+    while a + lanes(k) <= S:
+        store(k, (i + a,), v)
+        a += lanes(k)
+    if a < S:
+        store_some(k, (i + a,), S - a, v)
+
+
+@leaf
+def few_mean(x, r0, r1, few, j, S):
+    """Mean of `few` of the rows r0 .. r1 over columns j .. j + S, in the arithmetic of x."""
     W = lanes(x)
-    c = c0
-    while c + 4 * W <= c1:
-        panel_sums(x, r0, r1, c, shift, t, q)
-        c += 4 * W
-    while c < c1:
-        vector_sums(x, r0, r1, c, min(W, c1 - c), shift, t, q)
-        c += W
+    t, zero = spread(x, 0.0), spread(x, 0.0)
+    for f in range(few):
+        r, i = r0 + (r1 - r0) * f // few, j
+        while i + W <= j + S:
+            t = t + load(x, (r, i))
+            i += W
+        if i < j + S:
+            t = t + load_some(x, (r, i), j + S - i, zero)
+    return total(t) / scalar(x, few * S)
 
 
 @leaf
-def wide_column(x, r0, r1, c):
-    """(mean, m2) of column c over rows r0 .. r1, in float64."""
-    shift = np.float64(x[r0, c])
-    t, q = 0.0, 0.0
+def centre(x, r0, r1, j, strips, S, k):
+    """k = the mean of a few rows of each strip, spread over the tile so that odd first rows do not decide alone."""
+    W, few = lanes(x), min(8 if S < 16 else 2, r1 - r0)
+    if S > 1:
+        for s in range(strips):
+            fill(k, s * S, S, few_mean(x, r0, r1, few, j + s * S, S))
+    else:
+        for i in range(0, strips, W):
+            t = spread(x, 0.0)
+            for f in range(few):
+                t = t + load_some(x, (r0 + (r1 - r0) * f // few, j + i), min(W, strips - i), spread(x, 0.0))
+            store(k, (i,), t / spread(x, float(few)))
+
+
+@leaf
+def merge_columns(k, t, q, width, before, size, first, mean, m2):
+    """Merge a tile of `size` rows into mean, m2, from `first` on, of `before` rows; k = the new mean."""
+    weight = size / (before + size)
+    n, w, spacing = wide(size), wide(weight), wide(before * weight)
+    for i in range(0, width, 8):
+        lot = min(8, width - i)
+        sums = load_wide(t, (i,), lot)
+        offset = sums / n
+        tile_mean = load_wide(k, (i,), lot) + offset
+        tile_m2 = not_negative(load_wide(q, (i,), lot) - offset * sums)
+        if before > 0.0:
+            old = load_wide(mean, (first + i,), lot)
+            delta = tile_mean - old
+            tile_mean = muladd(delta, w, old)
+            tile_m2 = load_wide(m2, (first + i,), lot) + tile_m2 + delta * delta * spacing
+        store_wide(mean, (first + i,), lot, tile_mean)
+        store_wide(m2, (first + i,), lot, tile_m2)
+        store_wide(k, (i,), lot, tile_mean)
+
+
+@leaf
+def merge_strips(k, t, q, strips, S, before, size, last, first, mean, m2):
+    """The same for strips of S columns; k stays as it is after the last tile."""
+    for s in range(strips):
+        i, c = s * S, first + s
+        tile_mean, tile_m2 = finish_block(size * S, element(k, (i,)), run_total(t, i, S), run_total(q, i, S))
+        if before > 0.0:
+            _, tile_mean, tile_m2 = merge(before * S, mean[c], m2[c], size * S, tile_mean, tile_m2)
+        mean[c], m2[c] = tile_mean, tile_m2
+        if not last:
+            fill(k, i, S, tile_mean)
+
+
+@routine
+def wide_columns(x, r0, r1, j, lot, first, mean, m2):
+    """Again in float64, those of `lot` columns whose squares were too large or too small."""
+    k = load_wide(x, (r0, j), lot)
+    t, q = wide(0.0), wide(0.0)
     for r in range(r0, r1):
-        d = np.float64(x[r, c]) - shift
-        t += d
-        q += d * d
-    return finish_block(float(r1 - r0), shift, t, q)
+        d = load_wide(x, (r, j), lot) - k
+        t, q = t + d, muladd(d, d, q)
+    offset = t / wide(float(r1 - r0))
+    kept = load_wide(m2, (first,), lot)
+    store_wide(mean, (first,), lot, choose(kept, LOW, HIGH, load_wide(mean, (first,), lot), k + offset))
+    store_wide(m2, (first,), lot, choose(kept, LOW, HIGH, kept, not_negative(q - offset * t)))
 
 
-@leaf
-def part_moments(x, r0, r1, c0, c1, work, mean, m2):
-    """mean, m2 (width,) of columns c0 .. c1 over rows r0 .. r1; `work` (3, width)."""
-    shift, t, q = work[0], work[1], work[2]
-    W = lanes(x)
-    end = (c1 + W - 1) // W * W
-    none = spread(mean, 0.0)
-    for c in range(c0, end, W):
-        store(shift, (c,), load_some(x, (r0, c), min(W, c1 - c), spread(x, 0.0)))
-    # The mean of the first rows is a better shift than the first row, which may be an outlier.
-    few = min(8, r1 - r0)
-    tile_sums(x, r0, r0 + few, c0, c1, shift, t, q)
-    for c in range(c0, end, 8):
-        store(mean, (c,), none)
-        store(m2, (c,), none)
-        store_narrow(shift, (c,), load_wide(shift, (c,)) + load_wide(t, (c,)) / spread(mean, float(few)))
+@routine
+def wide_strip(x, r0, r1, j, S):
+    """(mean, m2) of a strip in float64."""
+    shift = element(x, (r0, j))
+    k, t, q = wide(shift), wide(0.0), wide(0.0)
+    spare_t, spare_q = 0.0, 0.0
+    for r in range(r0, r1):
+        i = j
+        while i + 8 <= j + S:
+            d = load_wide(x, (r, i), 8) - k
+            t, q = t + d, muladd(d, d, q)
+            i += 8
+        while i < j + S:
+            e = element(x, (r, i)) - shift
+            spare_t += e
+            spare_q += e * e
+            i += 1
+    return finish_block(float((r1 - r0) * S), shift, total(t) + spare_t, total(q) + spare_q)
+
+
+@routine
+def part_moments(x, r0, r1, first, last, S, work, mean, m2):
+    """mean, m2 of strips first .. last over rows r0 .. r1; `work` (3, columns rounded up to whole vectors)."""
+    k, t, q = work[0], work[1], work[2]
+    j, strips = first * S, last - first
+    centre(x, r0, min(r1, r0 + TILE), j, strips, S, k)
     for row in range(r0, r1, TILE):
         stop = min(r1, row + TILE)
-        tile_sums(x, row, stop, c0, c1, shift, t, q)
-        before, size = float(row - r0), float(stop - row)
-        weight = size / (before + size)
-        n, w, k = spread(mean, size), spread(mean, weight), spread(mean, before * weight)
-        for c in range(c0, end, 8):
-            offset = load_wide(t, (c,)) / n
-            old = load(mean, (c,))
-            block_mean = load_wide(shift, (c,)) + offset
-            delta = block_mean - old
-            new = muladd(delta, w, old) if before > 0.0 else block_mean
-            block_m2 = load_wide(q, (c,)) - offset * load_wide(t, (c,))
-            store(mean, (c,), new)
-            store(m2, (c,), load(m2, (c,)) + block_m2 + delta * delta * k if before > 0.0 else block_m2)
-            store_narrow(shift, (c,), new)
-    for c in range(c0, c1):
-        if lanes(x) == 16 and not (LOW < m2[c] < HIGH):
-            mean[c], m2[c] = wide_column(x, r0, r1, c)
-        m2[c] = 0.0 if m2[c] < 0.0 else m2[c]  # rounding; NaN stays
+        tile_sums(x, row, stop, j, strips * S, k, t, q)
+        if S == 1:
+            merge_columns(k, t, q, strips, float(row - r0), float(stop - row), first, mean, m2)
+        else:
+            merge_strips(k, t, q, strips, S, float(row - r0), float(stop - row), stop == r1, first, mean, m2)
+    if lanes(x) == 16:
+        for c in range(first, last, 8):
+            lot = min(8, last - c)
+            if not within(load_wide(m2, (c,), lot), lot, LOW, HIGH):
+                if S == 1:
+                    wide_columns(x, r0, r1, c, lot, c, mean, m2)
+                else:
+                    for s in range(c, c + lot):
+                        if not (LOW < m2[s] < HIGH):
+                            mean[s], m2[s] = wide_strip(x, r0, r1, s * S, S)
 
 
 @leaf
-def merge_parts(R, C, fold, rest_rows, parts, partial, mean, m2):
-    """mean, m2 (C,) from partial (parts + 1, 2, width): parts in order, then the folds, then the rest."""
+def merge_into(mean, m2, i, before, other_mean, other_m2, j, more, lot):
+    """Strips i .. i + lot, of `before` values each, take in strips j .. j + lot of `more` values each."""
+    weight = more / (before + more)
+    old = load_wide(mean, (i,), lot)
+    delta = load_wide(other_mean, (j,), lot) - old
+    store_wide(mean, (i,), lot, muladd(delta, wide(weight), old))
+    sums = load_wide(m2, (i,), lot) + load_wide(other_m2, (j,), lot)
+    store_wide(m2, (i,), lot, sums + delta * delta * wide(before * weight))
+
+
+@routine
+def merge_parts(R, C, S, fold, rest, parts, partial, mean, m2):
+    """mean, m2 (C,) from partial (parts + 1, 2, P): parts in order, then the folds pairwise, then the rest in order."""
+    whole, squares = partial[0, 0], partial[0, 1]
     for p in range(1, parts):
-        first, last = R * p // parts, R * (p + 1) // parts
-        before, size = float(first), float(last - first)
-        weight = size / (before + size)
-        w, k = spread(mean, weight), spread(mean, before * weight)
-        for c in range(0, partial.shape[2], 8):
-            old = load(partial, (0, 0, c))
-            delta = load(partial, (p, 0, c)) - old
-            store(partial, (0, 0, c), muladd(delta, w, old))
-            store(partial, (0, 1, c), load(partial, (0, 1, c)) + load(partial, (p, 1, c)) + delta * delta * k)
+        before = R * p // parts
+        for i in range(0, fold * C, 8):
+            more = R * (p + 1) // parts - before
+            merge_into(whole, squares, i, float(before * S), partial[p, 0], partial[p, 1], i, float(more * S), min(8, fold * C - i))
+    count, folds = float(R * S), fold
+    while folds > 1:
+        folds //= 2
+        for i in range(0, folds * C, 8):
+            merge_into(whole, squares, i, count, whole, squares, folds * C + i, count, min(8, folds * C - i))
+        count *= 2.0
+    for f in range(rest):
+        for c in range(0, C, 8):
+            merge_into(whole, squares, c, count, partial[parts, 0], partial[parts, 1], f * C + c, float(S), min(8, C - c))
+        count += S
     for c in range(C):
-        count, mean_c, m2_c = float(R), partial[0, 0, c], partial[0, 1, c]
-        for j in range(1, fold):
-            count, mean_c, m2_c = merge(count, mean_c, m2_c, float(R), partial[0, 0, j * C + c], partial[0, 1, j * C + c])
-        if rest_rows > 0:
-            count, mean_c, m2_c = merge(count, mean_c, m2_c, float(rest_rows), partial[parts, 0, c], partial[parts, 1, c])
-        mean[c], m2[c] = mean_c, m2_c
+        mean[c], m2[c] = whole[c], squares[c]
 
 
-@kernel("x2 x2 i i i i w3 s3 s1 s1")
-def moments(x, rest, fold, rest_rows, parts, groups, work, partial, mean, m2):
-    """mean, m2 (C,) of x (R, fold * C) and rest; workspaces work (parts, 3, width) and partial (parts + 1, 2, width)."""
-    R, C = x.shape[0], x.shape[1] // fold
-    for task in prange(parts * groups):
-        p, g = task // groups, task % groups
-        c0, c1 = columns(x, g, groups)
-        part_moments(x, R * p // parts, R * (p + 1) // parts, c0, c1, work[p], partial[p, 0], partial[p, 1])
-    if rest_rows > 0:
-        part_moments(rest, 0, rest_rows, 0, C, work[0], partial[parts, 0], partial[parts, 1])
-    merge_parts(R, C, fold, rest_rows, parts, partial, mean, m2)
+@kernel("x2 x2 i i i i i i i w3 s3 s1 s1")
+def moments(x, rest_row, C, S, fold, rest, parts, block, tasks, work, partial, mean, m2):
+    """mean, m2 (C,); `block` strips in a unit, `rest` folds in rest_row; workspaces work (tasks, 3, columns), partial (parts + 1, 2, P)."""
+    R, P = x.shape[0], fold * C
+    blocks = (P + block - 1) // block
+    for task in prange(tasks):
+        for unit in range(parts * blocks * task // tasks, parts * blocks * (task + 1) // tasks):
+            p, first = unit // blocks, unit % blocks * block
+            last = min(P, first + block)
+            part_moments(x, R * p // parts, R * (p + 1) // parts, first, last, S, work[task], partial[p, 0], partial[p, 1])
+    if rest > 0:
+        part_moments(rest_row, 0, 1, 0, rest * C, S, work[0], partial[parts, 0], partial[parts, 1])
+    merge_parts(R, C, S, fold, rest, parts, partial, mean, m2)

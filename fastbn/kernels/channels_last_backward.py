@@ -1,213 +1,253 @@
-"""Backward kernels on (R, C) arrays, C contiguous; panels, tiles, folds and tasks as in `channels_last`."""
+"""Backward kernels on (R, F) arrays, F contiguous; strips, folds, units and tasks as in `channels_last`."""
 
 from __future__ import annotations
 
-from fastbn.kernels._jit import kernel, leaf, prange
-from fastbn.kernels._simd import fence, lanes, load, load_some, load_wide, muladd, spread, store, store_some, store_stream
-from fastbn.kernels.channels_last import columns
-from fastbn.kernels.channels_last_apply import ROWS, affine_rows, on_boundary
-from fastbn.kernels.elementwise import constant_scale, gradient, standardize
+from fastbn.kernels._jit import kernel, leaf, prange, routine
+from fastbn.kernels._simd import fence, lanes, load, load_some, load_wide, muladd, prefetch, spread, store, store_some, store_stream
+from fastbn.kernels._simd import store_wide
+from fastbn.kernels.channels_last import run_total
+from fastbn.kernels.channels_last_apply import affine_block, spread_columns
+from fastbn.kernels.elementwise import fill_gradient, fill_standardize, head
+
+ROWS = 64  # of a tile: as many values as a lane's float32 sum may take within 1e-6
+PANELS = 256  # columns: wider rows, read panel by panel, would be runs too short for the prefetcher
+T, Q = 10, 11  # rows of a workspace that sum dy and dy * xhat
 
 
 @leaf
-def fill_standardize(x, mean, rstd, c0, c1, k):
-    """Rows 0 .. 2: high, scale, shift of xhat = (x - high) * scale + shift, for columns c0 .. c1 of channels repeated."""
-    C = mean.size
-    for j in range(c0, c1):
-        c = j % C
-        k[0, j], k[1, j], k[2, j] = standardize(x, mean[c], rstd[c])
-
-
-@leaf
-def panel_sums(dy, x, r0, r1, c, k, t, q):
-    """t, q = sums of dy and of dy * xhat over rows r0 .. r1, for the 4 vectors from column c."""
+def panel(dy, x, r0, r1, j, i, k, e):
+    """Rows T, Q of k for 4 vectors from column j, over rows r0 .. r1."""
     W = lanes(x)
-    c1, c2, c3 = c + W, c + 2 * W, c + 3 * W
-    h0, h1, h2, h3 = load(k, (0, c)), load(k, (0, c1)), load(k, (0, c2)), load(k, (0, c3))
-    s0, s1, s2, s3 = load(k, (1, c)), load(k, (1, c1)), load(k, (1, c2)), load(k, (1, c3))
-    o0, o1, o2, o3 = load(k, (2, c)), load(k, (2, c1)), load(k, (2, c2)), load(k, (2, c3))
+    i1, i2, i3 = i + W, i + 2 * W, i + 3 * W
+    h0, h1, h2, h3 = load(k, (e, i)), load(k, (e, i1)), load(k, (e, i2)), load(k, (e, i3))
+    s0, s1, s2, s3 = load(k, (e + 1, i)), load(k, (e + 1, i1)), load(k, (e + 1, i2)), load(k, (e + 1, i3))
+    o0, o1, o2, o3 = load(k, (e + 2, i)), load(k, (e + 2, i1)), load(k, (e + 2, i2)), load(k, (e + 2, i3))
     zero = spread(x, 0.0)
     t0, t1, t2, t3 = zero, zero, zero, zero
     q0, q1, q2, q3 = zero, zero, zero, zero
     for r in range(r0, r1):
-        g = load(dy, (r, c))
-        t0, q0 = t0 + g, muladd(g, muladd(load(x, (r, c)) - h0, s0, o0), q0)
-        g = load(dy, (r, c1))
-        t1, q1 = t1 + g, muladd(g, muladd(load(x, (r, c1)) - h1, s1, o1), q1)
-        g = load(dy, (r, c2))
-        t2, q2 = t2 + g, muladd(g, muladd(load(x, (r, c2)) - h2, s2, o2), q2)
-        g = load(dy, (r, c3))
-        t3, q3 = t3 + g, muladd(g, muladd(load(x, (r, c3)) - h3, s3, o3), q3)
-    store(t, (c,), t0)
-    store(t, (c1,), t1)
-    store(t, (c2,), t2)
-    store(t, (c3,), t3)
-    store(q, (c,), q0)
-    store(q, (c1,), q1)
-    store(q, (c2,), q2)
-    store(q, (c3,), q3)
+        g = load(dy, (r, j))
+        t0, q0 = t0 + g, muladd(g, muladd(load(x, (r, j)) - h0, s0, o0), q0)
+        g = load(dy, (r, j + W))
+        t1, q1 = t1 + g, muladd(g, muladd(load(x, (r, j + W)) - h1, s1, o1), q1)
+        g = load(dy, (r, j + 2 * W))
+        t2, q2 = t2 + g, muladd(g, muladd(load(x, (r, j + 2 * W)) - h2, s2, o2), q2)
+        g = load(dy, (r, j + 3 * W))
+        t3, q3 = t3 + g, muladd(g, muladd(load(x, (r, j + 3 * W)) - h3, s3, o3), q3)
+    store(k, (T, i), t0)
+    store(k, (T, i1), t1)
+    store(k, (T, i2), t2)
+    store(k, (T, i3), t3)
+    store(k, (Q, i), q0)
+    store(k, (Q, i1), q1)
+    store(k, (Q, i2), q2)
+    store(k, (Q, i3), q3)
 
 
 @leaf
-def vector_sums(dy, x, r0, r1, c, count, k, t, q):
+def single(dy, x, r0, r1, j, i, count, k, e):
     """The same for one vector, of which `count` lanes are columns."""
-    h, s, o = load(k, (0, c)), load(k, (1, c)), load(k, (2, c))
+    h, s, o = load(k, (e, i)), load(k, (e + 1, i)), load(k, (e + 2, i))
     zero = spread(x, 0.0)
-    t0, q0 = zero, zero
-    for r in range(r0, r1):
-        g = load_some(dy, (r, c), count, zero)
-        t0, q0 = t0 + g, muladd(g, muladd(load_some(x, (r, c), count, h) - h, s, o), q0)
-    store(t, (c,), t0)
-    store(q, (c,), q0)
+    t0, t1, q0, q1 = zero, zero, zero, zero
+    for r in range(r0, r1 - 1, 2):
+        g = load_some(dy, (r, j), count, zero)
+        t0, q0 = t0 + g, muladd(g, muladd(load_some(x, (r, j), count, h) - h, s, o), q0)
+        g = load_some(dy, (r + 1, j), count, zero)
+        t1, q1 = t1 + g, muladd(g, muladd(load_some(x, (r + 1, j), count, h) - h, s, o), q1)
+    if (r1 - r0) % 2:
+        g = load_some(dy, (r1 - 1, j), count, zero)
+        t0, q0 = t0 + g, muladd(g, muladd(load_some(x, (r1 - 1, j), count, h) - h, s, o), q0)
+    store(k, (T, i), t0 + t1)
+    store(k, (Q, i), q0 + q1)
 
 
 @leaf
-def part_sums(dy, x, r0, r1, c0, c1, work, sums):
-    """sums (2, width) of columns c0 .. c1 over rows r0 .. r1, tiles added in float64; rows 3 and 4 of `work` are scratch."""
+def two_rows(dy, x, r, j, i, k, e):
+    """Rows r and r + 1 of one vector, added to rows T, Q of k."""
+    h, s, o = load(k, (e, i)), load(k, (e + 1, i)), load(k, (e + 2, i))
+    a, b = load(dy, (r, j)), load(dy, (r + 1, j))
+    q = muladd(b, muladd(load(x, (r + 1, j)) - h, s, o), a * muladd(load(x, (r, j)) - h, s, o))
+    store(k, (T, i), load(k, (T, i)) + (a + b))
+    store(k, (Q, i), load(k, (Q, i)) + q)
+
+
+@routine
+def tile_sums(dy, x, r0, r1, j, width, k, e):
+    """Rows T, Q of k = sums of dy and of dy * xhat over rows r0 .. r1, for `width` columns from j.
+
+    Narrow rows go panel by panel, sums in registers; wide ones two rows at a time, along the memory.
+    """
     W = lanes(x)
-    t, q = work[3], work[4]
-    end = (c1 + W - 1) // W * W
-    zero = spread(sums, 0.0)
-    for c in range(c0, end, 8):
-        store(sums, (0, c), zero)
-        store(sums, (1, c), zero)
+    i, zero = 0, spread(x, 0.0)
+    if width <= PANELS:
+        while i + 4 * W <= width:
+            panel(dy, x, r0, r1, j + i, i, k, e)
+            i += 4 * W
+    elif r1 - r0 > 1:
+        whole = width // W * W
+        for a in range(0, whole, W):
+            store(k, (T, a), zero)
+            store(k, (Q, a), zero)
+        for r in range(r0, r1 - 1, 2):
+            i = 0
+            while i + W <= width:
+                two_rows(dy, x, r, j + i, i, k, e)
+                i += W
+        if (r1 - r0) % 2:
+            for a in range(0, whole, W):
+                g, h = load(dy, (r1 - 1, j + a)), load(k, (e, a))
+                xhat = muladd(load(x, (r1 - 1, j + a)) - h, load(k, (e + 1, a)), load(k, (e + 2, a)))
+                store(k, (T, a), load(k, (T, a)) + g)
+                store(k, (Q, a), muladd(g, xhat, load(k, (Q, a))))
+    while i < width:
+        single(dy, x, r0, r1, j + i, i, min(W, width - i), k, e)
+        i += W
+
+
+@routine
+def part_sums(dy, x, r0, r1, first, last, S, k, e, sums):
+    """sums (2, P) of strips first .. last over rows r0 .. r1; coefficients of xhat in rows e .. e + 3 of k; tiles added in float64."""
+    strips = last - first
     for row in range(r0, r1, ROWS):
-        stop = min(r1, row + ROWS)
-        c = c0
-        while c + 4 * W <= c1:
-            panel_sums(dy, x, row, stop, c, work, t, q)
-            c += 4 * W
-        while c < c1:
-            vector_sums(dy, x, row, stop, c, min(W, c1 - c), work, t, q)
-            c += W
-        for c in range(c0, end, 8):
-            store(sums, (0, c), load(sums, (0, c)) + load_wide(t, (c,)))
-            store(sums, (1, c), load(sums, (1, c)) + load_wide(q, (c,)))
+        tile_sums(dy, x, row, min(r1, row + ROWS), first * S, strips * S, k, e)
+        for i in range(2):
+            if S == 1:
+                for c in range(0, strips, 8):
+                    lot = min(8, strips - c)
+                    found = load_wide(k, (T + i, c), lot)
+                    store_wide(sums, (i, first + c), lot, found + load_wide(sums, (i, first + c), lot) if row > r0 else found)
+            else:
+                for c in range(strips):
+                    found_c = run_total(k[T + i], c * S, S)
+                    sums[i, first + c] = sums[i, first + c] + found_c if row > r0 else found_c
 
 
 @leaf
-def fill_gradient(x, mean, rstd, gamma, sums, count, c0, c1, k):
-    """Rows 0 .. 4 of the coefficients of dx = ((dy - mean_dy) + ((x - high) * slope + offset)) * scale."""
-    C = mean.size
-    for j in range(c0, c1):
-        c = j % C
-        k[0, j], k[1, j], k[2, j], k[3, j], k[4, j] = gradient(x, mean[c], rstd[c], gamma, c, sums[0, c], sums[1, c], count)
+def gradient_at(dy, x, r, j, k, e, i):
+    """One vector of dx."""
+    g = load(dy, (r, j)) - load(k, (e + 3, i))
+    return (g + muladd(load(x, (r, j)) - load(k, (e, i)), load(k, (e + 1, i)), load(k, (e + 2, i)))) * load(k, (e + 4, i))
 
 
 @leaf
-def gradient_panel(dy, x, r0, r1, c, k, stream, dx):
-    """dx on rows r0 .. r1 of the 4 vectors from column c."""
+def gradient_some(dy, x, r, j, k, e, i, count, dx):
+    """The first `count` lanes of one vector."""
+    h, m = load(k, (e, i)), load(k, (e + 3, i))
+    g = load_some(dy, (r, j), count, m) - m
+    d = load_some(x, (r, j), count, h) - h
+    store_some(dx, (r, j), count, (g + muladd(d, load(k, (e + 1, i)), load(k, (e + 2, i)))) * load(k, (e + 4, i)))
+
+
+@routine
+def gradient_block(dy, x, r0, r1, j, width, k, e, ahead, stream, dx):
+    """dx = ((dy - mean_dy) + ((x - high) * slope + offset)) * scale on rows r0 .. r1 of `width` columns from j; rows e .. e + 5 of k.
+
+    `ahead` as in `affine_block`.
+    """
     W = lanes(x)
-    c1, c2, c3 = c + W, c + 2 * W, c + 3 * W
-    h0, h1, h2, h3 = load(k, (0, c)), load(k, (0, c1)), load(k, (0, c2)), load(k, (0, c3))
-    p0, p1, p2, p3 = load(k, (1, c)), load(k, (1, c1)), load(k, (1, c2)), load(k, (1, c3))
-    o0, o1, o2, o3 = load(k, (2, c)), load(k, (2, c1)), load(k, (2, c2)), load(k, (2, c3))
-    m0, m1, m2, m3 = load(k, (3, c)), load(k, (3, c1)), load(k, (3, c2)), load(k, (3, c3))
-    a0, a1, a2, a3 = load(k, (4, c)), load(k, (4, c1)), load(k, (4, c2)), load(k, (4, c3))
-    for r in range(r1 - 1, r0 - 1, -1):
-        v0 = ((load(dy, (r, c)) - m0) + muladd(load(x, (r, c)) - h0, p0, o0)) * a0
-        v1 = ((load(dy, (r, c1)) - m1) + muladd(load(x, (r, c1)) - h1, p1, o1)) * a1
-        v2 = ((load(dy, (r, c2)) - m2) + muladd(load(x, (r, c2)) - h2, p2, o2)) * a2
-        v3 = ((load(dy, (r, c3)) - m3) + muladd(load(x, (r, c3)) - h3, p3, o3)) * a3
-        if stream:
-            store_stream(dx, (r, c), v0)
-            store_stream(dx, (r, c1), v1)
-            store_stream(dx, (r, c2), v2)
-            store_stream(dx, (r, c3), v3)
-        else:
-            store(dx, (r, c), v0)
-            store(dx, (r, c1), v1)
-            store(dx, (r, c2), v2)
-            store(dx, (r, c3), v3)
-
-
-@leaf
-def gradient_vector(dy, x, r0, r1, c, count, k, dx):
-    """The same for one vector, of which `count` lanes are columns."""
-    h, p, o, m, a = load(k, (0, c)), load(k, (1, c)), load(k, (2, c)), load(k, (3, c)), load(k, (4, c))
-    for r in range(r1 - 1, r0 - 1, -1):
-        g = load_some(dy, (r, c), count, m) - m
-        store_some(dx, (r, c), count, (g + muladd(load_some(x, (r, c), count, h) - h, p, o)) * a)
-
-
-@leaf
-def gradient_rows(dy, x, first, last, c0, c1, k, stream, dx):
-    """dx on rows first .. last, columns c0 .. c1, last tile first."""
-    W = lanes(x)
-    stream = stream and on_boundary(dx)
-    r1 = last
-    while r1 > first:
-        r0 = max(first, r1 - ROWS)
-        c = c0
-        while c + 4 * W <= c1:
-            gradient_panel(dy, x, r0, r1, c, k, stream, dx)
-            c += 4 * W
-        while c < c1:
-            gradient_vector(dy, x, r0, r1, c, min(W, c1 - c), k, dx)
-            c += W
-        r1 = r0
+    r = r0
     if stream:
+        while r < r1:
+            i = 0
+            first = head(dx, (r, j), width)
+            if 0 < first < W:
+                gradient_some(dy, x, r, j, k, e, 0, first, dx)
+                i = first
+            if first < W:
+                while i + W <= width:
+                    if ahead > 0:
+                        prefetch(x, (r, j + i + ahead))
+                        prefetch(dy, (r, j + i + ahead))
+                    store_stream(dx, (r, j + i), gradient_at(dy, x, r, j + i, k, e, i))
+                    i += W
+            while i < width:
+                gradient_some(dy, x, r, j + i, k, e, i, min(W, width - i), dx)
+                i += W
+            r += 1
         fence()
+    while r < r1:
+        i = 0
+        while i + W <= width:
+            store(dx, (r, j + i), gradient_at(dy, x, r, j + i, k, e, i))
+            i += W
+        if i < width:
+            gradient_some(dy, x, r, j + i, k, e, i, width - i, dx)
+        r += 1
 
 
-@leaf
-def fill_constant(x, mean, rstd, gamma, c0, c1, k):
-    """Rows 0 .. 2: dx = (dy - 0) * scale + 0 where the statistics are constants."""
-    C = mean.size
-    for j in range(c0, c1):
-        k[0, j], k[1, j], k[2, j] = x.dtype.type(0.0), constant_scale(x, rstd[j % C], gamma, j % C), x.dtype.type(0.0)
-
-
-@leaf
-def part_gradient(dy, x, r0, r1, c0, c1, mean, rstd, gamma, sums, count, training, stream, work, dx):
-    """dx on rows r0 .. r1, columns c0 .. c1."""
+@routine
+def block_gradient(dy, x, r0, r1, first, last, mean, rstd, gamma, sums, count, training, S, fold, ahead, stream, k, dx):
+    """dx on rows r0 .. r1 of channels first .. last: coefficients, then `gradient_block`, or `affine_block` on dy."""
+    fill_gradient(x, mean, rstd, gamma, sums, count, training, first, last, k)
+    e = spread_columns(k, 5 if training else 3, last - first, fold, S)
+    width = min(x.shape[1] - first * S, (last - first) * fold * S)  # less in a row that is left over
     if training:
-        fill_gradient(x, mean, rstd, gamma, sums, count, c0, c1, work)
-        gradient_rows(dy, x, r0, r1, c0, c1, work, stream, dx)
+        gradient_block(dy, x, r0, r1, first * S, width, k, e, ahead, stream, dx)
     else:
-        fill_constant(x, mean, rstd, gamma, c0, c1, work)
-        affine_rows(dy, r0, r1, c0, c1, work, stream, dx)
+        affine_block(dy, r0, r1, first * S, width, k, e, ahead, stream, dx)
 
 
-@kernel("x2 x2 x2 x2 m1 m1 i i i w3 s3 s2")
-def grad_reduce(dy, rest_dy, x, rest, mean, rstd, rest_rows, parts, groups, work, partial, sums):
-    """sums (2, C): sum of dy, sum of dy * xhat; workspaces work (parts, 5, width) and partial (parts + 1, 2, width)."""
+@kernel("x2 x2 x2 x2 m1 m1 i i i i i i w3 s3 s2")
+def grad_reduce(dy, rest_dy, x, rest_x, mean, rstd, S, fold, rest, parts, block, tasks, work, partial, sums):
+    """sums (2, C): sum of dy, sum of dy * xhat; workspaces work (tasks, WORK, columns) and partial (parts + 1, 2, P)."""
     R, C = x.shape[0], mean.size
-    for task in prange(parts * groups):
-        p, g = task // groups, task % groups
-        c0, c1 = columns(x, g, groups)
-        fill_standardize(x, mean, rstd, c0, c1, work[p])
-        part_sums(dy, x, R * p // parts, R * (p + 1) // parts, c0, c1, work[p], partial[p])
-    if rest_rows > 0:
-        part_sums(rest_dy, rest, 0, rest_rows, 0, C, work[0], partial[parts])
+    blocks = (C + block - 1) // block
+    for task in prange(tasks):
+        k = work[task]
+        for unit in range(parts * blocks * task // tasks, parts * blocks * (task + 1) // tasks):
+            p, first = unit // blocks, unit % blocks * block
+            last = min(C, first + block)
+            fill_standardize(x, mean, rstd, first, last, k)
+            e = spread_columns(k, 3, last - first, fold, S)
+            strips = fold * C if fold > 1 else last
+            part_sums(dy, x, R * p // parts, R * (p + 1) // parts, first, strips, S, k, e, partial[p])
+    if rest > 0:
+        fill_standardize(x, mean, rstd, 0, C, work[0])
+        e = spread_columns(work[0], 3, C, fold, S)
+        part_sums(rest_dy, rest_x, 0, 1, 0, rest * C, S, work[0], e, partial[parts])
     for i in range(2):
+        for p in range(1, parts):
+            for s in range(0, fold * C, 8):
+                lot = min(8, fold * C - s)
+                store_wide(partial, (0, i, s), lot, load_wide(partial, (0, i, s), lot) + load_wide(partial, (p, i, s), lot))
         for c in range(C):
-            t = partial[parts, i, c] if rest_rows > 0 else 0.0
-            for p in range(parts):
-                for j in range(c, x.shape[1], C):
-                    t += partial[p, i, j]
+            t = 0.0
+            for s in range(c, fold * C, C):
+                t += partial[0, i, s]
+            for s in range(c, rest * C, C):
+                t += partial[parts, i, s]
             sums[i, c] = t
 
 
-@kernel("x2 x2 x2 x2 m1 m1 x1 m2 f b i i i b w3 y2 y2")
-def grad_input(dy, rest_dy, x, rest, mean, rstd, gamma, sums, count, training, rest_rows, parts, groups, stream, work, dx, rest_dx):
-    """dx from the sums; `training` False for constant statistics; `work` (parts, 5, width)."""
-    R = x.shape[0]
-    for task in prange(parts * groups):
-        p, g = task // groups, task % groups
-        c0, c1 = columns(x, g, groups)
-        r0, r1 = R * p // parts, R * (p + 1) // parts
-        part_gradient(dy, x, r0, r1, c0, c1, mean, rstd, gamma, sums, count, training, stream, work[p], dx)
-    if rest_rows > 0:
-        part_gradient(rest_dy, rest, 0, rest_rows, 0, mean.size, mean, rstd, gamma, sums, count, training, False, work[0], rest_dx)
+@kernel("x2 x2 x2 x2 m1 m1 p1 m2 f b i i i i i i b w3 y2 y2")
+def grad_input(
+    dy, rest_dy, x, rest_x, mean, rstd, gamma, sums, count, training, S, fold, rest, parts, block, tasks, stream, work, dx, rest_dx
+):
+    """dx from the sums; `training` False for constant statistics; `work` (tasks, WORK, columns)."""
+    R, C = x.shape[0], mean.size
+    blocks = (C + block - 1) // block
+    for task in prange(tasks):
+        for unit in range(parts * blocks * task // tasks, parts * blocks * (task + 1) // tasks):
+            p, first = unit // blocks, unit % blocks * block
+            last = min(C, first + block)
+            r0, r1 = R * p // parts, R * (p + 1) // parts
+            block_gradient(dy, x, r0, r1, first, last, mean, rstd, gamma, sums, count, training, S, fold, 0, stream, work[task], dx)
+    if rest > 0:
+        block_gradient(rest_dy, rest_x, 0, 1, 0, C, mean, rstd, gamma, sums, count, training, S, fold, 0, False, work[0], rest_dx)
 
 
-@kernel("x2 x2 m1 m1 x1 b i b w2 y2 s2")
-def backward(dy, x, mean, rstd, gamma, training, groups, stream, work, dx, sums):
-    """grad_reduce and grad_input, a group of columns at a time; sums (2, width) and `work` (5, width) as wide as whole vectors."""
-    R = x.shape[0]
-    for g in prange(groups):
-        c0, c1 = columns(x, g, groups)
-        fill_standardize(x, mean, rstd, c0, c1, work)
-        part_sums(dy, x, 0, R, c0, c1, work, sums)
-        part_gradient(dy, x, 0, R, c0, c1, mean, rstd, gamma, sums, float(R), training, stream, work, dx)
+@kernel("x2 x2 m1 m1 p1 b i i i b w3 y2 s2")
+def backward(dy, x, mean, rstd, gamma, training, S, block, tasks, stream, work, dx, sums):
+    """grad_reduce and grad_input, a block of channels at a time; sums (2, C), `work` (tasks, WORK, columns)."""
+    R, C = x.shape[0], mean.size
+    blocks = (C + block - 1) // block
+    for task in prange(tasks):
+        k = work[task]
+        for unit in range(blocks * task // tasks, blocks * (task + 1) // tasks):
+            first = unit * block
+            last = min(C, first + block)
+            fill_standardize(x, mean, rstd, first, last, k)
+            e = spread_columns(k, 3, last - first, 1, S)
+            part_sums(dy, x, 0, R, first, last, S, k, e, sums)
+            block_gradient(dy, x, 0, R, first, last, mean, rstd, gamma, sums, float(R * S), training, S, 1, block * S, stream, k, dx)

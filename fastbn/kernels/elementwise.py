@@ -1,118 +1,171 @@
-"""The elementwise half of every pass: y from x, dx from dy and x, with each channel's coefficients.
+"""The elementwise half of every pass: y from x, dx from dy and x, and each channel's coefficients.
 
-The coefficients split the mean into its nearest value in the dtype of x and the remainder: `x - high` is exact near the mean, where
-`x * scale + shift` would cancel, and the remainder goes into the shift, which costs nothing.
+The coefficients split the mean into its nearest value in the arithmetic of x and the remainder: `x - high` is exact near the mean, where
+`x * scale + shift` would cancel, and the remainder goes into the shift, which costs nothing. They are computed in float64, eight channels
+at a time, into the rows of a workspace k.
 """
 
 from __future__ import annotations
 
-import math
-
-import numpy as np
-
 from fastbn.kernels._jit import leaf
-from fastbn.kernels._simd import address, broadcast, lanes, load, load_some, muladd, store, store_some, store_stream
+from fastbn.kernels._simd import (
+    address,
+    broadcast,
+    bytes_of,
+    lanes,
+    load,
+    load_some,
+    load_wide,
+    muladd,
+    prefetch,
+    root,
+    rounded,
+    spread,
+    store,
+    store_some,
+    store_stream,
+    store_wide,
+    wide,
+)
 
 
 @leaf
-def inverse_deviation(m2, count, eps):
-    """1 / sqrt(var + eps), the same bits as `Moments.rstd`."""
-    return 1.0 / math.sqrt(m2 / count + eps)
+def deviation(m2, c, n, count, eps):
+    """1 / sqrt(var + eps) of channels c .. c + n, the same bits as `Moments.rstd`."""
+    return wide(1.0) / root(load_wide(m2, (c,), n) / wide(count) + wide(eps))
 
 
 @leaf
-def affine(x, mean, rstd, gamma, beta, c):
-    """(high, scale, shift) of channel c: y = (x - high) * scale + shift."""
-    g = np.float64(gamma[c]) if gamma.size else 1.0
-    b = np.float64(beta[c]) if beta.size else 0.0
-    high = x.dtype.type(mean)
-    scale = x.dtype.type(g * rstd)
-    return high, scale, x.dtype.type(b - (mean - np.float64(high)) * np.float64(scale))
+def put_affine(x, mean, rstd, gamma, beta, c, n, k, i):
+    """Columns i .. i + n of k = (high, scale, shift) of channels c .. c + n: y = (x - high) * scale + shift."""
+    g = load_wide(gamma, (c,), n) if gamma.size else wide(1.0)
+    b = load_wide(beta, (c,), n) if beta.size else wide(0.0)
+    high, scale = rounded(x, mean), rounded(x, g * rstd)
+    store_wide(k, (0, i), n, high)
+    store_wide(k, (1, i), n, scale)
+    store_wide(k, (2, i), n, b - (mean - high) * scale)
 
 
 @leaf
-def standardize(x, mean, rstd):
-    """(high, scale, shift) of one channel: xhat = (x - high) * scale + shift."""
-    high = x.dtype.type(mean)
-    scale = x.dtype.type(rstd)
-    return high, scale, x.dtype.type(-(mean - np.float64(high)) * np.float64(scale))
+def fill_affine(x, mean, rstd, gamma, beta, c0, c1, k):
+    """The coefficients of channels c0 .. c1 from column 0 of k."""
+    for c in range(c0, c1, 8):
+        n = min(8, c1 - c)
+        put_affine(x, load_wide(mean, (c,), n), load_wide(rstd, (c,), n), gamma, beta, c, n, k, c - c0)
 
 
 @leaf
-def gradient(x, mean, rstd, gamma, c, sum_dy, sum_dy_xhat, count):
-    """(high, slope, offset, mean_dy, scale) of channel c: dx = ((dy - mean_dy) + ((x - high) * slope + offset)) * scale.
+def fill_forward(x, mean, m2, count, eps, gamma, beta, c0, c1, k):
+    """The same from m2."""
+    for c in range(c0, c1, 8):
+        n = min(8, c1 - c)
+        put_affine(x, load_wide(mean, (c,), n), deviation(m2, c, n, count, eps), gamma, beta, c, n, k, c - c0)
+
+
+@leaf
+def fill_standardize(x, mean, rstd, c0, c1, k):
+    """Columns from 0 of k = (high, scale, shift) of channels c0 .. c1: xhat = (x - high) * scale + shift."""
+    for c in range(c0, c1, 8):
+        n = min(8, c1 - c)
+        m = load_wide(mean, (c,), n)
+        high, scale = rounded(x, m), rounded(x, load_wide(rstd, (c,), n))
+        store_wide(k, (0, c - c0), n, high)
+        store_wide(k, (1, c - c0), n, scale)
+        store_wide(k, (2, c - c0), n, wide(0.0) - (m - high) * scale)
+
+
+@leaf
+def fill_gradient(x, mean, rstd, gamma, sums, count, training, c0, c1, k):
+    """Columns from 0 of k = (high, slope, offset, mean_dy, scale): dx = ((dy - mean_dy) + ((x - high) * slope + offset)) * scale.
 
     The slope is rstd times the mean of dy * xhat; times gamma * rstd too, it would underflow for data near 1e30.
+    Where the statistics are constants: (0, gamma * rstd, 0) of `affine_row` on dy.
     """
-    high = x.dtype.type(mean)
-    slope = x.dtype.type(-rstd * (sum_dy_xhat / count))
-    mean_dy = x.dtype.type(sum_dy / count)
-    offset = -(mean - np.float64(high)) * np.float64(slope) - (sum_dy / count - np.float64(mean_dy))
-    return high, slope, x.dtype.type(offset), mean_dy, constant_scale(x, rstd, gamma, c)
-
-
-@leaf
-def constant_scale(x, rstd, gamma, c):
-    """gamma * rstd of channel c: dx / dy where the statistics are constants."""
-    return x.dtype.type(rstd * np.float64(gamma[c])) if gamma.size else x.dtype.type(rstd)
+    for c in range(c0, c1, 8):
+        n, i = min(8, c1 - c), c - c0
+        m, r = load_wide(mean, (c,), n), load_wide(rstd, (c,), n)
+        scale = r * load_wide(gamma, (c,), n) if gamma.size else r
+        if training:
+            mean_dy = load_wide(sums, (0, c), n) / wide(count)
+            high, centre = rounded(x, m), rounded(x, mean_dy)
+            slope = rounded(x, (wide(0.0) - r) * (load_wide(sums, (1, c), n) / wide(count)))
+            store_wide(k, (0, i), n, high)
+            store_wide(k, (1, i), n, slope)
+            store_wide(k, (2, i), n, (wide(0.0) - (m - high)) * slope - (mean_dy - centre))
+            store_wide(k, (3, i), n, centre)
+            store_wide(k, (4, i), n, scale)
+        else:
+            store_wide(k, (0, i), n, wide(0.0))
+            store_wide(k, (1, i), n, scale)
+            store_wide(k, (2, i), n, wide(0.0))
 
 
 @leaf
 def head(y, index, size):
-    """Elements of a row of `size` before y's first 64-byte boundary, which an odd address never meets."""
-    return min(size, (-address(y, index) & 63) // (64 // lanes(y)))
+    """Elements of a row of `size` before the first boundary of a whole vector's bytes; all of them where none lies on one."""
+    whole = lanes(y) * bytes_of(y)
+    gap = -address(y, index) & (whole - 1)
+    return min(size, gap // bytes_of(y)) if gap % bytes_of(y) == 0 else size
 
 
 @leaf
-def affine_row(x, n, c, s0, s1, k, stream, y):
-    """y = (x - high) * scale + shift on columns s0 .. s1 of row n of channel c, coefficients k[:, c]; past the cache where `stream`."""
+def affine_row(x, n, c, s0, s1, k, i, ahead, stream, y):
+    """y = (x - high) * scale + shift on columns s0 .. s1 of row n of channel c, coefficients k[:, i]; past the cache where `stream`.
+
+    That leaves room there: the next channel's row is fetched meanwhile where `ahead`, to be reduced next.
+    """
     W = lanes(x)
-    h, a, b = broadcast(k, (0, c)), broadcast(k, (1, c)), broadcast(k, (2, c))
-    i = s0
-    if stream and address(y, (n, c, i)) % (64 // W) == 0:
-        first = head(y, (n, c, i), s1 - i)
+    h, a, b = broadcast(k, (0, i)), broadcast(k, (1, i)), broadcast(k, (2, i))
+    s = s0
+    first = head(y, (n, c, s), s1 - s) if stream else s1 - s
+    if first < W:
         if first > 0:
-            store_some(y, (n, c, i), first, muladd(load_some(x, (n, c, i), first, h) - h, a, b))
-            i += first
-        while i + W <= s1:
-            store_stream(y, (n, c, i), muladd(load(x, (n, c, i)) - h, a, b))
-            i += W
+            store_some(y, (n, c, s), first, muladd(load_some(x, (n, c, s), first, h) - h, a, b))
+            s += first
+        while s + W <= s1:
+            if ahead:
+                prefetch(x, (n, c + 1, s))
+            store_stream(y, (n, c, s), muladd(load(x, (n, c, s)) - h, a, b))
+            s += W
     else:
-        while i + 2 * W <= s1:
-            v = muladd(load(x, (n, c, i)) - h, a, b)
-            w = muladd(load(x, (n, c, i + W)) - h, a, b)
-            store(y, (n, c, i), v)
-            store(y, (n, c, i + W), w)
-            i += 2 * W
-        if i + W <= s1:
-            store(y, (n, c, i), muladd(load(x, (n, c, i)) - h, a, b))
-            i += W
-    if i < s1:
-        store_some(y, (n, c, i), s1 - i, muladd(load_some(x, (n, c, i), s1 - i, h) - h, a, b))
+        while s + 2 * W <= s1:
+            v = muladd(load(x, (n, c, s)) - h, a, b)
+            w = muladd(load(x, (n, c, s + W)) - h, a, b)
+            store(y, (n, c, s), v)
+            store(y, (n, c, s + W), w)
+            s += 2 * W
+        if s + W <= s1:
+            store(y, (n, c, s), muladd(load(x, (n, c, s)) - h, a, b))
+            s += W
+    if s < s1:
+        store_some(y, (n, c, s), s1 - s, muladd(load_some(x, (n, c, s), s1 - s, h) - h, a, b))
 
 
 @leaf
-def gradient_row(dy, x, n, c, s0, s1, k, stream, dx):
-    """dx = ((dy - mean_dy) + ((x - high) * slope + offset)) * scale on columns s0 .. s1 of row n of channel c, coefficients k[:, c]."""
+def gradient_row(dy, x, n, c, s0, s1, k, i, ahead, stream, dx):
+    """dx = ((dy - mean_dy) + ((x - high) * slope + offset)) * scale on columns s0 .. s1 of row n of channel c, coefficients k[:, i]."""
     W = lanes(x)
-    h, p, o = broadcast(k, (0, c)), broadcast(k, (1, c)), broadcast(k, (2, c))
-    m, a = broadcast(k, (3, c)), broadcast(k, (4, c))
-    i = s0
-    if stream and address(dx, (n, c, i)) % (64 // W) == 0:
-        first = head(dx, (n, c, i), s1 - i)
+    h, p, o = broadcast(k, (0, i)), broadcast(k, (1, i)), broadcast(k, (2, i))
+    m, a = broadcast(k, (3, i)), broadcast(k, (4, i))
+    s = s0
+    first = head(dx, (n, c, s), s1 - s) if stream else s1 - s
+    if first < W:
         if first > 0:
-            g = load_some(dy, (n, c, i), first, m) - m
-            store_some(dx, (n, c, i), first, (g + muladd(load_some(x, (n, c, i), first, h) - h, p, o)) * a)
-            i += first
-        while i + W <= s1:
-            g = load(dy, (n, c, i)) - m
-            store_stream(dx, (n, c, i), (g + muladd(load(x, (n, c, i)) - h, p, o)) * a)
-            i += W
+            g = load_some(dy, (n, c, s), first, m) - m
+            store_some(dx, (n, c, s), first, (g + muladd(load_some(x, (n, c, s), first, h) - h, p, o)) * a)
+            s += first
+        while s + W <= s1:
+            if ahead:
+                prefetch(x, (n, c + 1, s))
+                prefetch(dy, (n, c + 1, s))
+            g = load(dy, (n, c, s)) - m
+            store_stream(dx, (n, c, s), (g + muladd(load(x, (n, c, s)) - h, p, o)) * a)
+            s += W
     else:
-        while i + W <= s1:
-            g = load(dy, (n, c, i)) - m
-            store(dx, (n, c, i), (g + muladd(load(x, (n, c, i)) - h, p, o)) * a)
-            i += W
-    if i < s1:
-        g = load_some(dy, (n, c, i), s1 - i, m) - m
-        store_some(dx, (n, c, i), s1 - i, (g + muladd(load_some(x, (n, c, i), s1 - i, h) - h, p, o)) * a)
+        while s + W <= s1:
+            g = load(dy, (n, c, s)) - m
+            store(dx, (n, c, s), (g + muladd(load(x, (n, c, s)) - h, p, o)) * a)
+            s += W
+    if s < s1:
+        g = load_some(dy, (n, c, s), s1 - s, m) - m
+        store_some(dx, (n, c, s), s1 - s, (g + muladd(load_some(x, (n, c, s), s1 - s, h) - h, p, o)) * a)
