@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from fastbn import config, functional, layout
+from fastbn import checks, config, functional
 from fastbn.moments import Moments
 
 Array = NDArray[Any]
@@ -43,7 +43,7 @@ class BatchNorm:
     axis : int
         The channel axis.
     dtype : dtype
-        Of parameters and running statistics: float32 or float64, and x must be of the same.
+        Of parameters and running statistics: float32, for x of float16, bfloat16 and float32, or float64, for x of float64.
     backend : str, optional
         "cpu" or "reference"; default where the array lives.
     unbiased_running_var : bool
@@ -82,11 +82,11 @@ class BatchNorm:
         *,
         unbiased_running_var: bool = True,
     ) -> None:
-        self.num_features = layout.check_channels(num_features)
-        self.eps = layout.check_eps(eps, training=False)
-        self.momentum = layout.check_momentum(momentum)
+        self.num_features = checks.check_channels(num_features)
+        self.eps = checks.check_eps(eps, training=False)
+        self.momentum = checks.check_momentum(momentum)
         self.axis = axis
-        self.dtype = layout.check_dtype(dtype)
+        self.dtype = checks.check_parameter_dtype(dtype)
         self.backend = backend
         self.affine = bool(affine)
         self.track_running_stats = bool(track_running_stats)
@@ -140,7 +140,7 @@ class BatchNorm:
 
         Parameters
         ----------
-        x : array_like, shape (..., C, ...), of this layer's dtype
+        x : array_like, shape (..., C, ...), of a dtype that goes with this layer's
             Kept by reference for `backward`: leave it as it is until then.
         out : ndarray, shape and dtype of x, optional
             Takes y; may be x itself, but then there is no backward.
@@ -153,15 +153,15 @@ class BatchNorm:
         Raises
         ------
         TypeError
-            x is of another dtype than this layer, or not floating point.
+            x is of a dtype that does not go with this layer's, or not floating point.
         ValueError
             Another number of channels, one value per channel in training, a bad axis or `out`.
         """
-        x = layout.as_input(x)
-        layout.check_features(x, self.axis, self.num_features, self.dtype)
-        overwritten = out is not None and layout.same_memory(out, x)
+        x = checks.as_input(x)
+        checks.check_features(x, self.axis, self.num_features, self.dtype)
+        overwritten = out is not None and checks.same_memory(out, x)
         running_mean, running_var = self.running_mean, self.running_var
-        layout.check_running(running_mean, running_var)
+        checks.check_running(running_mean, running_var)
         if self.training or running_mean is None or running_var is None:
             y, m = functional.batch_norm(x, self.gamma, self.beta, self.axis, self.eps, out, backend=self.backend)
             if self.training and running_mean is not None and running_var is not None and m.count:
@@ -218,7 +218,7 @@ class BatchNorm:
             result = functional.batch_norm_inference_backward(
                 dy, saved.x, *saved.statistics, self.gamma, self.axis, self.eps, out, backend=self.backend
             )
-        if out is not None and layout.same_memory(out, saved.x):
+        if out is not None and checks.same_memory(out, saved.x):
             self._saved = saved._replace(overwritten=True)
         dx, dgamma, dbeta = result
         self.dgamma = dgamma if self.gamma is not None else None
@@ -250,7 +250,7 @@ class BatchNorm:
             Values that are not numbers.
         """
         own = self.state_dict()
-        checked = layout.check_state(state, own)
+        checked = checks.check_state(state, own)
         for key, value in checked.items():
             own[key][...] = value
         for target, key in (

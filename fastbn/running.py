@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike
 
-from fastbn import functional, layout
+from fastbn import checks, functional
 from fastbn.moments import Moments, Statistics
 
 
@@ -28,7 +28,7 @@ class RunningMoments:
     """
 
     def __init__(self, num_features: int, axis: int = 1, backend: str | None = None) -> None:
-        self.num_features = layout.check_channels(num_features)
+        self.num_features = checks.check_channels(num_features)
         self.axis = axis
         self.backend = backend
         self.moments = Moments(0, np.zeros(self.num_features), np.zeros(self.num_features))
@@ -37,7 +37,7 @@ class RunningMoments:
         return f"RunningMoments({self.num_features}, axis={self.axis}, count={self.count})"
 
     def update(self, chunk: ArrayLike) -> RunningMoments:
-        """Take in a chunk, shape (..., C, ...), float32 or float64; an empty one changes nothing. Returns self.
+        """Take in a chunk, shape (..., C, ...), of any dtype that `fastbn.moments` takes; an empty one changes nothing. Returns self.
 
         Raises
         ------

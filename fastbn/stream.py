@@ -20,7 +20,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fastbn import config, functional, layout
+from fastbn import checks, config, dtypes, functional
 from fastbn.errors import DataError
 from fastbn.moments import Moments
 
@@ -65,12 +65,12 @@ def open_npy(path: Path, axis: int) -> Npy:
     with path.open("rb") as file:
         shape, fortran, dtype = _header(file, path)
         offset = file.tell()
-    if dtype.newbyteorder("=") not in layout.FLOATS:
-        raise DataError(f"{path}: holds {dtype}, want float32 or float64: convert it first, array.astype('float32')")
+    if not dtypes.supported(dtype):
+        raise DataError(f"{path}: holds {dtype}, want {dtypes.WANTED}: convert it first, array.astype('float32')")
     missing = offset + math.prod(shape) * dtype.itemsize - path.stat().st_size
     if missing > 0 or min(shape, default=0) < 0:
         raise DataError(f"{path}: cut short: the header promises {dtype} of shape {shape}, {missing:,} bytes more than there are")
-    axis = layout.check_axis(shape, axis, str(path))
+    axis = checks.check_axis(shape, axis, str(path))
     if 0 in shape:
         raise DataError(f"{path}: holds no values, its shape is {shape}")
     if fortran:
@@ -227,7 +227,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the `moments` command."""
     from fastbn import screen
 
-    eps = layout.check_eps(args.eps, training=True)
+    eps = checks.check_eps(args.eps, training=True)
     if not 0 < args.chunk_mb < 1e6:
         raise ValueError(f"--chunk-mb: given {args.chunk_mb:g}, want a positive number of megabytes, e.g. {CHUNK_MB:g}")
     limit = int(args.chunk_mb * 1e6)
