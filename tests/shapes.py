@@ -13,6 +13,7 @@ HALF_BACKENDS = ("reference",)  # those that serve x of half precision
 HALF = (np.dtype(np.float16).name, np.dtype(ml_dtypes.bfloat16).name)
 DTYPES = (*HALF, "float32", "float64")
 SERVED = tuple((dtype, backend) for dtype in DTYPES for backend in (HALF_BACKENDS if dtype in HALF else BACKENDS))
+CPU_DTYPES = tuple(dtype for dtype, backend in SERVED if backend == "cpu")
 every_dtype_and_backend = pytest.mark.parametrize(("dtype", "backend"), SERVED)
 every_half_and_backend = pytest.mark.parametrize(("dtype", "backend"), [served for served in SERVED if served[0] in HALF])
 
