@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from fastbn import checks, config, functional
+from fastbn import checks, config, functional, threads
 from fastbn.moments import Moments
 
 Array = NDArray[Any]
@@ -48,6 +48,8 @@ class BatchNorm:
         "cpu" or "reference"; default where the array lives.
     unbiased_running_var : bool
         Whether the running variance takes m2 / (count - 1), as PyTorch; False for ONNX, Keras, Flax.
+    num_threads : int, optional
+        Of the kernels in each call, from 1 to NUMBA_NUM_THREADS; changes speed, never a bit. Default as `set_num_threads` says.
 
     Attributes
     ----------
@@ -81,7 +83,10 @@ class BatchNorm:
         backend: str | None = None,
         *,
         unbiased_running_var: bool = True,
+        num_threads: int | None = None,
     ) -> None:
+        with threads.limited(num_threads):  # raises for a number that can't be
+            self.num_threads = num_threads
         self.num_features = checks.check_channels(num_features)
         self.eps = checks.check_eps(eps, training=False)
         self.momentum = checks.check_momentum(momentum)
@@ -163,13 +168,17 @@ class BatchNorm:
         running_mean, running_var = self.running_mean, self.running_var
         checks.check_running(running_mean, running_var)
         if self.training or running_mean is None or running_var is None:
-            y, m = functional.batch_norm(x, self.gamma, self.beta, self.axis, self.eps, out, backend=self.backend)
+            y, m = functional.batch_norm(
+                x, self.gamma, self.beta, self.axis, self.eps, out, backend=self.backend, num_threads=self.num_threads
+            )
             if self.training and running_mean is not None and running_var is not None and m.count:
                 self._track(running_mean, running_var, m)
             self._saved = _Saved(x, m, overwritten)
             return y
         mean, var = running_mean.astype(np.float64), running_var.astype(np.float64)
-        y = functional.batch_norm_inference(x, mean, var, self.gamma, self.beta, self.axis, self.eps, out, backend=self.backend)
+        y = functional.batch_norm_inference(
+            x, mean, var, self.gamma, self.beta, self.axis, self.eps, out, backend=self.backend, num_threads=self.num_threads
+        )
         self._saved = _Saved(x, (mean, var), overwritten)
         return y
 
@@ -212,11 +221,11 @@ class BatchNorm:
             raise RuntimeError("backward needs the x of the forward, which was overwritten by out=x: give another out, or none")
         if isinstance(saved.statistics, Moments):
             result = functional.batch_norm_backward(
-                dy, saved.x, saved.statistics, self.gamma, self.axis, self.eps, out, backend=self.backend
+                dy, saved.x, saved.statistics, self.gamma, self.axis, self.eps, out, backend=self.backend, num_threads=self.num_threads
             )
         else:
             result = functional.batch_norm_inference_backward(
-                dy, saved.x, *saved.statistics, self.gamma, self.axis, self.eps, out, backend=self.backend
+                dy, saved.x, *saved.statistics, self.gamma, self.axis, self.eps, out, backend=self.backend, num_threads=self.num_threads
             )
         if out is not None and checks.same_memory(out, saved.x):
             self._saved = saved._replace(overwritten=True)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fastbn import checks, config, dtypes, layout
+from fastbn import checks, config, dtypes, layout, threads
 from fastbn.backends import select
 from fastbn.moments import Moments, inverse_deviation
 
@@ -40,7 +40,7 @@ def _empty(x: Array, out: Array | None) -> Array:
     return np.empty(x.shape, x.dtype.newbyteorder("=")) if out is None else out
 
 
-def moments(x: ArrayLike, axis: int = 1, *, backend: str | None = None) -> Moments:
+def moments(x: ArrayLike, axis: int = 1, *, backend: str | None = None, num_threads: int | None = None) -> Moments:
     """Mean and variance of each channel, in one pass over memory.
 
     Blocked Welford: the moments of cache-sized blocks, merged by Chan, Golub & LeVeque's formula in float64.
@@ -53,6 +53,8 @@ def moments(x: ArrayLike, axis: int = 1, *, backend: str | None = None) -> Momen
         The channel axis.
     backend : str, optional
         "cpu" or "reference"; default where the array lives.
+    num_threads : int, optional
+        Of the kernels in this call, from 1 to NUMBA_NUM_THREADS; changes speed, never a bit. Default as `set_num_threads` says.
 
     Returns
     -------
@@ -66,6 +68,9 @@ def moments(x: ArrayLike, axis: int = 1, *, backend: str | None = None) -> Momen
     ValueError
         Rank below 2, axis out of range, no channels.
     """
+    if num_threads is not None:
+        with threads.limited(num_threads):
+            return moments(x, axis, backend=backend)
     x = checks.as_input(x)
     axis = checks.check_axis(x.shape, axis)
     served = select(backend)
@@ -83,6 +88,7 @@ def batch_norm(
     out: Array | None = None,
     *,
     backend: str | None = None,
+    num_threads: int | None = None,
 ) -> tuple[Array, Moments]:
     """Normalize each channel by its own mean and variance, then scale and shift: the training forward.
 
@@ -102,6 +108,8 @@ def batch_norm(
         Takes y; may be x itself.
     backend : str, optional
         "cpu" or "reference"; default where the array lives.
+    num_threads : int, optional
+        Of the kernels in this call, from 1 to NUMBA_NUM_THREADS; changes speed, never a bit. Default as `set_num_threads` says.
 
     Returns
     -------
@@ -117,6 +125,9 @@ def batch_norm(
     ValueError
         A shape, axis or eps out of range; one value per channel; an `out` that overlaps x in part.
     """
+    if num_threads is not None:
+        with threads.limited(num_threads):
+            return batch_norm(x, gamma, beta, axis, eps, out, backend=backend)
     x = checks.as_input(x)
     axis = checks.check_axis(x.shape, axis)
     channels, kind = x.shape[axis], dtypes.of_parameters(x.dtype)
@@ -146,6 +157,7 @@ def batch_norm_inference(
     out: Array | None = None,
     *,
     backend: str | None = None,
+    num_threads: int | None = None,
 ) -> Array:
     """Normalize each channel by given statistics, then scale and shift.
 
@@ -157,7 +169,7 @@ def batch_norm_inference(
         The statistics, e.g. running averages.
     gamma, beta : array_like, shape (C,), float64 beside x of float64, else float32, optional
         Scale and shift; 1 and 0 where absent.
-    axis, eps, out, backend
+    axis, eps, out, backend, num_threads
         As in `batch_norm`; eps may be 0 here.
 
     Returns
@@ -170,6 +182,9 @@ def batch_norm_inference(
     TypeError, ValueError
         As in `batch_norm`; also mean without var.
     """
+    if num_threads is not None:
+        with threads.limited(num_threads):
+            return batch_norm_inference(x, mean, var, gamma, beta, axis, eps, out, backend=backend)
     x = checks.as_input(x)
     axis = checks.check_axis(x.shape, axis)
     checks.check_running(mean, var)
@@ -200,6 +215,7 @@ def batch_norm_backward(
     out: Array | None = None,
     *,
     backend: str | None = None,
+    num_threads: int | None = None,
 ) -> tuple[Array, Array, Array]:
     """Gradients of `batch_norm`, whose statistics depend on x.
 
@@ -213,7 +229,7 @@ def batch_norm_backward(
         What the forward returned beside y.
     gamma : array_like, shape (C,), as in the forward, optional
         The forward's scale.
-    axis, eps, backend
+    axis, eps, backend, num_threads
         As in the forward.
     out : ndarray, shape and dtype of x, optional
         Takes dx; may be dy or x itself.
@@ -230,6 +246,9 @@ def batch_norm_backward(
     TypeError, ValueError
         As in `batch_norm`; also dy unlike x, or moments of another shape.
     """
+    if num_threads is not None:
+        with threads.limited(num_threads):
+            return batch_norm_backward(dy, x, moments, gamma, axis, eps, out, backend=backend)
     return _backward(dy, x, moments, None, gamma, axis, eps, out, backend)
 
 
@@ -244,6 +263,7 @@ def batch_norm_inference_backward(
     out: Array | None = None,
     *,
     backend: str | None = None,
+    num_threads: int | None = None,
 ) -> tuple[Array, Array, Array]:
     """Gradients of `batch_norm_inference`, whose statistics are constants: dx = gamma * dy / sqrt(var + eps).
 
@@ -255,7 +275,7 @@ def batch_norm_inference_backward(
         The input of the forward.
     mean, var : array_like, shape (C,), float32 or float64
         The forward's statistics.
-    gamma, axis, eps, out, backend
+    gamma, axis, eps, out, backend, num_threads
         As in `batch_norm_backward`; eps may be 0 here.
 
     Returns
@@ -270,6 +290,9 @@ def batch_norm_inference_backward(
     TypeError, ValueError
         As in `batch_norm_inference`; also dy unlike x.
     """
+    if num_threads is not None:
+        with threads.limited(num_threads):
+            return batch_norm_inference_backward(dy, x, mean, var, gamma, axis, eps, out, backend=backend)
     checks.check_running(mean, var)
     return _backward(dy, x, None, (mean, var), gamma, axis, eps, out, backend)
 
