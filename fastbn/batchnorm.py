@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from fastbn import config, functional, layout
+from fastbn import checks, config, functional, threads
 from fastbn.moments import Moments
 
 Array = NDArray[Any]
@@ -43,11 +43,13 @@ class BatchNorm:
     axis : int
         The channel axis.
     dtype : dtype
-        Of parameters and running statistics: float32 or float64, and x must be of the same.
+        Of parameters and running statistics: float32, for x of float16, bfloat16 and float32, or float64, for x of float64.
     backend : str, optional
         "cpu" or "reference"; default where the array lives.
     unbiased_running_var : bool
         Whether the running variance takes m2 / (count - 1), as PyTorch; False for ONNX, Keras, Flax.
+    num_threads : int, optional
+        Of the kernels in each call, from 1 to NUMBA_NUM_THREADS; changes speed, never a bit. Default as `set_num_threads` says.
 
     Attributes
     ----------
@@ -81,12 +83,15 @@ class BatchNorm:
         backend: str | None = None,
         *,
         unbiased_running_var: bool = True,
+        num_threads: int | None = None,
     ) -> None:
-        self.num_features = layout.check_channels(num_features)
-        self.eps = layout.check_eps(eps, training=False)
-        self.momentum = layout.check_momentum(momentum)
+        with threads.limited(num_threads):  # raises for a number that can't be
+            self.num_threads = num_threads
+        self.num_features = checks.check_channels(num_features)
+        self.eps = checks.check_eps(eps, training=False)
+        self.momentum = checks.check_momentum(momentum)
         self.axis = axis
-        self.dtype = layout.check_dtype(dtype)
+        self.dtype = checks.check_parameter_dtype(dtype)
         self.backend = backend
         self.affine = bool(affine)
         self.track_running_stats = bool(track_running_stats)
@@ -140,7 +145,7 @@ class BatchNorm:
 
         Parameters
         ----------
-        x : array_like, shape (..., C, ...), of this layer's dtype
+        x : array_like, shape (..., C, ...), of a dtype that goes with this layer's
             Kept by reference for `backward`: leave it as it is until then.
         out : ndarray, shape and dtype of x, optional
             Takes y; may be x itself, but then there is no backward.
@@ -153,23 +158,27 @@ class BatchNorm:
         Raises
         ------
         TypeError
-            x is of another dtype than this layer, or not floating point.
+            x is of a dtype that does not go with this layer's, or not floating point.
         ValueError
             Another number of channels, one value per channel in training, a bad axis or `out`.
         """
-        x = layout.as_input(x)
-        layout.check_features(x, self.axis, self.num_features, self.dtype)
-        overwritten = out is not None and layout.same_memory(out, x)
+        x = checks.as_input(x)
+        checks.check_features(x, self.axis, self.num_features, self.dtype)
+        overwritten = out is not None and checks.same_memory(out, x)
         running_mean, running_var = self.running_mean, self.running_var
-        layout.check_running(running_mean, running_var)
+        checks.check_running(running_mean, running_var)
         if self.training or running_mean is None or running_var is None:
-            y, m = functional.batch_norm(x, self.gamma, self.beta, self.axis, self.eps, out, backend=self.backend)
+            y, m = functional.batch_norm(
+                x, self.gamma, self.beta, self.axis, self.eps, out, backend=self.backend, num_threads=self.num_threads
+            )
             if self.training and running_mean is not None and running_var is not None and m.count:
                 self._track(running_mean, running_var, m)
             self._saved = _Saved(x, m, overwritten)
             return y
         mean, var = running_mean.astype(np.float64), running_var.astype(np.float64)
-        y = functional.batch_norm_inference(x, mean, var, self.gamma, self.beta, self.axis, self.eps, out, backend=self.backend)
+        y = functional.batch_norm_inference(
+            x, mean, var, self.gamma, self.beta, self.axis, self.eps, out, backend=self.backend, num_threads=self.num_threads
+        )
         self._saved = _Saved(x, (mean, var), overwritten)
         return y
 
@@ -212,13 +221,13 @@ class BatchNorm:
             raise RuntimeError("backward needs the x of the forward, which was overwritten by out=x: give another out, or none")
         if isinstance(saved.statistics, Moments):
             result = functional.batch_norm_backward(
-                dy, saved.x, saved.statistics, self.gamma, self.axis, self.eps, out, backend=self.backend
+                dy, saved.x, saved.statistics, self.gamma, self.axis, self.eps, out, backend=self.backend, num_threads=self.num_threads
             )
         else:
             result = functional.batch_norm_inference_backward(
-                dy, saved.x, *saved.statistics, self.gamma, self.axis, self.eps, out, backend=self.backend
+                dy, saved.x, *saved.statistics, self.gamma, self.axis, self.eps, out, backend=self.backend, num_threads=self.num_threads
             )
-        if out is not None and layout.same_memory(out, saved.x):
+        if out is not None and checks.same_memory(out, saved.x):
             self._saved = saved._replace(overwritten=True)
         dx, dgamma, dbeta = result
         self.dgamma = dgamma if self.gamma is not None else None
@@ -250,7 +259,7 @@ class BatchNorm:
             Values that are not numbers.
         """
         own = self.state_dict()
-        checked = layout.check_state(state, own)
+        checked = checks.check_state(state, own)
         for key, value in checked.items():
             own[key][...] = value
         for target, key in (

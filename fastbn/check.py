@@ -6,6 +6,7 @@ The reference is called on arrays made canonical here, not by `fastbn.layout`: a
 from __future__ import annotations
 
 import argparse
+import contextlib
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -14,13 +15,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 import fastbn
-from fastbn import config, reference
+from fastbn import checks, config, dtypes, reference
 from fastbn.backends import select
+from fastbn.errors import MissingExtra
 
 Array = NDArray[Any]
 Wide = NDArray[np.float64]
 
+DTYPES = ("float32", "float64")
 OFFSETS = (0.0, 1e4, 1e6)  # in units of the standard deviation
+HALF_OFFSETS = (0.0, 1e2)  # where bfloat16 still has steps of half a unit
 SHAPES = (  # between them they reach every kernel, serial and parallel
     (4, 6, 5, 5),  # serial
     (8, 16, 28, 28),  # a channel stays in the cache: fused
@@ -35,20 +39,25 @@ EPS = config.EPS
 def limit(dtype: np.dtype[Any], offset: float) -> float:
     """Largest error allowed, in units of the quantity's scale.
 
-    float32: the promise for every offset up to 1e6. float64: 2e-15 is 9 roundings of the mean, for kernel and reference together.
+    float32 and half: the promise for every offset up to 1e6. float64: 2e-15 is 9 roundings of the mean, for kernel and reference together.
     """
-    return 1e-6 if dtype == np.float32 else 1e-12 + 2e-15 * offset
+    return 1e-12 + 2e-15 * offset if dtype == np.float64 else 1e-6
 
 
 def error(actual: Array, expected: Wide, scale: Wide | float = 1.0) -> float:
-    """Worst |actual - expected| / scale; NaN where either is."""
-    return float(np.max(np.abs(actual.reshape(expected.shape) - expected) / scale))
+    """Worst |actual - expected| / scale, beyond what rounding to half precision adds; NaN where either is."""
+    off = np.abs(actual.astype(np.float64).reshape(expected.shape) - expected)
+    if actual.dtype.itemsize == 2:
+        with np.errstate(invalid="ignore", over="ignore"):
+            unit = np.abs(np.spacing(actual).astype(np.float64)).reshape(expected.shape)
+        off = np.maximum(off - unit / 2, 0.0)
+    return float(np.max(off / scale))
 
 
 class Case:
     """Inputs of one shape, dtype, memory order and offset, and what the reference makes of them in (N, C, S)."""
 
-    def __init__(self, shape: tuple[int, ...], dtype: str, channels_last: bool, offset: float) -> None:
+    def __init__(self, shape: tuple[int, ...], dtype: dtypes.Dtype, channels_last: bool, offset: float) -> None:
         rng = np.random.default_rng(len(shape) + shape[0])
         order = (0, *range(2, len(shape)), 1) if channels_last else tuple(range(len(shape)))
         x, dy = (
@@ -58,7 +67,8 @@ class Case:
         if len(shape) == 2 and not channels_last:  # (N, C) in C order is channels-last memory
             x, dy = np.asfortranarray(x), np.asfortranarray(dy)
         self.x, self.dy = x, dy
-        self.gamma, self.beta = (rng.uniform(0.5, 2.0, shape[1]).astype(dtype), rng.standard_normal(shape[1]).astype(dtype))
+        self.parameter_dtype = dtypes.of_parameters(x.dtype)
+        self.gamma, self.beta = (a.astype(self.parameter_dtype) for a in (rng.uniform(0.5, 2.0, shape[1]), rng.standard_normal(shape[1])))
         self.limit = limit(x.dtype, offset)
         self.label = f"{dtype}, shape {shape}, channels {'last' if channels_last else 'first'}, offset {offset:g}"
         self.wide_x, self.wide_dy = (np.array(a, np.float64, order="C").reshape(*shape[:2], -1) for a in (x, dy))
@@ -135,7 +145,7 @@ def _batch_norm_inference_backward(case: Case, backend: str | None) -> Findings:
 
 
 def _layer(case: Case, backend: str | None) -> fastbn.BatchNorm:
-    bn = fastbn.BatchNorm(case.x.shape[1], eps=EPS, dtype=case.x.dtype, backend=backend)
+    bn = fastbn.BatchNorm(case.x.shape[1], eps=EPS, dtype=case.parameter_dtype, backend=backend)
     bn.gamma, bn.beta = case.gamma, case.beta
     return bn
 
@@ -184,12 +194,21 @@ CHECKS: dict[str, Callable[[Case, str | None], Findings]] = {
 }
 
 
+def installed() -> list[dtypes.Dtype]:
+    """The dtypes to check: bfloat16 only where `ml_dtypes` is."""
+    found = []
+    for name in DTYPES:
+        with contextlib.suppress(MissingExtra):
+            found.append(checks.check_dtype(name))
+    return found
+
+
 def cases() -> Iterator[Case]:
     """Every shape, dtype, memory order and offset; made anew for each function, one in memory at a time."""
     for shape in SHAPES:
-        for dtype in ("float32", "float64"):
+        for dtype in installed():
             for channels_last in (False, True):
-                for offset in OFFSETS:
+                for offset in HALF_OFFSETS if dtype.itemsize == 2 else OFFSETS:
                     yield Case(shape, dtype, channels_last, offset)
 
 
@@ -228,6 +247,8 @@ def run(args: argparse.Namespace) -> int:
             failed += 1
             print(f"    {finding.quantity}, {label}")
     seconds = time.perf_counter() - start
+    if len(installed()) < len(DTYPES):
+        print("bfloat16 was left out, it needs ml_dtypes: pip install 'fastbn[bfloat16]'")
     served = args.backend or config.BACKEND or "cpu"
     print(f"backend {served}, {len(CHECKS) - failed} of {len(CHECKS)} functions within their limits, {seconds:.1f} s")
     if failed:

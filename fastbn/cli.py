@@ -14,7 +14,7 @@ from types import FrameType
 from typing import Any, NamedTuple
 
 import fastbn
-from fastbn import check, demo, info, quickbench, stream
+from fastbn import check, demo, dtypes, info, quickbench, stream
 from fastbn.errors import BackendUnavailable, MissingExtra
 
 PROGRAM = "python -m fastbn"  # works where scripts are not on the PATH
@@ -35,7 +35,7 @@ class Command(NamedTuple):
 
 def _explain_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("shape", metavar="SHAPE", help="of the array, like 32,64,56,56 or 32x64x56x56")
-    parser.add_argument("dtype", metavar="DTYPE", nargs="?", default="float32", help="float32 or float64 (default: float32)")
+    parser.add_argument("dtype", metavar="DTYPE", nargs="?", default="float32", help=f"{dtypes.WANTED} (default: float32)")
     parser.add_argument("--axis", type=int, default=1, metavar="A", help="the channel axis, negative counts from the end (default: 1)")
     parser.add_argument("--channels-last", action="store_true", help="the channels are innermost in memory, wherever their axis is")
     parser.add_argument("--backend", metavar="NAME", help="ask for one backend: cpu, cuda or reference")

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fastbn import config, layout
+from fastbn import checks, config, dtypes, layout, threads
 from fastbn.backends import select
 from fastbn.moments import Moments, inverse_deviation
 
@@ -40,19 +40,21 @@ def _empty(x: Array, out: Array | None) -> Array:
     return np.empty(x.shape, x.dtype.newbyteorder("=")) if out is None else out
 
 
-def moments(x: ArrayLike, axis: int = 1, *, backend: str | None = None) -> Moments:
+def moments(x: ArrayLike, axis: int = 1, *, backend: str | None = None, num_threads: int | None = None) -> Moments:
     """Mean and variance of each channel, in one pass over memory.
 
     Blocked Welford: the moments of cache-sized blocks, merged by Chan, Golub & LeVeque's formula in float64.
 
     Parameters
     ----------
-    x : array_like, shape (..., C, ...), float32 or float64
+    x : array_like, shape (..., C, ...), float16, bfloat16, float32 or float64
         At least two axes.
     axis : int
         The channel axis.
     backend : str, optional
         "cpu" or "reference"; default where the array lives.
+    num_threads : int, optional
+        Of the kernels in this call, from 1 to NUMBA_NUM_THREADS; changes speed, never a bit. Default as `set_num_threads` says.
 
     Returns
     -------
@@ -62,12 +64,15 @@ def moments(x: ArrayLike, axis: int = 1, *, backend: str | None = None) -> Momen
     Raises
     ------
     TypeError
-        x is not of float32 or float64.
+        x is not of float16, bfloat16, float32 or float64.
     ValueError
         Rank below 2, axis out of range, no channels.
     """
-    x = layout.as_input(x)
-    axis = layout.check_axis(x.shape, axis)
+    if num_threads is not None:
+        with threads.limited(num_threads):
+            return moments(x, axis, backend=backend)
+    x = checks.as_input(x)
+    axis = checks.check_axis(x.shape, axis)
     served = select(backend)
     if x.size == 0:
         return Moments(0, np.zeros(x.shape[axis]), np.zeros(x.shape[axis]))
@@ -83,6 +88,7 @@ def batch_norm(
     out: Array | None = None,
     *,
     backend: str | None = None,
+    num_threads: int | None = None,
 ) -> tuple[Array, Moments]:
     """Normalize each channel by its own mean and variance, then scale and shift: the training forward.
 
@@ -90,9 +96,9 @@ def batch_norm(
 
     Parameters
     ----------
-    x : array_like, shape (..., C, ...), float32 or float64
+    x : array_like, shape (..., C, ...), float16, bfloat16, float32 or float64
         At least two axes.
-    gamma, beta : array_like, shape (C,), dtype of x, optional
+    gamma, beta : array_like, shape (C,), float64 beside x of float64, else float32, optional
         Scale and shift; 1 and 0 where absent.
     axis : int
         The channel axis.
@@ -102,6 +108,8 @@ def batch_norm(
         Takes y; may be x itself.
     backend : str, optional
         "cpu" or "reference"; default where the array lives.
+    num_threads : int, optional
+        Of the kernels in this call, from 1 to NUMBA_NUM_THREADS; changes speed, never a bit. Default as `set_num_threads` says.
 
     Returns
     -------
@@ -113,21 +121,25 @@ def batch_norm(
     Raises
     ------
     TypeError
-        x is not of float32 or float64, or a parameter or `out` of another dtype.
+        x is not of float16, bfloat16, float32 or float64; a parameter or `out` of a dtype that does not go with x.
     ValueError
         A shape, axis or eps out of range; one value per channel; an `out` that overlaps x in part.
     """
-    x = layout.as_input(x)
-    axis = layout.check_axis(x.shape, axis)
-    gamma = layout.as_parameter(gamma, x.shape[axis], x.dtype, "gamma")
-    beta = layout.as_parameter(beta, x.shape[axis], x.dtype, "beta")
-    eps = layout.check_eps(eps, training=True)
-    layout.check_count(x, x.shape[axis])
+    if num_threads is not None:
+        with threads.limited(num_threads):
+            return batch_norm(x, gamma, beta, axis, eps, out, backend=backend)
+    x = checks.as_input(x)
+    axis = checks.check_axis(x.shape, axis)
+    channels, kind = x.shape[axis], dtypes.of_parameters(x.dtype)
+    gamma = checks.as_parameter(gamma, channels, kind, "gamma")
+    beta = checks.as_parameter(beta, channels, kind, "beta")
+    eps = checks.check_eps(eps, training=True)
+    checks.check_count(x, channels)
     if out is not None:
-        layout.check_out(out, x)
+        checks.check_out(out, x)
     served = select(backend)
     if x.size == 0:
-        return _empty(x, out), Moments(0, np.zeros(x.shape[axis]), np.zeros(x.shape[axis]))
+        return _empty(x, out), Moments(0, np.zeros(channels), np.zeros(channels))
     plan, view = layout.plan_of(x, axis)
     target = _Target(plan, view.dtype, out)
     m = served.forward(view, gamma, beta, eps, target.view)[1]
@@ -145,18 +157,19 @@ def batch_norm_inference(
     out: Array | None = None,
     *,
     backend: str | None = None,
+    num_threads: int | None = None,
 ) -> Array:
     """Normalize each channel by given statistics, then scale and shift.
 
     Parameters
     ----------
-    x : array_like, shape (..., C, ...), float32 or float64
+    x : array_like, shape (..., C, ...), float16, bfloat16, float32 or float64
         At least two axes.
     mean, var : array_like, shape (C,), float32 or float64
         The statistics, e.g. running averages.
-    gamma, beta : array_like, shape (C,), dtype of x, optional
+    gamma, beta : array_like, shape (C,), float64 beside x of float64, else float32, optional
         Scale and shift; 1 and 0 where absent.
-    axis, eps, out, backend
+    axis, eps, out, backend, num_threads
         As in `batch_norm`; eps may be 0 here.
 
     Returns
@@ -169,16 +182,20 @@ def batch_norm_inference(
     TypeError, ValueError
         As in `batch_norm`; also mean without var.
     """
-    x = layout.as_input(x)
-    axis = layout.check_axis(x.shape, axis)
-    layout.check_running(mean, var)
-    mean = layout.as_statistic(mean, x.shape[axis], "mean")
-    var = layout.as_statistic(var, x.shape[axis], "var")
-    gamma = layout.as_parameter(gamma, x.shape[axis], x.dtype, "gamma")
-    beta = layout.as_parameter(beta, x.shape[axis], x.dtype, "beta")
-    eps = layout.check_eps(eps, training=False)
+    if num_threads is not None:
+        with threads.limited(num_threads):
+            return batch_norm_inference(x, mean, var, gamma, beta, axis, eps, out, backend=backend)
+    x = checks.as_input(x)
+    axis = checks.check_axis(x.shape, axis)
+    checks.check_running(mean, var)
+    channels, kind = x.shape[axis], dtypes.of_parameters(x.dtype)
+    mean = checks.as_statistic(mean, channels, "mean")
+    var = checks.as_statistic(var, channels, "var")
+    gamma = checks.as_parameter(gamma, channels, kind, "gamma")
+    beta = checks.as_parameter(beta, channels, kind, "beta")
+    eps = checks.check_eps(eps, training=False)
     if out is not None:
-        layout.check_out(out, x)
+        checks.check_out(out, x)
     served = select(backend)
     if x.size == 0:
         return _empty(x, out)
@@ -198,6 +215,7 @@ def batch_norm_backward(
     out: Array | None = None,
     *,
     backend: str | None = None,
+    num_threads: int | None = None,
 ) -> tuple[Array, Array, Array]:
     """Gradients of `batch_norm`, whose statistics depend on x.
 
@@ -205,13 +223,13 @@ def batch_norm_backward(
     ----------
     dy : array_like, shape and dtype of x
         Gradient of the loss with respect to y.
-    x : array_like, shape (..., C, ...), float32 or float64
+    x : array_like, shape (..., C, ...), float16, bfloat16, float32 or float64
         The input of the forward.
     moments : Moments
         What the forward returned beside y.
-    gamma : array_like, shape (C,), dtype of x, optional
+    gamma : array_like, shape (C,), as in the forward, optional
         The forward's scale.
-    axis, eps, backend
+    axis, eps, backend, num_threads
         As in the forward.
     out : ndarray, shape and dtype of x, optional
         Takes dx; may be dy or x itself.
@@ -220,7 +238,7 @@ def batch_norm_backward(
     -------
     dx : ndarray, shape and dtype of x
         In the memory order of x, or `out`.
-    dgamma, dbeta : ndarray, shape (C,), dtype of x
+    dgamma, dbeta : ndarray, shape (C,), float64 for x of float64, else float32
         Sums over the batch of dy * xhat and of dy.
 
     Raises
@@ -228,6 +246,9 @@ def batch_norm_backward(
     TypeError, ValueError
         As in `batch_norm`; also dy unlike x, or moments of another shape.
     """
+    if num_threads is not None:
+        with threads.limited(num_threads):
+            return batch_norm_backward(dy, x, moments, gamma, axis, eps, out, backend=backend)
     return _backward(dy, x, moments, None, gamma, axis, eps, out, backend)
 
 
@@ -242,6 +263,7 @@ def batch_norm_inference_backward(
     out: Array | None = None,
     *,
     backend: str | None = None,
+    num_threads: int | None = None,
 ) -> tuple[Array, Array, Array]:
     """Gradients of `batch_norm_inference`, whose statistics are constants: dx = gamma * dy / sqrt(var + eps).
 
@@ -249,18 +271,18 @@ def batch_norm_inference_backward(
     ----------
     dy : array_like, shape and dtype of x
         Gradient of the loss with respect to y.
-    x : array_like, shape (..., C, ...), float32 or float64
+    x : array_like, shape (..., C, ...), float16, bfloat16, float32 or float64
         The input of the forward.
     mean, var : array_like, shape (C,), float32 or float64
         The forward's statistics.
-    gamma, axis, eps, out, backend
+    gamma, axis, eps, out, backend, num_threads
         As in `batch_norm_backward`; eps may be 0 here.
 
     Returns
     -------
     dx : ndarray, shape and dtype of x
         In the memory order of x, or `out`.
-    dgamma, dbeta : ndarray, shape (C,), dtype of x
+    dgamma, dbeta : ndarray, shape (C,), float64 for x of float64, else float32
         Sums over the batch of dy * xhat and of dy.
 
     Raises
@@ -268,7 +290,10 @@ def batch_norm_inference_backward(
     TypeError, ValueError
         As in `batch_norm_inference`; also dy unlike x.
     """
-    layout.check_running(mean, var)
+    if num_threads is not None:
+        with threads.limited(num_threads):
+            return batch_norm_inference_backward(dy, x, mean, var, gamma, axis, eps, out, backend=backend)
+    checks.check_running(mean, var)
     return _backward(dy, x, None, (mean, var), gamma, axis, eps, out, backend)
 
 
@@ -283,28 +308,28 @@ def _backward(
     out: Array | None,
     backend: str | None,
 ) -> tuple[Array, Array, Array]:
-    x = layout.as_input(x)
-    dy = layout.check_like(dy, x, "dy")
-    axis = layout.check_axis(x.shape, axis)
-    channels = x.shape[axis]
-    gamma = layout.as_parameter(gamma, channels, x.dtype, "gamma")
-    eps = layout.check_eps(eps, training=constant is None)
+    x = checks.as_input(x)
+    dy = checks.check_like(dy, x, "dy")
+    axis = checks.check_axis(x.shape, axis)
+    channels, kind = x.shape[axis], dtypes.of_parameters(x.dtype)
+    gamma = checks.as_parameter(gamma, channels, kind, "gamma")
+    eps = checks.check_eps(eps, training=constant is None)
     if constant is None:
-        layout.check_moments(m, channels, x.size // channels)
-        layout.check_count(x, channels)
-        mean = layout.as_statistic(m.mean, channels, "moments.mean")
+        checks.check_moments(m, channels, x.size // channels)
+        checks.check_count(x, channels)
+        mean = checks.as_statistic(m.mean, channels, "moments.mean")
     else:
-        mean = layout.as_statistic(constant[0], channels, "mean")
-        var = layout.as_statistic(constant[1], channels, "var")
+        mean = checks.as_statistic(constant[0], channels, "mean")
+        var = checks.as_statistic(constant[1], channels, "var")
     if out is not None:
-        layout.check_out(out, x, dy)
+        checks.check_out(out, x, dy)
     served = select(backend)
     if x.size == 0:
-        zeros = np.zeros((2, channels), x.dtype.newbyteorder("="))
+        zeros = np.zeros((2, channels), kind)
         return _empty(x, out), zeros[0], zeros[1]
     plan, view = layout.plan_of(x, axis)
     rstd = m.rstd(eps) if constant is None else inverse_deviation(var, eps)
     target = _Target(plan, view.dtype, out)
     sums = served.backward(layout.view_as(plan, dy), view, mean, rstd, gamma, target.view, constant is None)
     with np.errstate(over="ignore", invalid="ignore"):
-        return target.finish(plan), sums[1].astype(view.dtype), sums[2].astype(view.dtype)
+        return target.finish(plan), sums[1].astype(kind), sums[2].astype(kind)

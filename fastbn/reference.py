@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fastbn import dtypes
 from fastbn.moments import Moments
 
 Array = NDArray[Any]
@@ -32,6 +33,12 @@ def _xhat(x: Array, mean: Array, rstd: Array) -> Wide:
     return (x.astype(np.float64) - _shaped(mean, x)) * _shaped(rstd, x)
 
 
+def _store(values: Wide, out: Array) -> Array:
+    """Write a result; a half one is the float32 one, rounded to nearest even."""
+    out[...] = values.astype(dtypes.of_parameters(out.dtype), copy=False)
+    return out
+
+
 @np.errstate(all="ignore")
 def moments(x: Array) -> Moments:
     """Count, mean and m2 of each channel, two passes."""
@@ -51,8 +58,7 @@ def normalize(x: Array, mean: Array, rstd: Array, gamma: Array | None, beta: Arr
         y *= _shaped(gamma, x)
     if beta is not None:
         y += _shaped(beta, x)
-    out[...] = y
-    return out
+    return _store(y, out)
 
 
 @np.errstate(all="ignore")
@@ -71,8 +77,7 @@ def grad_input(
     dx = dy.astype(np.float64)
     if sums is not None:
         dx -= _shaped(sums[0] / count, x) + _xhat(x, mean, rstd) * _shaped(sums[1] / count, x)
-    out[...] = dx * scale
-    return out
+    return _store(dx * scale, out)
 
 
 @np.errstate(all="ignore")

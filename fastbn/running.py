@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike
 
-from fastbn import functional, layout
+from fastbn import checks, functional, threads
 from fastbn.moments import Moments, Statistics
 
 
@@ -20,15 +20,19 @@ class RunningMoments:
         The channel axis of the chunks.
     backend : str, optional
         "cpu" or "reference"; default where the array lives.
+    num_threads : int, optional
+        Of the kernels in each call, from 1 to NUMBA_NUM_THREADS; changes speed, never a bit. Default as `set_num_threads` says.
 
     Raises
     ------
     TypeError, ValueError
-        num_features is not a positive integer.
+        num_features is not a positive integer; num_threads out of range.
     """
 
-    def __init__(self, num_features: int, axis: int = 1, backend: str | None = None) -> None:
-        self.num_features = layout.check_channels(num_features)
+    def __init__(self, num_features: int, axis: int = 1, backend: str | None = None, *, num_threads: int | None = None) -> None:
+        with threads.limited(num_threads):  # raises for a number that can't be
+            self.num_threads = num_threads
+        self.num_features = checks.check_channels(num_features)
         self.axis = axis
         self.backend = backend
         self.moments = Moments(0, np.zeros(self.num_features), np.zeros(self.num_features))
@@ -37,14 +41,14 @@ class RunningMoments:
         return f"RunningMoments({self.num_features}, axis={self.axis}, count={self.count})"
 
     def update(self, chunk: ArrayLike) -> RunningMoments:
-        """Take in a chunk, shape (..., C, ...), float32 or float64; an empty one changes nothing. Returns self.
+        """Take in a chunk, shape (..., C, ...), of any dtype that `fastbn.moments` takes; an empty one changes nothing. Returns self.
 
         Raises
         ------
         TypeError, ValueError
             As `fastbn.moments`; also another number of channels.
         """
-        found = functional.moments(chunk, self.axis, backend=self.backend)
+        found = functional.moments(chunk, self.axis, backend=self.backend, num_threads=self.num_threads)
         return self._take(found, "chunk")
 
     def merge(self, other: RunningMoments | Moments) -> RunningMoments:

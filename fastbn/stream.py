@@ -20,7 +20,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fastbn import config, functional, layout
+from fastbn import checks, config, dtypes, functional
 from fastbn.errors import DataError
 from fastbn.moments import Moments
 
@@ -28,6 +28,7 @@ Array = NDArray[Any]
 Advance = Callable[[int], object]
 
 CHUNK_MB = 16.0  # two of them fit a common last-level cache: a chunk is still there when it is written
+RAW = np.dtype("V2")  # how numpy.save writes bfloat16
 SHOWN = 20  # channels printed; more are left to --save
 
 
@@ -50,27 +51,44 @@ class Npy(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def open_npy(path: Path, axis: int) -> Npy:
+def open_npy(path: Path, axis: int, bfloat16: bool = False) -> Npy:
     """Read and check a header, and that the file is as long as it says.
+
+    Parameters
+    ----------
+    path : Path
+        Of the file.
+    axis : int
+        The channel axis.
+    bfloat16 : bool
+        Whether values of two raw bytes are that: what numpy.save writes of it says no more.
 
     Raises
     ------
     DataError
-        Absent, not a .npy file, cut short, or of another dtype than float32 and float64.
+        Absent, not a .npy file, cut short, or of a dtype that is not supported.
     ValueError
         Rank below 2, axis out of range, no values.
+    MissingExtra
+        bfloat16 without `ml_dtypes`.
     """
     if not path.is_file():
         raise DataError(f"{path}: {'is not a file' if path.exists() else 'no such file'}; want a .npy file, as numpy.save writes it")
     with path.open("rb") as file:
         shape, fortran, dtype = _header(file, path)
         offset = file.tell()
-    if dtype.newbyteorder("=") not in layout.FLOATS:
-        raise DataError(f"{path}: holds {dtype}, want float32 or float64: convert it first, array.astype('float32')")
+    if bfloat16:
+        if dtype != RAW:
+            raise DataError(f"{path}: holds {dtype}, not bfloat16, which numpy.save writes as {RAW.str}: leave out --bfloat16")
+        dtype = dtypes.bfloat16()
+    elif dtype == RAW:
+        raise DataError(f"{path}: holds {RAW.str}, two bytes a value without a type: if they are bfloat16, add --bfloat16")
+    if not dtypes.supported(dtype):
+        raise DataError(f"{path}: holds {dtype}, want {dtypes.WANTED}: convert it first, array.astype('float32')")
     missing = offset + math.prod(shape) * dtype.itemsize - path.stat().st_size
     if missing > 0 or min(shape, default=0) < 0:
         raise DataError(f"{path}: cut short: the header promises {dtype} of shape {shape}, {missing:,} bytes more than there are")
-    axis = layout.check_axis(shape, axis, str(path))
+    axis = checks.check_axis(shape, axis, str(path))
     if 0 in shape:
         raise DataError(f"{path}: holds no values, its shape is {shape}")
     if fortran:
@@ -178,7 +196,7 @@ def write_normalized(npy: Npy, m: Moments, eps: float, limit: int, out: IO[bytes
     for x, first in read_chunks(npy, limit):
         own = slice(first, first + x.shape[npy.axis])
         functional.batch_norm_inference(x, mean[own], var[own], axis=npy.axis, eps=eps, out=x)
-        out.write(_swap(x, npy.dtype).data)
+        out.write(_swap(x, npy.dtype).view(np.uint8).data)  # as bytes: bfloat16 has no buffer format
         advance(x.nbytes)
 
 
@@ -213,8 +231,9 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the `moments` command."""
-    parser.add_argument("file", metavar="FILE.npy", type=Path, help="float32 or float64, two axes or more, as numpy.save writes it")
+    parser.add_argument("file", metavar="FILE.npy", type=Path, help="floating point, two axes or more, as numpy.save writes it")
     parser.add_argument("--axis", type=int, default=1, metavar="A", help="the channel axis, negative counts from the end (default: 1)")
+    parser.add_argument("--bfloat16", action="store_true", help="the file holds bfloat16, of which numpy.save writes two bytes a value")
     parser.add_argument("--save", type=Path, metavar="OUT.npz", help="write count, mean, var, std and axis for numpy.load")
     parser.add_argument("--normalize", type=Path, metavar="OUT.npy", help="write the copy (x - mean) / sqrt(var + eps)")
     parser.add_argument("--eps", type=float, default=config.EPS, metavar="E", help="added to the variance (default: %(default)s)")
@@ -227,11 +246,11 @@ def run(args: argparse.Namespace) -> int:
     """Run the `moments` command."""
     from fastbn import screen
 
-    eps = layout.check_eps(args.eps, training=True)
+    eps = checks.check_eps(args.eps, training=True)
     if not 0 < args.chunk_mb < 1e6:
         raise ValueError(f"--chunk-mb: given {args.chunk_mb:g}, want a positive number of megabytes, e.g. {CHUNK_MB:g}")
     limit = int(args.chunk_mb * 1e6)
-    npy = open_npy(args.file, args.axis)
+    npy = open_npy(args.file, args.axis, args.bfloat16)
     axis, channels = args.axis % len(npy.shape), npy.dims[npy.axis]
     copy = check_output(args.normalize, npy.offset + npy.nbytes, npy.path) if args.normalize else None
     saved = check_output(args.save, 24 * channels + 4096, npy.path) if args.save else None

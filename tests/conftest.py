@@ -8,6 +8,7 @@ import tempfile
 
 import pytest
 from hypothesis import settings
+from shapes import BACKENDS
 
 # numba's disk cache does not see edits in another file (a kernel keeps the old leaf): every run starts without one.
 if os.environ.get("FASTBN_TEST_CACHE") != "keep":
@@ -19,8 +20,6 @@ if os.environ.get("FASTBN_TEST_CACHE") != "keep":
 # A first call compiles for seconds, so there is no deadline; the same examples in every run, so that a failure repeats.
 settings.register_profile("fastbn", deadline=None, derandomize=True, max_examples=40, database=None, print_blob=True)
 settings.load_profile("fastbn")
-
-BACKENDS = ("cpu", "reference")
 
 
 @pytest.fixture(params=BACKENDS)

@@ -1,9 +1,26 @@
-"""Shapes and memory arrangements as data, each with its reason, and the arrays made of them."""
+"""Dtypes, shapes and memory arrangements as data, each with its reason, and the arrays made of them."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import ml_dtypes  # tells NumPy the name "bfloat16"
 import numpy as np
+import pytest
+
+BACKENDS = ("cpu", "reference")
+HALF_BACKENDS = ("reference",)  # those that serve x of half precision
+
+HALF = (np.dtype(np.float16).name, np.dtype(ml_dtypes.bfloat16).name)
+DTYPES = (*HALF, "float32", "float64")
+SERVED = tuple((dtype, backend) for dtype in DTYPES for backend in (HALF_BACKENDS if dtype in HALF else BACKENDS))
+CPU_DTYPES = tuple(dtype for dtype, backend in SERVED if backend == "cpu")
+every_dtype_and_backend = pytest.mark.parametrize(("dtype", "backend"), SERVED)
+every_half_and_backend = pytest.mark.parametrize(("dtype", "backend"), [served for served in SERVED if served[0] in HALF])
+
+
+def parameter_dtype(dtype: Any) -> str:
+    """Of gamma, beta, their gradients and the running statistics beside x of this dtype."""
+    return "float64" if np.dtype(dtype).name == "float64" else "float32"
 
 
 class Case(NamedTuple):
@@ -145,7 +162,8 @@ def memory_order(array: np.ndarray) -> list[int]:
 def draw(case: Case, dtype: str, seed: int = 0, offset: float = 3.0) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """(x, dy, gamma, beta) for a case: each channel of x with a mean and a scale of its own.
 
-    x is a multiple of 1/4096, so that the mean of equal values is exact and their variance is 0, in the oracle too.
+    x is a multiple of 1/4096, so that the mean of equal values is exact and their variance is 0, in the oracle too. gamma and beta are of
+    the dtype of parameters.
     """
     rng = np.random.default_rng(seed)
     channels = case.shape[case.axis]
@@ -157,4 +175,5 @@ def draw(case: Case, dtype: str, seed: int = 0, offset: float = 3.0) -> tuple[np
     dy = rng.standard_normal(case.shape)
     gamma = 0.5 + rng.random(channels)
     beta = rng.standard_normal(channels)
-    return x.astype(dtype), dy.astype(dtype), gamma.astype(dtype), beta.astype(dtype)
+    parameter = parameter_dtype(dtype)
+    return x.astype(dtype), dy.astype(dtype), gamma.astype(parameter), beta.astype(parameter)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import published
 import pytest
+from shapes import DTYPES, every_dtype_and_backend, parameter_dtype
 from tolerances import check, scales
 
 import fastbn
@@ -57,7 +58,7 @@ class Drawn:
         self.x = (rng.standard_normal(shape) * 2 + 5).astype(dtype)[window]
         self.dy = rng.standard_normal(shape).astype(dtype)[window]
         channels = self.x.shape[1]
-        self.gamma, self.beta = (rng.standard_normal(channels).astype(dtype) for _ in range(2))
+        self.gamma, self.beta = (rng.standard_normal(channels).astype(parameter_dtype(dtype)) for _ in range(2))
         self.memory = np.full(shape, -7, dtype)
         self.out = self.memory[window]
         s = published.statistics(self.x, 1)
@@ -80,7 +81,6 @@ class Drawn:
 
 
 every_view = pytest.mark.parametrize("view", VIEWS)
-every_dtype = pytest.mark.parametrize("dtype", ["float32", "float64"])
 
 
 def _float64(*arrays: np.ndarray, channels: int) -> None:
@@ -88,7 +88,7 @@ def _float64(*arrays: np.ndarray, channels: int) -> None:
         assert (array.dtype, array.shape) == (np.float64, (channels,))
 
 
-@every_dtype
+@every_dtype_and_backend
 @every_view
 def test_moments_and_forward(view: str, dtype: str, backend: str) -> None:
     d, b = Drawn(view, dtype), select(backend)
@@ -105,7 +105,7 @@ def test_moments_and_forward(view: str, dtype: str, backend: str) -> None:
     d.nothing_beside_out_changed()
 
 
-@every_dtype
+@every_dtype_and_backend
 @every_view
 def test_normalize(view: str, dtype: str, backend: str) -> None:
     d, b = Drawn(view, dtype), select(backend)
@@ -116,7 +116,7 @@ def test_normalize(view: str, dtype: str, backend: str) -> None:
     d.nothing_beside_out_changed()
 
 
-@every_dtype
+@every_dtype_and_backend
 @every_view
 def test_gradients_separate_and_fused(view: str, dtype: str, backend: str) -> None:
     d, b = Drawn(view, dtype), select(backend)
@@ -176,8 +176,8 @@ def test_in_place(view: str, over: str, backend: str) -> None:
 
 def test_describe_is_a_text_for_both_kinds(backend: str) -> None:
     for dims in ((32, 64, 3136), (1, 1, 2), (1, 3, 1 << 40), (2, 1), (1 << 40, 3)):
-        for dtype in (np.dtype("float32"), np.dtype("float64")):
-            assert len(select(backend).describe(dims, dtype)) > 20
+        for dtype in DTYPES:
+            assert len(select(backend).describe(dims, np.dtype(dtype))) > 20
 
 
 def test_the_contract_holds_with_streaming_stores_too() -> None:
@@ -313,7 +313,7 @@ def test_a_variable_of_bytes_that_is_no_number_is_named(text: str) -> None:
         ((1 << 20, 3, 1 << 20), {}, "channels_first", (1 << 20, 3, 1 << 20)),  # need not fit in memory
     ],
 )
-@pytest.mark.parametrize("dtype", ["float32", np.float64])
+@pytest.mark.parametrize("dtype", [*DTYPES, np.float64, np.dtype("bfloat16")])
 def test_explain(shape: tuple[int, ...], options: dict[str, Any], kind: str, dims: tuple[int, ...], dtype: Any, backend: str) -> None:
     found = explain(shape, dtype, backend=backend, **options)
     assert (found.backend, found.kind, found.dims) == (backend, kind, dims)
@@ -335,7 +335,9 @@ def test_explain(shape: tuple[int, ...], options: dict[str, Any], kind: str, dim
         (((4,),), ValueError, "x: given rank 1"),
         (((4, 3), "float32", 2), ValueError, "axis: given 2"),
         (((4, 0),), ValueError, "no channels"),
-        (((4, 3), "float16"), TypeError, "dtype: given float16"),
+        (((4, 3), "float8_e5m2"), TypeError, "^dtype: given float8_e5m2, want float16, bfloat16, float32 or float64$"),
+        (((4, 3), "bfloat8"), TypeError, "^dtype: given 'bfloat8', want float16, bfloat16, float32 or float64$"),
+        (((4, 3), ">f4"), TypeError, "^dtype: given >f4, want float16, bfloat16, float32 or float64$"),
         (((4, -3),), ValueError, "-3"),
     ],
 )

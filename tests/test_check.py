@@ -1,9 +1,11 @@
 """The `check` command must pass on a right backend and fail on a wrong one, naming the functions that rest on what is wrong."""
 
+import sys
 import types
 
 import numpy as np
 import pytest
+from shapes import HALF, HALF_BACKENDS
 
 from fastbn import backends, check, reference
 from fastbn.cli import main
@@ -46,6 +48,39 @@ def test_every_backend_passes(shapes, backend, capsys, monkeypatch):
     assert captured.out.count("  ok\n") == len(check.CHECKS) == 8
     assert f"backend {backend}, 8 of 8 functions within their limits" in captured.out
     assert captured.err == ""
+
+
+@pytest.mark.parametrize("backend", HALF_BACKENDS)
+def test_half_precision_passes(backend, capsys, monkeypatch):
+    monkeypatch.setattr(check, "DTYPES", HALF)
+    assert main(["check", "--backend", backend]) == 0
+    assert failing(capsys) == set()
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_half_precision_is_held_to_its_rounding(dtype, install, capsys, monkeypatch):
+    """One unit in the last place too much, in one value."""
+
+    def forward(x, gamma, beta, eps, out):
+        y, m = reference.forward(x, gamma, beta, eps, out)
+        y[0, 0] = np.nextafter(y[0, 0], np.ones((), dtype))
+        return y, m
+
+    monkeypatch.setattr(check, "DTYPES", (dtype,))
+    install(forward=forward)
+    assert main(["check", "--backend", "cpu"]) == 1
+    assert failing(capsys) == {"batch_norm", LAYER}
+    install(forward=_nan)
+    assert main(["check", "--backend", "cpu"]) == 1
+    assert failing(capsys) == {"batch_norm", LAYER}
+
+
+def test_bfloat16_is_left_out_where_it_cannot_be_made(capsys, monkeypatch):
+    monkeypatch.setattr(check, "DTYPES", (*HALF, "float32"))
+    monkeypatch.setitem(sys.modules, "ml_dtypes", None)
+    assert {case.x.dtype.name for case in check.cases()} == {"float16", "float32"}
+    assert main(["check", "--backend", "reference"]) == 0
+    assert "bfloat16 was left out, it needs ml_dtypes: pip install 'fastbn[bfloat16]'" in capsys.readouterr().out
 
 
 def _moments(x):

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import published
 import pytest
-from shapes import CASES, COMPACT, EMPTY, LAYOUTS, Case, arrange, draw, memory_order
+from shapes import CASES, COMPACT, DTYPES, EMPTY, LAYOUTS, Case, arrange, draw, every_dtype_and_backend, memory_order, parameter_dtype
 from tolerances import check, scales
 
 import fastbn
@@ -28,7 +28,7 @@ class Inputs(NamedTuple):
 def inputs(case: Case, dtype: str, arrangement: str = "C", dy_arrangement: str | None = None) -> Inputs:
     x, dy, gamma, beta = draw(case, dtype)
     channels = case.shape[case.axis]
-    mean, var = np.linspace(-1, 2, channels).astype(dtype), np.linspace(0.5, 3, channels).astype(dtype)
+    mean, var = (np.linspace(*ends, channels).astype(parameter_dtype(dtype)) for ends in ((-1, 2), (0.5, 3)))
     for array in (gamma, beta, mean, var):
         array.flags.writeable = False
     dy = arrange(dy_arrangement or arrangement, dy, case.axis)
@@ -66,7 +66,7 @@ def _inference_backward(i: Inputs, backend: str, out: Any = None) -> Results:
 
 
 def _layer(i: Inputs, backend: str, out: Any, mode: str) -> Results:
-    dtype = np.asarray(i.x).dtype.newbyteorder("=")
+    dtype = parameter_dtype(np.asarray(i.x).dtype)
     bn = fastbn.BatchNorm(np.shape(i.x)[i.axis], EPS, axis=i.axis, dtype=dtype, backend=backend).train(not mode)
     bn.gamma, bn.beta = i.gamma, i.beta
     bn.running_mean, bn.running_var = np.array(i.mean, dtype), np.array(i.var, dtype)
@@ -104,9 +104,10 @@ def written(found: Results) -> np.ndarray:
 
 
 def verify(found: Results, i: Inputs) -> None:
-    """Right values, dtypes and shapes; mean and var in float64, the rest in the native dtype of x."""
+    """Right values, dtypes and shapes; mean and var in float64, y and dx in the native dtype of x, gradients of parameters in theirs."""
     x, dy = np.asarray(i.x), np.asarray(i.dy)
     native = x.dtype.newbyteorder("=")
+    dtypes = {"mean": np.float64, "var": np.float64, "y": native, "dx": native}
     s = published.statistics(x, i.axis)
     assert found
     for name, array in found.items():
@@ -117,11 +118,11 @@ def verify(found: Results, i: Inputs) -> None:
         scale = scales(dy, x, mean, var, i.gamma, i.beta, i.axis, EPS, training=not constant)
         want = {"mean": mean, "var": var, "y": y, **g._asdict()}[quantity]
         assert type(array) is np.ndarray
-        assert array.dtype == (np.float64 if quantity in ("mean", "var") else native), name
+        assert array.dtype == dtypes.get(quantity, parameter_dtype(native)), name
         check(quantity, native, array, want, getattr(scale, quantity))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@every_dtype_and_backend
 @pytest.mark.parametrize("arrangement", LAYOUTS)
 @pytest.mark.parametrize("call", CALLS)
 def test_every_function_on_every_arrangement(call: str, arrangement: str, dtype: str, backend: str) -> None:
@@ -176,7 +177,7 @@ def writable(values: np.ndarray, arrangement: str, axis: int) -> tuple[np.ndarra
     return array, root
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@every_dtype_and_backend
 @pytest.mark.parametrize("call", WRITING)
 def test_out_takes_the_result_and_nothing_beside_it_changes(call: str, dtype: str, backend: str) -> None:
     for case in (Case((9, 5), 1, "rank 2"), Case((3, 4, 21), 1, "rows with a tail"), Case((2, 3, 4, 5), -1, "channels innermost")):
@@ -193,7 +194,7 @@ def test_out_takes_the_result_and_nothing_beside_it_changes(call: str, dtype: st
                 assert root.tobytes() == outside, f"{case}: wrote beside out, {out_arrangement}"
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@every_dtype_and_backend
 @pytest.mark.parametrize("over", ["x", "dy"])
 @pytest.mark.parametrize("call", WRITING)
 def test_out_may_be_an_input_itself(call: str, over: str, dtype: str, backend: str) -> None:
@@ -214,32 +215,35 @@ def test_out_may_be_an_input_itself(call: str, over: str, dtype: str, backend: s
 
 @pytest.mark.parametrize("call", CALLS)
 def test_empty_batches(call: str, backend: str) -> None:
-    for dtype in ("float32", "float64"):
+    for dtype in DTYPES:  # no kernel runs, so every backend takes them all
         for case in EMPTY:
             i = inputs(case, dtype)
             channels = case.shape[case.axis]
             for name, array in CALLS[call](i, backend).items():
                 quantity = name.partition(".")[0]
                 assert array.shape == (case.shape if quantity in ("y", "dx") else (channels,))
-                assert array.dtype == ("float64" if quantity in ("mean", "var") else dtype)
+                wanted = {"mean": "float64", "var": "float64", "y": dtype, "dx": dtype}.get(quantity, parameter_dtype(dtype))
+                assert array.dtype == wanted
                 np.testing.assert_array_equal(array, np.full_like(array, np.nan if quantity == "var" else 0.0))
             if call in WRITING:
                 out = np.empty(case.shape, dtype)
                 assert written(WRITING[call](i, backend, out)) is out
 
 
+@every_dtype_and_backend
 @pytest.mark.parametrize("call", ["moments", "RunningMoments", "batch_norm_inference", "batch_norm_inference_backward", "BatchNorm.eval"])
-def test_one_value_per_channel_where_the_batch_is_not_asked(call: str, backend: str) -> None:
+def test_one_value_per_channel_where_the_batch_is_not_asked(call: str, dtype: str, backend: str) -> None:
     for case in (Case((1, 5), 1, "rank 2"), Case((1, 5, 1, 1), 1, "rank 4"), Case((37, 1), 0, "channels first")):
         for arrangement in LAYOUTS:
-            i = inputs(case, "float32", arrangement)
+            i = inputs(case, dtype, arrangement)
             verify(CALLS[call](i, backend), i)
 
 
+@every_dtype_and_backend
 @pytest.mark.parametrize("call", WRITING)
-def test_gamma_and_beta_each_optional(call: str, backend: str) -> None:
+def test_gamma_and_beta_each_optional(call: str, dtype: str, backend: str) -> None:
     for case in (Case((9, 5), 1, "channels last"), Case((3, 4, 21), 1, "channels first")):
-        full = inputs(case, "float32")
+        full = inputs(case, dtype)
         for absent in ({"gamma": None}, {"beta": None}, {"gamma": None, "beta": None}):
             i = full._replace(**absent)
             found = WRITING[call](i, backend)
@@ -248,10 +252,11 @@ def test_gamma_and_beta_each_optional(call: str, backend: str) -> None:
                 assert {"gamma", "beta"} - set(absent) == {name[1:].partition(".")[0] for name in found if name[1:4] in ("gam", "bet")}
 
 
+@every_dtype_and_backend
 @pytest.mark.parametrize("call", WRITING)
-def test_parameters_and_statistics_of_any_stride(call: str, backend: str) -> None:
+def test_parameters_and_statistics_of_any_stride(call: str, dtype: str, backend: str) -> None:
     for case in (Case((9, 5), 1, "channels last"), Case((3, 4, 21), 1, "channels first")):
-        i = inputs(case, "float32")
+        i = inputs(case, dtype)
         want = WRITING[call](i, backend)
         for arrangement in ("reversed", "strided", "unaligned", "packed"):
             given = {name: arrange(arrangement, getattr(i, name), 0) for name in ("gamma", "beta", "mean", "var")}
@@ -297,12 +302,13 @@ REACH["x"] |= {"y.eval": "one", "dx.eval": "none", "dgamma.eval": "all", "dbeta.
 REACH["dy"] |= {"y.eval": "none", "dx.eval": "one", "dgamma.eval": "all", "dbeta.eval": "all"}
 
 
+@every_dtype_and_backend
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("poisoned", ["x", "dy"])
 @pytest.mark.parametrize("call", CALLS)
-def test_nan_and_inf_stay_in_their_channel(call: str, poisoned: str, value: float, backend: str) -> None:
+def test_nan_and_inf_stay_in_their_channel(call: str, poisoned: str, value: float, dtype: str, backend: str) -> None:
     for case in (Case((9, 5), 1, "channels last"), Case((70, 33), 1, "panels"), Case((3, 4, 21), 1, "channels first")):
-        clean = inputs(case, "float32")
+        clean = inputs(case, dtype)
         array = getattr(clean, poisoned).copy()
         array[(2, 1, 7)[: array.ndim]] = value  # in channel 1
         found = CALLS[call](clean._replace(**{poisoned: array}), backend)

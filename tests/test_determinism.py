@@ -11,7 +11,7 @@ from pathlib import Path
 import numba
 import numpy as np
 import pytest
-from shapes import COMPACT
+from shapes import COMPACT, CPU_DTYPES, every_dtype_and_backend, parameter_dtype
 
 import fastbn
 from fastbn.backends import select
@@ -31,7 +31,7 @@ compiled = pytest.mark.skipif(
 every_shape = pytest.mark.parametrize("shape", [*SMALL, *(pytest.param(shape, marks=compiled) for shape in LARGE)], ids=str)
 large_shape = pytest.mark.parametrize("shape", [pytest.param(shape, marks=compiled) for shape in LARGE], ids=str)
 every_layout = pytest.mark.parametrize("layout", COMPACT)
-every_dtype = pytest.mark.parametrize("dtype", ["float32", "float64"])
+every_dtype = pytest.mark.parametrize("dtype", CPU_DTYPES)
 
 Arrays = dict[str, np.ndarray]
 
@@ -40,8 +40,8 @@ def _draw(shape: tuple[int, ...], dtype: str, layout: str) -> tuple[np.ndarray, 
     """(x, dy, gamma, beta) that round at every step."""
     rng = np.random.default_rng(0)
     x, dy = 100.0 + rng.standard_normal(shape), rng.standard_normal(shape)
-    gamma, beta = rng.standard_normal((2, shape[1]))
-    return COMPACT[layout](x.astype(dtype), 1), COMPACT[layout](dy.astype(dtype), 1), gamma.astype(dtype), beta.astype(dtype)
+    gamma, beta = rng.standard_normal((2, shape[1])).astype(parameter_dtype(dtype))
+    return COMPACT[layout](x.astype(dtype), 1), COMPACT[layout](dy.astype(dtype), 1), gamma, beta
 
 
 def _results(x: np.ndarray, dy: np.ndarray, gamma: np.ndarray, beta: np.ndarray) -> Arrays:
@@ -100,7 +100,7 @@ def report() -> None:
     """Print the digest of everything, for the parent process."""
     digests = {}
     for shape in SMALL + LARGE:
-        for dtype in ("float32", "float64"):
+        for dtype in CPU_DTYPES:
             for layout in COMPACT:
                 found = _results(*_draw(shape, dtype, layout))
                 digests[f"{shape} {dtype} {layout}"] = {k: hashlib.sha256(_bits(v)).hexdigest() for k, v in found.items()}
@@ -119,7 +119,7 @@ def _reported(**environment: str) -> dict[str, dict[str, dict[str, str]]]:
     assert run.returncode == 0, run.stderr
     said = json.loads(run.stdout)
     assert said["threads"] == int(environment["NUMBA_NUM_THREADS"])
-    assert len(said["digests"]) == len(SMALL + LARGE) * 2 * len(COMPACT)
+    assert len(said["digests"]) == len(SMALL + LARGE) * len(CPU_DTYPES) * len(COMPACT)
     return said["digests"]
 
 
@@ -237,7 +237,7 @@ def test_strided_input_as_its_copy(shape: tuple[int, ...], layout: str, dtype: s
     _same(_results(x, dy, gamma, beta), _results(*copies, gamma, beta))
 
 
-@every_dtype
+@every_dtype_and_backend
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize(
     "dims",

@@ -6,10 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from shapes import HALF
 
 import fastbn
 
 SHAPE = (4, 3, 5)
+BIG = {half: np.dtype(half).newbyteorder(">") for half in HALF}
 
 
 def _good(**given: Any) -> dict[str, Any]:
@@ -110,7 +112,12 @@ def _read_only() -> np.ndarray:
     return array
 
 
-WANT_FLOAT = "want float32 or float64: convert it first, e.g. {0}.astype('float32')"
+def _of(dtype: str, **given: Any) -> dict[str, Any]:
+    """x, dy and out of this dtype."""
+    return {name: np.ones(SHAPE, dtype) for name in ("x", "dy", "out")} | given
+
+
+WANT_FLOAT = "want float16, bfloat16, float32 or float64: convert it first, e.g. {0}.astype('float32')"
 
 # What to give in place of a good argument, who must refuse it, with what.
 BAD: list[tuple[str, tuple[str, ...], dict[str, Any], type[Exception], str]] = [
@@ -128,7 +135,7 @@ BAD: list[tuple[str, tuple[str, ...], dict[str, Any], type[Exception], str]] = [
      "x: given shape (4, 0, 5), with no channels along axis 1; want at least one"),
     *(
         (f"x of {dtype}", EVERY, {"x": np.ones(SHAPE, dtype)}, TypeError, f"x: given dtype {dtype}, " + WANT_FLOAT.format("x"))
-        for dtype in ("int64", "int8", "uint8", "bool", "complex64", "object", "float16", "<U1", "datetime64[s]")
+        for dtype in ("int64", "int8", "uint8", "bool", "complex64", "object", "float8_e5m2", "int4", "<U1", "datetime64[s]")
     ),
     ("x a list of integers", EVERY, {"x": [[1, 2], [3, 4]]}, TypeError, "x: given dtype int64, " + WANT_FLOAT.format("x")),
     ("x None", EVERY, {"x": None}, TypeError, "x: given dtype object, " + WANT_FLOAT.format("x")),
@@ -148,12 +155,29 @@ BAD: list[tuple[str, tuple[str, ...], dict[str, Any], type[Exception], str]] = [
     ("dy of another shape", BACKWARD, {"dy": _float32(4, 3, 6)}, ValueError, "dy: given shape (4, 3, 6), want (4, 3, 5), the shape of x"),
     ("dy that broadcasts", BACKWARD, {"dy": _float32(1, 3, 5)}, ValueError, "dy: given shape (1, 3, 5), want (4, 3, 5), the shape of x"),
     ("gamma of float64", WRITING, {"gamma": np.ones(3)}, TypeError,
-     "gamma: given dtype float64, want float32, as x has: convert one of them"),
-    ("beta of float64", FORWARD, {"beta": np.ones(3)}, TypeError, "beta: given dtype float64, want float32, as x has: convert one of them"),
-    ("gamma of float32 beside float64", WRITING, {"x": np.ones(SHAPE), "dy": np.ones(SHAPE), "out": np.ones(SHAPE)}, TypeError,
-     "gamma: given dtype float32, want float64, as x has: convert one of them"),
+     "gamma: given dtype float64, want float32 beside this x: convert it, e.g. gamma.astype('float32')"),
+    ("beta of float64", FORWARD, {"beta": np.ones(3)}, TypeError,
+     "beta: given dtype float64, want float32 beside this x: convert it, e.g. beta.astype('float32')"),
+    ("gamma of float32 beside float64", WRITING, _of("float64"), TypeError,
+     "gamma: given dtype float32, want float64 beside this x: convert it, e.g. gamma.astype('float64')"),
+    *(
+        (f"{name} of {half} beside {dtype}", functions, _of(dtype, **{name: np.ones(3, half)}), TypeError,
+         f"{name}: given dtype {half}, want float32 beside this x: convert it, e.g. {name}.astype('float32')")
+        for name, functions in (("gamma", WRITING), ("beta", FORWARD)) for half in HALF for dtype in (*HALF, "float32")
+    ),
+    *(
+        (f"gamma of float64 beside {half}", WRITING, _of(half, gamma=np.ones(3)), TypeError,
+         "gamma: given dtype float64, want float32 beside this x: convert it, e.g. gamma.astype('float32')")
+        for half in HALF
+    ),
+    *(
+        (f"{name} of {dtype} beside {x}", functions, _of(x, **{name: np.ones(SHAPE, dtype)}), TypeError,
+         f"{name}: given dtype {dtype}, want {x}, the dtype of x{advice}")
+        for name, functions, advice in (("dy", BACKWARD, ": convert one of them"), ("out", WRITING, ""))
+        for x, dtype in (("float16", "bfloat16"), ("bfloat16", "float16"), ("bfloat16", "float32"), ("float32", "float16"))
+    ),
     ("gamma of integers", WRITING, {"gamma": np.ones(3, int)}, TypeError,
-     "gamma: given dtype int64, want float32, as x has: convert one of them"),
+     "gamma: given dtype int64, want float32 beside this x: convert it, e.g. gamma.astype('float32')"),
     ("gamma of another length", WRITING, {"gamma": _float32(4)}, ValueError,
      "gamma: given shape (4,), want (3,), one value per channel of x"),
     ("gamma that broadcasts", WRITING, {"gamma": _float32(1)}, ValueError,
@@ -166,7 +190,11 @@ BAD: list[tuple[str, tuple[str, ...], dict[str, Any], type[Exception], str]] = [
     ("var of another length", INFERENCE, {"var": _float32(2)}, ValueError, "var: given shape (2,), want (3,), one value per channel of x"),
     ("mean of integers", INFERENCE, {"mean": np.ones(3, int)}, TypeError, "mean: given dtype int64, want float32 or float64"),
     ("var complex", INFERENCE, {"var": np.ones(3, complex)}, TypeError, "var: given dtype complex128, want float32 or float64"),
-    ("mean of float16", INFERENCE, {"mean": np.ones(3, np.float16)}, TypeError, "mean: given dtype float16, want float32 or float64"),
+    *(
+        (f"{name} of {half} beside {x}", INFERENCE, _of(x, **{name: np.ones(3, half)}), TypeError,
+         f"{name}: given dtype {half}, want float32 or float64")
+        for name in ("mean", "var") for half in HALF for x in (half, "float32")
+    ),
     ("mean without var", INFERENCE, {"var": None}, ValueError,
      "given running mean without running var; want both, or neither for batch statistics"),
     ("var without mean", INFERENCE, {"mean": None}, ValueError,
@@ -196,7 +224,13 @@ BAD: list[tuple[str, tuple[str, ...], dict[str, Any], type[Exception], str]] = [
      "moments: given statistics of 19 values per channel, want 20, as x has"),
     ("out a list", WRITING, {"out": [1.0]}, TypeError, "out: given list, want a numpy.ndarray of shape (4, 3, 5) and dtype float32"),
     ("out of float64", WRITING, {"out": np.ones(SHAPE)}, TypeError, "out: given dtype float64, want float32, the dtype of x"),
-    ("out big-endian", WRITING, {"out": np.ones(SHAPE, ">f4")}, TypeError, "out: given dtype >f4, want float32, the dtype of x"),
+    ("out big-endian", WRITING, {"out": np.ones(SHAPE, ">f4")}, TypeError,
+     "out: given dtype >f4 in swapped byte order, want float32, the dtype of x"),
+    *(
+        (f"out big-endian {half}", WRITING, _of(half, out=np.ones(SHAPE, BIG[half])), TypeError,
+         f"out: given dtype {BIG[half]} in swapped byte order, want {half}, the dtype of x")
+        for half in HALF
+    ),
     ("out of another shape", WRITING, {"out": _float32(4, 3, 4)}, ValueError, "out: given shape (4, 3, 4), want (4, 3, 5), the shape of x"),
     ("out read-only", WRITING, {"out": _read_only()}, ValueError, "out: given a read-only array, want one that can be written"),
     ("out of shared elements", WRITING, {"out": np.lib.stride_tricks.as_strided(_float32(3, 5), SHAPE, (0, 20, 4))}, ValueError,

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from shapes import HALF
 
 import fastbn
 
@@ -34,10 +35,15 @@ LAYER_INPUT: list[tuple[dict[str, Any], dict[str, Any], type[Exception], str]] =
     ({"axis": 3}, {"x": _float32(4, 3, 5)}, ValueError, "axis: given 3, want one from -3 to 2 for shape (4, 3, 5)"),
     ({}, {"x": np.ones(SHAPE)}, TypeError,
      "x: given dtype float64, want float32, this layer's: convert x, or make the layer with dtype='float64'"),
+    *(
+        ({"dtype": "float64"}, {"x": np.ones(SHAPE, half)}, TypeError,
+         f"x: given dtype {half}, want float64, this layer's: convert x, or make the layer with dtype='float32'")
+        for half in HALF
+    ),
     ({"dtype": "float64"}, {"x": _float32(*SHAPE)}, TypeError,
      "x: given dtype float32, want float64, this layer's: convert x, or make the layer with dtype='float32'"),
     ({}, {"x": np.ones(SHAPE, int)}, TypeError,
-     "x: given dtype int64, " + "want float32 or float64: convert it first, e.g. x.astype('float32')"),
+     "x: given dtype int64, " + "want float16, bfloat16, float32 or float64: convert it first, e.g. x.astype('float32')"),
     ({}, {"x": _float32(1, 3, 1), "out": None}, ValueError,
      "Expected more than 1 value per channel when training, got input size (1, 3, 1)"),
     ({"eps": 0.0}, {}, ValueError, "eps: given 0.0, want a positive number in training, e.g. 1e-5"),
@@ -62,6 +68,7 @@ def test_layer_input(options: dict[str, Any], given: dict[str, Any], error: type
         bn.backward(arguments["x"])
 
 
+PARAMETERS = "want float32 or float64, the dtype of parameters and running statistics: x of float16 or bfloat16 goes with float32"
 WEIGHT = "want a finite number: the weight of the new value (1 - decay elsewhere)"
 
 
@@ -79,9 +86,11 @@ WEIGHT = "want a finite number: the weight of the new value (1 - decay elsewhere
         ({"momentum": float("inf")}, ValueError, f"momentum: given inf, {WEIGHT}"),
         ({"momentum": float("nan")}, ValueError, f"momentum: given nan, {WEIGHT}"),
         ({"momentum": "slow"}, TypeError, "momentum: given 'slow', want a number from 0 to 1, or None for the cumulative average"),
-        ({"dtype": "float16"}, TypeError, "dtype: given float16, want float32 or float64"),
-        ({"dtype": int}, TypeError, "dtype: given int64, want float32 or float64"),
-        ({"dtype": "single precision"}, TypeError, "dtype: given 'single precision', want float32 or float64"),
+        ({"dtype": "float16"}, TypeError, f"dtype: given float16, {PARAMETERS}"),
+        ({"dtype": "bfloat16"}, TypeError, f"dtype: given bfloat16, {PARAMETERS}"),
+        ({"dtype": "float8_e5m2"}, TypeError, f"dtype: given float8_e5m2, {PARAMETERS}"),
+        ({"dtype": int}, TypeError, f"dtype: given int64, {PARAMETERS}"),
+        ({"dtype": "single precision"}, TypeError, f"dtype: given 'single precision', {PARAMETERS}"),
     ],
 )  # fmt: skip
 def test_layer_options(options: dict[str, Any], error: type[Exception], message: str) -> None:

@@ -13,10 +13,13 @@ PACKAGE = ROOT / "fastbn"
 
 # A file imports only from lower tiers; the fraction orders the files of one tier. Tier 6 may import within itself, without cycles.
 TIERS = {
-    "config.py": 0,
-    "errors.py": 0,
-    "layout.py": 0,
-    "moments.py": 0,
+    "config.py": 0.0,
+    "errors.py": 0.0,
+    "layout.py": 0.0,
+    "dtypes.py": 0.1,
+    "checks.py": 0.2,
+    "moments.py": 0.0,
+    "threads.py": 0.0,
     "reference.py": 1,
     "kernels/__init__.py": 2.0,
     "kernels/_jit.py": 2.0,
@@ -153,8 +156,9 @@ def test_the_kernel_contract_is_a_docstring_only() -> None:
 # Who may import which of the dependencies: with the module, and only when a function asks.
 AT_IMPORT = {"numpy": FILES, "numba": ["kernels/_jit.py", "kernels/_simd.py"], "llvmlite": ["kernels/_simd.py"]}
 IN_FUNCTIONS = {
-    "numba": ["info.py"],  # shows numba's settings
+    "numba": ["info.py", "threads.py"],  # shows numba's settings, reads how many threads there are
     "llvmlite": ["info.py"],  # shows the processor as the compiler sees it
+    "ml_dtypes": ["dtypes.py"],  # when bfloat16 is asked for by name
     "rich": ["screen.py", "demo.py"],
     "matplotlib": ["demo.py"],
     "threadpoolctl": ["demo.py"],

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from shapes import CASES, COMPACT, LAYOUTS, Case, arrange, draw, memory_order
+from shapes import CASES, COMPACT, DTYPES, LAYOUTS, Case, arrange, draw, memory_order
 
 import fastbn
 from fastbn import layout
@@ -16,8 +16,8 @@ from fastbn import layout
 X = Case((2, 3, 4, 5), 1, "four different lengths")
 
 
-def _x(arrangement: str, case: Case = X) -> np.ndarray:
-    return arrange(arrangement, draw(case, "float32")[0], case.axis)
+def _x(arrangement: str, case: Case = X, dtype: str = "float32") -> np.ndarray:
+    return arrange(arrangement, draw(case, dtype)[0], case.axis)
 
 
 @pytest.mark.parametrize(
@@ -45,10 +45,11 @@ def test_kind_and_dims(arrangement: str, axis: int, kind: str, dims: tuple[int, 
     assert np.shares_memory(view, x)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("arrangement", COMPACT)
-def test_compact_arrays_are_never_copied(arrangement: str, case: Case) -> None:
-    x = _x(arrangement, case)
+def test_compact_arrays_are_never_copied(arrangement: str, case: Case, dtype: str) -> None:
+    x = _x(arrangement, case, dtype)
     view = layout.plan_of(x, case.axis % x.ndim)[1]
     assert np.shares_memory(view, x)
     assert view.strides[-1] == x.itemsize or view.shape[-1] == 1
@@ -81,10 +82,11 @@ def test_the_rest_is_copied_once_into_the_same_memory_order(arrangement: str) ->
     np.testing.assert_array_equal(plan.restore(view), x)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("arrangement", LAYOUTS)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_each_channel_keeps_its_values(case: Case, arrangement: str) -> None:
-    x = _x(arrangement, case)
+def test_each_channel_keeps_its_values(case: Case, arrangement: str, dtype: str) -> None:
+    x = _x(arrangement, case, dtype)
     _holds_the_channels_of(x, case.axis % x.ndim)
 
 
@@ -155,10 +157,11 @@ def test_view_as_pairs_every_element_with_its_own(drawn: tuple[np.ndarray, int],
     np.testing.assert_array_equal(layout.view_as(plan, dy), view * 2)
 
 
-def test_large_results_lie_on_a_64_byte_boundary() -> None:
-    plan = layout.plan_for((64, 16, 33), "float32", 1)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_large_results_lie_on_a_64_byte_boundary(dtype: str) -> None:
+    plan = layout.plan_for((64, 32, 33), dtype, 1)
     for _ in range(8):
-        whole, canonical = plan.empty(np.float32)
+        whole, canonical = plan.empty(dtype)
         assert whole.ctypes.data % 64 == 0
         assert canonical.ctypes.data % 64 == 0
 

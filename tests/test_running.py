@@ -103,7 +103,11 @@ def test_nan_and_inf_stay_in_their_channel_for_good(value: float, backend: str) 
     [
         (DATA[:, :2], ValueError, "chunk: given 2 channels along axis 1, want 3"),
         (DATA[:0, :2], ValueError, "chunk: given 2 channels along axis 1, want 3"),
-        (DATA.astype(int), TypeError, "x: given dtype int64, want float32 or float64: convert it first, e.g. x.astype('float32')"),
+        (
+            DATA.astype(int),
+            TypeError,
+            "x: given dtype int64, want float16, bfloat16, float32 or float64: convert it first, e.g. x.astype('float32')",
+        ),
         (DATA[0, 0], ValueError, "x: given rank 1, shape (6,); want rank 2 or more: a batch axis and a channel axis"),
     ],
 )

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from shapes import HALF_BACKENDS
 
 import fastbn
-from fastbn import functional, stream
+from fastbn import config, functional, stream
 from fastbn.cli import main
 from fastbn.errors import DataError
 
@@ -61,6 +62,45 @@ def test_every_order_axis_and_chunk(tmp_path, dtype, order, axis, chunk_bytes):
     expected = (wide - wide.mean(1)[:, None]) / np.sqrt(wide.var(1) + 1e-5)[:, None]
     np.testing.assert_allclose(np.moveaxis(y, axis, 0).reshape(expected.shape), expected, atol=5e-6)
     assert left(tmp_path) == ["s.npz", "x.npy", "y.npy"]
+
+
+@pytest.mark.parametrize("backend", HALF_BACKENDS)
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("dtype", ["<f2", ">f2", "bfloat16"])
+def test_half_files(tmp_path, dtype, order, backend, capsys, monkeypatch):
+    """The statistics, and a copy of the same dtype; of bfloat16 the file keeps two bytes a value and no name."""
+    monkeypatch.setattr(config, "BACKEND", backend)
+    x = data(dtype, order)
+    np.save(tmp_path / "x.npy", x)
+    paths = [str(tmp_path / name) for name in ("x.npy", "s.npz", "y.npy")]
+    option = ["--bfloat16"] if dtype == "bfloat16" else []
+    assert main(["moments", paths[0], "--save", paths[1], "--normalize", paths[2], "--chunk-mb", "0.0003", *option]) == 0
+    assert f"{np.dtype(dtype).name}, shape (5, 6, 7, 3), 1,260 bytes" in capsys.readouterr().out
+
+    m = fastbn.moments(x)
+    saved = np.load(paths[1])
+    np.testing.assert_allclose(saved["mean"], m.mean, rtol=1e-6)
+    np.testing.assert_allclose(saved["var"], m.var(), rtol=1e-6)
+    y = np.load(paths[2])
+    assert (y.dtype.str, y.shape, y.flags.f_contiguous) == (np.load(paths[0]).dtype.str, x.shape, x.flags.f_contiguous)
+    native = x.dtype.newbyteorder("=")
+    want = fastbn.batch_norm_inference(x.astype(native), saved["mean"], saved["var"])
+    np.testing.assert_array_equal(y.view(x.dtype).astype(native), want)
+
+
+def test_bfloat16_is_asked_for_and_only_for_what_may_be_it(tmp_path, capsys, monkeypatch):
+    path = str(tmp_path / "x.npy")
+    for dtype in ("float32", "float16", "int16"):
+        np.save(path, np.ones((2, 3), dtype))
+        assert main(["moments", path, "--bfloat16"]) == 2
+        assert f"holds {dtype}, not bfloat16, which numpy.save writes as |V2: leave out --bfloat16" in capsys.readouterr().err
+    np.save(path, np.ones((2, 3), "bfloat16"))
+    assert main(["moments", path]) == 2
+    said = capsys.readouterr().err
+    assert "holds |V2, two bytes a value without a type: if they are bfloat16, add --bfloat16" in said
+    monkeypatch.setitem(sys.modules, "ml_dtypes", None)
+    assert main(["moments", path, "--bfloat16"]) == 2
+    assert capsys.readouterr().err == "fastbn: bfloat16 needs ml_dtypes: pip install 'fastbn[bfloat16]'\n"
 
 
 @given(st.lists(st.integers(1, 5), min_size=2, max_size=5), st.data(), st.integers(1, 5000))
@@ -164,12 +204,11 @@ BAD = {
     "a format to come": (HEADER.replace(b"NUMPY\x01", b"NUMPY\x07"), "damaged .npy header"),
     "a negative shape": (HEADER.replace(b"(5, 6", b"(5,-6") + bytes(2520), "cut short"),
     "a gigantic shape": (HEADER.replace(b"(5, 6, 7, 3), }     ", b"(99999999999999, 6)}"), "cut short"),
-    "integers": (_bytes(np.ones((2, 3), np.int32)), "holds int32, want float32 or float64"),
-    "half precision": (_bytes(np.ones((2, 3), np.float16)), "holds float16, want float32 or float64"),
-    "complex": (_bytes(np.ones((2, 3), np.complex64)), "holds complex64, want float32 or float64"),
-    "strings": (_bytes(np.array([["a", "b"]])), "holds <U1, want float32 or float64"),
-    "objects": (_bytes(np.array([[None, 1]]), allow_pickle=True), "holds object, want float32 or float64"),
-    "records": (_bytes(np.zeros((2, 2), "f4,i4")), "want float32 or float64"),
+    "integers": (_bytes(np.ones((2, 3), np.int32)), "holds int32, want float16, bfloat16, float32 or float64"),
+    "complex": (_bytes(np.ones((2, 3), np.complex64)), "holds complex64, want float16, bfloat16, float32 or float64"),
+    "strings": (_bytes(np.array([["a", "b"]])), "holds <U1, want float16, bfloat16, float32 or float64"),
+    "objects": (_bytes(np.array([[None, 1]]), allow_pickle=True), "holds object, want float16, bfloat16, float32 or float64"),
+    "records": (_bytes(np.zeros((2, 2), "f4,i4")), "want float16, bfloat16, float32 or float64"),
     "one axis": (_bytes(np.ones(3, np.float32)), "want rank 2 or more"),
     "a scalar": (_bytes(np.float32(1)), "want rank 2 or more"),
     "no channels": (_bytes(np.ones((3, 0), np.float32)), "with no channels"),

@@ -1,5 +1,6 @@
 """The one table of tolerances, per quantity and dtype, and the natural scale that each is relative to.
 
+y and dx of float16 and bfloat16 may also differ by half a unit in the last place, their rounding; all else of them is as for float32.
 A tolerance is relative to what the quantity is made of, not to its own value, which may cancel to nothing:
 
     mean     max(|mean|, std)                                    of the channel
@@ -13,8 +14,10 @@ A tolerance is relative to what the quantity is made of, not to its own value, w
 
 from typing import Any, NamedTuple
 
+import ml_dtypes
 import numpy as np
 import published
+from shapes import HALF, parameter_dtype
 
 
 class Tolerance(NamedTuple):
@@ -46,7 +49,16 @@ TOLERANCE: dict[tuple[str, str], Tolerance] = {
 
 def tolerance(quantity: str, dtype: Any) -> Tolerance:
     """The tolerance of a quantity computed from x of this dtype."""
-    return TOLERANCE[quantity, np.dtype(dtype).name]
+    return TOLERANCE[quantity, parameter_dtype(dtype)]
+
+
+def rounding(quantity: str, got: np.ndarray) -> Any:
+    """What rounding a result to the half precision that it is stored in may add to its error: half a unit in the last place."""
+    if quantity not in ("y", "dx") or got.dtype.name not in HALF:
+        return 0.0
+    info = ml_dtypes.finfo(got.dtype)
+    exponent = np.frexp(np.abs(got.astype(np.float64)))[1] - 1
+    return np.ldexp(0.5, np.maximum(exponent, info.minexp) - info.nmant)
 
 
 class Scales(NamedTuple):
@@ -93,12 +105,13 @@ def excess(quantity: str, dtype: Any, got: np.ndarray, want: np.ndarray, scale: 
 
     Where the scale is 0 nothing is allowed. `slack` widens the tolerance: for peers that round more than fastbn does.
     """
+    rounded = rounding(quantity, got)
     got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
     assert got.shape == want.shape, f"{quantity}: shape {got.shape}, want {want.shape}"
     if got.size == 0:
         return 0.0
     error = np.abs(got - want)
-    allowed = np.broadcast_to(tolerance(quantity, dtype).relative * np.asarray(slack) * scale, error.shape)
+    allowed = np.broadcast_to(tolerance(quantity, dtype).relative * np.asarray(slack) * scale + rounded, error.shape)
     ratio = np.divide(error, allowed, out=np.where(error == 0, 0.0, np.inf), where=allowed > 0)
     return float(np.where(np.isfinite(error), ratio, np.inf).max())
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol, cast
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from fastbn import config, layout
+from fastbn import checks, config, layout
 from fastbn.errors import BackendUnavailable
 from fastbn.moments import Moments
 
@@ -24,7 +24,9 @@ Sums = tuple[NDArray[np.float64], NDArray[np.float64]]
 class Backend(Protocol):
     """The contract: canonical views (N, C, S) or (R, C) in, `out` given by the caller, statistics float64 of shape (C,).
 
-    `gamma` and `beta` have the dtype of x, or are None. `out` may be x or dy itself. Statistics and sums are allocated by the backend.
+    x, dy and `out` are of one dtype: float16, bfloat16, float32 or float64. `gamma` and `beta` are float64 beside float64 and float32
+    beside all others, or None. A half result is the float32 one, rounded to nearest even. `out` may be x or dy itself. Statistics and
+    sums are allocated by the backend.
     """
 
     def moments(self, x: Array) -> Moments:
@@ -133,7 +135,7 @@ def explain(
     shape : tuple of int
         Of the array, which need not exist.
     dtype : dtype
-        float32 or float64.
+        float16, bfloat16 (of `ml_dtypes`), float32 or float64.
     axis : int
         The channel axis.
     channels_last : bool
@@ -152,10 +154,12 @@ def explain(
         The request can't be served.
     TypeError, ValueError
         As the functions would raise for such an array.
+    MissingExtra
+        "bfloat16" where `ml_dtypes` is not installed.
     """
-    shape = layout.check_shape(shape)
-    axis = layout.check_axis(shape, axis)
-    kind = layout.check_dtype(dtype)
+    shape = checks.check_shape(shape)
+    axis = checks.check_axis(shape, axis)
+    kind = checks.check_dtype(dtype)
     plan = layout.plan_for(shape, kind, axis, channels_last)
     served = select(backend)
     name = backend or config.BACKEND or "cpu"
