@@ -124,7 +124,7 @@ def _overlap(a: Array, b: Array) -> bool:
 
 
 def as_parameter(value: ArrayLike | None, channels: int, dtype: dtypes.Dtype, name: str) -> Array | None:
-    """gamma, beta: shape (C,) in `dtype`, that of parameters beside x, or None."""
+    """gamma, beta: shape (C,) in `dtype`, that of parameters beside x, without gaps as kernels want them; or None."""
     if value is None:
         return None
     array = value if type(value) is np.ndarray else _as_array(value, name, dtype)
@@ -132,19 +132,19 @@ def as_parameter(value: ArrayLike | None, channels: int, dtype: dtypes.Dtype, na
         raise TypeError(f"{name}: given dtype {array.dtype}, want {dtype} beside this x: convert it, e.g. {name}.astype('{dtype}')")
     if array.shape != (channels,):
         raise ValueError(f"{name}: given shape {array.shape}, want ({channels},), one value per channel of x")
-    return array
+    return array if array.flags.c_contiguous else array.copy()
 
 
 def as_statistic(value: ArrayLike, channels: int, name: str) -> NDArray[np.float64]:
-    """mean, var: shape (C,), float32 or float64 given, float64 returned (shared where it is that already)."""
-    if type(value) is np.ndarray and value.dtype is dtypes.FLOAT64 and value.shape == (channels,):
+    """mean, var: shape (C,), float32 or float64 given, float64 without gaps returned (shared where it is that already)."""
+    if type(value) is np.ndarray and value.dtype is dtypes.FLOAT64 and value.shape == (channels,) and value.flags.c_contiguous:
         return value
     array = _as_array(value, name)
     if array.dtype.kind != "f" or array.dtype.itemsize not in (4, 8):
         raise TypeError(f"{name}: given dtype {array.dtype}, want float32 or float64")
     if array.shape != (channels,):
         raise ValueError(f"{name}: given shape {array.shape}, want ({channels},), one value per channel of x")
-    return array.astype(np.float64, copy=False)
+    return np.ascontiguousarray(array, np.float64)
 
 
 def check_running(mean: ArrayLike | None, var: ArrayLike | None) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 BACKENDS = ("cpu", "reference")
-HALF_BACKENDS = ("reference",)  # those that serve x of half precision
+HALF_BACKENDS = ("cpu", "reference")  # those that serve x of half precision
 
 HALF = (np.dtype(np.float16).name, np.dtype(ml_dtypes.bfloat16).name)
 DTYPES = (*HALF, "float32", "float64")
