@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from fastbn import checks, config, functional, threads
+from fastbn.backends import select
 from fastbn.moments import Moments
 
 Array = NDArray[Any]
@@ -185,10 +186,8 @@ class BatchNorm:
     def _track(self, running_mean: Array, running_var: Array, m: Moments) -> None:
         self.num_batches_tracked += 1
         weight = 1.0 / self.num_batches_tracked if self.momentum is None else self.momentum
-        var = m.var(1 if self.unbiased_running_var else 0)
-        with np.errstate(over="ignore", invalid="ignore"):  # NaN and Inf propagate without a word
-            running_mean[...] = (1.0 - weight) * running_mean + weight * m.mean
-            running_var[...] = (1.0 - weight) * running_var + weight * var
+        freedom = m.count - 1 if self.unbiased_running_var else m.count
+        select(self.backend).track(m, freedom, weight, running_mean, running_var)
 
     def backward(self, dy: ArrayLike, out: Array | None = None) -> Array:
         """Gradient with respect to the input of the last forward; sets `dgamma` and `dbeta` too.

@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from fastbn import checks, config, dtypes, layout, threads
 from fastbn.backends import select
-from fastbn.moments import Moments, inverse_deviation
+from fastbn.moments import Moments
 
 Array = NDArray[Any]
 
@@ -201,7 +201,7 @@ def batch_norm_inference(
         return _empty(x, out)
     plan, view = layout.plan_of(x, axis)
     target = _Target(plan, view.dtype, out)
-    served.normalize(view, mean, inverse_deviation(var, eps), gamma, beta, target.view)
+    served.normalize(view, mean, served.rstd(var, 1.0, eps), gamma, beta, target.view)
     return target.finish(plan)
 
 
@@ -317,10 +317,11 @@ def _backward(
     if constant is None:
         checks.check_moments(m, channels, x.size // channels)
         checks.check_count(x, channels)
-        mean = checks.as_statistic(m.mean, channels, "moments.mean")
+        mean, count = checks.as_statistic(m.mean, channels, "moments.mean"), m.count
+        spread = checks.as_statistic(m.m2, channels, "moments.m2")
     else:
-        mean = checks.as_statistic(constant[0], channels, "mean")
-        var = checks.as_statistic(constant[1], channels, "var")
+        mean, count = checks.as_statistic(constant[0], channels, "mean"), 1
+        spread = checks.as_statistic(constant[1], channels, "var")
     if out is not None:
         checks.check_out(out, x, dy)
     served = select(backend)
@@ -328,8 +329,7 @@ def _backward(
         zeros = np.zeros((2, channels), kind)
         return _empty(x, out), zeros[0], zeros[1]
     plan, view = layout.plan_of(x, axis)
-    rstd = m.rstd(eps) if constant is None else inverse_deviation(var, eps)
     target = _Target(plan, view.dtype, out)
-    sums = served.backward(layout.view_as(plan, dy), view, mean, rstd, gamma, target.view, constant is None)
-    with np.errstate(over="ignore", invalid="ignore"):
-        return target.finish(plan), sums[1].astype(kind), sums[2].astype(kind)
+    rstd = served.rstd(spread, count, eps)
+    _, dgamma, dbeta = served.backward(layout.view_as(plan, dy), view, mean, rstd, gamma, target.view, constant is None)
+    return target.finish(plan), dgamma, dbeta

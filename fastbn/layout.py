@@ -52,9 +52,11 @@ class Plan:
 
     def view(self, array: Array) -> Array | None:
         """The canonical view of an array of this plan's shape, or None where that would take a copy."""
+        if self.order is None and array.flags.c_contiguous:
+            return array if self.dims == self.shape else array.reshape(self.dims)
         moved = array if self.order is None else array.transpose(self.order)
         view = moved.reshape(self.dims)
-        if view.size == 0 or (self.order is None and array.flags.c_contiguous):
+        if view.size == 0:
             return view
         if self.dims[-1] == 1:  # rows of one value would waste a vector each
             return view if self.count == 1 else None

@@ -51,6 +51,19 @@ def moments(x: Array) -> Moments:
 
 
 @np.errstate(all="ignore")
+def rstd(m2: Wide, count: float, eps: float) -> Wide:
+    """1 / sqrt(m2 / count + eps)."""
+    return 1.0 / np.sqrt(m2 / count + eps)
+
+
+@np.errstate(all="ignore")
+def track(m: Moments, freedom: float, weight: float, running_mean: Array, running_var: Array) -> None:
+    """Running statistics move towards m.mean and m.m2 / freedom by `weight`, in place."""
+    running_mean[...] = (1.0 - weight) * running_mean.astype(np.float64) + weight * m.mean
+    running_var[...] = (1.0 - weight) * running_var.astype(np.float64) + weight * (m.m2 / freedom)
+
+
+@np.errstate(all="ignore")
 def normalize(x: Array, mean: Array, rstd: Array, gamma: Array | None, beta: Array | None, out: Array) -> Array:
     """y = gamma * (x - mean) * rstd + beta."""
     y = _xhat(x, mean, rstd)
@@ -90,11 +103,12 @@ def forward(x: Array, gamma: Array | None, beta: Array | None, eps: float, out: 
 @np.errstate(all="ignore")
 def backward(
     dy: Array, x: Array, mean: Array, rstd: Array, gamma: Array | None, out: Array, training: bool = True
-) -> tuple[Array, Wide, Wide]:
+) -> tuple[Array, Array, Array]:
     """grad_reduce, then grad_input: (dx, dgamma, dbeta)."""
     sums = grad_reduce(dy, x, mean, rstd)
     grad_input(dy, x, mean, rstd, gamma, sums if training else None, x.size // mean.size, out)
-    return out, sums[1], sums[0]
+    kind = dtypes.of_parameters(x.dtype)
+    return out, sums[1].astype(kind), sums[0].astype(kind)
 
 
 def describe(dims: tuple[int, ...], dtype: np.dtype[Any]) -> str:

@@ -32,6 +32,12 @@ class Backend(Protocol):
     def moments(self, x: Array) -> Moments:
         """Count, mean and m2 of each channel."""
 
+    def rstd(self, m2: Array, count: float, eps: float) -> Array:
+        """1 / sqrt(m2 / count + eps), float64 of shape (C,)."""
+
+    def track(self, m: Moments, freedom: float, weight: float, running_mean: Array, running_var: Array) -> None:
+        """Running statistics, of the dtype of parameters, move towards m.mean and m.m2 / freedom by `weight`, in place."""
+
     def normalize(self, x: Array, mean: Array, rstd: Array, gamma: Array | None, beta: Array | None, out: Array) -> Array:
         """y = gamma * (x - mean) * rstd + beta."""
 
@@ -49,7 +55,7 @@ class Backend(Protocol):
     def backward(
         self, dy: Array, x: Array, mean: Array, rstd: Array, gamma: Array | None, out: Array, training: bool = True
     ) -> tuple[Array, Array, Array]:
-        """grad_reduce + grad_input, fused: (dx, dgamma, dbeta)."""
+        """grad_reduce + grad_input, fused: (dx, dgamma, dbeta), the last two in the dtype of parameters."""
 
     def describe(self, dims: tuple[int, ...], dtype: np.dtype[Any]) -> str:
         """What runs for a canonical shape, for a person to read."""

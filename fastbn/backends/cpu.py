@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,35 +12,68 @@ from numpy.typing import NDArray
 from fastbn import config
 from fastbn.backends import schedule
 from fastbn.kernels import _jit, channels_first, channels_first_backward, channels_last, channels_last_apply, channels_last_backward
+from fastbn.kernels import statistics as per_channel
 from fastbn.kernels.channels_last import WORK
 from fastbn.moments import Moments
 
 Array = NDArray[Any]
 Wide = NDArray[np.float64]
+Ints = tuple[int, ...]
 
 # Half precision reaches the kernels as its bits, in the integer type that tells them which one it is.
 _BITS: dict[str, np.dtype[Any]] = {"float16": np.dtype(np.uint16), "bfloat16": np.dtype(np.int16)}
 _SINGLE, _DOUBLE = np.dtype(np.float32), np.dtype(np.float64)
-_NONE = {kind: np.empty(0, kind) for kind in (_SINGLE, _DOUBLE)}
+_NONE = {kind: np.empty(0, kind) for kind in (_SINGLE, _DOUBLE)}  # an absent parameter is an empty array to the kernels
 
 
-def _bits(array: Array) -> Array:
-    return array if array.dtype in _NONE else array.view(_BITS[array.dtype.name])
+class _Route(NamedTuple):
+    """How arrays of one shape, dtype and memory order are walked together."""
+
+    bits: np.dtype[Any] | None  # what half precision is seen as
+    stored: np.dtype[Any]  # what the kernels see
+    kind: np.dtype[Any]  # what they compute in
+    flat: Ints | None  # columns: the shape (R, C * S), where that is another one
+    share: int  # columns of a channel, S; 0 for the kernels on rows
+    first: schedule.First | None
+    last: schedule.Last | None
+    none: Array
 
 
-def _kind(x: Array) -> np.dtype[Any]:
-    """What x is computed in."""
-    return _DOUBLE if x.itemsize == 8 else _SINGLE
+@lru_cache(maxsize=4096)
+def _route(shape: Ints, dtype: np.dtype[Any], *strides: Ints) -> _Route:
+    """On columns where the kernels for that serve every array: channels last, or short rows without gaps between them."""
+    bits = None if dtype in _NONE else _BITS[dtype.name]
+    kind = _DOUBLE if dtype.itemsize == 8 else _SINGLE
+    if len(shape) == 2:
+        contiguous = all(s[0] == shape[1] * dtype.itemsize for s in strides)
+        last = schedule.last(*shape, 1, kind.itemsize, contiguous)
+        return _Route(bits, bits or dtype, kind, None, 1, None, last, _NONE[kind])
+    N, C, S = shape
+    if schedule.short(N, S, kind.itemsize) and (C == 1 or all(s[1] == S * dtype.itemsize for s in strides)):
+        contiguous = all(s[0] == C * S * dtype.itemsize for s in strides)
+        last = schedule.last(N, C, S, kind.itemsize, contiguous)
+        return _Route(bits, bits or dtype, kind, (N, C * S), S, None, last, _NONE[kind])
+    return _Route(bits, bits or dtype, kind, None, 0, schedule.first(N, C, S, kind.itemsize), None, _NONE[kind])
 
 
-def _columns(x: Array) -> tuple[int, int, int, Array] | None:
-    """(R, C, S, view (R, C * S)) where the kernels on columns serve x: channels last, or short rows without gaps between them."""
-    if x.ndim == 2:
-        return x.shape[0], x.shape[1], 1, x
-    N, C, S = x.shape
-    if schedule.short(N, S, _kind(x).itemsize) and (x.strides[1] == S * x.itemsize or C == 1):
-        return N, C, S, x.reshape(N, C * S)
-    return None
+@lru_cache(maxsize=4096)
+def _fused(shape: Ints, dtype: np.dtype[Any], out: Ints, *strides: Ints) -> _Route | None:
+    """The route of a call in one kernel, where a task's share stays in the cache between its two passes.
+
+    The inputs alone decide how statistics are taken, so that they do not depend on where the result goes.
+    """
+    route = _route(shape, dtype, *strides)
+    if route.first is not None:
+        return route if route.first.parts == 1 else None
+    fits = route.last is not None and route.last.parts == 1 and route.last.fold == 1
+    return route if fits and _route(shape, dtype, out).last is not None else None
+
+
+def _seen(route: _Route, array: Array) -> Array:
+    """An array as the kernels see it."""
+    if route.bits is not None:
+        array = array.view(route.bits)
+    return array if route.flat is None else array.reshape(route.flat)
 
 
 def _stream(out: Array, arrays: int) -> bool:
@@ -51,196 +85,175 @@ def _tasks(units: int, parallel: bool) -> int:
     return min(units, 4 * _jit.threads()) if parallel else 1
 
 
-def _contiguous(*arrays: Array) -> bool:
-    return all(a.strides[0] == a.shape[1] * a.itemsize for a in arrays)
-
-
-def _folded(plan: schedule.Last, array: Array) -> tuple[Array, Array]:
+def _folded(cut: schedule.Last, array: Array) -> tuple[Array, Array]:
     """(rows folded, the rows left over as one row) of an (R, F) array."""
-    if plan.fold == 1:
+    if cut.fold == 1:
         return array, array
-    whole = array.shape[0] - plan.rest
-    return array[:whole].reshape(-1, plan.fold * array.shape[1]), array[whole:].reshape(1, -1)
+    whole = array.shape[0] - cut.rest
+    return array[:whole].reshape(-1, cut.fold * array.shape[1]), array[whole:].reshape(1, -1)
+
+
+def _work(route: _Route, cut: schedule.Last, tasks: int) -> Array:
+    return np.empty(tasks * WORK * cut.columns + 64, route.kind)
+
+
+def _count(x: Array) -> int:
+    """Values per channel."""
+    return x.size // x.shape[1]
 
 
 def moments(x: Array) -> Moments:
     """Count, mean and m2 of each channel."""
-    x = _bits(x)
-    kind = _kind(x)
-    found = _columns(x)
-    if found is None:
-        N, C, S = x.shape
-        mean, m2 = np.empty((2, C))
-        plan = schedule.first(N, C, S, kind.itemsize)
-        run = channels_first.moments.form(x.dtype, plan.parallel)
+    route = _route(x.shape, x.dtype, x.strides)
+    C, bits = x.shape[1], _seen(route, x)
+    stats = np.empty((2, C))
+    if (plan := route.first) is not None:
         tasks = _tasks(C * plan.parts, plan.parallel)
-        run(x, plan.rows, plan.splits, plan.blocks, plan.parts, tasks, np.empty((C, plan.parts, 3)), mean, m2)
-        return Moments(N * S, mean, m2)
-    R, C, S, x = found
-    mean, m2 = np.empty((2, C))
-    cut = schedule.last(R, C, S, kind.itemsize, _contiguous(x))
-    rows, rest = _folded(cut, x)
-    run = channels_last.moments.form(x.dtype, cut.parallel)
-    tasks = _tasks(cut.parts * cut.blocks, cut.parallel)
-    work, partial = np.empty((tasks, 3, cut.columns), kind), np.empty((cut.parts + 1, 2, cut.fold * C))
-    run(rows, rest, C, S, cut.fold, cut.rest, cut.parts, cut.block * cut.fold, tasks, work, partial, mean, m2)
-    return Moments(R * S, mean, m2)
+        run = channels_first.moments.form(route.stored, plan.parallel)
+        run(bits, plan.rows, plan.splits, plan.blocks, plan.parts, tasks, np.empty((C, plan.parts, 3)), stats)
+    elif (cut := route.last) is not None:
+        tasks = _tasks(cut.parts * cut.blocks, cut.parallel)
+        work, partial = _work(route, cut, tasks), np.empty((cut.parts + 1, 2, cut.fold * C))
+        run = channels_last.moments.form(route.stored, cut.parallel)
+        run(*_folded(cut, bits), C, route.share, cut.fold, cut.rest, cut.parts, cut.block * cut.fold, tasks, cut.columns, work, partial, stats)
+    return Moments(_count(x), stats[0], stats[1])
+
+
+def rstd(m2: Wide, count: float, eps: float) -> Wide:
+    """1 / sqrt(m2 / count + eps)."""
+    found = np.empty(m2.size)
+    per_channel.rstd.form(_DOUBLE, False)(m2, count, eps, found)
+    return found
+
+
+def track(m: Moments, freedom: float, weight: float, running_mean: Array, running_var: Array) -> None:
+    """Running statistics move towards m.mean and m.m2 / freedom by `weight`, in place."""
+    per_channel.track.form(running_mean.dtype, False)(m.mean, m.m2, freedom, weight, running_mean, running_var)
 
 
 def normalize(x: Array, mean: Wide, rstd: Wide, gamma: Array | None, beta: Array | None, out: Array) -> Array:
     """y = gamma * (x - mean) * rstd + beta."""
-    x, y, stream = _bits(x), _bits(out), _stream(out, 2)
-    kind = _kind(x)
-    gamma, beta = _NONE[kind] if gamma is None else gamma, _NONE[kind] if beta is None else beta
-    found, target = _columns(x), _columns(y)
-    if found is None or target is None:
-        N, C, S = x.shape
-        plan = schedule.first(N, C, S, kind.itemsize)
-        run = channels_first.normalize.form(x.dtype, plan.parallel)
-        tasks = _tasks(N * C * plan.pieces, plan.parallel)
-        run(x, mean, rstd, gamma, beta, plan.pieces, tasks, stream, np.empty((3, C + 7 & -8), kind), y)
-        return out
-    R, C, S, x = found
-    y = target[3]
-    cut = schedule.last(R, C, S, kind.itemsize, _contiguous(x, y))
-    (rows, rest), (rows_y, rest_y) = _folded(cut, x), _folded(cut, y)
-    tasks = _tasks(cut.runs * cut.blocks, cut.parallel)
-    work = np.empty((tasks, WORK, cut.columns), kind)
-    run = channels_last_apply.normalize.form(x.dtype, cut.parallel)
-    run(rows, rest, mean, rstd, gamma, beta, S, cut.fold, cut.rest, cut.runs, cut.block, tasks, stream, work, rows_y, rest_y)
+    route = _route(x.shape, x.dtype, x.strides, out.strides)
+    bits, y, stream, C = _seen(route, x), _seen(route, out), _stream(out, 2), mean.size
+    gamma, beta = route.none if gamma is None else gamma, route.none if beta is None else beta
+    if (plan := route.first) is not None:
+        tasks = _tasks(x.shape[0] * C * plan.pieces, plan.parallel)
+        run = channels_first.normalize.form(route.stored, plan.parallel)
+        run(bits, mean, rstd, gamma, beta, plan.pieces, tasks, stream, np.empty((3, C + 7 & -8), route.kind), y)
+    elif (cut := route.last) is not None:
+        (rows, rest), (rows_y, rest_y) = _folded(cut, bits), _folded(cut, y)
+        tasks = _tasks(cut.runs * cut.blocks, cut.parallel)
+        work = _work(route, cut, tasks)
+        run = channels_last_apply.normalize.form(route.stored, cut.parallel)
+        run(
+            rows, rest, mean, rstd, gamma, beta,
+            route.share, cut.fold, cut.rest, cut.runs, cut.block, tasks, cut.columns, stream, work, rows_y, rest_y,
+        )  # fmt: skip
     return out
 
 
 def grad_reduce(dy: Array, x: Array, mean: Wide, rstd: Wide) -> tuple[Wide, Wide]:
     """(sum of dy, sum of dy * xhat) of each channel: (dbeta, dgamma)."""
-    x, dy = _bits(x), _bits(dy)
-    kind = _kind(x)
-    sums = np.empty((2, mean.size))
-    found, beside = _columns(x), _columns(dy)
-    if found is None or beside is None:
-        N, C, S = x.shape
-        plan = schedule.first(N, C, S, kind.itemsize)
-        run = channels_first_backward.grad_reduce.form(x.dtype, plan.parallel)
-        tasks = _tasks(C * plan.parts, plan.parallel)
-        work, partial = np.empty((tasks, 3, 8), kind), np.empty((C, plan.parts, 2))
-        run(dy, x, mean, rstd, plan.rows, plan.splits, plan.blocks, plan.parts, tasks, work, partial, sums)
-        return sums[0], sums[1]
-    R, C, S, x = found
-    dy = beside[3]
-    cut = schedule.last(R, C, S, kind.itemsize, _contiguous(x, dy))
-    (rows, rest), (rows_dy, rest_dy) = _folded(cut, x), _folded(cut, dy)
-    tasks = _tasks(cut.parts * cut.blocks, cut.parallel)
-    work, partial = np.empty((tasks, WORK, cut.columns), kind), np.empty((cut.parts + 1, 2, cut.fold * C))
-    run = channels_last_backward.grad_reduce.form(x.dtype, cut.parallel)
-    run(rows_dy, rest_dy, rows, rest, mean, rstd, S, cut.fold, cut.rest, cut.parts, cut.block, tasks, work, partial, sums)
+    sums = _sums(dy, x, mean, rstd)
     return sums[0], sums[1]
+
+
+def _sums(dy: Array, x: Array, mean: Wide, rstd: Wide) -> Wide:
+    route = _route(x.shape, x.dtype, x.strides, dy.strides)
+    bits, bits_dy, C = _seen(route, x), _seen(route, dy), mean.size
+    sums = np.empty((2, C))
+    if (plan := route.first) is not None:
+        tasks = _tasks(C * plan.parts, plan.parallel)
+        work, partial = np.empty((tasks, 3, 8), route.kind), np.empty((C, plan.parts, 2))
+        run = channels_first_backward.grad_reduce.form(route.stored, plan.parallel)
+        run(bits_dy, bits, mean, rstd, plan.rows, plan.splits, plan.blocks, plan.parts, tasks, work, partial, sums)
+    elif (cut := route.last) is not None:
+        tasks = _tasks(cut.parts * cut.blocks, cut.parallel)
+        work, partial = _work(route, cut, tasks), np.empty((cut.parts + 1, 2, cut.fold * C))
+        run = channels_last_backward.grad_reduce.form(route.stored, cut.parallel)
+        run(
+            *_folded(cut, bits_dy), *_folded(cut, bits), mean, rstd,
+            route.share, cut.fold, cut.rest, cut.parts, cut.block, tasks, cut.columns, work, partial, sums,
+        )  # fmt: skip
+    return sums
 
 
 def grad_input(
     dy: Array, x: Array, mean: Wide, rstd: Wide, gamma: Array | None, sums: tuple[Wide, Wide] | None, count: int, out: Array
 ) -> Array:
     """dx in training; with sums=None the statistics are constants, as at inference."""
-    both = np.zeros((2, mean.size)) if sums is None else np.stack(sums)
-    return _grad_input(_bits(dy), _bits(x), mean, rstd, gamma, both, sums is not None, count, out)
-
-
-def _grad_input(
-    dy: Array, x: Array, mean: Wide, rstd: Wide, gamma: Array | None, sums: Wide, training: bool, count: int, out: Array
-) -> Array:
-    dx, stream = _bits(out), _stream(out, 3)
-    kind = _kind(x)
-    gamma = _NONE[kind] if gamma is None else gamma
-    found, beside, target = _columns(x), _columns(dy), _columns(dx)
-    if found is None or beside is None or target is None:
-        N, C, S = x.shape
-        plan = schedule.first(N, C, S, kind.itemsize)
-        run = channels_first_backward.grad_input.form(x.dtype, plan.parallel)
-        tasks, work = _tasks(N * C * plan.pieces, plan.parallel), np.empty((5, C + 7 & -8), kind)
-        run(dy, x, mean, rstd, gamma, sums, count, training, plan.pieces, tasks, stream, work, dx)
-        return out
-    R, C, S, x = found
-    cut = schedule.last(R, C, S, kind.itemsize, _contiguous(x, beside[3], target[3]))
-    pairs = [_folded(cut, array) for array in (beside[3], x, target[3])]
-    tasks = _tasks(cut.runs * cut.blocks, cut.parallel)
-    work = np.empty((tasks, WORK, cut.columns), kind)
-    run = channels_last_backward.grad_input.form(x.dtype, cut.parallel)
-    run(
-        *pairs[0], *pairs[1], mean, rstd, gamma, sums, count, training,
-        S, cut.fold, cut.rest, cut.runs, cut.block, tasks, stream, work, *pairs[2],
-    )  # fmt: skip
+    route = _route(x.shape, x.dtype, x.strides, dy.strides, out.strides)
+    training, both = sums is not None, np.zeros((2, mean.size)) if sums is None else np.stack(sums)
+    bits, bits_dy, dx, stream, C = _seen(route, x), _seen(route, dy), _seen(route, out), _stream(out, 3), mean.size
+    gamma = route.none if gamma is None else gamma
+    if (plan := route.first) is not None:
+        tasks = _tasks(x.shape[0] * C * plan.pieces, plan.parallel)
+        work = np.empty((5, C + 7 & -8), route.kind)
+        run = channels_first_backward.grad_input.form(route.stored, plan.parallel)
+        run(bits_dy, bits, mean, rstd, gamma, both, count, training, plan.pieces, tasks, stream, work, dx)
+    elif (cut := route.last) is not None:
+        tasks = _tasks(cut.runs * cut.blocks, cut.parallel)
+        work = _work(route, cut, tasks)
+        run = channels_last_backward.grad_input.form(route.stored, cut.parallel)
+        run(
+            *_folded(cut, bits_dy), *_folded(cut, bits), mean, rstd, gamma, both, count, training,
+            route.share, cut.fold, cut.rest, cut.runs, cut.block, tasks, cut.columns, stream, work, *_folded(cut, dx),
+        )  # fmt: skip
     return out
 
 
 def forward(x: Array, gamma: Array | None, beta: Array | None, eps: float, out: Array) -> tuple[Array, Moments]:
-    """Moments and normalize; in one kernel, x from memory once, where a task's slab stays in the cache.
-
-    x alone decides how its statistics are taken, so that they do not depend on where the result goes.
-    """
-    bits, y = _bits(x), _bits(out)
-    kind = _kind(bits)
-    found, target = _columns(bits), _columns(y)
-    if found is None:
-        N, C, S = x.shape
-        plan = schedule.first(N, C, S, kind.itemsize)
-        if plan.parts == 1:
-            mean, m2 = np.empty((2, C))
-            run = channels_first.forward.form(bits.dtype, plan.parallel)
-            tasks = _tasks(C, plan.parallel)
-            run(
-                bits, _NONE[kind] if gamma is None else gamma, _NONE[kind] if beta is None else beta, eps,
-                plan.rows, plan.splits, plan.blocks, tasks, plan.ahead, _stream(out, 2), np.empty((tasks, 3, 8), kind), y, mean, m2,
-            )  # fmt: skip
-            return out, Moments(N * S, mean, m2)
-    else:
-        R, C, S, rows = found
-        cut = schedule.last(R, C, S, kind.itemsize, _contiguous(rows))
-        if cut.parts == 1 and cut.fold == 1 and target is not None:
-            mean, m2 = np.empty((2, C))
-            run = channels_last_apply.forward.form(bits.dtype, cut.parallel)
-            tasks = _tasks(cut.blocks, cut.parallel)
-            run(
-                rows, _NONE[kind] if gamma is None else gamma, _NONE[kind] if beta is None else beta, eps,
-                S, cut.block, tasks, _stream(out, 2), np.empty((tasks, WORK, cut.columns), kind), target[3], mean, m2,
-            )  # fmt: skip
-            return out, Moments(R * S, mean, m2)
-    m = moments(x)
-    return normalize(x, m.mean, m.rstd(eps), gamma, beta, out), m
+    """Moments and normalize; in one kernel, x from memory once, where a task's share stays in the cache."""
+    route = _fused(x.shape, x.dtype, out.strides, x.strides)
+    if route is None:
+        m = moments(x)
+        return normalize(x, m.mean, rstd(m.m2, m.count, eps), gamma, beta, out), m
+    bits, y, C = _seen(route, x), _seen(route, out), x.shape[1]
+    gamma, beta = route.none if gamma is None else gamma, route.none if beta is None else beta
+    stats = np.empty((2, C))
+    if (plan := route.first) is not None:
+        tasks = _tasks(C, plan.parallel)
+        run = channels_first.forward.form(route.stored, plan.parallel)
+        run(
+            bits, gamma, beta, eps, plan.rows, plan.splits, plan.blocks, tasks, plan.ahead, _stream(out, 2),
+            np.empty((tasks, 3, 8), route.kind), y, stats,
+        )  # fmt: skip
+    elif (cut := route.last) is not None:
+        tasks = _tasks(cut.blocks, cut.parallel)
+        work = _work(route, cut, tasks)
+        run = channels_last_apply.forward.form(route.stored, cut.parallel)
+        run(bits, gamma, beta, eps, route.share, cut.block, tasks, cut.columns, _stream(out, 2), work, y, stats)
+    return out, Moments(_count(x), stats[0], stats[1])
 
 
 def backward(
     dy: Array, x: Array, mean: Wide, rstd: Wide, gamma: Array | None, out: Array, training: bool = True
-) -> tuple[Array, Wide, Wide]:
-    """grad_reduce and grad_input, in one kernel where a task's slabs stay in the cache: (dx, dgamma, dbeta)."""
-    bits, bits_dy, dx = _bits(x), _bits(dy), _bits(out)
-    kind = _kind(bits)
-    found, beside, target = _columns(bits), _columns(bits_dy), _columns(dx)
-    if found is None or beside is None:
-        N, C, S = x.shape
-        plan = schedule.first(N, C, S, kind.itemsize)
-        if plan.parts == 1:
-            sums = np.empty((2, C))
-            run = channels_first_backward.backward.form(bits.dtype, plan.parallel)
-            tasks = _tasks(C, plan.parallel)
-            run(
-                bits_dy, bits, mean, rstd, _NONE[kind] if gamma is None else gamma, training,
-                plan.rows, plan.splits, plan.blocks, tasks, plan.ahead, _stream(out, 3), np.empty((tasks, 5, 8), kind), dx, sums,
-            )  # fmt: skip
-            return out, sums[1], sums[0]
-    else:
-        R, C, S, rows = found
-        cut = schedule.last(R, C, S, kind.itemsize, _contiguous(rows, beside[3]))
-        if cut.parts == 1 and cut.fold == 1 and target is not None:
-            sums = np.empty((2, C))
-            run = channels_last_backward.backward.form(bits.dtype, cut.parallel)
-            tasks = _tasks(cut.blocks, cut.parallel)
-            run(
-                beside[3], rows, mean, rstd, _NONE[kind] if gamma is None else gamma, training,
-                S, cut.block, tasks, _stream(out, 3), np.empty((tasks, WORK, cut.columns), kind), target[3], sums,
-            )  # fmt: skip
-            return out, sums[1], sums[0]
-    reduced = grad_reduce(dy, x, mean, rstd)
-    grad_input(dy, x, mean, rstd, gamma, reduced if training else None, x.size // mean.size, out)
-    return out, reduced[1], reduced[0]
+) -> tuple[Array, Array, Array]:
+    """grad_reduce and grad_input, in one kernel where a task's share stays in the cache: (dx, dgamma, dbeta)."""
+    route = _fused(x.shape, x.dtype, out.strides, x.strides, dy.strides)
+    C = mean.size
+    if route is None:
+        sums = _sums(dy, x, mean, rstd)
+        grad_input(dy, x, mean, rstd, gamma, (sums[0], sums[1]) if training else None, _count(x), out)
+        with np.errstate(over="ignore", invalid="ignore"):
+            grads = sums.astype(_DOUBLE if x.itemsize == 8 else _SINGLE)
+        return out, grads[1], grads[0]
+    bits, bits_dy, dx = _seen(route, x), _seen(route, dy), _seen(route, out)
+    gamma = route.none if gamma is None else gamma
+    sums, grads = np.empty((2, C)), np.empty((2, C), route.kind)
+    if (plan := route.first) is not None:
+        tasks = _tasks(C, plan.parallel)
+        run = channels_first_backward.backward.form(route.stored, plan.parallel)
+        run(
+            bits_dy, bits, mean, rstd, gamma, training, plan.rows, plan.splits, plan.blocks, tasks, plan.ahead, _stream(out, 3),
+            np.empty((tasks, 5, 8), route.kind), dx, sums, grads,
+        )  # fmt: skip
+    elif (cut := route.last) is not None:
+        tasks = _tasks(cut.blocks, cut.parallel)
+        work = _work(route, cut, tasks)
+        run = channels_last_backward.backward.form(route.stored, cut.parallel)
+        run(bits_dy, bits, mean, rstd, gamma, training, route.share, cut.block, tasks, cut.columns, _stream(out, 3), work, dx, sums, grads)
+    return out, grads[1], grads[0]
 
 
 def describe(dims: tuple[int, ...], dtype: np.dtype[Any]) -> str:
@@ -273,6 +286,6 @@ def warmup() -> Iterator[str]:
     """Compile every kernel for float32 and float64, serial and parallel; yields the name of each as it is done."""
     for kernel in _jit.KERNELS:
         for dtype in _NONE:
-            for parallel in (False, True):
+            for parallel in (False, True)[: 1 + kernel.parallel]:
                 kernel.form(dtype, parallel)
                 yield f"{kernel.name} {dtype} {'parallel' if parallel else 'serial'}"

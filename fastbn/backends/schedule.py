@@ -45,7 +45,7 @@ class Last(NamedTuple):
     parts: int  # of the rows; 1 where a block stays in the cache: the fused kernels
     block: int  # channels of a unit
     blocks: int
-    columns: int  # of a unit, rounded up to whole vectors
+    columns: int  # of a workspace: a unit's, rounded up to whole vectors
     runs: int  # of the rows, in the elementwise passes
     parallel: bool
 
@@ -66,7 +66,7 @@ def first(N: int, C: int, S: int, itemsize: int) -> First:
 
 def short(N: int, S: int, itemsize: int) -> bool:
     """Whether rows of channels first are better treated as columns."""
-    return N >= 4 and S * itemsize <= SHORT_BYTES
+    return S * itemsize <= (SHORT_BYTES if N >= 4 else SHORT_BYTES // 8)
 
 
 @lru_cache(maxsize=1024)
@@ -93,5 +93,6 @@ def last(R: int, C: int, S: int, itemsize: int, contiguous: bool) -> Last:
         block = block // step * step
     blocks = -(-C // block)
     columns = -(-block * fold * S // lanes) * lanes
+    columns += lanes * (columns * itemsize % 4096 == 0)  # rows a page apart would share the sets of the first-level cache
     runs = max(1, min(-(-PARTS // blocks), size // PART_BYTES // blocks, rows // 8)) if parallel else 1
     return Last(fold, R - fold * rows, parts, block, blocks, columns, runs, parallel)

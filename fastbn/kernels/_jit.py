@@ -127,9 +127,12 @@ class Kernel:
     arguments : str
         A token per argument: x3 an input of rank 3, y3 an output; p1 a parameter and w2 a workspace in the arithmetic of x (float32 for
         half precision); m1 float64 to read, s1 to write; i f b scalars.
+    parallel : bool
+        Whether there is a parallel form.
     """
 
-    def __init__(self, body: Callable[..., Any], arguments: str) -> None:
+    def __init__(self, body: Callable[..., Any], arguments: str, parallel: bool = True) -> None:
+        self.parallel = parallel
         self.name = f"{body.__module__.rpartition('.')[2]}.{body.__name__}"
         self._body: Any = body
         self._arguments = arguments.split()
@@ -167,11 +170,11 @@ class Kernel:
 KERNELS: list[Kernel] = []
 
 
-def kernel(arguments: str) -> Callable[[Callable[..., Any]], Kernel]:
+def kernel(arguments: str, parallel: bool = True) -> Callable[[Callable[..., Any]], Kernel]:
     """Decorate a kernel body; see `Kernel` for the argument tokens."""
 
     def decorate(body: Callable[..., Any]) -> Kernel:
-        made = Kernel(body, arguments)
+        made = Kernel(body, arguments, parallel)
         KERNELS.append(made)
         return made
 

@@ -156,9 +156,9 @@ def part_moments(x, c, first, last, rows, splits):
     return count, mean, m2
 
 
-@kernel("x3 i i i i i s3 s1 s1")
-def moments(x, rows, splits, blocks, parts, tasks, partial, mean, m2):
-    """mean, m2 (C,) of x; `partial` is a workspace (C, parts, 3)."""
+@kernel("x3 i i i i i s3 s2")
+def moments(x, rows, splits, blocks, parts, tasks, partial, stats):
+    """stats (2, C): mean and m2 of x; `partial` is a workspace (C, parts, 3)."""
     C = x.shape[1]
     for task in prange(tasks):
         for unit in range(C * parts * task // tasks, C * parts * (task + 1) // tasks):
@@ -169,7 +169,7 @@ def moments(x, rows, splits, blocks, parts, tasks, partial, mean, m2):
         count, mean_c, m2_c = partial[c, 0, 0], partial[c, 0, 1], partial[c, 0, 2]
         for p in range(1, parts):
             count, mean_c, m2_c = merge(count, mean_c, m2_c, partial[c, p, 0], partial[c, p, 1], partial[c, p, 2])
-        mean[c], m2[c] = mean_c, m2_c
+        stats[0, c], stats[1, c] = mean_c, m2_c
 
 
 @leaf
@@ -194,10 +194,11 @@ def normalize(x, mean, rstd, gamma, beta, pieces, tasks, stream, work, y):
             fence()
 
 
-@kernel("x3 p1 p1 f i i i i b b w3 y3 s1 s1")
-def forward(x, gamma, beta, eps, rows, splits, blocks, tasks, ahead, stream, work, y, mean, m2):
-    """Moments and normalize, a channel at a time: its slab is still in the cache when it is normalized; `work` (tasks, 3, 8)."""
+@kernel("x3 p1 p1 f i i i i b b w3 y3 s2")
+def forward(x, gamma, beta, eps, rows, splits, blocks, tasks, ahead, stream, work, y, stats):
+    """Moments and normalize, a channel at a time: its slab is still in the cache when it is normalized; `work` (tasks, 3, 8), stats (2, C)."""
     N, C, S = x.shape
+    mean, m2 = stats[0], stats[1]
     for task in prange(tasks):
         for c in range(C * task // tasks, C * (task + 1) // tasks):
             count, mean_c, m2_c = part_moments(x, c, 0, blocks, rows, splits)

@@ -7,7 +7,7 @@ import numpy as np
 from fastbn.kernels._jit import kernel, leaf, prange, routine
 from fastbn.kernels._simd import broadcast, fence, lanes, load, load_some, muladd, spread, total
 from fastbn.kernels.channels_first import SEGMENT, bounds, group_rows, span
-from fastbn.kernels.elementwise import affine_row, fill_gradient, fill_standardize, gradient_row
+from fastbn.kernels.elementwise import affine_row, fill_gradient, fill_standardize, gradient_row, narrow
 
 
 @routine
@@ -87,15 +87,16 @@ def grad_input(dy, x, mean, rstd, gamma, sums, count, training, pieces, tasks, s
             fence()
 
 
-@kernel("x3 x3 m1 m1 p1 b i i i i b b w3 y3 s2")
-def backward(dy, x, mean, rstd, gamma, training, rows, splits, blocks, tasks, ahead, stream, work, dx, sums):
-    """grad_reduce and grad_input, a channel at a time: its slabs are still in the cache for the second pass; `work` (tasks, 5, 8)."""
+@kernel("x3 x3 m1 m1 p1 b i i i i b b w3 y3 s2 w2")
+def backward(dy, x, mean, rstd, gamma, training, rows, splits, blocks, tasks, ahead, stream, work, dx, sums, grads):
+    """grad_reduce and grad_input, a channel at a time: its slabs are still in the cache for the second pass; `work` (tasks, 5, 8), sums, grads (2, C)."""
     N, C, S = x.shape
     count = float(N * S)
     for task in prange(tasks):
         k = work[task]
         for c in range(C * task // tasks, C * (task + 1) // tasks):
             sums[0, c], sums[1, c] = part_sums(dy, x, c, 0, blocks, rows, splits, mean, rstd, k)
+            narrow(sums, c, c + 1, grads)
             fill_gradient(x, mean, rstd, gamma, sums, count, training, c, c + 1, k)
             for n in range(N - 1, -1, -1):
                 if training:

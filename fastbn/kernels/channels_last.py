@@ -16,6 +16,8 @@ from __future__ import annotations
 
 from fastbn.kernels._jit import kernel, leaf, prange, routine
 from fastbn.kernels._simd import (
+    address,
+    bytes_of,
     choose,
     element,
     lanes,
@@ -37,6 +39,13 @@ from fastbn.kernels.channels_first import HIGH, LOW, finish_block, merge
 
 TILE = 128  # rows: a lane adds up 32 sums of 4, which keeps a variance within 1e-6
 WORK = 12  # rows of a task's workspace
+
+
+@leaf
+def share(work, task, columns):
+    """A task's part of the workspace, (WORK, columns): on a 64-byte boundary, since half of all vectors would lie on two lines otherwise."""
+    start = (-address(work, (0,)) & 63) // bytes_of(work) + task * WORK * columns
+    return work[start : start + WORK * columns].reshape((WORK, columns))
 
 
 @leaf
@@ -269,16 +278,17 @@ def merge_parts(R, C, S, fold, rest, parts, partial, mean, m2):
         mean[c], m2[c] = whole[c], squares[c]
 
 
-@kernel("x2 x2 i i i i i i i w3 s3 s1 s1")
-def moments(x, rest_row, C, S, fold, rest, parts, block, tasks, work, partial, mean, m2):
-    """mean, m2 (C,); `block` strips in a unit, `rest` folds in rest_row; workspaces work (tasks, 3, columns), partial (parts + 1, 2, P)."""
+@kernel("x2 x2 i i i i i i i i w1 s3 s2")
+def moments(x, rest_row, C, S, fold, rest, parts, block, tasks, columns, work, partial, stats):
+    """stats (2, C): mean and m2; `block` strips in a unit, `rest` folds in rest_row; workspaces work (tasks * WORK * columns + 64), partial (parts + 1, 2, P)."""
     R, P = x.shape[0], fold * C
     blocks = (P + block - 1) // block
     for task in prange(tasks):
+        k = share(work, task, columns)
         for unit in range(parts * blocks * task // tasks, parts * blocks * (task + 1) // tasks):
             p, first = unit // blocks, unit % blocks * block
             last = min(P, first + block)
-            part_moments(x, R * p // parts, R * (p + 1) // parts, first, last, S, work[task], partial[p, 0], partial[p, 1])
+            part_moments(x, R * p // parts, R * (p + 1) // parts, first, last, S, k, partial[p, 0], partial[p, 1])
     if rest > 0:
-        part_moments(rest_row, 0, 1, 0, rest * C, S, work[0], partial[parts, 0], partial[parts, 1])
-    merge_parts(R, C, S, fold, rest, parts, partial, mean, m2)
+        part_moments(rest_row, 0, 1, 0, rest * C, S, share(work, 0, columns), partial[parts, 0], partial[parts, 1])
+    merge_parts(R, C, S, fold, rest, parts, partial, stats[0], stats[1])

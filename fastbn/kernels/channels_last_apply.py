@@ -19,7 +19,7 @@ from fastbn.kernels._simd import (
     store_some,
     store_stream,
 )
-from fastbn.kernels.channels_last import part_moments
+from fastbn.kernels.channels_last import part_moments, share
 from fastbn.kernels.elementwise import fill_affine, fill_forward, head
 
 LINEAR = 128  # columns: narrower rows are one stream of memory, which several rows at a time would break up
@@ -124,13 +124,13 @@ def affine_block(x, r0, r1, j, width, k, e, ahead, stream, y):
         r += 1
 
 
-@kernel("x2 x2 m1 m1 p1 p1 i i i i i i b w3 y2 y2")
-def normalize(x, rest_row, mean, rstd, gamma, beta, S, fold, rest, parts, block, tasks, stream, work, y, rest_y):
-    """y = gamma * (x - mean) * rstd + beta; gamma, beta may be empty; `work` (tasks, WORK, columns)."""
+@kernel("x2 x2 m1 m1 p1 p1 i i i i i i i b w1 y2 y2")
+def normalize(x, rest_row, mean, rstd, gamma, beta, S, fold, rest, parts, block, tasks, columns, stream, work, y, rest_y):
+    """y = gamma * (x - mean) * rstd + beta; gamma, beta may be empty; `work` (tasks * WORK * columns + 64)."""
     R, C = x.shape[0], mean.size
     blocks = (C + block - 1) // block
     for task in prange(tasks):
-        k = work[task]
+        k = share(work, task, columns)
         for unit in range(parts * blocks * task // tasks, parts * blocks * (task + 1) // tasks):
             p, first = unit // blocks, unit % blocks * block
             last = min(C, first + block)
@@ -139,19 +139,20 @@ def normalize(x, rest_row, mean, rstd, gamma, beta, S, fold, rest, parts, block,
             r0, r1 = R * p // parts, R * (p + 1) // parts
             affine_block(x, r0, r1, first * S, (last - first) * fold * S, k, e, 0, stream, y)
     if rest > 0:
-        fill_affine(x, mean, rstd, gamma, beta, 0, C, work[0])
-        e = spread_columns(work[0], 3, C, fold, S)
-        affine_block(rest_row, 0, 1, 0, rest * C * S, work[0], e, 0, False, rest_y)
+        k = share(work, 0, columns)
+        fill_affine(x, mean, rstd, gamma, beta, 0, C, k)
+        e = spread_columns(k, 3, C, fold, S)
+        affine_block(rest_row, 0, 1, 0, rest * C * S, k, e, 0, False, rest_y)
 
 
-@kernel("x2 p1 p1 f i i i b w3 y2 s1 s1")
-def forward(x, gamma, beta, eps, S, block, tasks, stream, work, y, mean, m2):
-    """Moments and normalize, a block of channels at a time, still in the cache; mean, m2 (C,), `work` (tasks, WORK, columns)."""
-    R, C = x.shape[0], mean.size
-    count = float(R * S)
+@kernel("x2 p1 p1 f i i i i b w1 y2 s2")
+def forward(x, gamma, beta, eps, S, block, tasks, columns, stream, work, y, stats):
+    """Moments and normalize, a block of channels at a time, still in the cache; stats (2, C), `work` (tasks * WORK * columns + 64)."""
+    R, C = x.shape[0], stats.shape[1]
+    mean, m2, count = stats[0], stats[1], float(R * S)
     blocks = (C + block - 1) // block
     for task in prange(tasks):
-        k = work[task]
+        k = share(work, task, columns)
         for unit in range(blocks * task // tasks, blocks * (task + 1) // tasks):
             first = unit * block
             last = min(C, first + block)

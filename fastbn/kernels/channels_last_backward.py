@@ -5,9 +5,9 @@ from __future__ import annotations
 from fastbn.kernels._jit import kernel, leaf, prange, routine
 from fastbn.kernels._simd import fence, lanes, load, load_some, load_wide, muladd, prefetch, spread, store, store_some, store_stream
 from fastbn.kernels._simd import store_wide
-from fastbn.kernels.channels_last import run_total
+from fastbn.kernels.channels_last import run_total, share
 from fastbn.kernels.channels_last_apply import affine_block, spread_columns
-from fastbn.kernels.elementwise import fill_gradient, fill_standardize, head
+from fastbn.kernels.elementwise import fill_gradient, fill_standardize, head, narrow
 
 ROWS = 64  # of a tile: as many values as a lane's float32 sum may take within 1e-6
 PANELS = 256  # columns: wider rows, read panel by panel, would be runs too short for the prefetcher
@@ -84,7 +84,7 @@ def tile_sums(dy, x, r0, r1, j, width, k, e):
         while i + 4 * W <= width:
             panel(dy, x, r0, r1, j + i, i, k, e)
             i += 4 * W
-    elif r1 - r0 > 1:
+    else:
         whole = width // W * W
         for a in range(0, whole, W):
             store(k, (T, a), zero)
@@ -188,13 +188,13 @@ def block_gradient(dy, x, r0, r1, first, last, mean, rstd, gamma, sums, count, t
         affine_block(dy, r0, r1, first * S, width, k, e, ahead, stream, dx)
 
 
-@kernel("x2 x2 x2 x2 m1 m1 i i i i i i w3 s3 s2")
-def grad_reduce(dy, rest_dy, x, rest_x, mean, rstd, S, fold, rest, parts, block, tasks, work, partial, sums):
-    """sums (2, C): sum of dy, sum of dy * xhat; workspaces work (tasks, WORK, columns) and partial (parts + 1, 2, P)."""
+@kernel("x2 x2 x2 x2 m1 m1 i i i i i i i w1 s3 s2")
+def grad_reduce(dy, rest_dy, x, rest_x, mean, rstd, S, fold, rest, parts, block, tasks, columns, work, partial, sums):
+    """sums (2, C): sum of dy, sum of dy * xhat; workspaces work (tasks * WORK * columns + 64) and partial (parts + 1, 2, P)."""
     R, C = x.shape[0], mean.size
     blocks = (C + block - 1) // block
     for task in prange(tasks):
-        k = work[task]
+        k = share(work, task, columns)
         for unit in range(parts * blocks * task // tasks, parts * blocks * (task + 1) // tasks):
             p, first = unit // blocks, unit % blocks * block
             last = min(C, first + block)
@@ -203,9 +203,10 @@ def grad_reduce(dy, rest_dy, x, rest_x, mean, rstd, S, fold, rest, parts, block,
             strips = fold * C if fold > 1 else last
             part_sums(dy, x, R * p // parts, R * (p + 1) // parts, first, strips, S, k, e, partial[p])
     if rest > 0:
-        fill_standardize(x, mean, rstd, 0, C, work[0])
-        e = spread_columns(work[0], 3, C, fold, S)
-        part_sums(rest_dy, rest_x, 0, 1, 0, rest * C, S, work[0], e, partial[parts])
+        k = share(work, 0, columns)
+        fill_standardize(x, mean, rstd, 0, C, k)
+        e = spread_columns(k, 3, C, fold, S)
+        part_sums(rest_dy, rest_x, 0, 1, 0, rest * C, S, k, e, partial[parts])
     for i in range(2):
         for p in range(1, parts):
             for s in range(0, fold * C, 8):
@@ -220,34 +221,37 @@ def grad_reduce(dy, rest_dy, x, rest_x, mean, rstd, S, fold, rest, parts, block,
             sums[i, c] = t
 
 
-@kernel("x2 x2 x2 x2 m1 m1 p1 m2 f b i i i i i i b w3 y2 y2")
+@kernel("x2 x2 x2 x2 m1 m1 p1 m2 f b i i i i i i i b w1 y2 y2")
 def grad_input(
-    dy, rest_dy, x, rest_x, mean, rstd, gamma, sums, count, training, S, fold, rest, parts, block, tasks, stream, work, dx, rest_dx
+    dy, rest_dy, x, rest_x, mean, rstd, gamma, sums, count, training, S, fold, rest, parts, block, tasks, columns, stream, work, dx, rest_dx
 ):
-    """dx from the sums; `training` False for constant statistics; `work` (tasks, WORK, columns)."""
+    """dx from the sums; `training` False for constant statistics; `work` (tasks * WORK * columns + 64)."""
     R, C = x.shape[0], mean.size
     blocks = (C + block - 1) // block
     for task in prange(tasks):
+        k = share(work, task, columns)
         for unit in range(parts * blocks * task // tasks, parts * blocks * (task + 1) // tasks):
             p, first = unit // blocks, unit % blocks * block
             last = min(C, first + block)
             r0, r1 = R * p // parts, R * (p + 1) // parts
-            block_gradient(dy, x, r0, r1, first, last, mean, rstd, gamma, sums, count, training, S, fold, 0, stream, work[task], dx)
+            block_gradient(dy, x, r0, r1, first, last, mean, rstd, gamma, sums, count, training, S, fold, 0, stream, k, dx)
     if rest > 0:
-        block_gradient(rest_dy, rest_x, 0, 1, 0, C, mean, rstd, gamma, sums, count, training, S, fold, 0, False, work[0], rest_dx)
+        k = share(work, 0, columns)
+        block_gradient(rest_dy, rest_x, 0, 1, 0, C, mean, rstd, gamma, sums, count, training, S, fold, 0, False, k, rest_dx)
 
 
-@kernel("x2 x2 m1 m1 p1 b i i i b w3 y2 s2")
-def backward(dy, x, mean, rstd, gamma, training, S, block, tasks, stream, work, dx, sums):
-    """grad_reduce and grad_input, a block of channels at a time; sums (2, C), `work` (tasks, WORK, columns)."""
+@kernel("x2 x2 m1 m1 p1 b i i i i b w1 y2 s2 w2")
+def backward(dy, x, mean, rstd, gamma, training, S, block, tasks, columns, stream, work, dx, sums, grads):
+    """grad_reduce and grad_input, a block of channels at a time; sums, grads (2, C), `work` (tasks * WORK * columns + 64)."""
     R, C = x.shape[0], mean.size
     blocks = (C + block - 1) // block
     for task in prange(tasks):
-        k = work[task]
+        k = share(work, task, columns)
         for unit in range(blocks * task // tasks, blocks * (task + 1) // tasks):
             first = unit * block
             last = min(C, first + block)
             fill_standardize(x, mean, rstd, first, last, k)
             e = spread_columns(k, 3, last - first, 1, S)
             part_sums(dy, x, 0, R, first, last, S, k, e, sums)
+            narrow(sums, first, last, grads)
             block_gradient(dy, x, 0, R, first, last, mean, rstd, gamma, sums, float(R * S), training, S, 1, block * S, stream, k, dx)

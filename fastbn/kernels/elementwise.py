@@ -101,6 +101,15 @@ def fill_gradient(x, mean, rstd, gamma, sums, count, training, c0, c1, k):
 
 
 @leaf
+def narrow(sums, c0, c1, grads):
+    """grads = sums (2, C) of channels c0 .. c1 in the dtype of parameters."""
+    for i in range(2):
+        for c in range(c0, c1, 8):
+            n = min(8, c1 - c)
+            store_wide(grads, (i, c), n, load_wide(sums, (i, c), n))
+
+
+@leaf
 def head(y, index, size):
     """Elements of a row of `size` before the first boundary of a whole vector's bytes; all of them where none lies on one."""
     whole = lanes(y) * bytes_of(y)
