@@ -85,17 +85,15 @@ def tile_sums(dy, x, r0, r1, j, width, k, e):
             panel(dy, x, r0, r1, j + i, i, k, e)
             i += 4 * W
     else:
-        whole = width // W * W
-        for a in range(0, whole, W):
+        i = width // W * W
+        for a in range(0, i, W):
             store(k, (T, a), zero)
             store(k, (Q, a), zero)
         for r in range(r0, r1 - 1, 2):
-            i = 0
-            while i + W <= width:
-                two_rows(dy, x, r, j + i, i, k, e)
-                i += W
+            for a in range(0, i, W):
+                two_rows(dy, x, r, j + a, a, k, e)
         if (r1 - r0) % 2:
-            for a in range(0, whole, W):
+            for a in range(0, i, W):
                 g, h = load(dy, (r1 - 1, j + a)), load(k, (e, a))
                 xhat = muladd(load(x, (r1 - 1, j + a)) - h, load(k, (e + 1, a)), load(k, (e + 2, a)))
                 store(k, (T, a), load(k, (T, a)) + g)
