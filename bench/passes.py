@@ -141,6 +141,12 @@ class PeakMemory(_Pass):
 
     params: ClassVar[list[list[str]]] = [["32x64x112x112", "32x64x112x112 last"], ["float32"]]
 
+    def setup(self, name: str, dtype: str) -> None:
+        super().setup(name.replace("112x112", "56x56"), dtype)  # loads the kernels: hundreds of megabytes
+        self.prepare_forward()
+        self.prepare_backward()
+        super().setup(name, dtype)
+
     def peakmem_arrays(self, name: str, dtype: str) -> None:
         """Nothing besides: what the others are held against."""
 
