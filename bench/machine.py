@@ -11,7 +11,6 @@ from typing import Any
 import fastbn
 from bench import onnx_runtime, pytorch, xla
 from fastbn import config, info, quickbench
-from fastbn.kernels import _jit
 
 PACKAGES = ("llvmlite", "tbb", "jax", "jaxlib", "onnx", "onnxruntime", "ml_dtypes")
 
@@ -37,7 +36,7 @@ def give_threads(number: int | None) -> int:
     if number is not None:
         fastbn.set_num_threads(number)
         numba.set_num_threads(number)  # for the limits
-    number = number or _jit.threads()
+    number = number or int(quickbench.machine()["threads"])
     xla.set_threads(number)
     onnx_runtime.set_threads(number)
     if info.version("torch") != "not installed":
@@ -60,7 +59,7 @@ def facts(threads: int, kept: bool) -> dict[str, Any]:
         "threads": str(threads),
         "cores": info.cores(),
         "cache": last_level_cache(),
-        "layer": _jit.threading_layer(),
+        "layer": dict(info.facts())["threading layer"],
         "memory": "freed memory stays with the process" if kept else "malloc as it is",
     }
 
