@@ -84,9 +84,8 @@ def _progress(total: int) -> Iterator[Any]:
         yield step
 
 
-def measured(args: argparse.Namespace, shapes: Sequence[str], save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+def measured(args: argparse.Namespace, shapes: Sequence[str], kept: bool, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     """Run all that was asked for; `save` gets the result after each shape."""
-    kept = machine.keep_memory()
     threads = machine.give_threads(args.threads)
     seconds = args.seconds or (QUICK_SECONDS if args.quick else SECONDS)
     crowd = measure.Crowd()
@@ -179,6 +178,7 @@ def run(args: argparse.Namespace) -> int:
     for name, value in (("--threads", args.threads), ("--seconds", args.seconds)):
         if value is not None and value <= 0:
             raise ValueError(f"{name}: given {value}, want more than 0")
+    kept = args.source is None and machine.keep_memory()  # before any library starts its threads
     result = None if args.source is None else load(args.source)
     kind = result or {"kind": "scaling" if args.scaling else "peers", "dtype": args.dtype}
     if kind["kind"] == "scaling" and args.plot:
@@ -190,7 +190,7 @@ def run(args: argparse.Namespace) -> int:
     shapes = chosen(args.shapes, args.quick)
     data, picture = _paths(args, kind)
     if result is None:
-        result = measured(args, shapes, partial(_write, data))
+        result = measured(args, shapes, kept, partial(_write, data))
     show(result)
     if picture:
         plot.draw(result, picture)
