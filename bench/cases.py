@@ -94,14 +94,18 @@ def dtype_of(name: str) -> np.dtype[Any]:
     return np.dtype(name)
 
 
+def aligned(size: int) -> NDArray[np.uint8]:
+    """So many bytes that begin on a cache line."""
+    raw = np.empty(size + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + size]
+
+
 def empty(name: str, dtype: str) -> Array:
     """An array of a case's shape and memory order that begins on a cache line."""
     case, kind = CASES[name], dtype_of(dtype)
     size = math.prod(case.shape) * kind.itemsize
-    raw = np.empty(size + ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % ALIGNMENT
-    flat = raw[start : start + size].view(kind)
-    made: Array = flat.reshape([case.shape[axis] for axis in case.memory]).transpose(np.argsort(case.memory))
+    made: Array = aligned(size).view(kind).reshape([case.shape[axis] for axis in case.memory]).transpose(np.argsort(case.memory))
     return made
 
 

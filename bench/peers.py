@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench import cases, machine, measure, plot, report, small
+from bench import cases, machine, measure, plot, pytorch, report, small
 from bench.contestants import PEERS, TOLERANCE
 from bench.problem import PASSES
 from fastbn import screen
@@ -102,7 +102,7 @@ def measured(args: argparse.Namespace, shapes: Sequence[str], kept: bool, save: 
         "records": records,
         "small": little,
     }
-    with _progress(len(shapes) + len(tiny)) as step:
+    with _progress(len(shapes) + len(tiny)) as step, pytorch.no_autograd():
         for name in shapes:
             step(name)
             if args.scaling:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
 import shutil
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -19,12 +21,19 @@ MASK = [True, True, True]  # all three gradients
 
 @functools.cache
 def library() -> Any:
-    """PyTorch, without autograd: nobody else records a graph either."""
+    """PyTorch."""
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # else it keeps processes of its own
     import torch
 
-    torch.set_grad_enabled(False)
     return torch
+
+
+def no_autograd() -> AbstractContextManager[Any]:
+    """Let PyTorch record no graph, since nobody else does; nothing where it is not installed."""
+    if importlib.util.find_spec("torch") is None:
+        return nullcontext()
+    context: AbstractContextManager[Any] = library().no_grad()
+    return context
 
 
 def set_threads(number: int) -> None:
@@ -90,7 +99,7 @@ def _eager(p: Problem, what: str) -> Call:
     if what == "backward":  # its .out copies what this returns: slower, but where memory is fresh
         return Call(lambda: aten.native_batch_norm_backward(t.dy, x, gamma, None, None, mean, t.rstd, True, EPS, MASK), t.gradients)
     if what == "inference":
-        saved = {"out": t.out, "save_mean": torch.empty(0), "save_invstd": torch.empty(0)}
+        saved = {"out": t.out, "save_mean": torch.empty_like(mean[:0]), "save_invstd": torch.empty_like(mean[:0])}
         return Call(lambda: aten.native_batch_norm.out(x, gamma, beta, mean, var, False, 0.1, EPS, **saved), t.first)
     return Call(lambda: aten.batch_norm_update_stats(x, None, None, 0.1), _mean_var)
 

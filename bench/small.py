@@ -64,8 +64,9 @@ def _torch(p: Problem) -> dict[str, Run]:
     x, dy, gamma, beta, out = (pytorch.tensor(a) for a in (p.x, p.dy, p.gamma, p.beta, np.empty_like(p.x)))
     mean, rstd = torch.empty_like(gamma), torch.empty_like(gamma)
     module = (torch.nn.BatchNorm1d if x.ndim == 2 else torch.nn.BatchNorm2d)(gamma.numel(), eps=EPS)
-    module.weight.copy_(gamma)
-    module.bias.copy_(beta)
+    with torch.no_grad():
+        module.weight.copy_(gamma)
+        module.bias.copy_(beta)
     leaf = x.detach().clone().requires_grad_()
     wanted = (leaf, module.weight, module.bias)
 
@@ -98,14 +99,13 @@ def record(name: str, seconds: float) -> dict[str, Any]:
         set_grad = pytorch.library().set_grad_enabled
         before = {call: partial(set_grad, call.startswith("nn.")) for call in peers}  # as their users have it
         calls |= peers
-        for own, peer, _ in PAIRS:
+    with pytorch.no_autograd():
+        for own, peer, _ in PAIRS if before else ():
             before[peer]()
             expected, found = _array(calls[own]()[0]).copy(), _array(calls[peer]()[0])
             if not apart(found, expected) <= TOLERANCE["float32"]:
                 raise AssertionError(f"{name}: {own} and {peer} differ by {apart(found, expected):.1e}")
-    times = rounds(calls, seconds, before=before)
-    if before:
-        set_grad(False)
+        times = rounds(calls, seconds, before=before)
     return {
         "shape": name,
         "seconds": {call: statistics.median(values) for call, values in times.items()},

@@ -233,8 +233,28 @@ def test_limits_wanted():
     assert [targets.peer_target({**cell, "pass": what}) for what in PASSES] == [1.2, 1.1, 1.0, None]
 
 
-def test_memory_is_kept_where_glibc_is():
-    assert isinstance(machine.keep_memory(), bool)
+def test_everyone_gets_as_many_threads(monkeypatch):
+    given = []
+    for module in (xla, onnx_runtime, pytorch):
+        monkeypatch.setattr(module, "set_threads", given.append)
+    monkeypatch.setattr("fastbn.set_num_threads", given.append, raising=False)
+    monkeypatch.setattr("numba.set_num_threads", given.append)
+    monkeypatch.setattr(machine.info, "version", lambda package: "1.0")
+    assert machine.give_threads(3) == 3
+    assert given == [3] * 5
+    given.clear()
+    assert [machine.give_threads(None)] * 3 == given
+
+
+def test_the_limit_of_other_dtypes_moves_as_many_bytes_of_plain_numbers():
+    p = Problem("1x64x7x7", "float64")
+    x, out = limit.flat(p.x, p), limit.flat(p.out, p)
+    assert x.nbytes == p.x.nbytes
+    assert (x == 1).all()
+    assert not np.shares_memory(x, out)
+
+
+def test_the_last_level_cache_and_the_name_of_the_machine():
     assert machine.last_level_cache() >= 2**18
     assert re.fullmatch(r"2020-01-02-amd-epyc-7-2", machine.slug({"date": "2020-01-02", "processor": "AMD EPYC(7)", "cores": 2}))
 

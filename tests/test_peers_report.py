@@ -145,6 +145,8 @@ def test_a_run_writes_all_that_it_was_asked_for(tmp_path, readme, monkeypatch, c
     monkeypatch.setattr(peers.machine, "keep_memory", lambda: True)  # a setting of the whole process
     monkeypatch.setattr(peers.measure.limit, "calls", lambda p, what, threads: {"copy": lambda: None})  # uncompiled
     monkeypatch.setattr(quickbench, "others", lambda: 0.0)
+    for name in ("NPROC", "PJRT_NPROC", "JAX_PLATFORMS"):
+        monkeypatch.setenv(name, "")  # as they were, afterwards
     data, picture = tmp_path / "out.json", tmp_path / "out.png"
     words = ["--shapes", "32x64", "2x16x8x8", "--peers", "NumPy", "--passes", "forward", "moments", "--seconds", "0.001"]
     assert peers.main([*words, "--json", str(data), "--plot", str(picture), "--readme", str(readme)]) == 0
