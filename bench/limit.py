@@ -6,7 +6,6 @@ with streaming and with ordinary stores, and as NumPy and PyTorch do it; the fas
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from typing import Any
 
@@ -106,7 +105,7 @@ def calls(p: Problem, what: str, threads: int) -> dict[str, Callable[[], Any]]:
             "copy": lambda: _copy(x, out, vectors, parts),
             "np.copyto": lambda: np.copyto(out, x),
         }
-    if importlib.util.find_spec("torch") is None:
+    if not pytorch.there():
         return made
     torch = pytorch.library()
     tx, tdy, tout = (torch.from_numpy(a) for a in (x, dy, out))

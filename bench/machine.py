@@ -39,8 +39,7 @@ def give_threads(number: int | None) -> int:
     number = number or int(quickbench.machine()["threads"])
     xla.set_threads(number)
     onnx_runtime.set_threads(number)
-    if info.version("torch") != "not installed":
-        pytorch.set_threads(number)
+    pytorch.set_threads(number)
     return number
 
 

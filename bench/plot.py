@@ -10,7 +10,7 @@ from bench import targets
 from bench.problem import PASSES
 
 LOOK = {"forward": ("o", "#0072b2"), "backward": ("s", "#d55e00"), "inference": ("^", "#009e73"), "moments": ("D", "#7f7f7f")}
-ROW_INCHES = 0.24
+ROW_INCHES = 0.28
 OFFSET = {what: (i - 1.5) * 0.2 for i, what in enumerate(PASSES)}  # of a row's height: markers of one shape do not cover each other
 
 
@@ -35,7 +35,7 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
             (right, record["times_limit"], targets.limit_target(record, cache)),
         ):
             if value is not None and not (axes is right and record["group"] == "small"):  # all call, no memory
-                axes.plot(value, y, marker, color=colour, markerfacecolor=hollow, markersize=4.5, linestyle="none", zorder=3)
+                axes.plot(value, y, marker, color=colour, markerfacecolor=hollow, markersize=4, linestyle="none", zorder=3)
             if target is not None:
                 axes.plot([target, target], [y - 0.1, y + 0.1], color=colour, linewidth=2, zorder=2)
     for i in range(len(shapes)):
@@ -47,7 +47,7 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
         (right, "fastbn's time / the limit's: smaller is better"),
     ):
         axes.set_xscale("log")
-        _ticks(axes)
+        _ticks(axes, (1.0, 1.5, 2.0, 3.0, 5.0) if axes is right else (1.0, 2.0, 5.0))
         axes.axvline(1.0, color="black", linewidth=0.8, zorder=1)
         axes.grid(axis="x", linewidth=0.4, alpha=0.6)
         axes.set_xlabel(label)
@@ -63,10 +63,10 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
     figure.savefig(path, format="png", dpi=110)
 
 
-def _ticks(axes: Any) -> None:
-    """Ratios as plain numbers, at 1, 2 and 5 in each decade."""
+def _ticks(axes: Any, at: tuple[float, ...]) -> None:
+    """Ratios as plain numbers, at these places in each decade."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.xaxis.set_major_locator(LogLocator(subs=at))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
     axes.xaxis.set_minor_formatter(NullFormatter())

@@ -28,17 +28,23 @@ def library() -> Any:
     return torch
 
 
+def there() -> bool:
+    """Whether PyTorch is installed."""
+    return importlib.util.find_spec("torch") is not None
+
+
 def no_autograd() -> AbstractContextManager[Any]:
     """Let PyTorch record no graph, since nobody else does; nothing where it is not installed."""
-    if importlib.util.find_spec("torch") is None:
+    if not there():
         return nullcontext()
     context: AbstractContextManager[Any] = library().no_grad()
     return context
 
 
 def set_threads(number: int) -> None:
-    """Give PyTorch as many threads as fastbn has."""
-    library().set_num_threads(number)
+    """Give PyTorch as many threads as fastbn has, where it is installed."""
+    if there():
+        library().set_num_threads(number)
 
 
 def tensor(array: Array, rank: int = 0) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import statistics
 from collections.abc import Callable
 from functools import partial
@@ -94,7 +93,7 @@ def record(name: str, seconds: float) -> dict[str, Any]:
     """Time all calls on one shape: median seconds, and the ratios of each pair; AssertionError where results differ."""
     p = Problem(name, "float32")
     calls, before = _own(p), {}
-    if importlib.util.find_spec("torch") is not None:
+    if pytorch.there():
         peers = _torch(p)
         set_grad = pytorch.library().set_grad_enabled
         before = {call: partial(set_grad, call.startswith("nn.")) for call in peers}  # as their users have it
