@@ -12,13 +12,13 @@ from typing import ClassVar
 import numpy as np
 
 import fastbn
-from bench.cases import SMALL, array, check
+from bench.cases import array, check, names
 
 
 class CallOverhead:
     """Small arrays, where a call is mostly overhead."""
 
-    params: ClassVar[list[str]] = list(SMALL)
+    params: ClassVar[list[str]] = names("small")
     param_names: ClassVar[list[str]] = ["shape"]
 
     def setup(self, name: str) -> None:

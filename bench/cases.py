@@ -1,49 +1,134 @@
-"""Shapes that stand for real layers, and arrays of them."""
+"""The one table of shapes, for the asv suite and for `python -m bench.peers`, and arrays of them."""
 
 from __future__ import annotations
 
+import importlib
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fastbn.check import error
+
 Array = NDArray[Any]
+
+ALIGNMENT = 64  # bytes: PyTorch's own tensors start on a cache line, so nobody is slowed down by where NumPy's happen to start
+
+IMAGES: tuple[tuple[int, ...], ...] = (  # each channels first and channels last in memory
+    (32, 64, 112, 112),  # the first layer of a ResNet
+    (32, 256, 56, 56),
+    (32, 64, 56, 56),
+    (32, 512, 28, 28),
+    (32, 1024, 14, 14),
+    (32, 256, 14, 14),
+    (32, 2048, 7, 7),  # its last: short rows
+    (32, 512, 7, 7),
+    (96, 192, 17, 17),  # odd images
+    (64, 128, 29, 29),
+    (32, 32, 112, 112),
+    (32, 1024, 7, 7),
+    (1, 32, 114, 130),  # one image: segmentation
+    (1, 256, 24, 26),
+    (4, 8, 640, 1024),  # few channels with a large slab each
+    (1, 3, 1024, 1024),
+    (8, 256, 1120),  # sound
+)
+FLAT: tuple[tuple[int, ...], ...] = (
+    (4096, 256),
+    (65536, 64),  # features of a table or of points
+    (128, 2048),  # fully connected layers
+    (128, 8192),
+    (200_000, 4),  # few channels, many rows
+    (131_071, 1),
+)
+SMALL_SHAPES: tuple[tuple[int, ...], ...] = ((32, 64), (16, 256), (2, 16, 8, 8), (1, 64, 7, 7))  # where a call is mostly overhead
 
 
 class Case(NamedTuple):
     """A shape with its channel axis 1; `last` for channels innermost in memory."""
 
     shape: tuple[int, ...]
-    last: bool = False
+    group: str  # "first", "last", "flat" or "small"
+
+    @property
+    def last(self) -> bool:
+        """Whether the channels are innermost in memory, in a transposed view."""
+        return self.group == "last"
+
+    @property
+    def memory(self) -> tuple[int, ...]:
+        """The axes from outermost to innermost in memory."""
+        axes = tuple(range(len(self.shape)))
+        return (0, *axes[2:], 1) if self.last else axes
+
+
+def _name(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))
 
 
 CASES = {
-    "32x64x56x56": Case((32, 64, 56, 56)),  # an early ResNet-50 layer
-    "32x64x56x56 last": Case((32, 64, 56, 56), last=True),
-    "32x512x7x7": Case((32, 512, 7, 7)),  # short rows
-    "32x2048x7x7 last": Case((32, 2048, 7, 7), last=True),
-    "1x32x114x130": Case((1, 32, 114, 130)),  # one image: segmentation
-    "65536x64": Case((65536, 64)),  # features of a table or of points
-    "200000x4": Case((200_000, 4)),  # few channels, many rows
-    "128x2048": Case((128, 2048)),  # a fully connected layer
+    **{_name(shape): Case(shape, "first") for shape in IMAGES},
+    **{f"{_name(shape)} last": Case(shape, "last") for shape in IMAGES},
+    **{_name(shape): Case(shape, "flat") for shape in FLAT},
+    **{_name(shape): Case(shape, "small") for shape in SMALL_SHAPES},
 }
-SMALL = {
-    "32x64": Case((32, 64)),
-    "16x256": Case((16, 256)),
-    "2x16x8x8": Case((2, 16, 8, 8)),
-    "1x64x7x7": Case((1, 64, 7, 7)),
-}
+GROUPS = ("first", "last", "flat", "small")
+DTYPES = ("float32", "float64", "float16", "bfloat16")
+
+
+def names(*groups: str) -> list[str]:
+    """The cases of some groups, in the table's order."""
+    return [name for name, case in CASES.items() if case.group in groups]
+
+
+def smallest(wanted: list[str]) -> str:
+    """The case with the fewest values."""
+    return min(wanted, key=lambda name: math.prod(CASES[name].shape))
+
+
+def dtype_of(name: str) -> np.dtype[Any]:
+    """NumPy's dtype of a name; bfloat16 is there once ml_dtypes is imported."""
+    if name == "bfloat16":
+        importlib.import_module("ml_dtypes")
+    return np.dtype(name)
+
+
+def aligned(size: int) -> NDArray[np.uint8]:
+    """So many bytes that begin on a cache line."""
+    raw = np.empty(size + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + size]
+
+
+def empty(name: str, dtype: str) -> Array:
+    """An array of a case's shape and memory order that begins on a cache line."""
+    case, kind = CASES[name], dtype_of(dtype)
+    size = math.prod(case.shape) * kind.itemsize
+    made: Array = aligned(size).view(kind).reshape([case.shape[axis] for axis in case.memory]).transpose(np.argsort(case.memory))
+    return made
 
 
 def array(name: str, dtype: str, seed: int = 0) -> Array:
-    """Normal data of a case, mean 3 and standard deviation 2, in its memory order."""
-    case = (CASES | SMALL)[name]
-    values = np.random.default_rng(seed).normal(3.0, 2.0, case.shape).astype(dtype)
-    return np.moveaxis(np.ascontiguousarray(np.moveaxis(values, 1, -1)), -1, 1) if case.last else values
+    """Normal data of a case, mean 3 and standard deviation 2; the same values in either memory order."""
+    made = empty(name, dtype)
+    values = np.random.default_rng(seed).standard_normal(CASES[name].shape, np.float64 if dtype == "float64" else np.float32)
+    values *= 2
+    values += 3
+    made[...] = values
+    return made
+
+
+def parameters(name: str, dtype: str) -> tuple[Array, Array]:
+    """(gamma, beta) of a case's channels: float32, or float64 beside float64 data."""
+    kind = np.float64 if dtype == "float64" else np.float32
+    rng = np.random.default_rng(7)
+    channels = CASES[name].shape[1]
+    return rng.uniform(0.5, 2.0, channels).astype(kind), rng.standard_normal(channels).astype(kind)
 
 
 def check(found: Array, expected: Array, limit: float) -> None:
     """Raise where a result is not what it should be: a wrong kernel has no speed."""
-    error = float(np.max(np.abs(np.asarray(found, np.float64) - expected)))
-    if not error <= limit:
-        raise AssertionError(f"off by {error:.1e}, want at most {limit:.1e}")
+    apart = error(np.asarray(found, np.float64), np.asarray(expected, np.float64), np.maximum(1.0, np.abs(expected)))
+    if not apart <= limit:
+        raise AssertionError(f"off by {apart:.1e}, want at most {limit:.1e}")

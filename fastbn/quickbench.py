@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import fastbn
-from fastbn import cases, config, info, screen
+from fastbn import cases, config, info, screen, timing
 from fastbn.check import error
 from fastbn.stream import check_output, replacing
 
@@ -35,21 +35,20 @@ SHAPES: tuple[tuple[tuple[int, ...], bool], ...] = (  # float32; whether the cha
     ((32, 64), True),
 )
 EPS = config.EPS
-TURN_SECONDS = 10e-3  # calls shorter than this are timed several at a time
-REST_SECONDS = 5e-3  # a library's threads spin for a while after a call, at the cost of the next one's
-WARM_SECONDS = 20e-3  # and its own threads take a while to wake: the first calls after a rest cost up to three times the later ones
 CROWD = 0.5  # processors short, from which on PyTorch's spinning threads wait for each other 10 to 1000 times as long as they work
 AGREEMENT = 1e-4  # absolute, on data of standard deviation 1: a wrong result is timed by nobody
 
 
-def _numpy_forward(x: Array, gamma: Array, beta: Array, y: Array, axes: tuple[int, ...]) -> tuple[Array]:
+def numpy_forward(x: Array, gamma: Array, beta: Array, y: Array, axes: tuple[int, ...]) -> tuple[Array]:
+    """Forward as plain NumPy writes it; gamma and beta broadcast against x."""
     np.subtract(x, x.mean(axes, keepdims=True), out=y)
     y *= gamma / np.sqrt(x.var(axes, keepdims=True) + np.float32(EPS))
     y += beta
     return (y,)
 
 
-def _numpy_backward(dy: Array, x: Array, mean: Array, var: Array, gamma: Array, axes: tuple[int, ...]) -> tuple[Array, Array, Array]:
+def numpy_backward(dy: Array, x: Array, mean: Array, var: Array, gamma: Array, axes: tuple[int, ...]) -> tuple[Array, Array, Array]:
+    """Backward as plain NumPy writes it; mean, var and gamma broadcast against x."""
     rstd = 1 / np.sqrt(var + np.float32(EPS))
     xhat = (x - mean) * rstd
     m = np.float32(x.size // mean.size)
@@ -75,11 +74,11 @@ def contestants(shape: tuple[int, ...], channels_last: bool) -> dict[str, Contes
     outs = [np.empty_like(x) for _ in range(3)]
     forward: Contestants = {
         "fastbn": lambda: (fastbn.batch_norm(x, gamma, beta, eps=EPS, out=outs[0])[0],),
-        "NumPy": lambda: _numpy_forward(x, wide_gamma, wide_beta, outs[1], axes),
+        "NumPy": lambda: numpy_forward(x, wide_gamma, wide_beta, outs[1], axes),
     }
     backward: Contestants = {
         "fastbn": lambda: fastbn.batch_norm_backward(dy, x, m, gamma, eps=EPS),
-        "NumPy": lambda: _numpy_backward(dy, x, mean, var, wide_gamma, axes),
+        "NumPy": lambda: numpy_backward(dy, x, mean, var, wide_gamma, axes),
     }
     torch = cases.torch()
     if torch is not None:
@@ -105,27 +104,12 @@ def agree(calls: Contestants) -> None:
                 raise SystemExit(f"fastbn: result {i} of {name} and fastbn differ by {apart:.1e}, nothing is timed; run: fastbn check")
 
 
-def _calls(call: Callable[[], object], seconds: float) -> int:
-    """Call until the time is over; the number of calls."""
-    end, number = time.perf_counter() + seconds, 0
-    while number == 0 or time.perf_counter() < end:
-        call()
-        number += 1
-    return number
-
-
 def interleaved(calls: Contestants, repeats: int) -> dict[str, float]:
     """Median seconds per call; the contestants take turns, so that a slow spell of the machine meets them all."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repeats):
         for name, call in calls.items():
-            time.sleep(REST_SECONDS)
-            warm = _calls(call, WARM_SECONDS)  # untimed
-            number = max(1, int(TURN_SECONDS / WARM_SECONDS * warm))
-            start = time.perf_counter()
-            for _ in range(number):
-                call()
-            seconds[name].append((time.perf_counter() - start) / number)
+            seconds[name].append(timing.turn(call))
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 

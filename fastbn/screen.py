@@ -18,8 +18,8 @@ def need(*packages: str, command: str = "this command", named: str = "rich") -> 
         raise MissingExtra(f"{command} needs {named}: pip install 'fastbn[demo]'") from error
 
 
-def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table on stdout: the first column to the left, numbers to the right."""
+def table(headers: Sequence[str], rows: Sequence[Sequence[str]], width: int | None = None) -> None:
+    """Print a table on stdout: the first column to the left, numbers to the right; cut at the terminal's width, or at `width`."""
     need()
     from rich.box import SIMPLE
     from rich.console import Console
@@ -30,7 +30,7 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         drawn.add_column(header, justify="right" if i else "left", no_wrap=True)
     for row in rows:
         drawn.add_row(*row)
-    Console(highlight=False, markup=False).print("", drawn, "", sep="\n")
+    Console(highlight=False, markup=False, width=width).print("", drawn, "", sep="\n")
 
 
 @contextmanager

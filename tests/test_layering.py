@@ -50,6 +50,7 @@ TIERS = {
     "quickbench.py": 6,
     "screen.py": 6,
     "stream.py": 6,
+    "timing.py": 6,
 }
 
 FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))

@@ -1,0 +1,243 @@
+"""fastbn beside its peers and the machine's limit: `python -m bench.peers`, see --help."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from bench import cases, machine, measure, plot, pytorch, report, small
+from bench.contestants import PEERS, TOLERANCE
+from bench.problem import PASSES
+from fastbn import screen
+from fastbn.errors import MissingExtra
+from fastbn.quickbench import replace_block
+from fastbn.stream import check_output, replacing
+
+RESULTS = Path(__file__).parent / "results"
+SECONDS, QUICK_SECONDS = 4.0, 0.3  # of rounds for each shape and pass
+SMALL_SECONDS = 10.0
+QUICK = ("32x64x56x56", "32x512x7x7", "32x64x56x56 last", "4096x256", "32x64")  # one of each kind
+AUTO = Path()  # a file in bench/results, named after the machine
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=report.COMMAND,
+        description="Time fastbn beside its peers and the machine's own limit, by turns, on the same arrays. A complete run writes "
+        "bench/results/KIND-DATE-PROCESSOR-CORES.json and its plot.",
+    )
+    listed = ", ".join(cases.GROUPS)
+    parser.add_argument(
+        "--shapes", nargs="+", metavar="SHAPE", help=f"shapes of the table, like 32x64x56x56 or '32x64x56x56 last', or: {listed}"
+    )
+    parser.add_argument("--passes", nargs="+", choices=PASSES, default=list(PASSES), metavar="PASS", help=", ".join(PASSES))
+    parser.add_argument("--peers", nargs="+", choices=list(PEERS), default=list(PEERS), metavar="PEER", help=", ".join(PEERS))
+    parser.add_argument("--dtype", choices=cases.DTYPES, default="float32", help="half precision is also held against fastbn's float32")
+    parser.add_argument("--threads", type=int, metavar="N", help="for everyone (default: as many as fastbn takes)")
+    parser.add_argument("--scaling", action="store_true", help="fastbn alone, at 1, 2, 4, 8 and 16 threads")
+    parser.add_argument("--seconds", type=float, metavar="S", help=f"of rounds for each shape and pass (default: {SECONDS:g})")
+    parser.add_argument("--quick", action="store_true", help=f"a smoke run: {', '.join(QUICK)}, {QUICK_SECONDS:g} s each")
+    parser.add_argument("--json", type=Path, nargs="?", const=AUTO, metavar="FILE", help="write the result (default: into bench/results)")
+    parser.add_argument("--plot", type=Path, nargs="?", const=AUTO, metavar="FILE", help="draw it as PNG (default: beside the JSON)")
+    parser.add_argument("--readme", type=Path, metavar="FILE", help="replace the block between <!-- peers:begin --> and <!-- peers:end -->")
+    parser.add_argument("--from", type=Path, dest="source", metavar="FILE", help="measure nothing: print, draw and write an earlier result")
+    return parser
+
+
+def chosen(shapes: Sequence[str] | None, quick: bool) -> list[str]:
+    """The cases asked for, in the table's order; ValueError for a name that is neither a case nor a group."""
+    if shapes is None:
+        return list(QUICK) if quick else list(cases.CASES)
+    unknown = [name for name in shapes if name not in cases.CASES and name not in cases.GROUPS]
+    if unknown:
+        raise ValueError(f"--shapes: given {unknown[0]!r}, want one of {', '.join((*cases.GROUPS, *map(repr, cases.CASES)))}")
+    return [name for name, case in cases.CASES.items() if name in shapes or case.group in shapes]
+
+
+@contextmanager
+def _progress(total: int) -> Iterator[Any]:
+    """A bar on stderr, lines where that is no terminal: (what) -> None at the start of each step."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console, start = Console(stderr=True, highlight=False), time.perf_counter()
+    done = 0
+    with Progress(console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=total)
+
+        def step(what: str) -> None:
+            nonlocal done
+            bar.update(task, description=what, completed=done)
+            done += 1
+            if not console.is_terminal:
+                console.print(f"{time.perf_counter() - start:6.0f} s  {done:3d} of {total}  {what}")
+
+        yield step
+
+
+def measured(args: argparse.Namespace, shapes: Sequence[str], kept: bool, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Run all that was asked for; `save` gets the result after each shape."""
+    threads = machine.give_threads(args.threads)
+    seconds = args.seconds or (QUICK_SECONDS if args.quick else SECONDS)
+    crowd = measure.Crowd()
+    records: list[dict[str, Any]] = []
+    little: list[dict[str, Any]] = []
+    tiny = [name for name in shapes if cases.CASES[name].group == "small"]
+    tiny = [] if args.scaling or args.dtype != "float32" else tiny
+    result = {
+        "kind": "scaling" if args.scaling else "peers",
+        "dtype": args.dtype,
+        "machine": machine.facts(threads, kept),
+        "method": {"seconds": seconds, "tolerance": TOLERANCE[args.dtype], "alignment": cases.ALIGNMENT},
+        "doubt": None,
+        "records": records,
+        "small": little,
+    }
+    with _progress(len(shapes) + len(tiny)) as step, pytorch.no_autograd():
+        for name in shapes:
+            step(name)
+            if args.scaling:
+                counts = measure.thread_counts(args.threads)
+                records += measure.scaling(name, args.dtype, args.passes, seconds, counts, crowd)
+            else:
+                records += measure.beside_peers(name, args.dtype, args.passes, args.peers, seconds, threads, crowd)
+            save(result)
+        for name in tiny:
+            step(f"calls on {name}")
+            little.append(crowd.watch(partial(small.record, name, min(SMALL_SECONDS, 4 * seconds))))
+    result["doubt"] = crowd.doubt(threads)
+    save(result)
+    return result
+
+
+def _rounded(value: Any) -> Any:
+    """Five digits of every measured number: more are noise."""
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    return [_rounded(item) for item in value] if isinstance(value, list) else value
+
+
+def _write(path: Path | None, result: dict[str, Any]) -> None:
+    if path is None:
+        return
+    text = json.dumps(_rounded(result), separators=(",", ":"), ensure_ascii=False)
+    with replacing(path.resolve()) as file:
+        file.write((text.replace('{"shape"', '\n{"shape"') + "\n").encode())  # a line per record, for git
+
+
+def _complete(args: argparse.Namespace) -> bool:
+    """Whether all that there is gets measured."""
+    everything = len(args.passes) == len(PASSES) and len(args.peers) == len(PEERS)
+    return args.source is None and not args.quick and args.shapes is None and everything
+
+
+def _paths(args: argparse.Namespace, kind: dict[str, Any]) -> tuple[Path | None, Path | None]:
+    """Where the JSON and the plot are written; None where not at all."""
+    name = kind["kind"] + ("" if kind["dtype"] == "float32" else f"-{kind['dtype']}")
+    data, picture = args.json, args.plot
+    if data == AUTO or (data is None and _complete(args)):
+        facts = machine.facts(args.threads or 1, False)
+        data = RESULTS / f"{name}-{machine.slug(facts)}.json"
+    if picture == AUTO or (picture is None and _complete(args) and not args.scaling):
+        picture = (args.source or data or RESULTS / name).with_suffix(".png")
+    for path in (data, picture):
+        if path is not None:
+            if path.parent == RESULTS:
+                RESULTS.mkdir(exist_ok=True)
+            check_output(path, 2**20)
+    return data, picture
+
+
+def _relative(path: Path, readme: Path) -> str:
+    return Path(os.path.relpath(path.resolve(), readme.resolve().parent)).as_posix()
+
+
+def _write_readme(readme: Path, result: dict[str, Any], data: Path | None, picture: Path | None) -> None:
+    """Replace the result's block; the plot is linked where it is, beside the JSON unless it was just drawn."""
+    if picture is None and data is not None and data.with_suffix(".png").exists():
+        picture = data.with_suffix(".png")
+    found = [None if path is None else _relative(path, readme) for path in (data, picture)]
+    replace_block(readme, report.block(result), report.markdown(result, *found))
+    print(f"wrote the {report.block(result)} block of {readme}")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; 1 where the machine was too busy for --readme."""
+    screen.need("rich", "matplotlib", command=report.COMMAND, named="rich and matplotlib")
+    for name, value in (("--threads", args.threads), ("--seconds", args.seconds)):
+        if value is not None and value <= 0:
+            raise ValueError(f"{name}: given {value}, want more than 0")
+    kept = args.source is None and machine.keep_memory()  # before any library starts its threads
+    result = None if args.source is None else load(args.source)
+    kind = result or {"kind": "scaling" if args.scaling else "peers", "dtype": args.dtype}
+    if kind["kind"] == "scaling" and args.plot:
+        raise ValueError("--plot: a scaling result has none, leave it out")
+    if args.source and args.json:
+        raise ValueError("--json: nothing is measured with --from, leave one of them out")
+    if args.readme:
+        replace_block(args.readme, report.block(kind), None)
+    shapes = chosen(args.shapes, args.quick)
+    data, picture = _paths(args, kind)
+    if result is None:
+        result = measured(args, shapes, kept, partial(_write, data))
+    show(result)
+    if picture:
+        plot.draw(result, picture)
+    for path in (data, picture):
+        if path is not None:
+            print(f"wrote {path}")
+    if result["doubt"]:
+        print(f"{report.COMMAND}: {result['doubt']}", file=sys.stderr)
+    if args.readme and result["doubt"]:
+        print(f"{report.COMMAND}: {args.readme} is left as it was", file=sys.stderr)
+        return 1
+    if args.readme:
+        _write_readme(args.readme, result, data or args.source, picture)
+    return 0
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read an earlier result; ValueError where the file is none."""
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        if {"kind", "dtype", "machine", "doubt", "records", "small"} <= result.keys() and result["records"]:
+            return dict(result)
+    except (ValueError, AttributeError):
+        pass
+    raise ValueError(f"--from: {path} is no result of {report.COMMAND}, want a file that it wrote, like those in bench/results")
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print the tables and who was not timed."""
+    for table in report.tables(result):
+        screen.table(*table, width=report.width(table))
+    for line in (report.note(result), *report.refusals(result)):
+        print(textwrap.fill(line, 110))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line; the exit code: 0, 1 where the README was left, 2 for bad input."""
+    args = _parser().parse_args(argv)
+    try:
+        return run(args)
+    except KeyboardInterrupt:
+        print(f"{report.COMMAND}: interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, MissingExtra) as error:
+        print(f"{report.COMMAND}: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

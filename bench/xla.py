@@ -1,0 +1,77 @@
+"""JAX's calls: the published formulas under jit, in the memory order of the array."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+
+from bench.problem import EPS, Call, Maker, Problem, Refused
+
+
+def set_threads(number: int) -> None:
+    """Give XLA as many threads as fastbn has; before JAX is imported."""
+    os.environ["PJRT_NPROC"] = os.environ["NPROC"] = str(number)
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+
+def _call(p: Problem, what: str, squares: bool) -> Call:
+    if p.dtype == "float64":
+        raise Refused("float64 needs jax_enable_x64, a setting of the whole process")
+    import jax
+    from jax import numpy as jnp
+
+    rank, single = p.x.ndim, jnp.float32
+    channel = rank - 1 if p.case.last else 1  # channels last: the same memory as an array whose last axis is the channels'
+    axes = tuple(axis for axis in range(rank) if axis != channel)
+    shape = tuple(-1 if axis == channel else 1 for axis in range(rank))
+
+    def statistics(x: Any) -> tuple[Any, Any]:
+        mean = x.mean(axes)
+        return mean, ((x * x).mean(axes) - mean * mean if squares else x.var(axes))
+
+    def forward(x: Any, gamma: Any, beta: Any) -> Any:
+        x = x.astype(single)
+        mean, var = statistics(x)
+        y = (x - mean.reshape(shape)) * (gamma * jax.lax.rsqrt(var + EPS)).reshape(shape) + beta.reshape(shape)
+        return y.astype(p.x.dtype), mean, var
+
+    def backward(dy: Any, x: Any, gamma: Any, mean: Any, rstd: Any) -> Any:
+        dy = dy.astype(single)
+        xhat = (x.astype(single) - mean.reshape(shape)) * rstd.reshape(shape)
+        dbeta, dgamma = dy.sum(axes), (dy * xhat).sum(axes)
+        dx = (gamma * rstd).reshape(shape) * (dy - (dbeta / p.count).reshape(shape) - xhat * (dgamma / p.count).reshape(shape))
+        return dx.astype(p.x.dtype), dgamma, dbeta
+
+    def inference(x: Any, mean: Any, var: Any, gamma: Any, beta: Any) -> Any:
+        y = (x.astype(single) - mean.reshape(shape)) * (gamma * jax.lax.rsqrt(var + EPS)).reshape(shape) + beta.reshape(shape)
+        return (y.astype(p.x.dtype),)
+
+    x, dy = p.rows(p.x), p.rows(p.dy)
+    choices: dict[str, tuple[Any, tuple[Any, ...]]] = {
+        "forward": (forward, (x, p.gamma, p.beta)),
+        "backward": (backward, (dy, x, p.gamma, p.mean, p.rstd)),
+        "inference": (inference, (x, p.mean, p.var, p.gamma, p.beta)),
+        "moments": (lambda x: statistics(x.astype(single)), (x,)),
+    }
+    function, given = choices[what]
+    wait: Any = jax.block_until_ready
+    compiled, arguments = jax.jit(function), [jnp.asarray(a) for a in given]
+    back = np.argsort(p.case.memory)
+
+    def read(result: Any) -> tuple[Any, ...]:
+        arrays = tuple(np.asarray(a) for a in result)
+        if what == "moments":
+            return arrays
+        return (arrays[0].transpose(back), *(arrays[1:] if what == "backward" else ()))
+
+    return Call(lambda: wait(compiled(*arguments)), read)
+
+
+def calls(p: Problem, what: str) -> dict[str, Maker]:
+    """JAX, where it takes a variance also as Flax does: E[x²] - E[x]², one pass less, and wrong where the mean is large."""
+    makers: dict[str, Maker] = {"JAX": lambda: _call(p, what, squares=False)}
+    if what in ("forward", "moments"):
+        makers["JAX E[x²]"] = lambda: _call(p, what, squares=True)
+    return makers
