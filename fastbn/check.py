@@ -22,7 +22,7 @@ from fastbn.errors import MissingExtra
 Array = NDArray[Any]
 Wide = NDArray[np.float64]
 
-DTYPES = ("float32", "float64")
+DTYPES = ("float16", "bfloat16", "float32", "float64")
 OFFSETS = (0.0, 1e4, 1e6)  # in units of the standard deviation
 HALF_OFFSETS = (0.0, 1e2)  # where bfloat16 still has steps of half a unit
 SHAPES = (  # between them they reach every kernel, serial and parallel
@@ -49,7 +49,7 @@ def error(actual: Array, expected: Wide, scale: Wide | float = 1.0) -> float:
     off = np.abs(actual.astype(np.float64).reshape(expected.shape) - expected)
     if actual.dtype.itemsize == 2:
         with np.errstate(invalid="ignore", over="ignore"):
-            unit = np.abs(np.spacing(actual).astype(np.float64)).reshape(expected.shape)
+            unit = np.spacing(np.abs(actual)).astype(np.float64).reshape(expected.shape)
         off = np.maximum(off - unit / 2, 0.0)
     return float(np.max(off / scale))
 
