@@ -27,6 +27,8 @@ OFFSETS = (0.0, 1e4, 1e6)  # in units of the standard deviation
 HALF_OFFSETS = (0.0, 1e2)  # where bfloat16 still has steps of half a unit
 SHAPES = (  # between them they reach every kernel, serial and parallel
     (4, 6, 5, 5),  # serial
+    (2, 3, 24, 24),  # serial, rows too long to be treated as columns
+    (24, 70),  # serial, too many columns to fold rows
     (8, 16, 28, 28),  # a channel stays in the cache: fused
     (32, 24, 7, 7),  # rows shorter than a few vectors
     (2, 2, 256, 256),  # few channels with a large slab each: two passes, rows cut in pieces; channels last: rows folded

@@ -22,7 +22,7 @@ EPS = 1e-5
 
 
 def test_the_protocol_is_what_the_plan_says() -> None:
-    assert METHODS == ["moments", "normalize", "grad_reduce", "grad_input", "forward", "backward", "describe"]
+    assert METHODS == ["moments", "rstd", "track", "normalize", "grad_reduce", "grad_input", "forward", "backward", "describe"]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -83,9 +83,9 @@ class Drawn:
 every_view = pytest.mark.parametrize("view", VIEWS)
 
 
-def _float64(*arrays: np.ndarray, channels: int) -> None:
+def _per_channel(dtype: str, *arrays: np.ndarray, channels: int) -> None:
     for array in arrays:
-        assert (array.dtype, array.shape) == (np.float64, (channels,))
+        assert (array.dtype, array.shape) == (dtype, (channels,))
 
 
 @every_dtype_and_backend
@@ -98,7 +98,7 @@ def test_moments_and_forward(view: str, dtype: str, backend: str) -> None:
             assert y is d.out
             d.check("y", y, gamma, beta)
             for m in (fused, b.moments(d.x)):
-                _float64(m.mean, m.m2, channels=d.x.shape[1])
+                _per_channel("float64", m.mean, m.m2, channels=d.x.shape[1])
                 assert m.count == d.count
                 d.check("mean", m.mean, None, None)
                 d.check("var", m.var(), None, None)
@@ -121,7 +121,7 @@ def test_normalize(view: str, dtype: str, backend: str) -> None:
 def test_gradients_separate_and_fused(view: str, dtype: str, backend: str) -> None:
     d, b = Drawn(view, dtype), select(backend)
     sum_dy, sum_dy_xhat = b.grad_reduce(d.dy, d.x, d.mean, d.rstd)
-    _float64(sum_dy, sum_dy_xhat, channels=d.x.shape[1])
+    _per_channel("float64", sum_dy, sum_dy_xhat, channels=d.x.shape[1])
     d.check("dbeta", sum_dy, None, None)
     d.check("dgamma", sum_dy_xhat, None, None)
     for gamma in (d.gamma, None):
@@ -132,7 +132,7 @@ def test_gradients_separate_and_fused(view: str, dtype: str, backend: str) -> No
             d.out[...] = -7
             dx, dgamma, dbeta = b.backward(d.dy, d.x, d.mean, d.rstd, gamma, d.out, training)
             assert dx is d.out
-            _float64(dgamma, dbeta, channels=d.x.shape[1])
+            _per_channel(parameter_dtype(dtype), dgamma, dbeta, channels=d.x.shape[1])
             d.check("dx", dx, gamma, None, training)
             d.check("dgamma", dgamma, None, None)
             d.check("dbeta", dbeta, None, None)

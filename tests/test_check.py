@@ -13,6 +13,7 @@ from fastbn.moments import Moments
 
 SHAPES = check.SHAPES  # before the fixture makes them small
 SMALL = ((4, 6, 5, 5), (40, 7))
+RUN = ("moments", "normalize", "forward", "backward")
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +26,7 @@ def install(monkeypatch):
     """Let a copy of the reference, with some functions replaced, serve as the CPU backend; the oracle stays as it is."""
 
     def install(**replaced):
-        fake = types.SimpleNamespace(**{name: getattr(reference, name) for name in ("moments", "normalize", "forward", "backward")})
+        fake = types.SimpleNamespace(**{name: getattr(reference, name) for name in ("rstd", "track", *RUN)})
         for name, function in replaced.items():
             setattr(fake, name, function)
         monkeypatch.setitem(backends._loaded, "cpu", fake)
@@ -179,17 +180,19 @@ def test_the_real_shapes_reach_every_kernel():
     """Serial and parallel, fused and in two passes, folded and not: the branches of the CPU backend's schedule."""
     from fastbn.backends import schedule
 
-    first, last = set(), set()
-    for shape in (s for s in SHAPES if len(s) > 2):
+    first, columns = set(), set()
+    for shape in SHAPES:
         n, c, s = shape[0], shape[1], int(np.prod(shape[2:]))
         for itemsize in (4, 8):
-            plan = schedule.first(n, c, s, itemsize)
-            first.add((plan.parallel, plan.parts == 1))
-            cut = schedule.last(n * s, c, itemsize, True)
-            last.add((cut.parallel, cut.parts == 1, cut.fold == 1))
-    for r, c in (s for s in SHAPES if len(s) == 2):
-        for itemsize in (4, 8):
-            cut = schedule.last(r, c, itemsize, True)
-            last.add((cut.parallel, cut.parts == 1, cut.fold == 1))
+            views = [(n * s, c, 1), *([(n, c, s)] if s > 1 else [])]  # channels last, channels first
+            for r, _, width in views:
+                if width == 1 or schedule.short(r, width, itemsize):
+                    cut = schedule.last(r, c, width, itemsize, True)
+                    columns.add((width > 1, cut.parallel, cut.parts == 1, cut.fold == 1))
+                else:
+                    plan = schedule.first(r, c, width, itemsize)
+                    first.add((plan.parallel, plan.parts == 1))
     assert first >= {(False, True), (True, True), (True, False)}
+    last = {cut[1:] for cut in columns if not cut[0]}
     assert last >= {(False, True, True), (True, True, True), (True, False, True), (True, False, False)}
+    assert {cut[1:3] for cut in columns if cut[0]} >= {(False, True), (True, True)}  # short rows of channels first

@@ -5,6 +5,7 @@ import pytest
 
 import fastbn
 from fastbn import Moments
+from fastbn.backends import select
 
 
 def _of(values: np.ndarray) -> Moments:
@@ -133,3 +134,31 @@ def test_moments_of_exact_data_are_exact(backend: str) -> None:
             assert found.mean.dtype == found.m2.dtype == np.float64
             np.testing.assert_array_equal(found.mean, m)
             np.testing.assert_array_equal(found.m2, m**2 * 60 / 64)
+
+
+# What the backends compute of statistics.
+
+
+@pytest.mark.parametrize("count", [1, 7, 1000])
+def test_rstd(count: int, backend: str) -> None:
+    m2 = np.array([0.0, 1e-30, 2.5, 1e6, 1e40, np.inf, np.nan])
+    for eps in (1e-5, 0.3, 0.0):
+        found = select(backend).rstd(m2, count, eps)
+        assert (found.dtype, found.shape) == (np.float64, m2.shape)
+        with np.errstate(divide="ignore"):
+            np.testing.assert_allclose(found, 1 / np.sqrt(m2 / count + eps), rtol=1e-15)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_track(dtype: str, backend: str) -> None:
+    """Computed in float64 and rounded once; beyond float32 infinite, without a warning."""
+    m = fastbn.Moments(8, np.array([1.0, -2.0 / 3, np.nan, 1e300]), np.array([3.0, 1e-9, 1.0, 1e300]))
+    for weight in (0.0, 0.1, 1.0):
+        mean, var = np.array([0.5, 1 / 3, 7, 1], dtype), np.array([2, 1 / 7, 9, 1], dtype)
+        with np.errstate(over="ignore"):
+            wanted = [
+                ((1 - weight) * old.astype(np.float64) + weight * new).astype(dtype) for old, new in ((mean, m.mean), (var, m.m2 / 7))
+            ]
+        select(backend).track(m, 7.0, weight, mean, var)
+        np.testing.assert_allclose(mean, wanted[0], rtol=np.finfo(dtype).eps)
+        np.testing.assert_allclose(var, wanted[1], rtol=np.finfo(dtype).eps)

@@ -33,6 +33,7 @@ CALLS: dict[str, Callable[..., Any]] = {
     "BatchNorm.eval": lambda **options: _layer(False, **options),
 }
 every_call = pytest.mark.parametrize("call", CALLS)
+KERNELS = ("moments", "normalize", "forward", "backward")
 MOST = numba.config.NUMBA_NUM_THREADS
 
 
@@ -48,8 +49,9 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
         return run
 
-    methods = ("moments", "normalize", "forward", "backward")
-    monkeypatch.setitem(backends._loaded, "cpu", types.SimpleNamespace(**{name: spy(getattr(reference, name)) for name in methods}))
+    spied = {name: getattr(reference, name) for name in ("rstd", "track")}  # of (C,) arrays: one thread, whatever is asked
+    spied |= {name: spy(getattr(reference, name)) for name in KERNELS}
+    monkeypatch.setitem(backends._loaded, "cpu", types.SimpleNamespace(**spied))
     return numbers
 
 
@@ -71,7 +73,7 @@ def test_it_ends_with_an_error_too(call: str, monkeypatch: pytest.MonkeyPatch) -
         raise ZeroDivisionError(threads.get_num_threads())
 
     default = threads.get_num_threads()
-    broken = types.SimpleNamespace(moments=fail, normalize=fail, forward=fail, backward=fail)
+    broken = types.SimpleNamespace(rstd=reference.rstd, **dict.fromkeys(KERNELS, fail))
     monkeypatch.setitem(backends._loaded, "cpu", broken)
     with pytest.raises(ZeroDivisionError, match=r"^1$"):
         CALLS[call](num_threads=1)
