@@ -49,16 +49,18 @@ def cores() -> int:
 def cache_directory() -> str:
     """Where compiled kernels are kept between runs."""
     from numba import config
-    from numba.core.caching import FunctionCache
 
-    from fastbn.kernels import _jit
+    from fastbn.kernels import _cache
 
     if config.DISABLE_JIT:
         return "nowhere: NUMBA_DISABLE_JIT is set"
-    try:
-        return str(FunctionCache(_jit.threading_layer).cache_path)
-    except RuntimeError:
-        return "nowhere: no directory can be written; set NUMBA_CACHE_DIR to one"
+    places = _cache.directories()
+    for place in places:
+        if _cache.writable(place):
+            return str(place)
+        if any(place.glob("*.nbi")):
+            return f"{place} (read-only)"
+    return "nowhere: no directory can be written; set NUMBA_CACHE_DIR to one"
 
 
 def vector_width() -> str:

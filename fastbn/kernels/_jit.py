@@ -15,6 +15,8 @@ import numba
 import numpy as np
 from numba import config, prange, types
 
+from fastbn.kernels import _cache
+
 __all__ = ["DISABLED", "KERNELS", "Kernel", "kernel", "leaf", "load_tbb", "prange", "threading_layer", "threads"]
 
 DISABLED = bool(config.DISABLE_JIT)
@@ -71,9 +73,9 @@ def threads() -> int:
     return int(numba.get_num_threads())
 
 
-def _njit(function: Callable[..., Any], parallel: bool = False, cache: bool = False, inline: bool = False) -> Any:
+def _njit(function: Callable[..., Any], parallel: bool = False, inline: bool = False) -> Any:
     # No fastmath: vectors are explicit, and NaN and Inf must propagate.
-    return numba.njit(parallel=parallel, cache=cache, forceinline=inline, nogil=True, error_model="numpy")(function)
+    return numba.njit(parallel=parallel, forceinline=inline, nogil=True, error_model="numpy")(function)
 
 
 def leaf(function: Callable[..., Any]) -> Any:
@@ -146,10 +148,8 @@ class Kernel:
         name = f"{self._body.__name__}_{'parallel' if parallel else 'serial'}"
         function = FunctionType(self._body.__code__, self._body.__globals__, name, self._body.__defaults__, self._body.__closure__)
         function.__qualname__, function.__module__ = name, self._body.__module__
-        try:
-            compiled = _njit(function, parallel, cache=True)
-        except RuntimeError:  # nowhere to write a cache: a read-only installation and home
-            compiled = _njit(function, parallel, cache=False)
+        compiled = _njit(function, parallel)
+        compiled._cache = _cache.Cache(function)  # as enable_caching would, with numba's own
         compiled.compile(tuple(_argument(token, numba.from_dtype(dtype)) for token in self._arguments))
         compiled.disable_compile()
         specialized: Callable[..., Any] = compiled
