@@ -10,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 
 import fastbn
+from fastbn import pool, threads
 from fastbn.backends import availability
 
 VARIABLES = (
@@ -77,9 +78,6 @@ def vector_width() -> str:
 def facts() -> Iterator[tuple[str, str]]:
     """(name, value) of everything worth knowing in a bug report; an empty name continues the line above."""
     from llvmlite import binding
-    from numba import config
-
-    from fastbn.kernels import _jit
 
     yield "fastbn", f"{fastbn.__version__} in {Path(fastbn.__file__).parent}"
     yield "python", f"{platform.python_version()} ({platform.python_implementation()}) on {platform.platform()}"
@@ -88,8 +86,8 @@ def facts() -> Iterator[tuple[str, str]]:
     yield "processor", f"{cpu_name()} ({platform.machine()}, compiled for {binding.get_host_cpu_name()})"
     yield "vectors", vector_width()
     yield "cores", f"{cores()} usable of {os.cpu_count()}"
-    yield "threads", f"{_jit.threads()} of at most {config.NUMBA_NUM_THREADS}"
-    yield "threading layer", _jit.threading_layer()
+    yield "threads", threads.describe()
+    yield "threading layer", pool.layer()
     yield "kernel cache", cache_directory()
     yield from _labelled("backends", availability())
     yield from _labelled(

@@ -17,6 +17,8 @@ TIERS = {
     "errors.py": 0,
     "layout.py": 0,
     "moments.py": 0,
+    "pool.py": 0,
+    "threads.py": 0.1,
     "reference.py": 1,
     "kernels/__init__.py": 2.0,
     "kernels/_cache.py": 2.0,
@@ -154,7 +156,7 @@ def test_the_kernel_contract_is_a_docstring_only() -> None:
 # Who may import which of the dependencies: with the module, and only when a function asks.
 AT_IMPORT = {"numpy": FILES, "numba": ["kernels/_cache.py", "kernels/_jit.py", "kernels/_simd.py"], "llvmlite": ["kernels/_simd.py"]}
 IN_FUNCTIONS = {
-    "numba": ["info.py"],  # shows numba's settings
+    "numba": ["info.py", "pool.py", "threads.py"],  # show or ask for numba's settings; pool.py also launches its threads
     "llvmlite": ["info.py"],  # shows the processor as the compiler sees it
     "rich": ["screen.py", "demo.py"],
     "matplotlib": ["demo.py"],

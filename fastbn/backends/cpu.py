@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fastbn import threads
 from fastbn.backends import schedule
 from fastbn.kernels import _jit, channels_first, channels_first_backward, channels_last, channels_last_apply, channels_last_backward
 from fastbn.moments import Moments
@@ -189,16 +190,16 @@ def describe(dims: tuple[int, ...], dtype: np.dtype[Any]) -> str:
     backwards = [back.backward] if fused else [back.grad_reduce, back.grad_input]
     names = [" + ".join(kernel.name for kernel in kernels) for kernels in (forwards, backwards)]
     passes = "fused, x is read from memory once" if fused else "two passes over memory: moments, then normalize"
-    how = f"{_jit.threads()} threads ({_jit.threading_layer()})" if chosen.parallel else "one thread: too small to wake the others"
+    how = threads.describe() if chosen.parallel else "one thread: too small to wake the others"
     stores = "streaming, past the cache" if chosen.stream else "ordinary, into the cache"
-    form = f"{dtype}, {'parallel' if chosen.parallel else 'serial'}"
+    form = f"{dtype}, {'parallel' if chosen.parallel and threads.parallel() else 'serial'}"
     return f"kernels: {names[0]} ({form})\nbackward: {names[1]}\nschedule: {passes}; {tasks} tasks, {cut}\nthreads: {how}\nstores: {stores}"
 
 
-def warmup() -> Iterator[str]:
-    """Compile every kernel for float32 and float64, serial and parallel; yields the name of each as it is done."""
+def warmup(dtypes: Iterable[np.dtype[Any]] = tuple(_NONE)) -> Iterator[str]:
+    """Compile every kernel for each dtype, serial and, where threads are safe, parallel; yields the name of each as it is done."""
     for kernel in _jit.KERNELS:
-        for dtype in _NONE:
-            for parallel in (False, True):
-                kernel.form(dtype, parallel)
+        for dtype in dtypes:
+            for parallel in (False, True) if threads.usable() else (False,):
+                kernel.compiled(dtype, parallel)
                 yield f"{kernel.name} {dtype} {'parallel' if parallel else 'serial'}"

@@ -10,10 +10,11 @@ Arithmetic
     dtype of x and the remainder.
 Determinism
     Blocks and parts come from the shape (`fastbn.backends.schedule`), never from the number of threads, and are merged in order: the
-    same input gives the same bits on any number of threads. A kernel's serial and parallel forms are one body compiled twice.
+    same input gives the same bits on any number of threads. A kernel's serial and parallel forms are one body compiled twice; which one
+    runs is the schedule's choice, and where threads are limited to one or unsafe (`fastbn.pool`) always the serial one.
 Errors
     None: arguments were checked before. NaN and Inf propagate.
 Specializations
-    Each `Kernel` has one per dtype and form, compiled at its first call and cached on disk. Read-only, unaligned or odd-strided arrays
-    convert to it; they never trigger another.
+    One per kernel, dtype of x and form, serial or parallel, compiled at its first call and kept on disk (`fastbn.kernels._cache`); a forward
+    and a backward of one array need two or four. Read-only, unaligned or odd-strided arrays convert to it; they never trigger another.
 """
