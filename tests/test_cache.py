@@ -190,6 +190,36 @@ def test_a_full_disk_is_no_error(machine: Machine) -> None:
     assert files(machine.site) | files(machine.home) == set()
 
 
+WARMUP = """
+import sys
+from fastbn import cli
+from fastbn.backends import cpu
+from fastbn.kernels import _jit
+import unprivileged
+unprivileged.drop()
+_jit.KERNELS[:] = [kernel for kernel in _jit.KERNELS if kernel.name == "channels_last.moments"]  # all of them take a minute
+print(cli.main(["warmup", *sys.argv[1:]]))
+"""
+
+
+def test_warmup_fills_a_directory_for_read_only_use(machine: Machine, seal: Callable[..., None]) -> None:
+    cache = {"NUMBA_CACHE_DIR": str(machine.cache)}
+    out = machine.python("-c", WARMUP, "float32", **cache).splitlines()
+    assert out[0].split("  ")[-1] == "channels_last.moments float32 serial"
+    assert out[-1] == "0"
+    assert "float64" not in "".join(out)
+    seal(machine.cache)
+    assert machine.call(machine.cache, **cache, PUBLIC="1")["compiled"] == []
+    assert machine.call(machine.cache, **cache)["compiled"] != []  # the control: a kernel that was not warmed up
+
+
+def test_warmup_that_can_keep_nothing_fails(machine: Machine, seal: Callable[..., None]) -> None:
+    seal(machine.cache)
+    out = machine.python("-c", WARMUP, "float32", NUMBA_CACHE_DIR=str(machine.cache)).splitlines()
+    assert "kept in nowhere" in out[-2]
+    assert out[-1] == "1"
+
+
 def test_odd_arrays_compile_nothing() -> None:
     """Read-only, unaligned, reversed, strided and broadcast arrays run in the kernels of compact ones, which are one for each form."""
     import numpy as np

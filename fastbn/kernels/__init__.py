@@ -15,6 +15,6 @@ Determinism
 Errors
     None: arguments were checked before. NaN and Inf propagate.
 Specializations
-    One per kernel, dtype of x and form, serial or parallel, compiled at its first call and kept on disk (`fastbn.kernels._cache`); a forward
-    and a backward of one array need two or four. Read-only, unaligned or odd-strided arrays convert to it; they never trigger another.
+    One per kernel, dtype of x and form, serial or parallel, compiled at its first call and kept on disk (`fastbn.kernels._cache`); the
+    forward and backward of an array need two, or four. Read-only, unaligned or odd-strided arrays convert to it and never trigger another.
 """
