@@ -9,6 +9,7 @@ from fastbn.errors import BackendUnavailable
 from fastbn.functional import batch_norm, batch_norm_backward, batch_norm_inference, batch_norm_inference_backward, moments
 from fastbn.moments import Moments
 from fastbn.running import RunningMoments
+from fastbn.threads import get_num_threads, set_num_threads
 
 __version__ = "0.1.0"
 
@@ -23,5 +24,7 @@ __all__ = [
     "batch_norm_inference",
     "batch_norm_inference_backward",
     "explain",
+    "get_num_threads",
     "moments",
+    "set_num_threads",
 ]

@@ -70,9 +70,7 @@ def torch() -> Any:
         return None
     import torch
 
-    from fastbn.kernels import _jit
-
-    torch.set_num_threads(_jit.threads())
+    torch.set_num_threads(fastbn.get_num_threads())
     return torch
 
 

@@ -10,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 
 import fastbn
+from fastbn import pool, threads
 from fastbn.backends import availability
 
 VARIABLES = (
@@ -49,16 +50,18 @@ def cores() -> int:
 def cache_directory() -> str:
     """Where compiled kernels are kept between runs."""
     from numba import config
-    from numba.core.caching import FunctionCache
 
-    from fastbn.kernels import _jit
+    from fastbn.kernels import _cache
 
     if config.DISABLE_JIT:
         return "nowhere: NUMBA_DISABLE_JIT is set"
-    try:
-        return str(FunctionCache(_jit.threading_layer).cache_path)
-    except RuntimeError:
-        return "nowhere: no directory can be written; set NUMBA_CACHE_DIR to one"
+    places = _cache.directories()
+    for place in places:
+        if _cache.writable(place):
+            return str(place)
+        if any(place.glob("*.nbi")):
+            return f"{place} (read-only)"
+    return "nowhere: no directory can be written; set NUMBA_CACHE_DIR to one"
 
 
 def vector_width() -> str:
@@ -75,9 +78,6 @@ def vector_width() -> str:
 def facts() -> Iterator[tuple[str, str]]:
     """(name, value) of everything worth knowing in a bug report; an empty name continues the line above."""
     from llvmlite import binding
-    from numba import config
-
-    from fastbn.kernels import _jit
 
     yield "fastbn", f"{fastbn.__version__} in {Path(fastbn.__file__).parent}"
     yield "python", f"{platform.python_version()} ({platform.python_implementation()}) on {platform.platform()}"
@@ -86,8 +86,8 @@ def facts() -> Iterator[tuple[str, str]]:
     yield "processor", f"{cpu_name()} ({platform.machine()}, compiled for {binding.get_host_cpu_name()})"
     yield "vectors", vector_width()
     yield "cores", f"{cores()} usable of {os.cpu_count()}"
-    yield "threads", f"{_jit.threads()} of at most {config.NUMBA_NUM_THREADS}"
-    yield "threading layer", _jit.threading_layer()
+    yield "threads", threads.describe()
+    yield "threading layer", pool.layer()
     yield "kernel cache", cache_directory()
     yield from _labelled("backends", availability())
     yield from _labelled(

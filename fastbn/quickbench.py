@@ -157,12 +157,10 @@ def _speed_table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[lis
 
 def machine() -> dict[str, str]:
     """Facts that the numbers depend on."""
-    from fastbn.kernels import _jit
-
     packages = {"fastbn": fastbn.__version__, "numpy": np.__version__, "numba": info.version("numba"), "torch": info.version("torch")}
     return {
         "processor": info.cpu_name(),
-        "threads": str(_jit.threads()),
+        "threads": str(fastbn.get_num_threads()),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         **packages,

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import operator
 import threading
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from types import TracebackType
+from typing import Any
+
+from fastbn import pool
+
+__all__ = ["count", "describe", "get_num_threads", "limited", "masked", "parallel", "set_num_threads", "usable"]
 
 
 class _Limit(threading.local):
@@ -13,13 +19,6 @@ class _Limit(threading.local):
 
 
 _limit = _Limit()
-_UNLIMITED = nullcontext()
-
-
-def _most() -> int:
-    from numba import config
-
-    return int(config.NUMBA_NUM_THREADS)
 
 
 def _checked(num_threads: int) -> int:
@@ -29,31 +28,102 @@ def _checked(num_threads: int) -> int:
         wanted = None
     if wanted is None or isinstance(num_threads, bool):
         raise TypeError(f"num_threads: given {num_threads!r}, want a whole number, or None for numba's own")
-    if not 1 <= wanted <= _most():
-        raise ValueError(f"num_threads: given {wanted}, want 1 to {_most()}, the threads of numba's pool (NUMBA_NUM_THREADS)")
+    from numba import config
+
+    if not 1 <= wanted <= config.NUMBA_NUM_THREADS:
+        most = f"{config.NUMBA_NUM_THREADS}, the threads of numba's pool (NUMBA_NUM_THREADS, read when numba is imported, sets them)"
+        raise ValueError(f"num_threads: given {wanted}, want 1 to {most}")
     return wanted
 
 
 def set_num_threads(num_threads: int | None) -> None:
-    """Set the number of threads of fastbn's parallel kernels in the calling Python thread; None for numba's own number."""
+    """Set the number of threads of fastbn's parallel kernels in the calling Python thread.
+
+    Results are the same bits on any number. numba's own number, `numba.set_num_threads`, is left as it is.
+
+    Parameters
+    ----------
+    num_threads : int or None
+        From 1 to NUMBA_NUM_THREADS; None for numba's own number.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Not a whole number, or not from 1 to NUMBA_NUM_THREADS.
+    """
     _limit.count = None if num_threads is None else _checked(num_threads)
 
 
 def get_num_threads() -> int:
-    """Number of threads of fastbn's parallel kernels in the calling Python thread."""
-    return _most() if _limit.count is None else _limit.count
+    """Number of threads of fastbn's parallel kernels in the calling Python thread.
+
+    Returns
+    -------
+    int
+        What `set_num_threads` set, else numba's own number: NUMBA_NUM_THREADS, unless `numba.set_num_threads` lowered it. Arrays under 96
+        KiB always take one thread, and so do all where `explain` says so.
+    """
+    return pool.mask() if _limit.count is None else _limit.count
 
 
-@contextmanager
-def _limited(wanted: int) -> Iterator[None]:
-    before = _limit.count
-    _limit.count = wanted
-    try:
-        yield
-    finally:
-        _limit.count = before
+class _Limited:
+    def __init__(self, wanted: int) -> None:
+        self._wanted = wanted
+
+    def __enter__(self) -> None:
+        self._before = _limit.count
+        _limit.count = self._wanted
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        _limit.count = self._before
+
+
+_UNLIMITED = nullcontext()
 
 
 def limited(num_threads: int | None) -> AbstractContextManager[None]:
     """Set the number of threads within a `with` block, in the calling Python thread; None changes nothing."""
-    return _UNLIMITED if num_threads is None else _limited(_checked(num_threads))
+    return _UNLIMITED if num_threads is None else _Limited(_checked(num_threads))
+
+
+def count() -> int:
+    """Threads of a parallel call in the calling Python thread: 1 for the serial kernel, 0 for as many as numba's mask says."""
+    wanted = _limit.count
+    if wanted == 1 or not pool.ready():
+        return 1
+    mask = pool.functions()[0]()
+    return int(mask == 1) if wanted is None or wanted == mask else wanted
+
+
+def masked(run: Callable[..., Any], wanted: int) -> Callable[..., None]:
+    """`run` on `wanted` threads; numba's own number is restored after it."""
+    get, put = pool.functions()
+
+    def call(*arguments: Any) -> None:
+        before = get()
+        try:
+            put(wanted)
+            run(*arguments)
+        finally:
+            put(before)
+
+    return call
+
+
+def parallel() -> bool:
+    """Whether a parallel call in the calling Python thread would run the parallel kernel. Launches nothing."""
+    return get_num_threads() > 1 and pool.serial() is None
+
+
+def usable() -> bool:
+    """Whether parallel kernels would run on such a machine, with more processors perhaps. Launches nothing."""
+    reason = pool.serial()
+    return reason is None or not reason.remedy
+
+
+def describe() -> str:
+    """How a parallel call would run in the calling Python thread, for a person to read. Launches nothing."""
+    reason = pool.serial()
+    if reason is not None:
+        return f"one thread: {reason.why}" + (f"; {reason.remedy}" if reason.remedy else "")
+    return f"{get_num_threads()} threads ({pool.layer()})" if parallel() else "one thread: set_num_threads said so"

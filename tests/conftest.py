@@ -1,14 +1,19 @@
-"""What every test shares: a fresh numba cache, the hypothesis profile, and the backends."""
+"""What every test shares: a fresh numba cache, the hypothesis profile, the backends, and processes to run scripts in."""
 
 import atexit
 import os
 import shutil
 import sys
 import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
 from shapes import BACKENDS
+
+if TYPE_CHECKING:
+    import processes
 
 # numba's disk cache does not see edits in another file (a kernel keeps the old leaf): every run starts without one.
 if os.environ.get("FASTBN_TEST_CACHE") != "keep":
@@ -26,3 +31,40 @@ settings.load_profile("fastbn")
 def backend(request: pytest.FixtureRequest) -> str:
     """The name of each backend that serves host arrays."""
     return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def want() -> str:
+    """What child.py's call gives; the kernels that its processes need are then in their cache, serial and parallel."""
+    import child
+
+    import fastbn
+
+    fastbn.set_num_threads(1)
+    try:
+        one = child.call()
+    finally:
+        fastbn.set_num_threads(None)
+    assert child.call() == one
+    return one
+
+
+@pytest.fixture(params=["tbb", "omp", "workqueue"])
+def layer(request: pytest.FixtureRequest) -> str:
+    """The threading layer that a process of `run` finds."""
+    from fastbn import pool
+
+    if request.param == "tbb" and pool.layer() != "tbb":
+        pytest.skip("TBB has no wheel for this machine")
+    return str(request.param)
+
+
+@pytest.fixture
+def run(tmp_path: Path, want: str) -> "processes.Run":
+    """A function that runs a script in a process of its own."""
+    import processes
+
+    def start(code: str, layer: str, **environment: str) -> tuple[str, str]:
+        return processes.run(tmp_path / "script.py", code, {"HIDE": processes.LAYERS[layer].hide, "WANT": want} | environment)
+
+    return start

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import fastbn
-from fastbn import cases, cli, config, info, quickbench
+from fastbn import cases, cli, config, info, quickbench, threads
 from fastbn.cli import main
 from fastbn.errors import MissingExtra
 
@@ -207,12 +207,18 @@ def test_warmup_compiles_and_says_what(capsys, monkeypatch):
     from fastbn.kernels import _jit
 
     monkeypatch.setattr(_jit, "KERNELS", _jit.KERNELS[:1])
-    assert main(["warmup"]) == 0
-    lines = capsys.readouterr().out.splitlines()
     kernel = _jit.KERNELS[0].name
-    forms = [f"{kernel} {dtype} {form}" for dtype in ("float32", "float64") for form in ("serial", "parallel")]
-    assert [line.split("  ")[-1] for line in lines[:-1]] == forms
-    assert lines[-1].endswith(info.cache_directory())
+    for words, dtypes in (([], ("float32", "float64")), (["float64"], ("float64",)), (["f4", "double"], ("float32", "float64"))):
+        assert main(["warmup", *words]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        forms = [f"{kernel} {dtype} {form}" for dtype in dtypes for form in ("serial", "parallel")[: 1 + threads.usable()]]
+        assert [line.split("  ")[-1] for line in lines[:-1] if "16" not in line] == forms
+        assert lines[-1].endswith(info.cache_directory())
+
+
+def test_warmup_of_what_is_no_dtype(capsys):
+    assert main(["warmup", "float32", "int32"]) == 2
+    assert "int32" in capsys.readouterr().err
 
 
 @pytest.fixture

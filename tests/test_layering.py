@@ -19,19 +19,25 @@ TIERS = {
     "dtypes.py": 0.1,
     "checks.py": 0.2,
     "moments.py": 0.0,
-    "threads.py": 0.0,
+    "pool.py": 0.0,
+    "threads.py": 0.1,
     "reference.py": 1,
     "kernels/__init__.py": 2.0,
-    "kernels/_jit.py": 2.0,
+    "kernels/_cache.py": 2.0,
+    "kernels/_jit.py": 2.01,
     "kernels/_plain.py": 2.0,
+    "kernels/_vector.py": 2.0,
+    "kernels/blocks.py": 2.0,
     "kernels/welford.py": 2.0,
     "kernels/_simd.py": 2.1,
     "kernels/elementwise.py": 2.2,
+    "kernels/statistics.py": 2.3,
     "kernels/channels_first.py": 2.3,
     "kernels/channels_first_backward.py": 2.4,
     "kernels/channels_last.py": 2.4,
     "kernels/channels_last_apply.py": 2.5,
     "kernels/channels_last_backward.py": 2.6,
+    "kernels/serial.py": 2.7,
     "backends/schedule.py": 3.0,
     "backends/__init__.py": 3.1,
     "backends/cpu.py": 3.1,
@@ -155,9 +161,13 @@ def test_the_kernel_contract_is_a_docstring_only() -> None:
 
 
 # Who may import which of the dependencies: with the module, and only when a function asks.
-AT_IMPORT = {"numpy": FILES, "numba": ["kernels/_jit.py", "kernels/_simd.py"], "llvmlite": ["kernels/_simd.py"]}
+AT_IMPORT = {
+    "numpy": FILES,
+    "numba": ["kernels/_cache.py", "kernels/_jit.py", "kernels/_simd.py", "kernels/_vector.py"],
+    "llvmlite": ["kernels/_simd.py", "kernels/_vector.py"],
+}
 IN_FUNCTIONS = {
-    "numba": ["info.py", "threads.py"],  # shows numba's settings, reads how many threads there are
+    "numba": ["info.py", "pool.py", "threads.py"],  # show or ask for numba's settings; pool.py also launches its threads
     "llvmlite": ["info.py"],  # shows the processor as the compiler sees it
     "ml_dtypes": ["dtypes.py"],  # when bfloat16 is asked for by name
     "rich": ["screen.py", "demo.py"],

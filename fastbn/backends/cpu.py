@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastbn import config
+from fastbn import config, threads
 from fastbn.backends import schedule
 from fastbn.kernels import _jit, channels_first, channels_first_backward, channels_last, channels_last_apply, channels_last_backward
 from fastbn.kernels import statistics as per_channel
@@ -82,7 +82,7 @@ def _stream(out: Array, arrays: int) -> bool:
 
 
 def _tasks(units: int, parallel: bool) -> int:
-    return min(units, 4 * _jit.threads()) if parallel else 1
+    return min(units, 4 * threads.get_num_threads()) if parallel else 1
 
 
 def _folded(cut: schedule.Last, array: Array) -> tuple[Array, Array]:
@@ -99,7 +99,7 @@ def _work(route: _Route, cut: schedule.Last, tasks: int) -> Array:
 
 def _count(x: Array) -> int:
     """Values per channel."""
-    return x.size // x.shape[1]
+    return int(x.size // x.shape[1])
 
 
 def moments(x: Array) -> Moments:
@@ -115,7 +115,20 @@ def moments(x: Array) -> Moments:
         tasks = _tasks(cut.parts * cut.blocks, cut.parallel)
         work, partial = _work(route, cut, tasks), np.empty((cut.parts + 1, 2, cut.fold * C))
         run = channels_last.moments.form(route.stored, cut.parallel)
-        run(*_folded(cut, bits), C, route.share, cut.fold, cut.rest, cut.parts, cut.block * cut.fold, tasks, cut.columns, work, partial, stats)
+        run(
+            *_folded(cut, bits),
+            C,
+            route.share,
+            cut.fold,
+            cut.rest,
+            cut.parts,
+            cut.block * cut.fold,
+            tasks,
+            cut.columns,
+            work,
+            partial,
+            stats,
+        )
     return Moments(_count(x), stats[0], stats[1])
 
 
@@ -262,30 +275,31 @@ def describe(dims: tuple[int, ...], dtype: np.dtype[Any]) -> str:
     columns = len(dims) == 2 or schedule.short(dims[0], dims[2], itemsize)
     if columns:
         R, C, S = dims if len(dims) == 3 else (*dims, 1)
-        chosen: schedule.First | schedule.Last = schedule.last(R, C, S, itemsize, True)
-        cut = f"{chosen.fold} rows folded into one" if chosen.fold > 1 else "rows as they are"
+        last = schedule.last(R, C, S, itemsize, True)
+        cut = f"{last.fold} rows folded into one" if last.fold > 1 else "rows as they are"
         cut += f", {S} columns a channel" if S > 1 else ""
-        tasks, fused = chosen.parts * chosen.blocks, chosen.parts == 1 and chosen.fold == 1
+        units, fused, parallel = last.parts * last.blocks, last.parts == 1 and last.fold == 1, last.parallel
     else:
-        chosen = schedule.first(*dims, itemsize)
-        cut, fused = f"{chosen.blocks} blocks a channel", chosen.parts == 1
-        tasks = dims[1] * chosen.parts
+        first = schedule.first(*dims, itemsize)
+        cut, units, fused, parallel = f"{first.blocks} blocks a channel", dims[1] * first.parts, first.parts == 1, first.parallel
     statistics, apply = (channels_last, channels_last_apply) if columns else (channels_first, channels_first)
     back = channels_last_backward if columns else channels_first_backward
     forwards = [apply.forward] if fused else [statistics.moments, apply.normalize]
     backwards = [back.backward] if fused else [back.grad_reduce, back.grad_input]
     names = [" + ".join(kernel.name for kernel in kernels) for kernels in (forwards, backwards)]
     passes = "fused, x is read from memory once" if fused else "two passes over memory: moments, then normalize"
-    how = f"{_jit.threads()} threads ({_jit.threading_layer()})" if chosen.parallel else "one thread: too small to wake the others"
+    how = threads.describe() if parallel else "one thread: too small to wake the others"
     stores = "streaming, past the cache" if 2 * np.prod(dims) * dtype.itemsize >= config.STREAM_BYTES else "ordinary, into the cache"
-    form = f"{dtype}, {'parallel' if chosen.parallel else 'serial'}"
-    return f"kernels: {names[0]} ({form})\nbackward: {names[1]}\nschedule: {passes}; {tasks} tasks, {cut}\nthreads: {how}\nstores: {stores}"
+    form = f"{dtype}, {'parallel' if parallel and threads.parallel() else 'serial'}"
+    lines = (f"kernels: {names[0]} ({form})", f"backward: {names[1]}", f"schedule: {passes}; {units} tasks, {cut}")
+    return "\n".join((*lines, f"threads: {how}", f"stores: {stores}"))
 
 
-def warmup() -> Iterator[str]:
-    """Compile every kernel for float32 and float64, serial and parallel; yields the name of each as it is done."""
+def warmup(dtypes: Iterable[np.dtype[Any]] = tuple(_NONE)) -> Iterator[str]:
+    """Compile every kernel for each dtype, serial and, where threads are safe, parallel; yields the name of each as it is done."""
     for kernel in _jit.KERNELS:
-        for dtype in _NONE:
-            for parallel in (False, True)[: 1 + kernel.parallel]:
-                kernel.form(dtype, parallel)
+        for dtype in dtypes:
+            stored = _BITS.get(dtype.name, dtype) if kernel.parallel else _DOUBLE if dtype.itemsize == 8 else _SINGLE
+            for parallel in (False, True)[: 1 + (kernel.parallel and threads.usable())]:
+                kernel.compiled(stored, parallel)
                 yield f"{kernel.name} {dtype} {'parallel' if parallel else 'serial'}"

@@ -11,8 +11,8 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from fastbn import config
+from fastbn.kernels.blocks import BLOCK, cut
 
-BLOCK = 256  # vectors of 64 bytes: half a first-level cache
 SLAB_BYTES = 4 * 2**20  # channels first: what a task may hold in its cache between two passes
 BLOCK_BYTES = 512 * 1024  # columns: the same, in pieces of rows that are far apart
 PART_BYTES = 256 * 1024  # a task worth scheduling
@@ -55,8 +55,7 @@ def first(N: int, C: int, S: int, itemsize: int) -> First:
     """The schedule of (N, C, S)."""
     slab = N * S * itemsize
     vectors = -(-S * itemsize // 64)  # of a row
-    rows, splits = (1, -(-vectors // BLOCK)) if vectors > BLOCK else (min(N, BLOCK // vectors), 1)
-    blocks = N * splits if splits > 1 else -(-N // rows)
+    rows, splits, blocks = cut(N, S, 64 // itemsize, BLOCK)
     parallel = slab * C >= config.SERIAL_BYTES
     fused = not parallel or (slab <= SLAB_BYTES and (C >= TASKS or slab <= PART_BYTES))
     parts = 1 if fused else min(PARTS, blocks, max(1, slab // PART_BYTES))

@@ -1,19 +1,36 @@
 """The kernel contract.
 
 Shapes
-    `channels_first` kernels take (N, C, S) arrays, S contiguous; `channels_last` kernels take (R, C) arrays, C contiguous. The other
-    strides are free, negative and zero ones too. x, dy and y are of one dtype, float32 or float64; inputs may be read-only and unaligned.
+    `channels_first` kernels take (N, C, S) arrays, S contiguous; `channels_last` kernels take (R, F) arrays, F contiguous: channels last,
+    and channels first with short rows, S columns of which share a channel. The other strides are free, negative and zero ones too. x, dy
+    and y are of one dtype: float32, float64, or half precision as its bits (uint16: float16, int16: bfloat16); inputs may be read-only
+    and unaligned. Parameters are of float32, beside float64 of float64.
 Allocation
     Kernels never allocate. Outputs, statistics (float64, shape (C,)) and workspaces come from `fastbn.backends.cpu`.
 Arithmetic
-    In the dtype of x within a block of at most a few thousand values; blocks are merged in float64. Means are split into a value of the
-    dtype of x and the remainder.
+    In float32, beside float64 in float64, within a block of at most a few thousand values; blocks are merged in float64. Means are split
+    into a value of that dtype and the remainder. Half precision is rounded once, to nearest even, when a result is stored.
 Determinism
     Blocks and parts come from the shape (`fastbn.backends.schedule`), never from the number of threads, and are merged in order: the
     same input gives the same bits on any number of threads. A kernel's serial and parallel forms are one body compiled twice.
 Errors
     None: arguments were checked before. NaN and Inf propagate.
 Specializations
-    Each `Kernel` has one per dtype and form, compiled at its first call and cached on disk. Read-only, unaligned or odd-strided arrays
-    convert to it; they never trigger another.
+    Each `Kernel` has one for each dtype of x (float16, bfloat16, float32, float64), serial and parallel, compiled at its first call and
+    cached on disk: `forward`, `backward`, `moments`, `normalize`, `grad_reduce` and `grad_input`, each of `channels_first` and
+    `channels_last`; and serial `statistics.rstd` and `statistics.track`. Read-only, unaligned or odd-strided arrays convert to them; they
+    never trigger another. A first forward and backward take four.
+For the caller's own @njit functions
+    `moments_channels_first`, `moments_channels_last`, and likewise `forward_`, `normalize_` and `backward_`: see `fastbn.kernels.serial`.
 """
+
+import importlib
+from typing import Any
+
+
+def __getattr__(name: str) -> Any:  # numba is imported only when one of them is asked for
+    if name.endswith(("_channels_first", "_channels_last")):
+        serial = importlib.import_module(f"{__name__}.serial")
+        if name in serial.__all__:
+            return getattr(serial, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,79 +1,31 @@
-"""The only place with numba options, kernel signatures and the choice of the threading layer."""
+"""The only place with numba options and kernel signatures."""
 
 from __future__ import annotations
 
-import ctypes
-import importlib.metadata
-import sys
+import signal
+import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
-from threading import Lock
-from types import FunctionType
+from contextlib import contextmanager
+from types import FrameType, FunctionType
 from typing import Any
 
 import numba
 import numpy as np
 from numba import config, prange, types
 
-__all__ = ["DISABLED", "KERNELS", "Kernel", "kernel", "leaf", "load_tbb", "prange", "routine", "threading_layer", "threads"]
+from fastbn import pool, threads
+from fastbn.kernels import _cache
+
+__all__ = ["DISABLED", "KERNELS", "Kernel", "kernel", "leaf", "prange", "routine"]
 
 DISABLED = bool(config.DISABLE_JIT)
 
-_TBB = {"linux": "libtbb.so.12", "darwin": "libtbb.12.dylib", "win32": "tbb12.dll"}.get(sys.platform, "")
+pool.guard_forks()
 
 
-def _tbb_files() -> Iterator[Path]:
-    yield Path(sys.prefix, "Library", "bin", _TBB) if sys.platform == "win32" else Path(sys.prefix, "lib", _TBB)
-    try:
-        yield from (Path(str(file.locate())) for file in importlib.metadata.files("tbb") or () if file.name == _TBB)
-    except importlib.metadata.PackageNotFoundError:
-        return
-
-
-def load_tbb() -> bool:
-    """Load TBB from its wheel, where numba does not look by itself; whether it was there.
-
-    With the other layers numba aborts the process on fork (OpenMP) or on two Python threads at once (workqueue).
-    """
-    for path in _tbb_files():
-        if path.is_file():
-            try:
-                ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
-            except OSError:
-                continue
-            return True
-    return False
-
-
-TBB_LOADED = load_tbb()
-
-
-def threading_layer() -> str:
-    """The layer that runs parallel kernels, or would: 'tbb', 'omp' or 'workqueue'."""
-    try:
-        return str(numba.threading_layer())
-    except ValueError:  # no parallel kernel has run yet
-        pass
-    known = ("tbb", "omp", "workqueue")
-    asked = str(config.THREADING_LAYER)
-    wanted = [asked] if asked in known else list(config.THREADING_LAYER_PRIORITY)
-    for layer in wanted:
-        try:
-            __import__(f"numba.np.ufunc.{layer}pool")
-        except ImportError:
-            continue
-        return layer
-    return "none"
-
-
-def threads() -> int:
-    """Threads that a parallel kernel would use now."""
-    return int(numba.get_num_threads())
-
-
-def _njit(function: Callable[..., Any], parallel: bool = False, cache: bool = False, inline: bool = False) -> Any:
+def _njit(function: Callable[..., Any], parallel: bool = False, inline: bool = False) -> Any:
     # No fastmath: vectors are explicit, and NaN and Inf must propagate.
-    return numba.njit(parallel=parallel, cache=cache, forceinline=inline, nogil=True, error_model="numpy")(function)
+    return numba.njit(parallel=parallel, forceinline=inline, nogil=True, error_model="numpy")(function)
 
 
 def leaf(function: Callable[..., Any]) -> Any:
@@ -117,6 +69,26 @@ def _argument(token: str, dtype: Any) -> Any:
     return {"i": types.intp, "f": types.float64, "b": types.boolean}[kind]
 
 
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Put off Ctrl-C for the seconds of a compilation: it can leave a lock of llvmlite's held there, and the next call hangs."""
+    interrupts: list[int] = []
+
+    def later(number: int, frame: FrameType | None) -> None:
+        interrupts.append(number)
+
+    mine = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if mine:
+        signal.signal(signal.SIGINT, later)
+    try:
+        yield
+    finally:
+        if mine:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+    if interrupts:
+        raise KeyboardInterrupt
+
+
 class Kernel:
     """One body, compiled for (dtype, parallel or serial) at its first use and cached on disk.
 
@@ -137,17 +109,22 @@ class Kernel:
         self._body: Any = body
         self._arguments = arguments.split()
         self._compiled: dict[tuple[Any, bool], Callable[..., Any]] = {}
-        self._lock = Lock()
 
     def form(self, dtype: np.dtype[Any], parallel: bool) -> Callable[..., Any]:
-        """The compiled function for arrays of `dtype`."""
+        """The function for arrays of `dtype` that runs here and now: the serial one where threads are unsafe or limited to one."""
+        count = threads.count() if parallel and not DISABLED else 0
+        run = self.compiled(dtype, parallel and count != 1)
+        return threads.masked(run, count) if count > 1 else run
+
+    def compiled(self, dtype: np.dtype[Any], parallel: bool) -> Callable[..., Any]:
+        """The compiled function for arrays of `dtype`, whatever the threads of this process."""
         found = self._compiled.get((dtype, parallel))
         return found if found is not None else self._compile(dtype, parallel)
 
     def _compile(self, dtype: np.dtype[Any], parallel: bool) -> Callable[..., Any]:
         if DISABLED:
             return _plainly(self._body)
-        with self._lock:
+        with pool.lock, _uninterrupted():
             if (dtype, parallel) not in self._compiled:
                 self._compiled[dtype, parallel] = self._specialize(dtype, parallel)
             return self._compiled[dtype, parallel]
@@ -157,10 +134,10 @@ class Kernel:
         name = f"{self._body.__name__}_{'parallel' if parallel else 'serial'}"
         function = FunctionType(self._body.__code__, self._body.__globals__, name, self._body.__defaults__, self._body.__closure__)
         function.__qualname__, function.__module__ = name, self._body.__module__
-        try:
-            compiled = _njit(function, parallel, cache=True)
-        except RuntimeError:  # nowhere to write a cache: a read-only installation and home
-            compiled = _njit(function, parallel, cache=False)
+        if parallel:
+            pool.launch()
+        compiled = _njit(function, parallel)
+        compiled._cache = _cache.Cache(function)  # as enable_caching would, with numba's own
         compiled.compile(tuple(_argument(token, numba.from_dtype(dtype)) for token in self._arguments))
         compiled.disable_compile()
         specialized: Callable[..., Any] = compiled

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,16 +19,19 @@ def _arithmetic(x: Array) -> np.dtype[Any]:
 def _widen(kept: Array) -> Array:
     """Elements as kept in an array -> what they are computed in."""
     if kept.dtype == np.uint16:
-        return kept.view(np.float16).astype(np.float32)
+        wide: Array = kept.view(np.float16).astype(np.float32)
+        return wide
     if kept.dtype == np.int16:
-        return (kept.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
+        bits: Array = kept.view(np.uint16).astype(np.uint32) << np.uint32(16)
+        return cast(Array, bits.view(np.float32))
     return kept.copy()
 
 
 def _narrow(value: Array, dtype: np.dtype[Any]) -> Array:
     """The inverse, to nearest even."""
     if dtype == np.uint16:
-        return value.astype(np.float16).view(np.uint16)
+        half: Array = value.astype(np.float16)
+        return cast(Array, half.view(np.uint16))
     if dtype == np.int16:
         bits = value.astype(np.float32).view(np.uint32)
         high = bits >> np.uint32(16)

@@ -6,7 +6,7 @@ type the kernels say what they mean, and compile in half the time.
 
 A vector has lanes(x) elements: 16 where x is computed in float32, 8 of float64. On narrower machines LLVM splits it. `+`, `-`, `*` and
 `/` work on vectors. Positions are index tuples of a strided array whose last axis is contiguous; alignment of one element is enough.
-Wide vectors are of 8 float64, whatever the array. With NUMBA_DISABLE_JIT=1 a vector is a small NumPy array (see `_plain`).
+Wide vectors are of 8 float64, whatever the array. With NUMBA_DISABLE_JIT=1 a vector is a small NumPy array.
 """
 
 from typing import Any
@@ -16,40 +16,24 @@ from numba import types
 from numba.extending import intrinsic
 
 from fastbn.kernels._jit import DISABLED
-from fastbn.kernels._vector import DOUBLE, I32, I64, VECTOR_BYTES, Vector, call, convert, itemsize, mask, narrow, pointer
-from fastbn.kernels._vector import splat, stored, suffix, widen
-
-WIDE = Vector(types.float64)
-
-
-def _load(context: Any, builder: Any, sig: Any, args: Any, lanes: int) -> Any:
-    """So many elements from x[index], as they are computed."""
-    kind = stored(sig.args[0].dtype, lanes)
-    loaded = builder.load(builder.bitcast(pointer(context, builder, sig, args), kind.as_pointer()), typ=kind)
-    loaded.align = 1
-    return widen(builder, loaded, sig.args[0].dtype)
-
-
-def _load_some(context: Any, builder: Any, sig: Any, args: Any, lanes: int) -> Any:
-    """The first args[2] of so many elements, zeros behind them."""
-    kind, some = stored(sig.args[0].dtype, lanes), mask(builder, args[2], lanes)
-    place = builder.bitcast(pointer(context, builder, sig, args), kind.as_pointer())
-    arguments = [place, ir.Constant(I32, 1), some, ir.Constant(kind, None)]
-    return widen(builder, call(builder, kind, f"llvm.masked.load.{suffix(kind)}.p0", arguments), sig.args[0].dtype), some
-
-
-def _store(context: Any, builder: Any, sig: Any, args: Any, value: Any, align: int) -> Any:
-    kept = narrow(builder, value, sig.args[0].dtype)
-    instruction = builder.store(kept, builder.bitcast(pointer(context, builder, sig, args), kept.type.as_pointer()))
-    instruction.align = align
-    return instruction
-
-
-def _store_some(context: Any, builder: Any, sig: Any, args: Any, value: Any) -> None:
-    kept = narrow(builder, value, sig.args[0].dtype)
-    place = builder.bitcast(pointer(context, builder, sig, args), kept.type.as_pointer())
-    arguments = [kept, place, ir.Constant(I32, 1), mask(builder, args[2], kept.type.count)]
-    call(builder, ir.VoidType(), f"llvm.masked.store.{suffix(kept.type)}.p0", arguments)
+from fastbn.kernels._vector import (
+    DOUBLE,
+    I32,
+    I64,
+    WIDE,
+    Vector,
+    call,
+    convert,
+    itemsize,
+    load_elements,
+    load_first,
+    mask,
+    pointer,
+    splat,
+    store_elements,
+    store_first,
+    suffix,
+)
 
 
 @intrinsic
@@ -88,7 +72,7 @@ def element(typingctx, x, index):
     """x[index] in float64; no index counts from the end, as NumPy's may."""
 
     def codegen(context, builder, sig, args):
-        return builder.extract_element(convert(builder, _load(context, builder, sig, args, 1), DOUBLE), ir.Constant(I32, 0))
+        return builder.extract_element(convert(builder, load_elements(context, builder, sig, args, 1), DOUBLE), ir.Constant(I32, 0))
 
     return types.float64(x, index), codegen
 
@@ -99,7 +83,7 @@ def load(typingctx, x, index):
     kind = Vector(x.dtype)
 
     def codegen(context, builder, sig, args):
-        return _load(context, builder, sig, args, kind.lanes)
+        return load_elements(context, builder, sig, args, kind.lanes)
 
     return kind(x, index), codegen
 
@@ -110,7 +94,7 @@ def load_some(typingctx, x, index, count, fill):
     kind = Vector(x.dtype)
 
     def codegen(context, builder, sig, args):
-        loaded, some = _load_some(context, builder, sig, args, kind.lanes)
+        loaded, some = load_first(context, builder, sig, args, kind.lanes)
         return builder.select(some, loaded, args[3])
 
     return kind(x, index, types.intp, kind), codegen
@@ -121,7 +105,7 @@ def store(typingctx, x, index, value):
     """x[index] onwards = value."""
 
     def codegen(context, builder, sig, args):
-        _store(context, builder, sig, args, args[2], 1)
+        store_elements(context, builder, sig, args, args[2], 1)
         return context.get_dummy_value()
 
     return types.void(x, index, value), codegen
@@ -132,7 +116,7 @@ def store_stream(typingctx, x, index, value):
     """The same past the cache; x[index] lies on a boundary of a whole vector's bytes. `fence` before others read it."""
 
     def codegen(context, builder, sig, args):
-        instruction = _store(context, builder, sig, args, args[2], value.lanes * itemsize(x.dtype))
+        instruction = store_elements(context, builder, sig, args, args[2], value.lanes * itemsize(x.dtype))
         instruction.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(I32, 1)]))
         return context.get_dummy_value()
 
@@ -144,7 +128,7 @@ def store_some(typingctx, x, index, count, value):
     """The first `count` lanes of value to x[index]; memory beyond is not touched."""
 
     def codegen(context, builder, sig, args):
-        _store_some(context, builder, sig, args, args[3])
+        store_first(context, builder, sig, args, args[3])
         return context.get_dummy_value()
 
     return types.void(x, index, types.intp, value), codegen
@@ -167,7 +151,7 @@ def broadcast(typingctx, x, index):
     kind = Vector(x.dtype)
 
     def codegen(context, builder, sig, args):
-        return splat(builder, builder.extract_element(_load(context, builder, sig, args, 1), ir.Constant(I32, 0)), kind.ir)
+        return splat(builder, builder.extract_element(load_elements(context, builder, sig, args, 1), ir.Constant(I32, 0)), kind.ir)
 
     return kind(x, index), codegen
 
@@ -202,7 +186,7 @@ def load_wide(typingctx, x, index, count):
     """The first `count` of eight elements from x[index], as a wide vector with zeros behind them."""
 
     def codegen(context, builder, sig, args):
-        return convert(builder, _load_some(context, builder, sig, args, WIDE.lanes)[0], DOUBLE)
+        return convert(builder, load_first(context, builder, sig, args, WIDE.lanes)[0], DOUBLE)
 
     return WIDE(x, index, types.intp), codegen
 
@@ -212,7 +196,7 @@ def store_wide(typingctx, x, index, count, value):
     """The first `count` lanes of a wide vector to x[index] onwards, rounded to the dtype of a float array x."""
 
     def codegen(context, builder, sig, args):
-        _store_some(context, builder, sig, args, convert(builder, args[3], Vector(x.dtype).ir.element))
+        store_first(context, builder, sig, args, convert(builder, args[3], Vector(x.dtype).ir.element))
         return context.get_dummy_value()
 
     return types.void(x, index, types.intp, WIDE), codegen
@@ -271,7 +255,9 @@ def within(typingctx, a, count, low, high):
     def codegen(context, builder, sig, args):
         beyond = builder.not_(mask(builder, args[1], WIDE.lanes))
         every = builder.or_(_inside(builder, args[0], *args[2:]), beyond)
-        return builder.icmp_unsigned("==", builder.bitcast(every, ir.IntType(WIDE.lanes)), ir.Constant(ir.IntType(WIDE.lanes), 2**WIDE.lanes - 1))
+        return builder.icmp_unsigned(
+            "==", builder.bitcast(every, ir.IntType(WIDE.lanes)), ir.Constant(ir.IntType(WIDE.lanes), 2**WIDE.lanes - 1)
+        )
 
     return types.boolean(WIDE, types.intp, types.float64, types.float64), codegen
 

@@ -148,3 +148,38 @@ def narrow(builder: Any, vector: Any, dtype: Any) -> Any:
         chosen = builder.select(builder.fcmp_unordered("uno", vector, vector), quiet, builder.lshr(rounded, constant(16)))
         return builder.trunc(chosen, ir.VectorType(I16, lanes))
     return vector
+
+
+WIDE = Vector(types.float64)
+
+
+def load_elements(context: Any, builder: Any, sig: Any, args: Any, lanes: int) -> Any:
+    """So many elements from x[index], as they are computed."""
+    kind = stored(sig.args[0].dtype, lanes)
+    loaded = builder.load(builder.bitcast(pointer(context, builder, sig, args), kind.as_pointer()), typ=kind)
+    loaded.align = 1
+    return widen(builder, loaded, sig.args[0].dtype)
+
+
+def load_first(context: Any, builder: Any, sig: Any, args: Any, lanes: int) -> Any:
+    """The first args[2] of so many elements, zeros behind them."""
+    kind, some = stored(sig.args[0].dtype, lanes), mask(builder, args[2], lanes)
+    place = builder.bitcast(pointer(context, builder, sig, args), kind.as_pointer())
+    arguments = [place, ir.Constant(I32, 1), some, ir.Constant(kind, None)]
+    return widen(builder, call(builder, kind, f"llvm.masked.load.{suffix(kind)}.p0", arguments), sig.args[0].dtype), some
+
+
+def store_elements(context: Any, builder: Any, sig: Any, args: Any, value: Any, align: int) -> Any:
+    """Store `value` to x[index] onwards; the instruction."""
+    kept = narrow(builder, value, sig.args[0].dtype)
+    instruction = builder.store(kept, builder.bitcast(pointer(context, builder, sig, args), kept.type.as_pointer()))
+    instruction.align = align
+    return instruction
+
+
+def store_first(context: Any, builder: Any, sig: Any, args: Any, value: Any) -> None:
+    """Store the first args[2] lanes of `value` to x[index] onwards."""
+    kept = narrow(builder, value, sig.args[0].dtype)
+    place = builder.bitcast(pointer(context, builder, sig, args), kept.type.as_pointer())
+    arguments = [kept, place, ir.Constant(I32, 1), mask(builder, args[2], kept.type.count)]
+    call(builder, ir.VoidType(), f"llvm.masked.store.{suffix(kept.type)}.p0", arguments)

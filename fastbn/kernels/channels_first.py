@@ -196,7 +196,7 @@ def normalize(x, mean, rstd, gamma, beta, pieces, tasks, stream, work, y):
 
 @kernel("x3 p1 p1 f i i i i b b w3 y3 s2")
 def forward(x, gamma, beta, eps, rows, splits, blocks, tasks, ahead, stream, work, y, stats):
-    """Moments and normalize, a channel at a time: its slab is still in the cache when it is normalized; `work` (tasks, 3, 8), stats (2, C)."""
+    """Moments and normalize, a channel at a time, its slab still in the cache; `work` (tasks, 3, 8), stats (2, C): mean and m2."""
     N, C, S = x.shape
     mean, m2 = stats[0], stats[1]
     for task in prange(tasks):

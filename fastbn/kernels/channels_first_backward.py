@@ -89,7 +89,7 @@ def grad_input(dy, x, mean, rstd, gamma, sums, count, training, pieces, tasks, s
 
 @kernel("x3 x3 m1 m1 p1 b i i i i b b w3 y3 s2 w2")
 def backward(dy, x, mean, rstd, gamma, training, rows, splits, blocks, tasks, ahead, stream, work, dx, sums, grads):
-    """grad_reduce and grad_input, a channel at a time: its slabs are still in the cache for the second pass; `work` (tasks, 5, 8), sums, grads (2, C)."""
+    """grad_reduce and grad_input, a channel at a time, its slabs still in the cache; `work` (tasks, 5, 8), sums, grads (2, C)."""
     N, C, S = x.shape
     count = float(N * S)
     for task in prange(tasks):

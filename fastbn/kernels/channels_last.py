@@ -43,7 +43,7 @@ WORK = 12  # rows of a task's workspace
 
 @leaf
 def share(work, task, columns):
-    """A task's part of the workspace, (WORK, columns): on a 64-byte boundary, since half of all vectors would lie on two lines otherwise."""
+    """A task's part of the workspace, (WORK, columns): on a 64-byte boundary, or every vector would lie on two lines of the cache."""
     start = (-address(work, (0,)) & 63) // bytes_of(work) + task * WORK * columns
     return work[start : start + WORK * columns].reshape((WORK, columns))
 
@@ -280,7 +280,10 @@ def merge_parts(R, C, S, fold, rest, parts, partial, mean, m2):
 
 @kernel("x2 x2 i i i i i i i i w1 s3 s2")
 def moments(x, rest_row, C, S, fold, rest, parts, block, tasks, columns, work, partial, stats):
-    """stats (2, C): mean and m2; `block` strips in a unit, `rest` folds in rest_row; workspaces work (tasks * WORK * columns + 64), partial (parts + 1, 2, P)."""
+    """stats (2, C): mean and m2; `block` strips in a unit, `rest` folds in rest_row.
+
+    Workspaces: work (tasks * WORK * columns + 64), partial (parts + 1, 2, P).
+    """
     R, P = x.shape[0], fold * C
     blocks = (P + block - 1) // block
     for task in prange(tasks):

@@ -3,8 +3,20 @@
 from __future__ import annotations
 
 from fastbn.kernels._jit import kernel, leaf, prange, routine
-from fastbn.kernels._simd import fence, lanes, load, load_some, load_wide, muladd, prefetch, spread, store, store_some, store_stream
-from fastbn.kernels._simd import store_wide
+from fastbn.kernels._simd import (
+    fence,
+    lanes,
+    load,
+    load_some,
+    load_wide,
+    muladd,
+    prefetch,
+    spread,
+    store,
+    store_some,
+    store_stream,
+    store_wide,
+)
 from fastbn.kernels.channels_last import run_total, share
 from fastbn.kernels.channels_last_apply import affine_block, spread_columns
 from fastbn.kernels.elementwise import fill_gradient, fill_standardize, head, narrow

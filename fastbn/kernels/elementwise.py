@@ -20,7 +20,6 @@ from fastbn.kernels._simd import (
     prefetch,
     root,
     rounded,
-    spread,
     store,
     store_some,
     store_stream,

@@ -1,0 +1,17 @@
+"""How a channel's slab is cut into blocks: plain arithmetic, for the schedule and, jitted, for kernels that are called without one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+BLOCK = 256  # vectors of 64 bytes: half a first-level cache
+
+
+def cut(N: Any, S: Any, lanes: Any, block: Any) -> Any:
+    """(rows of a block where it is whole rows, pieces of a row where that is several blocks, blocks) of N rows of S values."""
+    vectors = -(-S // lanes)
+    if vectors > block:
+        splits = -(-vectors // block)
+        return 1, splits, N * splits
+    rows = min(N, block // vectors)
+    return rows, 1, -(-N // rows)

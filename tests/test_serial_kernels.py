@@ -1,0 +1,84 @@
+"""The kernels that callers use in their own @njit functions."""
+
+import numpy as np
+import pytest
+from numba import njit, prange
+from tolerances import check
+
+import fastbn
+from fastbn import kernels, reference
+from fastbn.kernels import (
+    backward_channels_first,
+    backward_channels_last,
+    forward_channels_first,
+    forward_channels_last,
+    moments_channels_last,
+    normalize_channels_last,
+)
+
+EPS = 1e-5
+
+
+@njit(parallel=True)
+def whitened(groups, y, mean, m2):
+    """Each group of samples by its own statistics, one group per thread: what no single call of fastbn does."""
+    for g in prange(groups.shape[0]):
+        moments_channels_last(groups[g], mean[g], m2[g])
+        rstd = 1.0 / np.sqrt(m2[g] / groups.shape[1] + EPS)
+        none = np.empty(0, groups.dtype)
+        normalize_channels_last(groups[g], mean[g], rstd, none, none, y[g])
+
+
+@njit
+def step(x, dy, gamma, beta, last):
+    """A training step of a network whose loop is compiled as a whole."""
+    C = gamma.size
+    y, dx, mean, m2, sums = np.empty_like(x), np.empty_like(x), np.empty(C), np.empty(C), np.empty((2, C))
+    if last:
+        flat, flat_dy = x.reshape((-1, C)), dy.reshape((-1, C))
+        count = flat.shape[0]
+        forward_channels_last(flat, gamma, beta, EPS, y.reshape((-1, C)), mean, m2)
+        backward_channels_last(flat_dy, flat, mean, 1.0 / np.sqrt(m2 / count + EPS), gamma, dx.reshape((-1, C)), sums)
+    else:
+        count = x.size // C
+        forward_channels_first(x, gamma, beta, EPS, y, mean, m2)
+        backward_channels_first(dy, x, mean, 1.0 / np.sqrt(m2 / count + EPS), gamma, dx, sums)
+    return y, dx, mean, m2, sums
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_in_a_parallel_function_of_the_caller(dtype):
+    groups = np.random.default_rng(0).normal(3.0, 2.0, (6, 40, 19)).astype(dtype)
+    y, mean, m2 = np.empty_like(groups), np.empty((6, 19)), np.empty((6, 19))
+    whitened(groups, y, mean, m2)
+    for g, x in enumerate(groups):
+        expected, m = fastbn.batch_norm(x, eps=EPS)
+        assert y[g].tobytes() == expected.tobytes()
+        assert (mean[g].tobytes(), m2[g].tobytes()) == (m.mean.tobytes(), m.m2.tobytes())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("last", [False, True])
+def test_a_training_step(dtype, last):
+    rng = np.random.default_rng(1)
+    x, dy = rng.normal(50.0, 2.0, (3, 4, 130)).astype(dtype), rng.normal(size=(3, 4, 130)).astype(dtype)
+    C = 130 if last else 4
+    gamma, beta = rng.uniform(0.5, 2.0, C).astype(dtype), rng.normal(size=C).astype(dtype)
+    y, dx, mean, m2, sums = step(x, dy, gamma, beta, last)
+    shape = (-1, C) if last else x.shape
+    truth = np.empty(x.reshape(shape).shape)
+    m = reference.forward(x.reshape(shape), gamma, beta, EPS, truth)[1]
+    check("mean", dtype, mean, m.mean, np.abs(m.mean))
+    check("var", dtype, m2, m.m2, m.m2)
+    check("y", dtype, y, truth.reshape(x.shape), np.maximum(1.0, np.abs(truth).max()))
+    reference.backward(dy.reshape(shape), x.reshape(shape), m.mean, m.rstd(EPS), gamma, truth)
+    check("dx", dtype, dx, truth.reshape(x.shape), 10.0)
+    exact = reference.grad_reduce(dy.reshape(shape), x.reshape(shape), m.mean, m.rstd(EPS))
+    check("dgamma", dtype, sums[1], exact[1], np.abs(dy).sum() / C * 2)
+    check("dbeta", "float32", sums[0], exact[0], np.abs(dy).sum() / C)
+
+
+def test_names():
+    assert kernels.normalize_channels_first is kernels.serial.normalize_channels_first
+    with pytest.raises(AttributeError, match="no attribute 'moments_channels_middle'"):
+        _ = kernels.moments_channels_middle
