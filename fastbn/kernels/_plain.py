@@ -24,7 +24,7 @@ def _widen(kept: Array) -> Array:
     if kept.dtype == np.int16:
         bits: Array = kept.view(np.uint16).astype(np.uint32) << np.uint32(16)
         return cast(Array, bits.view(np.float32))
-    return kept.copy()
+    return cast(Array, kept.copy())
 
 
 def _narrow(value: Array, dtype: np.dtype[Any]) -> Array:
@@ -37,7 +37,7 @@ def _narrow(value: Array, dtype: np.dtype[Any]) -> Array:
         high = bits >> np.uint32(16)
         rounded = (bits + (high & np.uint32(1)) + np.uint32(0x7FFF)) >> np.uint32(16)
         quiet = (high & np.uint32(0x8000)) | np.uint32(0x7FC0)
-        return np.where(np.isnan(value), quiet, rounded).astype(np.uint16).view(np.int16)
+        return cast(Array, np.where(np.isnan(value), quiet, rounded).astype(np.uint16).view(np.int16))
     return value.astype(dtype)
 
 
