@@ -192,7 +192,8 @@ def replace_block(path: Path, name: str, text: str | None) -> None:
             file.write(after.encode())
 
 
-def _markdown(headers: Sequence[str], lines: Sequence[Sequence[str]], notes: str) -> str:
+def markdown(headers: Sequence[str], lines: Sequence[Sequence[str]], notes: str) -> str:
+    """A table for the README, its first column to the left, and the notes below."""
     rule = ["---", *("---:" for _ in headers[1:])]
     return "\n".join([*("| " + " | ".join(row) + " |" for row in (headers, rule, *lines)), "", notes, ""])
 
@@ -246,6 +247,6 @@ def run(args: argparse.Namespace) -> int:
         return 1
     if args.readme:
         command = "python -m fastbn bench" + (" --accuracy" if args.accuracy else "") + " --readme README.md"
-        replace_block(args.readme, name, _markdown(headers, lines, f"{NOTES[name]} {sentence(facts)}. Written by `{command}`."))
+        replace_block(args.readme, name, markdown(headers, lines, f"{NOTES[name]} {sentence(facts)}. Written by `{command}`."))
         print(f"wrote the {name} table into {args.readme}")
     return 0
