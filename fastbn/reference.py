@@ -102,13 +102,14 @@ def forward(x: Array, gamma: Array | None, beta: Array | None, eps: float, out: 
 
 @np.errstate(all="ignore")
 def backward(
-    dy: Array, x: Array, mean: Array, rstd: Array, gamma: Array | None, out: Array, training: bool = True
-) -> tuple[Array, Array, Array]:
+    dy: Array, x: Array, mean: Array, rstd: Array, gamma: Array | None, out: Array, training: bool = True, grads: Array | None = None
+) -> tuple[Array, Wide, Wide]:
     """grad_reduce, then grad_input: (dx, dgamma, dbeta)."""
     sums = grad_reduce(dy, x, mean, rstd)
     grad_input(dy, x, mean, rstd, gamma, sums if training else None, x.size // mean.size, out)
-    kind = dtypes.of_parameters(x.dtype)
-    return out, sums[1].astype(kind), sums[0].astype(kind)
+    if grads is not None:
+        grads[0], grads[1] = sums
+    return out, sums[1], sums[0]
 
 
 def describe(dims: tuple[int, ...], dtype: np.dtype[Any]) -> str:

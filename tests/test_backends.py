@@ -2,7 +2,6 @@
 
 import inspect
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -133,7 +132,7 @@ def test_gradients_separate_and_fused(view: str, dtype: str, backend: str) -> No
             d.out[...] = -7
             dx, dgamma, dbeta = b.backward(d.dy, d.x, d.mean, d.rstd, gamma, d.out, training)
             assert dx is d.out
-            _per_channel(parameter_dtype(dtype), dgamma, dbeta, channels=d.x.shape[1])
+            _per_channel("float64", dgamma, dbeta, channels=d.x.shape[1])
             d.check("dx", dx, gamma, None, training)
             d.check("dgamma", dgamma, None, None)
             d.check("dbeta", dbeta, None, None)
@@ -295,8 +294,8 @@ def test_a_variable_that_cannot_be_served_is_named_at_the_first_call(name: str) 
 def test_a_variable_of_bytes_that_is_no_number_is_named(text: str) -> None:
     run = _python("import fastbn", FASTBN_STREAM_BYTES=text)
     assert run.returncode == 1
-    wanted = rf"ValueError: FASTBN_STREAM_BYTES={text!r}: want a whole number of bytes, 0 or more; unset it for the default, \d{{6,}}"
-    assert re.search(wanted + "$", run.stderr.strip())
+    wanted = f"ValueError: FASTBN_STREAM_BYTES={text!r}: want a whole number of bytes, 0 or more; unset it for the default, 41943040"
+    assert run.stderr.strip().endswith(wanted)
 
 
 # explain()

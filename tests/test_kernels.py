@@ -106,8 +106,11 @@ def test_backward(data, dtype, training, offset):
     sums = cpu.grad_reduce(dy, x, m.mean, rstd)
     separate = aligned(x.shape, dtype, offset)
     cpu.grad_input(dy, x, m.mean, rstd, gamma, sums if training else None, m.count, separate)
-    assert sums[0].astype(dtype).tobytes() == dbeta.tobytes()
-    assert sums[1].astype(dtype).tobytes() == dgamma.tobytes()
+    assert sums[0].tobytes() == dbeta.tobytes()
+    assert sums[1].tobytes() == dgamma.tobytes()
+    grads = np.empty((2, x.shape[1]), dtype)
+    cpu.backward(dy, x, m.mean, rstd, gamma, dx, training, grads)
+    assert grads.tobytes() == np.stack(sums).astype(dtype).tobytes()
     assert separate.tobytes() == dx.tobytes()
 
 

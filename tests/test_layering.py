@@ -156,8 +156,11 @@ def test_no_cycles() -> None:
         graph = {file: targets for file, targets in graph.items() if file not in leaves}
 
 
-def test_the_kernel_contract_is_a_docstring_only() -> None:
-    assert [type(node) for node in _parse("kernels/__init__.py").body] == [ast.Expr]
+def test_the_kernel_contract_is_a_docstring_and_names_found_when_asked_for() -> None:
+    body = _parse("kernels/__init__.py").body
+    assert [type(node) for node in body] == [ast.Expr, ast.Import, ast.ImportFrom, ast.FunctionDef]
+    assert isinstance(body[-1], ast.FunctionDef)
+    assert body[-1].name == "__getattr__"
 
 
 # Who may import which of the dependencies: with the module, and only when a function asks.

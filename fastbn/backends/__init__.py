@@ -53,9 +53,17 @@ class Backend(Protocol):
         """moments + normalize, fused: (y, moments)."""
 
     def backward(
-        self, dy: Array, x: Array, mean: Array, rstd: Array, gamma: Array | None, out: Array, training: bool = True
+        self,
+        dy: Array,
+        x: Array,
+        mean: Array,
+        rstd: Array,
+        gamma: Array | None,
+        out: Array,
+        training: bool = True,
+        grads: Array | None = None,
     ) -> tuple[Array, Array, Array]:
-        """grad_reduce + grad_input, fused: (dx, dgamma, dbeta), the last two in the dtype of parameters."""
+        """grad_reduce + grad_input, fused: (dx, dgamma, dbeta); `grads` (2, C) takes dbeta, dgamma in the dtype of parameters."""
 
     def describe(self, dims: tuple[int, ...], dtype: np.dtype[Any]) -> str:
         """What runs for a canonical shape, for a person to read."""

@@ -240,20 +240,21 @@ def forward(x: Array, gamma: Array | None, beta: Array | None, eps: float, out: 
 
 
 def backward(
-    dy: Array, x: Array, mean: Wide, rstd: Wide, gamma: Array | None, out: Array, training: bool = True
-) -> tuple[Array, Array, Array]:
+    dy: Array, x: Array, mean: Wide, rstd: Wide, gamma: Array | None, out: Array, training: bool = True, grads: Array | None = None
+) -> tuple[Array, Wide, Wide]:
     """grad_reduce and grad_input, in one kernel where a task's share stays in the cache: (dx, dgamma, dbeta)."""
     route = _fused(x.shape, x.dtype, out.strides, x.strides, dy.strides)
     C = mean.size
     if route is None:
         sums = _sums(dy, x, mean, rstd)
         grad_input(dy, x, mean, rstd, gamma, (sums[0], sums[1]) if training else None, _count(x), out)
-        with np.errstate(over="ignore", invalid="ignore"):
-            grads = sums.astype(_DOUBLE if x.itemsize == 8 else _SINGLE)
-        return out, grads[1], grads[0]
+        if grads is not None:
+            with np.errstate(over="ignore", invalid="ignore"):
+                grads[...] = sums
+        return out, sums[1], sums[0]
     bits, bits_dy, dx = _seen(route, x), _seen(route, dy), _seen(route, out)
     gamma = route.none if gamma is None else gamma
-    sums, grads = np.empty((2, C)), np.empty((2, C), route.kind)
+    sums, grads = np.empty((2, C)), np.empty((2, C), route.kind) if grads is None else grads
     if (plan := route.first) is not None:
         tasks = _tasks(C, plan.parallel)
         run = channels_first_backward.backward.form(route.stored, plan.parallel)
@@ -266,7 +267,7 @@ def backward(
         work = _work(route, cut, tasks)
         run = channels_last_backward.backward.form(route.stored, cut.parallel)
         run(bits_dy, bits, mean, rstd, gamma, training, route.share, cut.block, tasks, cut.columns, _stream(out, 3), work, dx, sums, grads)
-    return out, grads[1], grads[0]
+    return out, sums[1], sums[0]
 
 
 def describe(dims: tuple[int, ...], dtype: np.dtype[Any]) -> str:
