@@ -27,13 +27,6 @@ SPREAD = 5  # row of a workspace where the coefficients of columns begin; those 
 
 
 @leaf
-def backwards(units, task, tasks):
-    """The units of a task, last ones first: what a pass before has read last is still in the last-level cache."""
-    turn = tasks - 1 - task
-    return range(units * (turn + 1) // tasks - 1, units * turn // tasks - 1, -1)
-
-
-@leaf
 def copy(k, row, i, j, size):
     """k[row + SPREAD, j : j + size] = k[row, i : i + size]."""
     W = lanes(k)
@@ -138,7 +131,7 @@ def normalize(x, rest_row, mean, rstd, gamma, beta, S, fold, rest, parts, block,
     blocks = (C + block - 1) // block
     for task in prange(tasks):
         k = share(work, task, columns)
-        for unit in backwards(parts * blocks, task, tasks):
+        for unit in range(parts * blocks * task // tasks, parts * blocks * (task + 1) // tasks):
             p, first = unit // blocks, unit % blocks * block
             last = min(C, first + block)
             fill_affine(x, mean, rstd, gamma, beta, first, last, k)

@@ -18,7 +18,7 @@ from fastbn.kernels._simd import (
     store_wide,
 )
 from fastbn.kernels.channels_last import run_total, share
-from fastbn.kernels.channels_last_apply import affine_block, backwards, spread_columns
+from fastbn.kernels.channels_last_apply import affine_block, spread_columns
 from fastbn.kernels.elementwise import fill_gradient, fill_standardize, head, narrow
 
 ROWS = 64  # of a tile: as many values as a lane's float32 sum may take within 1e-6
@@ -240,7 +240,7 @@ def grad_input(
     blocks = (C + block - 1) // block
     for task in prange(tasks):
         k = share(work, task, columns)
-        for unit in backwards(parts * blocks, task, tasks):
+        for unit in range(parts * blocks * task // tasks, parts * blocks * (task + 1) // tasks):
             p, first = unit // blocks, unit % blocks * block
             last = min(C, first + block)
             r0, r1 = R * p // parts, R * (p + 1) // parts
