@@ -190,11 +190,11 @@ def ready() -> bool:
 
 def mask() -> int:
     """Threads of numba's parallel functions in the calling Python thread. Launches nothing."""
-    if running() is None:
-        from numba import config
+    if _safe or running() is not None:
+        return int(functions()[0]())
+    from numba import config
 
-        return int(config.NUMBA_NUM_THREADS)
-    return int(functions()[0]())
+    return int(config.NUMBA_NUM_THREADS)
 
 
 @lru_cache(maxsize=1)

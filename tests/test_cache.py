@@ -220,6 +220,41 @@ def test_warmup_that_can_keep_nothing_fails(machine: Machine, seal: Callable[...
     assert out[-1] == "1"
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_warmup_covers_every_call(monkeypatch: pytest.MonkeyPatch, dtype: str) -> None:
+    """Nothing is compiled, and nothing runs: what counts is which kernels are asked for."""
+    import numpy as np
+
+    from fastbn import dtypes
+    from fastbn.backends import cpu
+    from fastbn.kernels import _jit
+
+    asked: set[Any] = set()
+    ml_dtypes = pytest.importorskip("ml_dtypes", reason="bfloat16 is a dtype of ml_dtypes") if dtype == "bfloat16" else None
+    kind = np.dtype(ml_dtypes.bfloat16 if ml_dtypes else dtype)
+    assert dtypes.supported(kind)
+    monkeypatch.setattr(
+        _jit.Kernel, "compiled", lambda kernel, kind, form: asked.add((kernel.name, kind, form)) or (lambda *arguments: None)
+    )
+    assert len(list(cpu.warmup([kind]))) > len(_jit.KERNELS)
+    warm = asked.copy()
+    asked.clear()
+    with np.errstate(all="ignore"):  # results are whatever the memory held
+        for shape in ((8, 4), (3000, 40), (200, 300), (4, 3, 5, 5), (16, 64, 7, 7), (2, 2, 300, 300), (4, 64, 64, 64)):
+            for last in (False, True):
+                x = np.ones(shape, kind)
+                x = np.moveaxis(np.ascontiguousarray(np.moveaxis(x, 1, -1)), -1, 1) if last else x
+                layer = fastbn.BatchNorm(shape[1], dtype=np.float64 if kind.itemsize == 8 else np.float32)
+                layer.backward(layer(x))
+                layer.eval().backward(layer(x))
+                m = fastbn.moments(x)
+                fastbn.batch_norm(x)
+                fastbn.batch_norm_backward(x, x, m)
+                fastbn.batch_norm(x[::2, ::-1])
+    assert asked - warm == set()
+    assert len({name for name, *_ in asked}) == len(_jit.KERNELS)  # and each kernel is of use
+
+
 def test_odd_arrays_compile_nothing() -> None:
     """Read-only, unaligned, reversed, strided and broadcast arrays run in the kernels of compact ones, which are one for each form."""
     import numpy as np

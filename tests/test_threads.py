@@ -91,7 +91,7 @@ SPY = """
             run(*arguments)
         return call
     def spy():
-        for kernel in _jit.KERNELS:
+        for kernel in filter(lambda kernel: kernel.parallel, _jit.KERNELS):  # the others never are
             for key, run in kernel._compiled.items():
                 if run.__name__ != "call":
                     kernel._compiled[key] = spied("parallel" if key[-1] else "serial", run)

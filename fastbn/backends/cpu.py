@@ -300,7 +300,9 @@ def warmup(dtypes: Iterable[np.dtype[Any]] = tuple(_NONE)) -> Iterator[str]:
     """Compile every kernel for each dtype, serial and, where threads are safe, parallel; yields the name of each as it is done."""
     for kernel in _jit.KERNELS:
         for dtype in dtypes:
-            stored = _BITS.get(dtype.name, dtype) if kernel.parallel else _DOUBLE if dtype.itemsize == 8 else _SINGLE
+            stored = _BITS.get(dtype.name, dtype)
+            if not kernel.parallel:  # on statistics, which are double, or on parameters
+                stored = _DOUBLE if kernel is per_channel.rstd or dtype.itemsize == 8 else _SINGLE
             for parallel in (False, True)[: 1 + (kernel.parallel and threads.usable())]:
                 kernel.compiled(stored, parallel)
                 yield f"{kernel.name} {dtype} {'parallel' if parallel else 'serial'}"
