@@ -3,6 +3,7 @@
 import atexit
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -21,6 +22,10 @@ if os.environ.get("FASTBN_TEST_CACHE") != "keep":
         raise RuntimeError("numba was imported before tests/conftest.py could give it a fresh NUMBA_CACHE_DIR")
     os.environ["NUMBA_CACHE_DIR"] = tempfile.mkdtemp(prefix="fastbn-numba-")
     atexit.register(shutil.rmtree, os.environ["NUMBA_CACHE_DIR"], ignore_errors=True)
+
+# A shell leaves interrupts ignored in what it starts in the background, and in all processes that this starts; some tests send one.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A first call compiles for seconds, so there is no deadline; the same examples in every run, so that a failure repeats.
 settings.register_profile("fastbn", deadline=None, derandomize=True, max_examples=40, database=None, print_blob=True)

@@ -120,6 +120,7 @@ def _naive(x, gamma, beta, eps, out):
 
 def _backward(*args):
     dx, dgamma, dbeta = reference.backward(*args)
+    args[-1][1] *= 1 + 1e-4  # what callers of the public functions get
     return dx, dgamma * (1 + 1e-4), dbeta
 
 
