@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from bench import cases, pytorch
 from bench.problem import Problem
-from fastbn.kernels._simd import fence, load, store, store_stream, total
+from fastbn.kernels._simd import fence, load, load_far, store, store_stream, total
 
 Array = NDArray[Any]
 
@@ -36,7 +36,7 @@ def _copy_stream(x, y, vectors, parts):  # type: ignore[no-untyped-def]  # typed
 def _copy(x, y, vectors, parts):  # type: ignore[no-untyped-def]  # typed by numba
     for part in prange(parts):
         for i in range(vectors * part // parts * LANES, vectors * (part + 1) // parts * LANES, LANES):
-            store(y, (i,), load(x, (i,)))
+            store(y, (i,), load_far(x, (i,)))
 
 
 @numba.njit(parallel=True, nogil=True)
@@ -51,24 +51,22 @@ def _triad_stream(x, dy, dx, vectors, parts):  # type: ignore[no-untyped-def]  #
 def _triad(x, dy, dx, vectors, parts):  # type: ignore[no-untyped-def]  # typed by numba
     for part in prange(parts):
         for i in range(vectors * part // parts * LANES, vectors * (part + 1) // parts * LANES, LANES):
-            store(dx, (i,), load(x, (i,)) + load(dy, (i,)))
+            store(dx, (i,), load_far(x, (i,)) + load_far(dy, (i,)))
 
 
 @numba.njit(parallel=True, nogil=True)
 def _read(x, vectors, parts, sums):  # type: ignore[no-untyped-def]  # typed by numba
     for part in prange(parts):
         start, stop = vectors * part // parts * LANES, vectors * (part + 1) // parts * LANES
-        # Four sums, so that no addition waits for the one before.
-        a = b = c = d = load(x, (0,))
-        body = start + (stop - start) // (4 * LANES) * 4 * LANES
-        for i in range(start, body, 4 * LANES):
-            a = a + load(x, (i,))
-            b = b + load(x, (i + LANES,))
-            c = c + load(x, (i + 2 * LANES,))
-            d = d + load(x, (i + 3 * LANES,))
-        for i in range(body, stop, LANES):
-            a = a + load(x, (i,))
-        sums[part] = total(a + b + c + d)
+        # Two sums, so that not every addition waits for the one before.
+        a = b = load(x, (0,))
+        body = start + (stop - start) // (2 * LANES) * 2 * LANES
+        for i in range(start, body, 2 * LANES):
+            a = a + load_far(x, (i,))
+            b = b + load_far(x, (i + LANES,))
+        if body < stop:
+            a = a + load(x, (body,))
+        sums[part] = total(a + b)
 
 
 def flat(array: Array, p: Problem) -> NDArray[np.float32]:

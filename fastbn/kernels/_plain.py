@@ -74,6 +74,9 @@ def load(x: Array, index: Index) -> Array:
     return _widen(_span(x, index, lanes(x)))
 
 
+load_far = load
+
+
 def load_some(x: Array, index: Index, count: int, fill: Array) -> Array:
     """The first `count` lanes from x[index], the others from `fill`."""
     vector: Array = fill.copy()

@@ -27,6 +27,7 @@ from fastbn.kernels._vector import (
     itemsize,
     load_elements,
     load_first,
+    load_halves,
     mask,
     pointer,
     splat,
@@ -84,6 +85,21 @@ def load(typingctx, x, index):
 
     def codegen(context, builder, sig, args):
         return load_elements(context, builder, sig, args, kind.lanes)
+
+    return kind(x, index), codegen
+
+
+@intrinsic
+def load_far(typingctx, x, index):
+    """The same by two loads, where x is read along the memory and is not in a core's own cache.
+
+    Zen 4 fetches ahead better for two loads of a line: y from x in the last-level cache gains 8 to 18 %, the sums of dy and dy * xhat of
+    rows of 64 to 256 columns 10 %. Streaming stores hide it, and sums over 4 rows at a time lose 10 %.
+    """
+    kind = Vector(x.dtype)
+
+    def codegen(context, builder, sig, args):
+        return load_halves(context, builder, sig, args, kind.lanes)
 
     return kind(x, index), codegen
 
@@ -166,17 +182,13 @@ def muladd(typingctx, a, b, c):
     return a(a, a, a), codegen
 
 
-def _reduce(builder: Any, vector: Any) -> Any:
-    start = ir.Constant(vector.type.element, -0.0)
-    return call(builder, start.type, f"llvm.vector.reduce.fadd.{suffix(vector.type)}", [start, vector], ("reassoc",))
-
-
 @intrinsic
 def total(typingctx, a):
     """Sum of the lanes, pairwise."""
 
     def codegen(context, builder, sig, args):
-        return _reduce(builder, args[0])
+        arguments = [ir.Constant(a.ir.element, -0.0), args[0]]
+        return call(builder, a.ir.element, f"llvm.vector.reduce.fadd.{suffix(a.ir)}", arguments, ("reassoc",))
 
     return a.dtype(a), codegen
 
@@ -316,6 +328,7 @@ if DISABLED:
         fence,
         lanes,
         load,
+        load_far,
         load_some,
         load_wide,
         muladd,

@@ -155,10 +155,34 @@ WIDE = Vector(types.float64)
 
 def load_elements(context: Any, builder: Any, sig: Any, args: Any, lanes: int) -> Any:
     """So many elements from x[index], as they are computed."""
-    kind = stored(sig.args[0].dtype, lanes)
-    loaded = builder.load(builder.bitcast(pointer(context, builder, sig, args), kind.as_pointer()), typ=kind)
+    return widen(builder, _load(builder, pointer(context, builder, sig, args), stored(sig.args[0].dtype, lanes)), sig.args[0].dtype)
+
+
+def load_halves(context: Any, builder: Any, sig: Any, args: Any, lanes: int) -> Any:
+    """The same by two loads, unless half precision makes one as short."""
+    dtype = sig.args[0].dtype
+    if lanes * itemsize(dtype) < VECTOR_BYTES:
+        return load_elements(context, builder, sig, args, lanes)
+    place, kind = pointer(context, builder, sig, args), stored(dtype, lanes // 2)
+    second = cgutils.pointer_add(builder, place, ir.Constant(I64, VECTOR_BYTES // 2))
+    halves = [_load(builder, start, kind, _Volatile) for start in (place, second)]
+    return builder.shuffle_vector(*halves, ir.Constant(ir.VectorType(I32, lanes), list(range(lanes))))
+
+
+class _Volatile(ir.LoadInstr):  # type: ignore[misc]  # llvmlite is untyped
+    """A load that LLVM does not join with the next one."""
+
+    def descr(self, buf: list[str]) -> None:
+        text: list[str] = []
+        super().descr(text)
+        buf.append(text[0].replace("load", "load volatile", 1))
+
+
+def _load(builder: Any, place: Any, kind: ir.VectorType, instruction: type[ir.LoadInstr] = ir.LoadInstr) -> Any:
+    loaded = builder.load(builder.bitcast(place, kind.as_pointer()), typ=kind)
+    loaded.__class__ = instruction  # the builder knows one kind only
     loaded.align = 1
-    return widen(builder, loaded, sig.args[0].dtype)
+    return loaded
 
 
 def load_first(context: Any, builder: Any, sig: Any, args: Any, lanes: int) -> Any:

@@ -12,6 +12,7 @@ from fastbn.kernels._simd import (
     fence,
     lanes,
     load,
+    load_far,
     load_some,
     muladd,
     prefetch,
@@ -55,7 +56,7 @@ def spread_columns(k, rows, channels, fold, S):
 @leaf
 def affine_at(x, r, j, k, e, i, y):
     """One vector."""
-    store(y, (r, j), muladd(load(x, (r, j)) - load(k, (e, i)), load(k, (e + 1, i)), load(k, (e + 2, i))))
+    store(y, (r, j), muladd(load_far(x, (r, j)) - load(k, (e, i)), load(k, (e + 1, i)), load(k, (e + 2, i))))
 
 
 @leaf
@@ -69,10 +70,10 @@ def affine_some(x, r, j, k, e, i, count, y):
 def affine_four(x, r, j, k, e, i, y):
     """One vector of each of 4 rows."""
     h, a, b = load(k, (e, i)), load(k, (e + 1, i)), load(k, (e + 2, i))
-    v, w = muladd(load(x, (r, j)) - h, a, b), muladd(load(x, (r + 1, j)) - h, a, b)
+    v, w = muladd(load_far(x, (r, j)) - h, a, b), muladd(load_far(x, (r + 1, j)) - h, a, b)
     store(y, (r, j), v)
     store(y, (r + 1, j), w)
-    v, w = muladd(load(x, (r + 2, j)) - h, a, b), muladd(load(x, (r + 3, j)) - h, a, b)
+    v, w = muladd(load_far(x, (r + 2, j)) - h, a, b), muladd(load_far(x, (r + 3, j)) - h, a, b)
     store(y, (r + 2, j), v)
     store(y, (r + 3, j), w)
 

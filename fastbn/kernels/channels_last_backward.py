@@ -7,6 +7,7 @@ from fastbn.kernels._simd import (
     fence,
     lanes,
     load,
+    load_far,
     load_some,
     load_wide,
     muladd,
@@ -38,14 +39,14 @@ def panel(dy, x, r0, r1, j, i, k, e):
     t0, t1, t2, t3 = zero, zero, zero, zero
     q0, q1, q2, q3 = zero, zero, zero, zero
     for r in range(r0, r1):
-        g = load(dy, (r, j))
-        t0, q0 = t0 + g, muladd(g, muladd(load(x, (r, j)) - h0, s0, o0), q0)
-        g = load(dy, (r, j + W))
-        t1, q1 = t1 + g, muladd(g, muladd(load(x, (r, j + W)) - h1, s1, o1), q1)
-        g = load(dy, (r, j + 2 * W))
-        t2, q2 = t2 + g, muladd(g, muladd(load(x, (r, j + 2 * W)) - h2, s2, o2), q2)
-        g = load(dy, (r, j + 3 * W))
-        t3, q3 = t3 + g, muladd(g, muladd(load(x, (r, j + 3 * W)) - h3, s3, o3), q3)
+        g = load_far(dy, (r, j))
+        t0, q0 = t0 + g, muladd(g, muladd(load_far(x, (r, j)) - h0, s0, o0), q0)
+        g = load_far(dy, (r, j + W))
+        t1, q1 = t1 + g, muladd(g, muladd(load_far(x, (r, j + W)) - h1, s1, o1), q1)
+        g = load_far(dy, (r, j + 2 * W))
+        t2, q2 = t2 + g, muladd(g, muladd(load_far(x, (r, j + 2 * W)) - h2, s2, o2), q2)
+        g = load_far(dy, (r, j + 3 * W))
+        t3, q3 = t3 + g, muladd(g, muladd(load_far(x, (r, j + 3 * W)) - h3, s3, o3), q3)
     store(k, (T, i), t0)
     store(k, (T, i1), t1)
     store(k, (T, i2), t2)
@@ -134,10 +135,11 @@ def part_sums(dy, x, r0, r1, first, last, S, k, e, sums):
 
 
 @leaf
-def gradient_at(dy, x, r, j, k, e, i):
-    """One vector of dx."""
-    g = load(dy, (r, j)) - load(k, (e + 3, i))
-    return (g + muladd(load(x, (r, j)) - load(k, (e, i)), load(k, (e + 1, i)), load(k, (e + 2, i)))) * load(k, (e + 4, i))
+def gradient_at(dy, x, r, j, k, e, i, far):
+    """One vector of dx; `far` is a constant wherever this is inlined."""
+    g, d = (load_far(dy, (r, j)), load_far(x, (r, j))) if far else (load(dy, (r, j)), load(x, (r, j)))
+    tilt = muladd(d - load(k, (e, i)), load(k, (e + 1, i)), load(k, (e + 2, i)))
+    return ((g - load(k, (e + 3, i))) + tilt) * load(k, (e + 4, i))
 
 
 @leaf
@@ -169,7 +171,7 @@ def gradient_block(dy, x, r0, r1, j, width, k, e, ahead, stream, dx):
                     if ahead > 0:
                         prefetch(x, (r, j + i + ahead))
                         prefetch(dy, (r, j + i + ahead))
-                    store_stream(dx, (r, j + i), gradient_at(dy, x, r, j + i, k, e, i))
+                    store_stream(dx, (r, j + i), gradient_at(dy, x, r, j + i, k, e, i, False))
                     i += W
             while i < width:
                 gradient_some(dy, x, r, j + i, k, e, i, min(W, width - i), dx)
@@ -179,7 +181,7 @@ def gradient_block(dy, x, r0, r1, j, width, k, e, ahead, stream, dx):
     while r < r1:
         i = 0
         while i + W <= width:
-            store(dx, (r, j + i), gradient_at(dy, x, r, j + i, k, e, i))
+            store(dx, (r, j + i), gradient_at(dy, x, r, j + i, k, e, i, True))
             i += W
         if i < width:
             gradient_some(dy, x, r, j + i, k, e, i, width - i, dx)

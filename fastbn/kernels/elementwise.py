@@ -14,6 +14,7 @@ from fastbn.kernels._simd import (
     bytes_of,
     lanes,
     load,
+    load_far,
     load_some,
     load_wide,
     muladd,
@@ -137,13 +138,13 @@ def affine_row(x, n, c, s0, s1, k, i, ahead, stream, y):
             s += W
     else:
         while s + 2 * W <= s1:
-            v = muladd(load(x, (n, c, s)) - h, a, b)
-            w = muladd(load(x, (n, c, s + W)) - h, a, b)
+            v = muladd(load_far(x, (n, c, s)) - h, a, b)
+            w = muladd(load_far(x, (n, c, s + W)) - h, a, b)
             store(y, (n, c, s), v)
             store(y, (n, c, s + W), w)
             s += 2 * W
         if s + W <= s1:
-            store(y, (n, c, s), muladd(load(x, (n, c, s)) - h, a, b))
+            store(y, (n, c, s), muladd(load_far(x, (n, c, s)) - h, a, b))
             s += W
     if s < s1:
         store_some(y, (n, c, s), s1 - s, muladd(load_some(x, (n, c, s), s1 - s, h) - h, a, b))
@@ -171,8 +172,8 @@ def gradient_row(dy, x, n, c, s0, s1, k, i, ahead, stream, dx):
             s += W
     else:
         while s + W <= s1:
-            g = load(dy, (n, c, s)) - m
-            store(dx, (n, c, s), (g + muladd(load(x, (n, c, s)) - h, p, o)) * a)
+            g = load_far(dy, (n, c, s)) - m
+            store(dx, (n, c, s), (g + muladd(load_far(x, (n, c, s)) - h, p, o)) * a)
             s += W
     if s < s1:
         g = load_some(dy, (n, c, s), s1 - s, m) - m
