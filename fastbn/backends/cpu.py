@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -60,11 +61,13 @@ def _route(shape: Ints, dtype: np.dtype[Any], *strides: Ints) -> _Route:
 def _fused(shape: Ints, dtype: np.dtype[Any], out: Ints, *strides: Ints) -> _Route | None:
     """The route of a call in one kernel, where a task's share stays in the cache between its two passes.
 
+    Not where the last-level cache holds all arrays and they are not small: there two kernels in the order of memory are faster.
     The inputs alone decide how statistics are taken, so that they do not depend on where the result goes.
     """
     route = _route(shape, dtype, *strides)
     if route.first is not None:
-        return route if route.first.parts == 1 else None
+        held = schedule.SWEEP_BYTES <= (1 + len(strides)) * math.prod(shape) * dtype.itemsize < config.STREAM_BYTES
+        return None if held or route.first.parts > 1 else route
     fits = route.last is not None and route.last.parts == 1 and route.last.fold == 1
     return route if fits and _route(shape, dtype, out).last is not None else None
 
@@ -83,6 +86,13 @@ def _stream(out: Array, arrays: int) -> bool:
 
 def _tasks(units: int, parallel: bool) -> int:
     return min(units, 4 * threads.get_num_threads()) if parallel else 1
+
+
+def _lot(plan: schedule.First, C: int) -> int:
+    """Channels that statistics alone take together: as many as leave work for every task; one where its rows are long."""
+    if plan.splits > 1:
+        return 1
+    return max(1, C * plan.parts // (4 * threads.get_num_threads())) if plan.parallel else C
 
 
 def _folded(cut: schedule.Last, array: Array) -> tuple[Array, Array]:
@@ -108,9 +118,9 @@ def moments(x: Array) -> Moments:
     C, bits = x.shape[1], _seen(route, x)
     stats = np.empty((2, C))
     if (plan := route.first) is not None:
-        tasks = _tasks(C * plan.parts, plan.parallel)
+        lot, tasks = _lot(plan, C), _tasks(C * plan.parts, plan.parallel)
         run = channels_first.moments.form(route.stored, plan.parallel)
-        run(bits, plan.rows, plan.splits, plan.blocks, plan.parts, tasks, np.empty((C, plan.parts, 3)), stats)
+        run(bits, plan.rows, plan.splits, plan.blocks, plan.parts, lot, tasks, np.empty((plan.parts, 3, C)), stats)
     elif (cut := route.last) is not None:
         tasks = _tasks(cut.parts * cut.blocks, cut.parallel)
         work, partial = _work(route, cut, tasks), np.empty((cut.parts + 1, 2, cut.fold * C))
@@ -176,10 +186,10 @@ def _sums(dy: Array, x: Array, mean: Wide, rstd: Wide) -> Wide:
     bits, bits_dy, C = _seen(route, x), _seen(route, dy), mean.size
     sums = np.empty((2, C))
     if (plan := route.first) is not None:
-        tasks = _tasks(C * plan.parts, plan.parallel)
-        work, partial = np.empty((tasks, 3, 8), route.kind), np.empty((C, plan.parts, 2))
+        lot, tasks = _lot(plan, C), _tasks(C * plan.parts, plan.parallel)
+        work, partial = np.empty((tasks, 3, lot + 7 & -8), route.kind), np.empty((plan.parts, 2, C))
         run = channels_first_backward.grad_reduce.form(route.stored, plan.parallel)
-        run(bits_dy, bits, mean, rstd, plan.rows, plan.splits, plan.blocks, plan.parts, tasks, work, partial, sums)
+        run(bits_dy, bits, mean, rstd, plan.rows, plan.splits, plan.blocks, plan.parts, lot, tasks, work, partial, sums)
     elif (cut := route.last) is not None:
         tasks = _tasks(cut.parts * cut.blocks, cut.parallel)
         work, partial = _work(route, cut, tasks), np.empty((cut.parts + 1, 2, cut.fold * C))

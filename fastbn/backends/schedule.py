@@ -14,6 +14,7 @@ from fastbn import config
 from fastbn.kernels.blocks import BLOCK, cut
 
 SLAB_BYTES = 4 * 2**20  # channels first: what a task may hold in its cache between two passes
+SWEEP_BYTES = 24 * 2**20  # channels first: arrays that together fill the last-level cache well, and are still found there when read again
 BLOCK_BYTES = 512 * 1024  # columns: the same, in pieces of rows that are far apart
 PART_BYTES = 256 * 1024  # a task worth scheduling
 COLUMNS = 1024  # of a unit: coefficients and sums of so many fit the first-level cache

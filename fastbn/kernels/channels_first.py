@@ -2,7 +2,8 @@
 
 A channel's slab, N rows of S values, is walked in blocks: `rows` rows, or one of `splits` pieces of a long row. Blocks are numbered
 0 .. blocks, a part is a run of them. One pass over a block is enough: its values are shifted by the mean of the blocks before; only the
-first block of a part, which fits the first-level cache, is read twice for that.
+first block of a part, which fits the first-level cache, is read twice for that. Statistics alone take `lot` channels together, block by
+block: rows of one channel lie far apart, and memory gives them at half its speed (102 MB in rows of 12 KB: 2.8 -> 1.5 ms).
 `tasks` is how many tasks share the work, each with a row of the workspace; which task does what changes nothing in the result.
 """
 
@@ -143,32 +144,35 @@ def block_moments(x, c, n0, n1, s0, s1, first, mean):
 
 
 @routine
-def part_moments(x, c, first, last, rows, splits):
-    """(count, mean, m2) of blocks first .. last of channel c."""
-    count, mean, m2 = 0.0, 0.0, 0.0
+def part_moments(x, c0, c1, first, last, rows, splits, mean, m2):
+    """mean, m2 of blocks first .. last of channels c0 .. c1, block by block in the order of memory; the values of each."""
+    count, more = 0.0, 0.0
     for k in range(first, last):
         n0, n1, s0, s1 = bounds(x, k, rows, splits)
-        more, block_mean, block_m2 = block_moments(x, c, n0, n1, s0, s1, k == first, mean)
-        if k == first:
-            count, mean, m2 = more, block_mean, block_m2
-        else:
-            count, mean, m2 = merge(count, mean, m2, more, block_mean, block_m2)
-    return count, mean, m2
+        for c in range(c0, c1):
+            more, block_mean, block_m2 = block_moments(x, c, n0, n1, s0, s1, k == first, mean[c])
+            if k > first:
+                _, block_mean, block_m2 = merge(count, mean[c], m2[c], more, block_mean, block_m2)
+            mean[c], m2[c] = block_mean, block_m2
+        count += more
+    return count
 
 
-@kernel("x3 i i i i i s3 s2")
-def moments(x, rows, splits, blocks, parts, tasks, partial, stats):
-    """stats (2, C): mean and m2 of x; `partial` is a workspace (C, parts, 3)."""
+@kernel("x3 i i i i i i s3 s2")
+def moments(x, rows, splits, blocks, parts, lot, tasks, partial, stats):
+    """stats (2, C): mean and m2 of x, `lot` channels in a unit; `partial` is a workspace (parts, 3, C)."""
     C = x.shape[1]
+    units = (C + lot - 1) // lot * parts
     for task in prange(tasks):
-        for unit in range(C * parts * task // tasks, C * parts * (task + 1) // tasks):
-            c, p = unit // parts, unit % parts
-            found = part_moments(x, c, blocks * p // parts, blocks * (p + 1) // parts, rows, splits)
-            partial[c, p, 0], partial[c, p, 1], partial[c, p, 2] = found
+        for unit in range(units * task // tasks, units * (task + 1) // tasks):
+            c0, p = unit // parts * lot, unit % parts
+            c1 = min(C, c0 + lot)
+            count = part_moments(x, c0, c1, blocks * p // parts, blocks * (p + 1) // parts, rows, splits, partial[p, 0], partial[p, 1])
+            partial[p, 2, c0:c1] = count
     for c in range(C):
-        count, mean_c, m2_c = partial[c, 0, 0], partial[c, 0, 1], partial[c, 0, 2]
+        mean_c, m2_c, count = partial[0, 0, c], partial[0, 1, c], partial[0, 2, c]
         for p in range(1, parts):
-            count, mean_c, m2_c = merge(count, mean_c, m2_c, partial[c, p, 0], partial[c, p, 1], partial[c, p, 2])
+            count, mean_c, m2_c = merge(count, mean_c, m2_c, partial[p, 2, c], partial[p, 0, c], partial[p, 1, c])
         stats[0, c], stats[1, c] = mean_c, m2_c
 
 
@@ -201,8 +205,7 @@ def forward(x, gamma, beta, eps, rows, splits, blocks, tasks, ahead, stream, wor
     mean, m2 = stats[0], stats[1]
     for task in prange(tasks):
         for c in range(C * task // tasks, C * (task + 1) // tasks):
-            count, mean_c, m2_c = part_moments(x, c, 0, blocks, rows, splits)
-            mean[c], m2[c] = mean_c, m2_c
+            count = part_moments(x, c, c + 1, 0, blocks, rows, splits, mean, m2)
             fill_forward(x, mean, m2, count, eps, gamma, beta, c, c + 1, work[task])
             for n in range(N - 1, -1, -1):  # what was read last is the hottest
                 affine_row(x, n, c, 0, S, work[task], 0, ahead, stream, y)

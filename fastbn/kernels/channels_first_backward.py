@@ -11,10 +11,10 @@ from fastbn.kernels.elementwise import affine_row, fill_gradient, fill_standardi
 
 
 @routine
-def block_sums(dy, x, c, n0, n1, s0, s1, k):
-    """(sum of dy, sum of dy * xhat) over a block, in the arithmetic of x; column 0 of k: high, scale, shift of xhat."""
+def block_sums(dy, x, c, n0, n1, s0, s1, k, e):
+    """(sum of dy, sum of dy * xhat) over a block, in the arithmetic of x; column e of k: high, scale, shift of xhat."""
     W = lanes(x)
-    h, r, o = broadcast(k, (0, 0)), broadcast(k, (1, 0)), broadcast(k, (2, 0))
+    h, r, o = broadcast(k, (0, e)), broadcast(k, (1, e)), broadcast(k, (2, e))
     zero = spread(x, 0.0)
     t, q = zero, zero
     group = group_rows(x, s0, s1)
@@ -42,33 +42,38 @@ def block_sums(dy, x, c, n0, n1, s0, s1, k):
 
 
 @leaf
-def part_sums(dy, x, c, first, last, rows, splits, mean, rstd, k):
-    """(sum of dy, sum of dy * xhat) over blocks first .. last of channel c, blocks added in float64."""
-    fill_standardize(x, mean, rstd, c, c + 1, k)
-    t, q = 0.0, 0.0
+def part_sums(dy, x, c0, c1, first, last, rows, splits, mean, rstd, k, sums):
+    """sums (2, C): sum of dy, sum of dy * xhat over blocks first .. last of channels c0 .. c1, blocks added in float64."""
+    fill_standardize(x, mean, rstd, c0, c1, k)
+    for c in range(c0, c1):
+        sums[0, c], sums[1, c] = 0.0, 0.0
     for block in range(first, last):
         n0, n1, s0, s1 = bounds(x, block, rows, splits)
-        block_t, block_q = block_sums(dy, x, c, n0, n1, s0, s1, k)
-        t += np.float64(block_t)
-        q += np.float64(block_q)
-    return t, q
+        for c in range(c0, c1):
+            t, q = block_sums(dy, x, c, n0, n1, s0, s1, k, c - c0)
+            sums[0, c] += np.float64(t)
+            sums[1, c] += np.float64(q)
 
 
-@kernel("x3 x3 m1 m1 i i i i i w3 s3 s2")
-def grad_reduce(dy, x, mean, rstd, rows, splits, blocks, parts, tasks, work, partial, sums):
-    """sums (2, C): sum of dy, sum of dy * xhat; workspaces work (tasks, 3, 8) and partial (C, parts, 2)."""
+@kernel("x3 x3 m1 m1 i i i i i i w3 s3 s2")
+def grad_reduce(dy, x, mean, rstd, rows, splits, blocks, parts, lot, tasks, work, partial, sums):
+    """sums (2, C): sum of dy, sum of dy * xhat, `lot` channels in a unit.
+
+    Workspaces: work (tasks, 3, lot rounded up to 8), partial (parts, 2, C).
+    """
     C = x.shape[1]
+    units = (C + lot - 1) // lot * parts
     for task in prange(tasks):
-        for unit in range(C * parts * task // tasks, C * parts * (task + 1) // tasks):
-            c, p = unit // parts, unit % parts
+        for unit in range(units * task // tasks, units * (task + 1) // tasks):
+            c0, p = unit // parts * lot, unit % parts
             first, last = blocks * p // parts, blocks * (p + 1) // parts
-            partial[c, p, 0], partial[c, p, 1] = part_sums(dy, x, c, first, last, rows, splits, mean, rstd, work[task])
-    for c in range(C):
-        t, q = 0.0, 0.0
-        for p in range(parts):
-            t += partial[c, p, 0]
-            q += partial[c, p, 1]
-        sums[0, c], sums[1, c] = t, q
+            part_sums(dy, x, c0, min(C, c0 + lot), first, last, rows, splits, mean, rstd, work[task], partial[p])
+    for i in range(2):
+        for c in range(C):
+            t = 0.0
+            for p in range(parts):
+                t += partial[p, i, c]
+            sums[i, c] = t
 
 
 @kernel("x3 x3 m1 m1 p1 m2 f b i i b w2 y3")
@@ -95,7 +100,7 @@ def backward(dy, x, mean, rstd, gamma, training, rows, splits, blocks, tasks, ah
     for task in prange(tasks):
         k = work[task]
         for c in range(C * task // tasks, C * (task + 1) // tasks):
-            sums[0, c], sums[1, c] = part_sums(dy, x, c, 0, blocks, rows, splits, mean, rstd, k)
+            part_sums(dy, x, c, c + 1, 0, blocks, rows, splits, mean, rstd, k, sums)
             narrow(sums, c, c + 1, grads)
             fill_gradient(x, mean, rstd, gamma, sums, count, training, c, c + 1, k)
             for n in range(N - 1, -1, -1):

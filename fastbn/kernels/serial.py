@@ -35,8 +35,7 @@ __all__ = [
 def moments_channels_first(x, mean, m2):
     """mean and m2, the sum of squared deviations, of each channel of x (N, C, S)."""
     rows, splits, count = cut(x.shape[0], x.shape[2], lanes(x), BLOCK)
-    for c in range(x.shape[1]):
-        _, mean[c], m2[c] = channels_first.part_moments(x, c, 0, count, rows, splits)
+    channels_first.part_moments(x, 0, x.shape[1], 0, count, rows, splits, mean, m2)
 
 
 @routine
@@ -77,7 +76,7 @@ def forward_channels_first(x, gamma, beta, eps, y, mean, m2):
     k = np.empty((3, 8), x.dtype)
     rows, splits, count = cut(N, S, lanes(x), BLOCK)
     for c in range(C):
-        values, mean[c], m2[c] = channels_first.part_moments(x, c, 0, count, rows, splits)
+        values = channels_first.part_moments(x, c, c + 1, 0, count, rows, splits, mean, m2)
         fill_forward(x, mean, m2, values, eps, gamma, beta, c, c + 1, k)
         for n in range(N - 1, -1, -1):
             affine_row(x, n, c, 0, S, k, 0, False, False, y)
@@ -102,7 +101,7 @@ def backward_channels_first(dy, x, mean, rstd, gamma, dx, sums):
     k = np.empty((5, 8), x.dtype)
     rows, splits, count = cut(N, S, lanes(x), BLOCK)
     for c in range(C):
-        sums[0, c], sums[1, c] = channels_first_backward.part_sums(dy, x, c, 0, count, rows, splits, mean, rstd, k)
+        channels_first_backward.part_sums(dy, x, c, c + 1, 0, count, rows, splits, mean, rstd, k, sums)
         fill_gradient(x, mean, rstd, gamma, sums, float(N * S), True, c, c + 1, k)
         for n in range(N - 1, -1, -1):
             gradient_row(dy, x, n, c, 0, S, k, 0, False, False, dx)
