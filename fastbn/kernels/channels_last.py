@@ -22,6 +22,7 @@ from fastbn.kernels._simd import (
     element,
     lanes,
     load,
+    load_far,
     load_some,
     load_wide,
     muladd,
@@ -38,6 +39,7 @@ from fastbn.kernels._simd import (
 from fastbn.kernels.channels_first import HIGH, LOW, finish_block, merge
 
 TILE = 128  # rows: a lane adds up 32 sums of 4, which keeps a variance within 1e-6
+LINEAR = 128  # columns: narrower rows are one stream of memory, which several rows at a time break up
 WORK = 12  # rows of a task's workspace
 
 
@@ -65,6 +67,34 @@ def four_rows(x, r, j, i, count, whole, k, t, q):
 
 
 @leaf
+def four_by_four(x, r, j, i, k, t, q):
+    """The same of four vectors, row after row: along the memory where rows are narrow (moments of 100352 x 64: 0.64 -> 0.51 ms)."""
+    W = lanes(x)
+    i1, i2, i3 = i + W, i + 2 * W, i + 3 * W
+    j1, j2, j3 = j + W, j + 2 * W, j + 3 * W
+    h0, h1, h2, h3 = load(k, (i,)), load(k, (i1,)), load(k, (i2,)), load(k, (i3,))
+    a0, a1 = load_far(x, (r, j)) - h0, load_far(x, (r, j1)) - h1
+    a2, a3 = load_far(x, (r, j2)) - h2, load_far(x, (r, j3)) - h3
+    b0, b1 = load_far(x, (r + 1, j)) - h0, load_far(x, (r + 1, j1)) - h1
+    b2, b3 = load_far(x, (r + 1, j2)) - h2, load_far(x, (r + 1, j3)) - h3
+    s0, s1, s2, s3 = a0 + b0, a1 + b1, a2 + b2, a3 + b3
+    p0, p1 = muladd(b0, b0, a0 * a0), muladd(b1, b1, a1 * a1)
+    p2, p3 = muladd(b2, b2, a2 * a2), muladd(b3, b3, a3 * a3)
+    a0, a1 = load_far(x, (r + 2, j)) - h0, load_far(x, (r + 2, j1)) - h1
+    a2, a3 = load_far(x, (r + 2, j2)) - h2, load_far(x, (r + 2, j3)) - h3
+    b0, b1 = load_far(x, (r + 3, j)) - h0, load_far(x, (r + 3, j1)) - h1
+    b2, b3 = load_far(x, (r + 3, j2)) - h2, load_far(x, (r + 3, j3)) - h3
+    store(t, (i,), load(t, (i,)) + (s0 + (a0 + b0)))
+    store(t, (i1,), load(t, (i1,)) + (s1 + (a1 + b1)))
+    store(t, (i2,), load(t, (i2,)) + (s2 + (a2 + b2)))
+    store(t, (i3,), load(t, (i3,)) + (s3 + (a3 + b3)))
+    store(q, (i,), load(q, (i,)) + (p0 + muladd(b0, b0, a0 * a0)))
+    store(q, (i1,), load(q, (i1,)) + (p1 + muladd(b1, b1, a1 * a1)))
+    store(q, (i2,), load(q, (i2,)) + (p2 + muladd(b2, b2, a2 * a2)))
+    store(q, (i3,), load(q, (i3,)) + (p3 + muladd(b3, b3, a3 * a3)))
+
+
+@leaf
 def one_row(x, r, j, i, count, whole, k, t, q):
     """Row r of one vector."""
     h = load(k, (i,))
@@ -84,6 +114,9 @@ def tile_sums(x, r0, r1, j, width, k, t, q):
     r = r0
     while r + 4 <= r1:
         i = 0
+        while width <= LINEAR and i + 4 * W <= width:
+            four_by_four(x, r, j + i, i, k, t, q)
+            i += 4 * W
         while i + W <= width:
             four_rows(x, r, j + i, i, W, True, k, t, q)
             i += W

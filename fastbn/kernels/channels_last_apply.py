@@ -20,10 +20,9 @@ from fastbn.kernels._simd import (
     store_some,
     store_stream,
 )
-from fastbn.kernels.channels_last import part_moments, share
+from fastbn.kernels.channels_last import LINEAR, part_moments, share
 from fastbn.kernels.elementwise import fill_affine, fill_forward, head
 
-LINEAR = 128  # columns: narrower rows are one stream of memory, which several rows at a time would break up
 SPREAD = 5  # row of a workspace where the coefficients of columns begin; those of channels begin at 0
 
 
