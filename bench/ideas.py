@@ -104,12 +104,14 @@ def _streams(p: Problem, what: str) -> bool:
 
 
 LARGE = ("32x64x56x56", "32x256x56x56")
+ROWS = ("32x256x56x56", "32x512x28x28")
 SHORT = ("32x1024x14x14", "32x2048x7x7")
 SMALL = ("32x64", "16x256")
 FORWARD, BOTH = ("forward",), ("forward", "backward")
 
 IDEAS = (
     Idea("one read of memory", LARGE, BOTH, (Patch(cpu, "_fused", lambda *shape_and_strides: None),)),
+    Idea("statistics in the order of memory", ROWS, ("moments",), (Patch(cpu, "_lot", lambda plan, C: 1),)),
     Idea(
         "stores past the cache",
         LARGE,

@@ -84,6 +84,14 @@ def test_stores_go_past_the_cache_with_the_idea_only(tiny, kernels):
     ideas.compare(idea, p, "inference")
 
 
+def test_one_channel_at_a_time_without_the_order_of_memory(tiny):
+    p, idea = Problem("3x2x20x30", "float32"), IDEAS["statistics in the order of memory"]
+    for patches, channels in ((idea.on, 2), (idea.off, 1), (idea.on, 2)):
+        with ideas.patched(patches):
+            assert cpu._lot(schedule.first(*p.x.shape[:2], 600, 4), 2) == channels
+    ideas.compare(idea, p, "moments")
+
+
 def test_nothing_is_remembered_without_the_plans(tiny):
     p, idea = Problem("4x8x7x7", "float32"), IDEAS["each shape planned once"]
     assert {p.name for p in idea.off} >= {"_route", "_fused", "first", "last", "_plan"}
