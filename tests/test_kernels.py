@@ -18,11 +18,13 @@ SHAPES = {
     (5, 1, 33): "one channel",
     (1, 20, 64): "one row a channel",
     (700, 2, 5): "many short rows",
+    (300, 9, 8): "short rows, several tiles",
     (9, 3): "fewer columns than a vector",
     (130, 4): "rows folded, two tiles",
     (2300, 3): "folded, rows left over",
     (40, 70): "a panel and a tail",
     (131, 200): "several panels, an odd number of rows",
+    (105, 320): "wider than panels, an even and an odd tile",
     (600, 64): "whole panels, several tiles",
 }
 SETTINGS = {
@@ -47,10 +49,10 @@ def constants(request, monkeypatch):
 
 
 def aligned(shape, dtype, offset=0):
-    """Memory on a 64-byte boundary, or `offset` elements behind one."""
+    """Memory on a 64-byte boundary, or `offset` elements behind one: also parts of one."""
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    raw = np.zeros(size + 128 + offset * 8, np.uint8)
-    start = -raw.ctypes.data % 64 + offset * np.dtype(dtype).itemsize
+    raw = np.zeros(size + 160, np.uint8)
+    start = -raw.ctypes.data % 64 + int(offset * np.dtype(dtype).itemsize)
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
@@ -72,7 +74,7 @@ def data(shape, dtype):
     return x, rng.normal(size=shape).astype(dtype), rng.normal(size=C).astype(dtype), rng.normal(size=C).astype(dtype)
 
 
-@pytest.mark.parametrize("offset", [0, 3], ids=["aligned", "unaligned"])
+@pytest.mark.parametrize("offset", [0, 3, 0.25], ids=["aligned", "unaligned", "between elements"])
 def test_forward(data, dtype, offset):
     x, _, gamma, beta = data
     y, expected = aligned(x.shape, dtype, offset), np.empty(x.shape)
@@ -91,7 +93,7 @@ def test_forward(data, dtype, offset):
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("offset", [0, 3], ids=["aligned", "unaligned"])
+@pytest.mark.parametrize("offset", [0, 3, 0.25], ids=["aligned", "unaligned", "between elements"])
 def test_backward(data, dtype, training, offset):
     x, dy, gamma, _ = data
     m = reference.moments(x)

@@ -78,6 +78,18 @@ def test_a_training_step(dtype, last):
     check("dbeta", "float32", sums[0], exact[0], np.abs(dy).sum() / C)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_the_halves_of_a_forward(dtype):
+    x = np.random.default_rng(2).normal(3.0, 2.0, (5, 4, 130)).astype(dtype)
+    none, y, mean, m2 = np.empty(0, dtype), np.empty_like(x), np.empty(4), np.empty(4)
+    kernels.moments_channels_first(x, mean, m2)
+    kernels.normalize_channels_first(x, mean, 1.0 / np.sqrt(m2 / 650 + EPS), none, none, y)
+    expected, m = fastbn.batch_norm(x, eps=EPS)
+    check("mean", dtype, mean, m.mean, np.abs(m.mean))
+    check("var", dtype, m2, m.m2, m.m2)
+    check("y", dtype, y, expected, np.maximum(1.0, np.abs(expected).max()))
+
+
 def test_names():
     assert kernels.normalize_channels_first is kernels.serial.normalize_channels_first
     with pytest.raises(AttributeError, match="no attribute 'moments_channels_middle'"):

@@ -46,7 +46,7 @@ class Last(NamedTuple):
     parts: int  # of the rows; 1 where a block stays in the cache: the fused kernels
     block: int  # channels of a unit
     blocks: int
-    columns: int  # of a workspace: a unit's, rounded up to whole vectors
+    columns: int  # of a workspace: a unit's in whole vectors, and one more
     runs: int  # of the rows, in the elementwise passes
     parallel: bool
 
@@ -92,7 +92,7 @@ def last(R: int, C: int, S: int, itemsize: int, contiguous: bool) -> Last:
     if block < C and block >= step:
         block = block // step * step
     blocks = -(-C // block)
-    columns = -(-block * fold * S // lanes) * lanes
+    columns = (-(-block * fold * S // lanes) + 1) * lanes  # one more: past the cache, vectors begin on boundaries of the result
     columns += lanes * (columns * itemsize % 4096 == 0)  # rows a page apart would share the sets of the first-level cache
     runs = max(1, min(-(-PARTS // blocks), size // PART_BYTES // blocks, rows // 8)) if parallel else 1
     return Last(fold, R - fold * rows, parts, block, blocks, columns, runs, parallel)

@@ -17,7 +17,7 @@ from fastbn.kernels.elementwise import affine_row, fill_affine, fill_forward, fi
 
 cut = leaf(blocks.cut)
 BLOCK = blocks.BLOCK
-COLUMNS = 1024  # of a channels-last array at a time
+COLUMNS = 1024  # of a channels-last array at a time; zeros behind the last coefficients, which whole vectors read too
 
 __all__ = [
     "backward_channels_first",
@@ -62,7 +62,7 @@ def normalize_channels_first(x, mean, rstd, gamma, beta, y):
 def normalize_channels_last(x, mean, rstd, gamma, beta, y):
     """y = gamma * (x - mean) * rstd + beta on (R, C) arrays."""
     R, C = x.shape
-    k = np.empty((3, min(C, COLUMNS) + 16), x.dtype)
+    k = np.zeros((3, min(C, COLUMNS) + 16), x.dtype)
     for first in range(0, C, COLUMNS):
         last = min(C, first + COLUMNS)
         fill_affine(x, mean, rstd, gamma, beta, first, last, k)
@@ -86,7 +86,7 @@ def forward_channels_first(x, gamma, beta, eps, y, mean, m2):
 def forward_channels_last(x, gamma, beta, eps, y, mean, m2):
     """Moments and normalize on (R, C) arrays; writes y, mean and m2."""
     R, C = x.shape
-    k = np.empty((3, min(C, COLUMNS) + 16), x.dtype)
+    k = np.zeros((3, min(C, COLUMNS) + 16), x.dtype)
     for first in range(0, C, COLUMNS):
         last = min(C, first + COLUMNS)
         channels_last.part_moments(x, 0, R, first, last, 1, k, mean, m2)
@@ -111,7 +111,7 @@ def backward_channels_first(dy, x, mean, rstd, gamma, dx, sums):
 def backward_channels_last(dy, x, mean, rstd, gamma, dx, sums):
     """Gradients of the forward on (R, C) arrays; writes dx and sums (2, C) in float64: dbeta, dgamma."""
     R, C = x.shape
-    k = np.empty((channels_last.WORK, min(C, COLUMNS) + 16), x.dtype)
+    k = np.zeros((channels_last.WORK, min(C, COLUMNS) + 16), x.dtype)
     for first in range(0, C, COLUMNS):
         last = min(C, first + COLUMNS)
         fill_standardize(x, mean, rstd, first, last, k)
