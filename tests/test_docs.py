@@ -103,7 +103,7 @@ def test_links_lead_somewhere() -> None:
 
 
 def test_paths_that_are_named_are_there() -> None:
-    paths = [path for line in CODE for path in re.findall(r"(?:^|\s)((?:\.ci|bench|tests)/[\w./]*)", line)]
+    paths = [path for line in CODE for path in re.findall(r"(?:^|\s)((?:\.ci|bench|tests)/[\w./-]*)", line)]
     assert paths
     for path in paths:
         assert (ROOT / path).exists(), path
