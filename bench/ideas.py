@@ -20,8 +20,8 @@ from bench.contestants import disagreement
 from bench.measure import Crowd
 from bench.problem import EPS, Call, Problem, first, own
 from bench.rounds import paired, rounds
-from fastbn import config, layout, quickbench, screen
-from fastbn.backends import cpu, schedule
+from fastbn import config, layout, quickbench, ready, screen
+from fastbn.backends import cpu, routes, schedule
 from fastbn.errors import MissingExtra
 from fastbn.stream import check_output, replacing
 
@@ -29,7 +29,7 @@ COMMAND = "python -m bench.ideas"
 SECONDS = 2.0  # of rounds for each shape and pass
 NEVER = 2**62  # bytes: more than any array has
 
-PLANNED = (cpu, schedule, layout)  # modules that remember what they decided for a shape
+PLANNED = (cpu, routes, schedule, layout, ready)  # modules that remember what they decided for a shape
 
 
 class Patch(NamedTuple):
@@ -100,7 +100,7 @@ class Idea(NamedTuple):
 
 
 def _streams(p: Problem, what: str) -> bool:
-    return cpu._stream(p.out, 3 if what == "backward" else 2)
+    return routes.streams(p.out.nbytes, 3 if what == "backward" else 2)
 
 
 LARGE = ("32x64x56x56", "32x256x56x56")
@@ -110,8 +110,8 @@ SMALL = ("32x64", "16x256")
 FORWARD, BOTH = ("forward",), ("forward", "backward")
 
 IDEAS = (
-    Idea("one read of memory", LARGE, BOTH, (Patch(cpu, "_fused", lambda *shape_and_strides: None),)),
-    Idea("statistics in the order of memory", ROWS, ("moments",), (Patch(cpu, "_lot", lambda plan, C: 1),)),
+    Idea("one read of memory", LARGE, BOTH, (Patch(routes, "fused", lambda *shape_and_strides: None),)),
+    Idea("statistics in the order of memory", ROWS, ("moments",), (Patch(routes, "lot", lambda plan, C: 1),)),
     Idea(
         "stores past the cache",
         LARGE,

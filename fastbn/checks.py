@@ -82,21 +82,29 @@ def check_like(array: ArrayLike, x: Array, name: str) -> Array:
 
 def check_out(out: Any, x: Array, *inputs: Array) -> None:
     """An `out` that can take the result: x's shape and dtype, writeable, and each input either itself or apart from it."""
-    if not isinstance(out, np.ndarray):
-        raise TypeError(f"out: given {type(out).__name__}, want a numpy.ndarray of shape {x.shape} and dtype {x.dtype}")
-    if out.dtype is not x.dtype and out.dtype != (wanted := x.dtype.newbyteorder("=")):
-        order = "" if out.dtype.isnative else " in swapped byte order"  # of which bfloat16's name says nothing
-        raise TypeError(f"out: given dtype {out.dtype}{order}, want {wanted}, the dtype of x")
-    if out.shape != x.shape:
-        raise ValueError(f"out: given shape {out.shape}, want {x.shape}, the shape of x")
+    if not (type(out) is np.ndarray and out.dtype is x.dtype and out.shape == x.shape):
+        _check_kind(out, x)
     flags = out.flags
     if not flags.writeable:
         raise ValueError("out: given a read-only array, want one that can be written")
     if not flags.c_contiguous and _repeats(out):
         raise ValueError(f"out: given an array whose elements share memory (strides {out.strides}), want one of its own memory")
     for array in (x, *inputs):
-        if out is not array and np.may_share_memory(out, array) and not same_memory(out, array) and _overlap(out, array):
+        if out is array or (flags.owndata and array.flags.owndata):  # the second in a third of the time that bounds of memory take
+            continue
+        if np.may_share_memory(out, array) and not same_memory(out, array) and _overlap(out, array):
             raise ValueError("out: given an array that overlaps an input in part; want the input itself, or memory apart from it")
+
+
+def _check_kind(out: Any, x: Array) -> None:
+    """TypeError or ValueError for an `out` unlike x."""
+    if not isinstance(out, np.ndarray):
+        raise TypeError(f"out: given {type(out).__name__}, want a numpy.ndarray of shape {x.shape} and dtype {x.dtype}")
+    if out.dtype != (wanted := x.dtype.newbyteorder("=")):
+        order = "" if out.dtype.isnative else " in swapped byte order"  # of which bfloat16's name says nothing
+        raise TypeError(f"out: given dtype {out.dtype}{order}, want {wanted}, the dtype of x")
+    if out.shape != x.shape:
+        raise ValueError(f"out: given shape {out.shape}, want {x.shape}, the shape of x")
 
 
 def _repeats(array: Array) -> bool:
@@ -127,6 +135,8 @@ def as_parameter(value: ArrayLike | None, channels: int, dtype: dtypes.Dtype, na
     """gamma, beta: shape (C,) in `dtype`, that of parameters beside x, without gaps as kernels want them; or None."""
     if value is None:
         return None
+    if type(value) is np.ndarray and value.dtype is dtype and value.shape == (channels,) and value.flags.c_contiguous:
+        return value
     array = value if type(value) is np.ndarray else _as_array(value, name, dtype)
     if array.dtype is not dtype and array.dtype != dtype:
         raise TypeError(f"{name}: given dtype {array.dtype}, want {dtype} beside this x: convert it, e.g. {name}.astype('{dtype}')")
@@ -173,9 +183,9 @@ def check_eps(eps: Any, training: bool) -> float:
     return value
 
 
-def check_count(x: Array, channels: int) -> None:
+def check_count(x: Array, count: int) -> None:
     """Training needs more than one value per channel (none at all is an empty batch, and allowed)."""
-    if x.size == channels:
+    if count == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
 
 

@@ -7,33 +7,26 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fastbn import checks, config, dtypes, layout, threads
-from fastbn.backends import select
+from fastbn import checks, config, layout, threads
 from fastbn.moments import Moments
+from fastbn.ready import ready
 
 Array = NDArray[Any]
 
 
-class _Target:
-    """Where a result goes: the canonical view that the kernel writes, and what the caller gets."""
+def _target(plan: layout.Plan, dtype: np.dtype[Any], out: Array | None) -> tuple[Array, Array, bool]:
+    """Where a result goes: what the caller gets, the canonical view that the kernel writes, and whether that must be copied over."""
+    if out is None:
+        return *plan.empty(dtype), False
+    view = plan.view(out)
+    if view is None:  # another memory order than x: compute beside it, then copy
+        return out, plan.empty(dtype)[1], True
+    return out, view, False
 
-    __slots__ = ("_late", "result", "view")
 
-    def __init__(self, plan: layout.Plan, dtype: np.dtype[Any], out: Array | None) -> None:
-        self._late = False
-        if out is None:
-            self.result, self.view = plan.empty(dtype)
-            return
-        view = plan.view(out)
-        if view is None:  # another memory order than x: compute beside it, then copy
-            self._late = True
-            view = plan.empty(dtype)[1]
-        self.result, self.view = out, view
-
-    def finish(self, plan: layout.Plan) -> Array:
-        if self._late:
-            self.result[...] = plan.restore(self.view)
-        return self.result
+def _finish(plan: layout.Plan, result: Array, target: Array) -> Array:
+    result[...] = plan.restore(target)
+    return result
 
 
 def _empty(x: Array, out: Array | None) -> Array:
@@ -72,11 +65,10 @@ def moments(x: ArrayLike, axis: int = 1, *, backend: str | None = None, num_thre
         with threads.limited(num_threads):
             return moments(x, axis, backend=backend)
     x = checks.as_input(x)
-    axis = checks.check_axis(x.shape, axis)
-    served = select(backend)
-    if x.size == 0:
-        return Moments(0, np.zeros(x.shape[axis]), np.zeros(x.shape[axis]))
-    return served.moments(layout.plan_of(x, axis)[1])
+    way = ready(x, axis, backend)
+    if not way.values:
+        return Moments(0, np.zeros(way.channels), np.zeros(way.channels))
+    return way.served.moments(layout.view_of(way.plan, x)[1])
 
 
 def batch_norm(
@@ -129,21 +121,23 @@ def batch_norm(
         with threads.limited(num_threads):
             return batch_norm(x, gamma, beta, axis, eps, out, backend=backend)
     x = checks.as_input(x)
-    axis = checks.check_axis(x.shape, axis)
-    channels, kind = x.shape[axis], dtypes.of_parameters(x.dtype)
+    way = ready(x, axis, backend)
+    channels, kind = way.channels, way.kind
     gamma = checks.as_parameter(gamma, channels, kind, "gamma")
     beta = checks.as_parameter(beta, channels, kind, "beta")
     eps = checks.check_eps(eps, training=True)
-    checks.check_count(x, channels)
+    checks.check_count(x, way.values)
     if out is not None:
         checks.check_out(out, x)
-    served = select(backend)
-    if x.size == 0:
+    if way.forward is not None and (out is None or out.flags.c_contiguous):
+        y = way.plan.empty(x.dtype)[0] if out is None else out
+        return y, way.forward(x, gamma, beta, eps, y)[1]
+    if not way.values:
         return _empty(x, out), Moments(0, np.zeros(channels), np.zeros(channels))
-    plan, view = layout.plan_of(x, axis)
-    target = _Target(plan, view.dtype, out)
-    m = served.forward(view, gamma, beta, eps, target.view)[1]
-    return target.finish(plan), m
+    plan, view = layout.view_of(way.plan, x)
+    result, target, late = _target(plan, view.dtype, out)
+    m = way.served.forward(view, gamma, beta, eps, target)[1]
+    return (_finish(plan, result, target) if late else result), m
 
 
 def batch_norm_inference(
@@ -186,9 +180,9 @@ def batch_norm_inference(
         with threads.limited(num_threads):
             return batch_norm_inference(x, mean, var, gamma, beta, axis, eps, out, backend=backend)
     x = checks.as_input(x)
-    axis = checks.check_axis(x.shape, axis)
+    way = ready(x, axis, backend)
     checks.check_running(mean, var)
-    channels, kind = x.shape[axis], dtypes.of_parameters(x.dtype)
+    channels, kind = way.channels, way.kind
     mean = checks.as_statistic(mean, channels, "mean")
     var = checks.as_statistic(var, channels, "var")
     gamma = checks.as_parameter(gamma, channels, kind, "gamma")
@@ -196,13 +190,17 @@ def batch_norm_inference(
     eps = checks.check_eps(eps, training=False)
     if out is not None:
         checks.check_out(out, x)
-    served = select(backend)
-    if x.size == 0:
+    if not way.values:
         return _empty(x, out)
-    plan, view = layout.plan_of(x, axis)
-    target = _Target(plan, view.dtype, out)
-    served.normalize(view, mean, served.rstd(var, 1.0, eps), gamma, beta, target.view)
-    return target.finish(plan)
+    rstd = way.served.rstd(var, 1.0, eps)
+    if way.normalize is not None and (out is None or out.flags.c_contiguous):
+        y = way.plan.empty(x.dtype)[0] if out is None else out
+        way.normalize(x, mean, rstd, gamma, beta, y)
+        return y
+    plan, view = layout.view_of(way.plan, x)
+    result, target, late = _target(plan, view.dtype, out)
+    way.served.normalize(view, mean, rstd, gamma, beta, target)
+    return _finish(plan, result, target) if late else result
 
 
 def batch_norm_backward(
@@ -310,13 +308,13 @@ def _backward(
 ) -> tuple[Array, Array, Array]:
     x = checks.as_input(x)
     dy = checks.check_like(dy, x, "dy")
-    axis = checks.check_axis(x.shape, axis)
-    channels, kind = x.shape[axis], dtypes.of_parameters(x.dtype)
+    way = ready(x, axis, backend)
+    channels, kind = way.channels, way.kind
     gamma = checks.as_parameter(gamma, channels, kind, "gamma")
     eps = checks.check_eps(eps, training=constant is None)
     if constant is None:
-        checks.check_moments(m, channels, x.size // channels)
-        checks.check_count(x, channels)
+        checks.check_moments(m, channels, way.values)
+        checks.check_count(x, way.values)
         mean, count = checks.as_statistic(m.mean, channels, "moments.mean"), m.count
         spread = checks.as_statistic(m.m2, channels, "moments.m2")
     else:
@@ -324,13 +322,15 @@ def _backward(
         spread = checks.as_statistic(constant[1], channels, "var")
     if out is not None:
         checks.check_out(out, x, dy)
-    served = select(backend)
-    if x.size == 0:
+    if not way.values:
         zeros = np.zeros((2, channels), kind)
         return _empty(x, out), zeros[0], zeros[1]
-    plan, view = layout.plan_of(x, axis)
-    target = _Target(plan, view.dtype, out)
-    rstd = served.rstd(spread, count, eps)
-    grads = np.empty((2, channels), kind)
-    served.backward(layout.view_as(plan, dy), view, mean, rstd, gamma, target.view, constant is None, grads)
-    return target.finish(plan), grads[1], grads[0]
+    rstd, grads = way.served.rstd(spread, count, eps), np.empty((2, channels), kind)
+    if way.backward is not None and dy.dtype is x.dtype and dy.flags.c_contiguous and (out is None or out.flags.c_contiguous):
+        dx = way.plan.empty(x.dtype)[0] if out is None else out
+        way.backward(dy, x, mean, rstd, gamma, dx, constant is None, grads)
+        return dx, grads[1], grads[0]
+    plan, view = layout.view_of(way.plan, x)
+    result, target, late = _target(plan, view.dtype, out)
+    way.served.backward(layout.view_as(plan, dy), view, mean, rstd, gamma, target, constant is None, grads)
+    return _finish(plan, result, target) if late else result, grads[1], grads[0]

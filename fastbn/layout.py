@@ -15,6 +15,8 @@ from typing import Any, Literal, cast
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from fastbn import checks
+
 Array = NDArray[Any]
 Kind = Literal["channels_first", "channels_last"]
 
@@ -29,21 +31,23 @@ class Plan:
     plain reshape does), `count` the values per channel of `channels`.
     """
 
-    __slots__ = ("_back", "_compact", "channels", "count", "dims", "kind", "order", "shape")
+    __slots__ = ("_as_is", "_back", "_compact", "_size", "axis", "channels", "count", "dims", "kind", "order", "shape")
 
     def __init__(
         self, shape: tuple[int, ...], strides: tuple[int, ...], axis: int, outer: Sequence[int], inner: Sequence[int], last: bool
     ) -> None:
         self.shape = shape
-        self.channels = shape[axis]
+        self.axis, self.channels = axis, shape[axis]
         n, s = (math.prod(shape[a] for a in axes) for axes in (outer, inner))
         self.kind: Kind = "channels_last" if last else "channels_first"
         self.dims = (n, self.channels) if last else (n, self.channels, s)
         self.count = n * s
+        self._size = self.count * self.channels
         ones = [a for a in range(len(shape)) if shape[a] == 1 and a != axis]
         order = (*ones, *outer, axis, *inner)
         significant = [a for a in order if shape[a] != 1]
         self.order = None if significant == sorted(significant) else order
+        self._as_is = self.dims == shape
         # Memory order of a result: as the planned array has it, also where its channels are the outermost axis.
         outermost = not last and all(abs(strides[axis]) > abs(strides[a]) for a in outer)
         own = (*ones, axis, *outer, *inner) if outermost else order
@@ -53,7 +57,7 @@ class Plan:
     def view(self, array: Array) -> Array | None:
         """The canonical view of an array of this plan's shape, or None where that would take a copy."""
         if self.order is None and array.flags.c_contiguous:
-            return array if self.dims == self.shape else array.reshape(self.dims)
+            return array if self._as_is else array.reshape(self.dims)
         moved = array if self.order is None else array.transpose(self.order)
         view = moved.reshape(self.dims)
         if view.size == 0:
@@ -62,12 +66,13 @@ class Plan:
             return view if self.count == 1 else None
         return view if view.strides[-1] == array.itemsize and np.may_share_memory(view, array) else None
 
-    def empty(self, dtype: DTypeLike) -> tuple[Array, Array]:
+    def empty(self, dtype: np.dtype[Any]) -> tuple[Array, Array]:
         """Fresh memory in this memory order: (array of `shape`, its canonical view), on a 64-byte boundary where it is large."""
-        dtype = np.dtype(dtype)
-        size = self.count * self.channels * dtype.itemsize
+        size = self._size * dtype.itemsize
         if size < ALIGNED_BYTES:
             whole = np.empty(self._compact, dtype)
+            if self._as_is and self._back is None:
+                return whole, whole
         else:  # np.empty aligns to 16 bytes, streaming stores want 64
             raw = np.empty(size + ALIGNMENT, np.uint8)
             start = -raw.ctypes.data % ALIGNMENT
@@ -84,8 +89,15 @@ class Plan:
         return moved
 
 
+def compact(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
+    """Strides of a C-contiguous array, as NumPy gives them."""
+    return tuple(itemsize * math.prod(shape[a + 1 :]) for a in range(len(shape)))
+
+
 @lru_cache(maxsize=1024)
-def _plan(shape: tuple[int, ...], strides: tuple[int, ...], axis: int, itemsize: int) -> Plan:
+def planned(shape: tuple[int, ...], strides: tuple[int, ...], axis: int, itemsize: int) -> Plan:
+    """The plan of an array; TypeError or ValueError where there is none, as `checks.check_axis` says."""
+    axis = checks.check_axis(shape, axis)
     others = [a for a in range(len(shape)) if a != axis and shape[a] != 1]
     others.sort(key=lambda a: -abs(strides[a]))
     if shape[axis] > 1 and strides[axis] == itemsize and not any(strides[a] == itemsize for a in others):
@@ -98,14 +110,13 @@ def _plan(shape: tuple[int, ...], strides: tuple[int, ...], axis: int, itemsize:
     return Plan(shape, strides, axis, others, inner, last=False)
 
 
-def plan_of(x: Array, axis: int) -> tuple[Plan, Array]:
-    """The plan of a checked array, and its canonical view (a copy only where two strides can't describe it)."""
-    plan = _plan(x.shape, x.strides, axis, x.itemsize)
+def view_of(plan: Plan, x: Array) -> tuple[Plan, Array]:
+    """The canonical view of the array that was planned; of a compact copy, and its plan, where two strides can't describe it."""
     if x.dtype.isnative and (view := plan.view(x)) is not None:
         return plan, view
     compact = np.empty_like(x, dtype=x.dtype.newbyteorder("="), subok=False)
     compact[...] = x
-    plan = _plan(compact.shape, compact.strides, axis, compact.itemsize)
+    plan = planned(compact.shape, compact.strides, plan.axis, compact.itemsize)
     view = plan.view(compact)
     assert view is not None  # a compact array always has one
     return plan, view
@@ -116,7 +127,7 @@ def plan_for(shape: tuple[int, ...], dtype: DTypeLike, axis: int, channels_last:
     dtype = np.dtype(dtype)
     axes = [a for a in range(len(shape)) if a != axis] + [axis] if channels_last else list(range(len(shape)))
     strides = [dtype.itemsize * math.prod(max(shape[b], 1) for b in axes[axes.index(a) + 1 :]) for a in range(len(shape))]
-    return _plan(shape, tuple(strides), axis, dtype.itemsize)
+    return planned(shape, tuple(strides), axis, dtype.itemsize)
 
 
 def view_as(plan: Plan, array: Array) -> Array:

@@ -6,8 +6,10 @@ import shutil
 import signal
 import sys
 import tempfile
+import types
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import settings
@@ -36,6 +38,19 @@ settings.load_profile("fastbn")
 def backend(request: pytest.FixtureRequest) -> str:
     """The name of each backend that serves host arrays."""
     return str(request.param)
+
+
+@pytest.fixture
+def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Let copies of the reference, with some functions replaced, serve as the CPU backend."""
+    from fastbn import backends, ready, reference
+
+    def install(**replaced: Callable[..., Any]) -> None:
+        monkeypatch.setitem(backends._loaded, "cpu", types.SimpleNamespace(**{**vars(reference), **replaced}))
+        ready._ready.cache_clear()
+
+    yield install
+    ready._ready.cache_clear()
 
 
 @pytest.fixture(scope="session")

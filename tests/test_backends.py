@@ -22,7 +22,7 @@ EPS = 1e-5
 
 
 def test_the_protocol_is_what_the_plan_says() -> None:
-    assert METHODS == ["moments", "rstd", "track", "normalize", "grad_reduce", "grad_input", "forward", "backward", "describe"]
+    assert METHODS == ["moments", "rstd", "track", "normalize", "grad_reduce", "grad_input", "forward", "backward", "compact", "describe"]
 
 
 @pytest.mark.parametrize("method", METHODS)

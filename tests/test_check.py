@@ -1,37 +1,22 @@
 """The `check` command must pass on a right backend and fail on a wrong one, naming the functions that rest on what is wrong."""
 
 import sys
-import types
 
 import numpy as np
 import pytest
 from shapes import DTYPES, HALF
 
-from fastbn import backends, check, reference
+from fastbn import check, reference
 from fastbn.cli import main
 from fastbn.moments import Moments
 
 SHAPES = check.SHAPES  # before the fixture makes them small
 SMALL = ((4, 6, 5, 5), (40, 7))
-RUN = ("moments", "normalize", "forward", "backward")
 
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch):
     monkeypatch.setattr(check, "SHAPES", SMALL)
-
-
-@pytest.fixture
-def install(monkeypatch):
-    """Let a copy of the reference, with some functions replaced, serve as the CPU backend; the oracle stays as it is."""
-
-    def install(**replaced):
-        fake = types.SimpleNamespace(**{name: getattr(reference, name) for name in ("rstd", "track", *RUN)})
-        for name, function in replaced.items():
-            setattr(fake, name, function)
-        monkeypatch.setitem(backends._loaded, "cpu", fake)
-
-    return install
 
 
 def failing(capsys):
@@ -62,7 +47,7 @@ def test_rounding_is_no_error(dtype):
 
 
 @pytest.mark.parametrize("dtype", HALF)
-def test_half_precision_is_held_to_its_rounding(dtype, install, capsys, monkeypatch):
+def test_half_precision_is_held_to_its_rounding(dtype, serve, capsys, monkeypatch):
     """One unit in the last place too much, in one value."""
 
     def forward(x, gamma, beta, eps, out):
@@ -71,10 +56,10 @@ def test_half_precision_is_held_to_its_rounding(dtype, install, capsys, monkeypa
         return y, m
 
     monkeypatch.setattr(check, "DTYPES", (dtype,))
-    install(forward=forward)
+    serve(forward=forward)
     assert main(["check", "--backend", "cpu"]) == 1
     assert failing(capsys) == {"batch_norm", LAYER}
-    install(forward=_nan)
+    serve(forward=_nan)
     assert main(["check", "--backend", "cpu"]) == 1
     assert failing(capsys) == {"batch_norm", LAYER}
 
@@ -145,15 +130,15 @@ LAYER = "BatchNorm, training"
     ],
     ids=["right", "var", "mean of one channel", "one value of y", "NaN", "naive variance", "dgamma", "raises"],
 )
-def test_a_wrong_backend_fails_by_name(replaced, expected, install, capsys):
-    install(**replaced)
+def test_a_wrong_backend_fails_by_name(replaced, expected, serve, capsys):
+    serve(**replaced)
     assert main(["check", "--backend", "cpu"]) == (1 if expected else 0)
     assert failing(capsys) == expected
 
 
-def test_a_failure_says_where(install, capsys, monkeypatch):
+def test_a_failure_says_where(serve, capsys, monkeypatch):
     monkeypatch.setattr(check, "DTYPES", ("float32", "float64"))  # those at an offset of 1e6
-    install(forward=_naive, moments=_raises)
+    serve(forward=_naive, moments=_raises)
     assert main(["check", "--backend", "cpu"]) == 1
     out = capsys.readouterr().out
     assert "    var, float" in out

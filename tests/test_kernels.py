@@ -7,8 +7,8 @@ once as plain Python (NUMBA_DISABLE_JIT=1), where every line of a kernel must ha
 import numpy as np
 import pytest
 
-from fastbn import config, reference
-from fastbn.backends import cpu, schedule
+from fastbn import config, ready, reference
+from fastbn.backends import cpu, routes, schedule
 from fastbn.kernels import welford
 
 SHAPES = {
@@ -40,7 +40,7 @@ LIMIT = {"float32": 2e-6, "float64": 1e-12}
 def constants(request, monkeypatch):
     for name, value in SETTINGS[request.param].items():
         monkeypatch.setattr(config if hasattr(config, name) else schedule, name, value)
-    caches = (schedule.first, schedule.last, cpu._route, cpu._fused)
+    caches = (schedule.first, schedule.last, routes.of, routes.fused, cpu._forward, cpu._backward, cpu._normalize, ready._ready)
     for cache in caches:
         cache.cache_clear()
     yield

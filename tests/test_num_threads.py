@@ -1,7 +1,6 @@
 """num_threads=: for the length of one call, in every public function, at no cost where it is not given."""
 
 import inspect
-import types
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 
 import fastbn
-from fastbn import backends, reference, threads
+from fastbn import reference, threads
 
 X = np.arange(24, dtype=np.float32).reshape(4, 3, 2)
 MEAN, VAR = np.zeros(3), np.ones(3)
@@ -38,7 +37,7 @@ MOST = numba.config.NUMBA_NUM_THREADS
 
 
 @pytest.fixture
-def seen(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def seen(serve: Callable[..., None]) -> list[int]:
     """The number of threads in each call of the CPU backend, which is the reference here."""
     numbers: list[int] = []
 
@@ -49,9 +48,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
         return run
 
-    spied = {name: getattr(reference, name) for name in ("rstd", "track")}  # of (C,) arrays: one thread, whatever is asked
-    spied |= {name: spy(getattr(reference, name)) for name in KERNELS}
-    monkeypatch.setitem(backends._loaded, "cpu", types.SimpleNamespace(**spied))
+    serve(**{name: spy(getattr(reference, name)) for name in KERNELS})  # others work on (C,) arrays: one thread, whatever is asked
     return numbers
 
 
@@ -68,13 +65,12 @@ def test_it_holds_in_the_call_and_no_longer(call: str, seen: list[int]) -> None:
 
 
 @every_call
-def test_it_ends_with_an_error_too(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_ends_with_an_error_too(call: str, serve: Callable[..., None]) -> None:
     def fail(*arguments: Any) -> Any:
         raise ZeroDivisionError(threads.get_num_threads())
 
     default = threads.get_num_threads()
-    broken = types.SimpleNamespace(rstd=reference.rstd, **dict.fromkeys(KERNELS, fail))
-    monkeypatch.setitem(backends._loaded, "cpu", broken)
+    serve(**dict.fromkeys(KERNELS, fail))
     with pytest.raises(ZeroDivisionError, match=r"^1$"):
         CALLS[call](num_threads=1)
     assert threads.get_num_threads() == default

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, Literal, NamedTuple, Protocol, cast
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -64,6 +64,11 @@ class Backend(Protocol):
         grads: Array | None = None,
     ) -> tuple[Array, Array, Array]:
         """grad_reduce + grad_input, fused: (dx, dgamma, dbeta); `grads` (2, C) takes dbeta, dgamma in the dtype of parameters."""
+
+    def compact(
+        self, method: Literal["forward", "backward", "normalize"], shape: tuple[int, ...], dims: tuple[int, ...], dtype: np.dtype[Any]
+    ) -> Callable[..., Any] | None:
+        """A method with all decided, for C-contiguous arrays of `shape` that reshape to `dims`; None where that saves nothing."""
 
     def describe(self, dims: tuple[int, ...], dtype: np.dtype[Any]) -> str:
         """What runs for a canonical shape, for a person to read."""

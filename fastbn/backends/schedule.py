@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from fastbn import config
-from fastbn.kernels.blocks import BLOCK, cut
+from fastbn.kernels.blocks import BLOCK, WORK, cut
 
 SLAB_BYTES = 4 * 2**20  # channels first: what a task may hold in its cache between two passes
 SWEEP_BYTES = 24 * 2**20  # channels first: arrays that together fill the last-level cache well, and are still found there when read again
@@ -47,6 +47,7 @@ class Last(NamedTuple):
     block: int  # channels of a unit
     blocks: int
     columns: int  # of a workspace: a unit's in whole vectors, and one more
+    work: int  # elements of a task's workspace
     runs: int  # of the rows, in the elementwise passes
     parallel: bool
 
@@ -95,4 +96,4 @@ def last(R: int, C: int, S: int, itemsize: int, contiguous: bool) -> Last:
     columns = (-(-block * fold * S // lanes) + 1) * lanes  # one more: past the cache, vectors begin on boundaries of the result
     columns += lanes * (columns * itemsize % 4096 == 0)  # rows a page apart would share the sets of the first-level cache
     runs = max(1, min(-(-PARTS // blocks), size // PART_BYTES // blocks, rows // 8)) if parallel else 1
-    return Last(fold, R - fold * rows, parts, block, blocks, columns, runs, parallel)
+    return Last(fold, R - fold * rows, parts, block, blocks, columns, WORK * columns, runs, parallel)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 BLOCK = 256  # vectors of 64 bytes: half a first-level cache
+WORK = 12  # rows of a task's workspace in the kernels on columns
 
 
 def cut(N: Any, S: Any, lanes: Any, block: Any) -> Any:

@@ -36,11 +36,11 @@ from fastbn.kernels._simd import (
     wide,
     within,
 )
+from fastbn.kernels.blocks import WORK
 from fastbn.kernels.channels_first import HIGH, LOW, finish_block, merge
 
 TILE = 128  # rows: a lane adds up 32 sums of 4, which keeps a variance within 1e-6
 LINEAR = 128  # columns: narrower rows are one stream of memory, which several rows at a time break up
-WORK = 12  # rows of a task's workspace
 
 
 @leaf

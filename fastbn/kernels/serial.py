@@ -111,7 +111,7 @@ def backward_channels_first(dy, x, mean, rstd, gamma, dx, sums):
 def backward_channels_last(dy, x, mean, rstd, gamma, dx, sums):
     """Gradients of the forward on (R, C) arrays; writes dx and sums (2, C) in float64: dbeta, dgamma."""
     R, C = x.shape
-    k = np.zeros((channels_last.WORK, min(C, COLUMNS) + 16), x.dtype)
+    k = np.zeros((blocks.WORK, min(C, COLUMNS) + 16), x.dtype)
     for first in range(0, C, COLUMNS):
         last = min(C, first + COLUMNS)
         fill_standardize(x, mean, rstd, first, last, k)

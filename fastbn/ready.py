@@ -1,0 +1,46 @@
+"""What a call on arrays of one shape, dtype and memory order needs to know, found once: a small call is over in the time that takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+from numpy.typing import NDArray
+
+from fastbn import checks, config, dtypes, layout
+from fastbn.backends import Backend, select
+
+Array = NDArray[Any]
+Ints = tuple[int, ...]
+
+
+class Ready(NamedTuple):
+    """A planned array, and who serves it."""
+
+    plan: layout.Plan
+    channels: int
+    values: int  # per channel
+    kind: dtypes.Dtype  # of parameters
+    served: Backend
+    forward: Callable[..., Any] | None  # for arrays that are all C-contiguous, where the backend has a shorter way for these
+    backward: Callable[..., Any] | None
+    normalize: Callable[..., Any] | None
+
+
+def ready(x: Array, axis: int, backend: str | None) -> Ready:
+    """Of a checked array; TypeError, ValueError or BackendUnavailable where its axis or the backend can't be."""
+    if type(axis) is not int:  # to the cache, 1.0 and True would be 1
+        axis = checks.check_axis(x.shape, axis)
+    return _ready(x.shape, x.strides, x.dtype, axis, backend, config.BACKEND)
+
+
+@lru_cache(maxsize=1024)
+def _ready(shape: Ints, strides: Ints, dtype: dtypes.Dtype, axis: int, backend: str | None, default: str | None) -> Ready:
+    plan, served = layout.planned(shape, strides, axis, dtype.itemsize), select(backend)
+    forward = backward = normalize = None
+    if plan.count and plan.order is None and dtype.isnative and strides == layout.compact(shape, dtype.itemsize):
+        forward = served.compact("forward", shape, plan.dims, dtype)
+        backward = served.compact("backward", shape, plan.dims, dtype)
+        normalize = served.compact("normalize", shape, plan.dims, dtype)
+    return Ready(plan, plan.channels, plan.count, dtypes.of_parameters(dtype), served, forward, backward, normalize)
