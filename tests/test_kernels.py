@@ -31,7 +31,7 @@ SETTINGS = {
     "default": {},
     "parts": {"SERIAL_BYTES": 0, "SLAB_BYTES": 0, "PART_BYTES": 256, "TASKS": 4, "BLOCK": 4},
     "fused": {"SERIAL_BYTES": 0, "SLAB_BYTES": 2**30, "PART_BYTES": 2048, "TASKS": 1, "BLOCK": 4},
-    "stream": {"SERIAL_BYTES": 0, "STREAM_BYTES": 0, "BLOCK": 8},
+    "stream": {"SERIAL_BYTES": 0, "STREAM_BYTES": 0, "TASKS": 1, "BLOCK": 8},
 }
 LIMIT = {"float32": 2e-6, "float64": 1e-12}
 

@@ -166,10 +166,10 @@ def _forward(given: Ints, shape: Ints, dtype: np.dtype[Any], out: Ints, x: Ints)
         gamma, beta = none if gamma is None else gamma, none if beta is None else beta
         stats = np.empty((2, C))
         if first is not None:
-            tasks = routes.tasks(C, first.parallel)
+            tasks = routes.tasks(-(-C // first.lot), first.parallel)
             kernel = channels_first.forward.form(stored, first.parallel)
             work = np.empty((tasks, 3, 8), kind)
-            kernel(z, gamma, beta, eps, first.rows, first.splits, first.blocks, tasks, first.ahead, stream, work, y, stats)
+            kernel(z, gamma, beta, eps, first.rows, first.splits, first.blocks, first.lot, tasks, first.ahead, stream, work, y, stats)
         elif last is not None:
             tasks = routes.tasks(last.blocks, True) if last.parallel else 1
             kernel = channels_last_apply.forward.form(stored, last.parallel)
@@ -209,11 +209,11 @@ def _backward(given: Ints, shape: Ints, dtype: np.dtype[Any], out: Ints, x: Ints
         gamma = none if gamma is None else gamma
         sums, grads = np.empty((2, C)), np.empty((2, C), kind) if grads is None else grads
         if first is not None:
-            tasks = routes.tasks(C, first.parallel)
+            tasks = routes.tasks(-(-C // first.back_lot), first.parallel)
             kernel = channels_first_backward.backward.form(stored, first.parallel)
             work = np.empty((tasks, 5, 8), kind)
             kernel(
-                dz, z, mean, rstd, gamma, training, first.rows, first.splits, first.blocks, tasks, first.ahead, stream,
+                dz, z, mean, rstd, gamma, training, first.rows, first.splits, first.blocks, first.back_lot, tasks, first.back_ahead, stream,
                 work, dx, sums, grads,
             )  # fmt: skip
         elif last is not None:

@@ -39,7 +39,7 @@ def bounds(x, k, rows, splits):
     return n, n + 1, vectors * piece // splits * W, min(S, vectors * (piece + 1) // splits * W)
 
 
-@routine
+@leaf
 def block_sum(x, c, n0, n1, s0, s1):
     """Sum of a block, in the arithmetic of x."""
     W = lanes(x)
@@ -67,7 +67,7 @@ def group_rows(x, s0, s1):
     return max(1, min(8, SEGMENT * lanes(x) // (s1 - s0)))
 
 
-@routine
+@leaf
 def block_deviations(x, c, n0, n1, s0, s1, shift):
     """(sum, sum of squares) of x - shift over a block, in the arithmetic of x."""
     W = lanes(x)
@@ -193,21 +193,29 @@ def normalize(x, mean, rstd, gamma, beta, pieces, tasks, stream, work, y):
     for task in prange(tasks):
         for unit in range(units * task // tasks, units * (task + 1) // tasks):
             n, c, s0, s1 = span(x, unit, pieces)
-            affine_row(x, n, c, s0, s1, work, c, False, stream, y)
+            affine_row(x, n, c, s0, s1, work, c, 0, stream, y)
         if stream:
             fence()
 
 
-@kernel("x3 p1 p1 f i i i i b b w3 y3 s2")
-def forward(x, gamma, beta, eps, rows, splits, blocks, tasks, ahead, stream, work, y, stats):
-    """Moments and normalize, a channel at a time, its slab still in the cache; `work` (tasks, 3, 8), stats (2, C): mean and m2."""
+@kernel("x3 p1 p1 f i i i i i i b w3 y3 s2")
+def forward(x, gamma, beta, eps, rows, splits, blocks, lot, tasks, ahead, stream, work, y, stats):
+    """Moments and normalize, `lot` channels at a time, still in the cache; `work` (tasks, 3, 8), stats (2, C): mean and m2.
+
+    Up to 8 channels: coefficients are computed for 8 at once (forward of 1 x 256 x 24 x 26: 63 -> 45 us).
+    """
     N, C, S = x.shape
     mean, m2 = stats[0], stats[1]
+    units = (C + lot - 1) // lot
     for task in prange(tasks):
-        for c in range(C * task // tasks, C * (task + 1) // tasks):
-            count = part_moments(x, c, c + 1, 0, blocks, rows, splits, mean, m2)
-            fill_forward(x, mean, m2, count, eps, gamma, beta, c, c + 1, work[task])
+        k = work[task]
+        for unit in range(units * task // tasks, units * (task + 1) // tasks):
+            c0 = unit * lot
+            c1 = min(C, c0 + lot)
+            count = part_moments(x, c0, c1, 0, blocks, rows, splits, mean, m2)
+            fill_forward(x, mean, m2, count, eps, gamma, beta, c0, c1, k)
             for n in range(N - 1, -1, -1):  # what was read last is the hottest
-                affine_row(x, n, c, 0, S, work[task], 0, ahead, stream, y)
+                for c in range(c0, c1):
+                    affine_row(x, n, c, 0, S, k, c - c0, ahead, stream, y)
         if stream:
             fence()

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from fastbn.kernels._jit import kernel, leaf, prange, routine
+from fastbn.kernels._jit import kernel, leaf, prange
 from fastbn.kernels._simd import broadcast, fence, lanes, load, load_some, muladd, spread, total
 from fastbn.kernels.channels_first import SEGMENT, bounds, group_rows, span
 from fastbn.kernels.elementwise import affine_row, fill_gradient, fill_standardize, gradient_row, narrow
 
 
-@routine
+@leaf
 def block_sums(dy, x, c, n0, n1, s0, s1, k, e):
     """(sum of dy, sum of dy * xhat) over a block, in the arithmetic of x; column e of k: high, scale, shift of xhat."""
     W = lanes(x)
@@ -85,28 +85,31 @@ def grad_input(dy, x, mean, rstd, gamma, sums, count, training, pieces, tasks, s
         for unit in range(units * task // tasks, units * (task + 1) // tasks):
             n, c, s0, s1 = span(x, unit, pieces)
             if training:
-                gradient_row(dy, x, n, c, s0, s1, work, c, False, stream, dx)
+                gradient_row(dy, x, n, c, s0, s1, work, c, 0, stream, dx)
             else:
-                affine_row(dy, n, c, s0, s1, work, c, False, stream, dx)
+                affine_row(dy, n, c, s0, s1, work, c, 0, stream, dx)
         if stream:
             fence()
 
 
-@kernel("x3 x3 m1 m1 p1 b i i i i b b w3 y3 s2 w2")
-def backward(dy, x, mean, rstd, gamma, training, rows, splits, blocks, tasks, ahead, stream, work, dx, sums, grads):
-    """grad_reduce and grad_input, a channel at a time, its slabs still in the cache; `work` (tasks, 5, 8), sums, grads (2, C)."""
+@kernel("x3 x3 m1 m1 p1 b i i i i i i b w3 y3 s2 w2")
+def backward(dy, x, mean, rstd, gamma, training, rows, splits, blocks, lot, tasks, ahead, stream, work, dx, sums, grads):
+    """grad_reduce and grad_input, `lot` channels (up to 8) at a time, still in the cache; `work` (tasks, 5, 8), sums, grads (2, C)."""
     N, C, S = x.shape
-    count = float(N * S)
+    count, units = float(N * S), (C + lot - 1) // lot
     for task in prange(tasks):
         k = work[task]
-        for c in range(C * task // tasks, C * (task + 1) // tasks):
-            part_sums(dy, x, c, c + 1, 0, blocks, rows, splits, mean, rstd, k, sums)
-            narrow(sums, c, c + 1, grads)
-            fill_gradient(x, mean, rstd, gamma, sums, count, training, c, c + 1, k)
+        for unit in range(units * task // tasks, units * (task + 1) // tasks):
+            c0 = unit * lot
+            c1 = min(C, c0 + lot)
+            part_sums(dy, x, c0, c1, 0, blocks, rows, splits, mean, rstd, k, sums)
+            narrow(sums, c0, c1, grads)
+            fill_gradient(x, mean, rstd, gamma, sums, count, training, c0, c1, k)
             for n in range(N - 1, -1, -1):
-                if training:
-                    gradient_row(dy, x, n, c, 0, S, k, 0, ahead, stream, dx)
-                else:
-                    affine_row(dy, n, c, 0, S, k, 0, ahead, stream, dx)
+                for c in range(c0, c1):
+                    if training:
+                        gradient_row(dy, x, n, c, 0, S, k, c - c0, ahead, stream, dx)
+                    else:
+                        affine_row(dy, n, c, 0, S, k, c - c0, ahead, stream, dx)
         if stream:
             fence()

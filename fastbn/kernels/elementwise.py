@@ -121,7 +121,7 @@ def head(y, index, size):
 def affine_row(x, n, c, s0, s1, k, i, ahead, stream, y):
     """y = (x - high) * scale + shift on columns s0 .. s1 of row n of channel c, coefficients k[:, i]; past the cache where `stream`.
 
-    That leaves room there: the next channel's row is fetched meanwhile where `ahead`, to be reduced next.
+    That leaves room there: the row of the channel `ahead` of this one is fetched meanwhile, unless that is 0, to be reduced next.
     """
     W = lanes(x)
     h, a, b = broadcast(k, (0, i)), broadcast(k, (1, i)), broadcast(k, (2, i))
@@ -132,8 +132,8 @@ def affine_row(x, n, c, s0, s1, k, i, ahead, stream, y):
             store_some(y, (n, c, s), first, muladd(load_some(x, (n, c, s), first, h) - h, a, b))
             s += first
         while s + W <= s1:
-            if ahead:
-                prefetch(x, (n, c + 1, s))
+            if ahead > 0:
+                prefetch(x, (n, c + ahead, s))
             store_stream(y, (n, c, s), muladd(load(x, (n, c, s)) - h, a, b))
             s += W
     else:
@@ -164,9 +164,9 @@ def gradient_row(dy, x, n, c, s0, s1, k, i, ahead, stream, dx):
             store_some(dx, (n, c, s), first, (g + muladd(load_some(x, (n, c, s), first, h) - h, p, o)) * a)
             s += first
         while s + W <= s1:
-            if ahead:
-                prefetch(x, (n, c + 1, s))
-                prefetch(dy, (n, c + 1, s))
+            if ahead > 0:
+                prefetch(x, (n, c + ahead, s))
+                prefetch(dy, (n, c + ahead, s))
             g = load(dy, (n, c, s)) - m
             store_stream(dx, (n, c, s), (g + muladd(load(x, (n, c, s)) - h, p, o)) * a)
             s += W

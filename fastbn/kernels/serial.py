@@ -55,7 +55,7 @@ def normalize_channels_first(x, mean, rstd, gamma, beta, y):
     fill_affine(x, mean, rstd, gamma, beta, 0, C, k)
     for n in range(N):
         for c in range(C):
-            affine_row(x, n, c, 0, S, k, c, False, False, y)
+            affine_row(x, n, c, 0, S, k, c, 0, False, y)
 
 
 @routine
@@ -79,7 +79,7 @@ def forward_channels_first(x, gamma, beta, eps, y, mean, m2):
         values = channels_first.part_moments(x, c, c + 1, 0, count, rows, splits, mean, m2)
         fill_forward(x, mean, m2, values, eps, gamma, beta, c, c + 1, k)
         for n in range(N - 1, -1, -1):
-            affine_row(x, n, c, 0, S, k, 0, False, False, y)
+            affine_row(x, n, c, 0, S, k, 0, 0, False, y)
 
 
 @routine
@@ -104,7 +104,7 @@ def backward_channels_first(dy, x, mean, rstd, gamma, dx, sums):
         channels_first_backward.part_sums(dy, x, c, c + 1, 0, count, rows, splits, mean, rstd, k, sums)
         fill_gradient(x, mean, rstd, gamma, sums, float(N * S), True, c, c + 1, k)
         for n in range(N - 1, -1, -1):
-            gradient_row(dy, x, n, c, 0, S, k, 0, False, False, dx)
+            gradient_row(dy, x, n, c, 0, S, k, 0, 0, False, dx)
 
 
 @routine
