@@ -30,6 +30,7 @@ SHAPES = {
 SETTINGS = {
     "default": {},
     "parts": {"SERIAL_BYTES": 0, "SLAB_BYTES": 0, "PART_BYTES": 256, "TASKS": 4, "BLOCK": 4},
+    "along": {"SERIAL_BYTES": 0, "PART_BYTES": 256, "BLOCK_BYTES": 0, "ALONG_BYTES": 0, "LINEAR": 0},
     "fused": {"SERIAL_BYTES": 0, "SLAB_BYTES": 2**30, "PART_BYTES": 2048, "TASKS": 1, "BLOCK": 4},
     "stream": {"SERIAL_BYTES": 0, "STREAM_BYTES": 0, "TASKS": 1, "BLOCK": 8},
 }

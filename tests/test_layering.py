@@ -31,6 +31,7 @@ TIERS = {
     "kernels/welford.py": 2.0,
     "kernels/_simd.py": 2.1,
     "kernels/elementwise.py": 2.2,
+    "kernels/tiles.py": 2.2,
     "kernels/statistics.py": 2.3,
     "kernels/channels_first.py": 2.3,
     "kernels/channels_first_backward.py": 2.4,

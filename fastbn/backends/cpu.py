@@ -44,6 +44,7 @@ def moments(x: Array) -> Moments:
             cut.block * cut.fold,
             tasks,
             cut.columns,
+            cut.along,
             work,
             partial,
             stats,
@@ -117,7 +118,7 @@ def _sums(dy: Array, x: Array, mean: Wide, rstd: Wide) -> Wide:
         run = channels_last_backward.grad_reduce.form(route.stored, cut.parallel)
         run(
             *routes.folded(cut, bits_dy), *routes.folded(cut, bits), mean, rstd,
-            route.share, cut.fold, cut.rest, cut.parts, cut.block, tasks, cut.columns, work, partial, sums,
+            route.share, cut.fold, cut.rest, cut.parts, cut.block, tasks, cut.columns, cut.back_along, work, partial, sums,
         )  # fmt: skip
     return sums
 

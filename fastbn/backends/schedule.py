@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from fastbn import config
-from fastbn.kernels.blocks import BLOCK, WORK, cut
+from fastbn.kernels.blocks import BLOCK, LINEAR, WORK, cut
 
 SLAB_BYTES = 4 * 2**20  # channels first: what a task may hold in its cache between two passes
 # Channels first: what the fused kernels take together, up to 8 channels. Coefficients are computed for 8 at once, which shows where slabs
@@ -19,6 +19,7 @@ SLAB_BYTES = 4 * 2**20  # channels first: what a task may hold in its cache betw
 # times as fast, 32 x 256 x 28 x 28: 1.2 to 1.4), and backward, which reads two arrays, does not (32 x 256 x 28 x 28: 0.85).
 LOT_BYTES, BACK_BYTES = 2 * 2**20, 64 * 1024
 SWEEP_BYTES = 24 * 2**20  # channels first: arrays that together fill the last-level cache well, and are still found there when read again
+ALONG_BYTES = 32 * 2**20  # columns: what a last-level cache does not hold
 BLOCK_BYTES = 512 * 1024  # columns: the same, in pieces of rows that are far apart
 PART_BYTES = 256 * 1024  # a task worth scheduling
 COLUMNS = 1024  # of a unit: coefficients and sums of so many fit the first-level cache
@@ -56,6 +57,8 @@ class Last(NamedTuple):
     columns: int  # of a workspace: a unit's in whole vectors, and one more
     work: int  # elements of a task's workspace
     runs: int  # of the rows, in the elementwise passes
+    along: bool  # whether moments go row by row
+    back_along: bool  # and sums of the backward
     parallel: bool
 
 
@@ -105,6 +108,7 @@ def last(R: int, C: int, S: int, itemsize: int, contiguous: bool) -> Last:
     blocks = -(-C // block)
     columns = (-(-block * fold * S // lanes) + 1) * lanes  # one more: past the cache, vectors begin on boundaries of the result
     columns += lanes * (columns * itemsize % 4096 == 0)  # rows a page apart would share the sets of the first-level cache
+    along, back_along = parts > 1 and size >= ALONG_BYTES and block * fold * S > LINEAR, parts > 1 and 2 * size >= ALONG_BYTES
     # Two at least: columns of a few hundred, all rows, share the sets of a core's cache (inference of 128 x 2048: 49 -> 40 us).
     runs = max(1, min(-(-PARTS // blocks), max(2, size // PART_BYTES // blocks), rows // 32)) if parallel else 1
-    return Last(fold, R - fold * rows, parts, block, blocks, columns, WORK * columns, runs, parallel)
+    return Last(fold, R - fold * rows, parts, block, blocks, columns, WORK * columns, runs, along, back_along, parallel)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 BLOCK = 256  # vectors of 64 bytes: half a first-level cache
+LINEAR = 128  # columns: narrower rows are one stream of memory, which several rows at a time break up
 WORK = 12  # rows of a task's workspace in the kernels on columns
 
 

@@ -20,7 +20,8 @@ from fastbn.kernels._simd import (
     store_some,
     store_stream,
 )
-from fastbn.kernels.channels_last import LINEAR, part_moments, share
+from fastbn.kernels.blocks import LINEAR
+from fastbn.kernels.channels_last import part_moments, share
 from fastbn.kernels.elementwise import fill_affine, fill_forward, head
 
 SPREAD = 5  # row of a workspace where the coefficients of columns begin; those of channels begin at 0
@@ -156,7 +157,7 @@ def forward(x, gamma, beta, eps, S, block, tasks, columns, stream, work, y, stat
         for unit in range(blocks * task // tasks, blocks * (task + 1) // tasks):
             first = unit * block
             last = min(C, first + block)
-            part_moments(x, 0, R, first, last, S, k, mean, m2)
+            part_moments(x, 0, R, first, last, S, False, k, mean, m2)
             fill_forward(x, mean, m2, count, eps, gamma, beta, first, last, k)
             e = spread_columns(k, 3, last - first, 1, S)
             affine_block(x, 0, R, first * S, (last - first) * S, k, e, block * S, stream, y)

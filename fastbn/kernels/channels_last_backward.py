@@ -86,14 +86,14 @@ def two_rows(dy, x, r, j, i, k, e):
 
 
 @routine
-def tile_sums(dy, x, r0, r1, j, width, k, e):
+def tile_sums(dy, x, r0, r1, j, width, along, k, e):
     """Rows T, Q of k = sums of dy and of dy * xhat over rows r0 .. r1, for `width` columns from j.
 
-    Narrow rows go panel by panel, sums in registers; wide ones two rows at a time, along the memory.
+    Narrow rows go panel by panel, sums in registers; wide ones two rows at a time; all of them row by row if `along`, as in `tiles`.
     """
     W = lanes(x)
     i, zero = 0, spread(x, 0.0)
-    if width <= PANELS:
+    if width <= PANELS and not along:
         while i + 4 * W <= width:
             panel(dy, x, r0, r1, j + i, i, k, e)
             i += 4 * W
@@ -102,26 +102,29 @@ def tile_sums(dy, x, r0, r1, j, width, k, e):
         for a in range(0, i, W):
             store(k, (T, a), zero)
             store(k, (Q, a), zero)
-        for r in range(r0, r1 - 1, 2):
+        r = r0
+        while not along and r + 2 <= r1:
             for a in range(0, i, W):
                 two_rows(dy, x, r, j + a, a, k, e)
-        if (r1 - r0) % 2:
+            r += 2
+        while r < r1:
             for a in range(0, i, W):
-                g, h = load(dy, (r1 - 1, j + a)), load(k, (e, a))
-                xhat = muladd(load(x, (r1 - 1, j + a)) - h, load(k, (e + 1, a)), load(k, (e + 2, a)))
+                g, h = load_far(dy, (r, j + a)), load(k, (e, a))
+                xhat = muladd(load_far(x, (r, j + a)) - h, load(k, (e + 1, a)), load(k, (e + 2, a)))
                 store(k, (T, a), load(k, (T, a)) + g)
                 store(k, (Q, a), muladd(g, xhat, load(k, (Q, a))))
+            r += 1
     while i < width:
         single(dy, x, r0, r1, j + i, i, min(W, width - i), k, e)
         i += W
 
 
 @routine
-def part_sums(dy, x, r0, r1, first, last, S, k, e, sums):
+def part_sums(dy, x, r0, r1, first, last, S, along, k, e, sums):
     """sums (2, P) of strips first .. last over rows r0 .. r1; coefficients of xhat in rows e .. e + 3 of k; tiles added in float64."""
     strips = last - first
     for row in range(r0, r1, ROWS):
-        tile_sums(dy, x, row, min(r1, row + ROWS), first * S, strips * S, k, e)
+        tile_sums(dy, x, row, min(r1, row + ROWS), first * S, strips * S, along, k, e)
         for i in range(2):
             if S == 1:
                 for c in range(0, strips, 8):
@@ -200,8 +203,8 @@ def block_gradient(dy, x, r0, r1, first, last, mean, rstd, gamma, sums, count, t
         affine_block(dy, r0, r1, first * S, width, k, e, ahead, stream, dx)
 
 
-@kernel("x2 x2 x2 x2 m1 m1 i i i i i i i w1 s3 s2")
-def grad_reduce(dy, rest_dy, x, rest_x, mean, rstd, S, fold, rest, parts, block, tasks, columns, work, partial, sums):
+@kernel("x2 x2 x2 x2 m1 m1 i i i i i i i b w1 s3 s2")
+def grad_reduce(dy, rest_dy, x, rest_x, mean, rstd, S, fold, rest, parts, block, tasks, columns, along, work, partial, sums):
     """sums (2, C): sum of dy, sum of dy * xhat; workspaces work (tasks * WORK * columns + 64) and partial (parts + 1, 2, P)."""
     R, C = x.shape[0], mean.size
     blocks = (C + block - 1) // block
@@ -213,12 +216,12 @@ def grad_reduce(dy, rest_dy, x, rest_x, mean, rstd, S, fold, rest, parts, block,
             fill_standardize(x, mean, rstd, first, last, k)
             e = spread_columns(k, 3, last - first, fold, S)
             strips = fold * C if fold > 1 else last
-            part_sums(dy, x, R * p // parts, R * (p + 1) // parts, first, strips, S, k, e, partial[p])
+            part_sums(dy, x, R * p // parts, R * (p + 1) // parts, first, strips, S, along, k, e, partial[p])
     if rest > 0:
         k = share(work, 0, columns)
         fill_standardize(x, mean, rstd, 0, C, k)
         e = spread_columns(k, 3, C, fold, S)
-        part_sums(rest_dy, rest_x, 0, 1, 0, rest * C, S, k, e, partial[parts])
+        part_sums(rest_dy, rest_x, 0, 1, 0, rest * C, S, False, k, e, partial[parts])
     for i in range(2):
         for p in range(1, parts):
             for s in range(0, fold * C, 8):
@@ -264,6 +267,6 @@ def backward(dy, x, mean, rstd, gamma, training, S, block, tasks, columns, strea
             last = min(C, first + block)
             fill_standardize(x, mean, rstd, first, last, k)
             e = spread_columns(k, 3, last - first, 1, S)
-            part_sums(dy, x, 0, R, first, last, S, k, e, sums)
+            part_sums(dy, x, 0, R, first, last, S, False, k, e, sums)
             narrow(sums, first, last, grads)
             block_gradient(dy, x, 0, R, first, last, mean, rstd, gamma, sums, float(R * S), training, S, 1, block * S, stream, k, dx)

@@ -44,7 +44,7 @@ def moments_channels_last(x, mean, m2):
     R, C = x.shape
     work = np.empty((3, min(C, COLUMNS) + 16), x.dtype)
     for first in range(0, C, COLUMNS):
-        channels_last.part_moments(x, 0, R, first, min(C, first + COLUMNS), 1, work, mean, m2)
+        channels_last.part_moments(x, 0, R, first, min(C, first + COLUMNS), 1, False, work, mean, m2)
 
 
 @routine
@@ -89,7 +89,7 @@ def forward_channels_last(x, gamma, beta, eps, y, mean, m2):
     k = np.zeros((3, min(C, COLUMNS) + 16), x.dtype)
     for first in range(0, C, COLUMNS):
         last = min(C, first + COLUMNS)
-        channels_last.part_moments(x, 0, R, first, last, 1, k, mean, m2)
+        channels_last.part_moments(x, 0, R, first, last, 1, False, k, mean, m2)
         fill_forward(x, mean, m2, float(R), eps, gamma, beta, first, last, k)
         channels_last_apply.affine_block(x, 0, R, first, last - first, k, 0, 0, False, y)
 
@@ -115,6 +115,6 @@ def backward_channels_last(dy, x, mean, rstd, gamma, dx, sums):
     for first in range(0, C, COLUMNS):
         last = min(C, first + COLUMNS)
         fill_standardize(x, mean, rstd, first, last, k)
-        channels_last_backward.part_sums(dy, x, 0, R, first, last, 1, k, 0, sums)
+        channels_last_backward.part_sums(dy, x, 0, R, first, last, 1, False, k, 0, sums)
         fill_gradient(x, mean, rstd, gamma, sums, float(R), True, first, last, k)
         channels_last_backward.gradient_block(dy, x, 0, R, first, last - first, k, 0, 0, False, dx)
