@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from fastbn import dtypes
+from fastbn.moments import Moments
 
 Array = NDArray[Any]
 
@@ -191,7 +192,7 @@ def check_count(x: Array, count: int) -> None:
 
 def check_moments(moments: Any, channels: int, count: int) -> None:
     """Statistics that were taken of an array like x."""
-    if not (hasattr(moments, "count") and hasattr(moments, "m2")):
+    if type(moments) is not Moments and not (hasattr(moments, "count") and hasattr(moments, "m2")):
         raise TypeError(f"moments: given {type(moments).__name__}, want the Moments that batch_norm returned")
     if moments.mean.shape != (channels,):
         raise ValueError(f"moments: given {moments.mean.size} channels, want {channels}, as x has")

@@ -60,7 +60,7 @@ def get_num_threads() -> int:
     Returns
     -------
     int
-        What `set_num_threads` set, else numba's own number: NUMBA_NUM_THREADS, unless `numba.set_num_threads` lowered it. Arrays under 96
+        What `set_num_threads` set, else numba's own number: NUMBA_NUM_THREADS, unless `numba.set_num_threads` lowered it. Arrays under 256
         KiB always take one thread, and so do all where `explain` says so.
     """
     return pool.mask() if _limit.count is None else _limit.count

@@ -55,13 +55,13 @@ def moments(x: Array) -> Moments:
 def rstd(m2: Wide, count: float, eps: float) -> Wide:
     """1 / sqrt(m2 / count + eps)."""
     found = np.empty(m2.size)
-    per_channel.rstd.form(routes.DOUBLE, False)(m2, count, eps, found)
+    per_channel.rstd.compiled(routes.DOUBLE, False)(m2, count, eps, found)
     return found
 
 
 def track(m: Moments, freedom: float, weight: float, running_mean: Array, running_var: Array) -> None:
     """Running statistics move towards m.mean and m.m2 / freedom by `weight`, in place."""
-    per_channel.track.form(running_mean.dtype, False)(m.mean, m.m2, freedom, weight, running_mean, running_var)
+    per_channel.track.compiled(running_mean.dtype, False)(m.mean, m.m2, freedom, weight, running_mean, running_var)
 
 
 def normalize(x: Array, mean: Wide, rstd: Wide, gamma: Array | None, beta: Array | None, out: Array) -> Array:
