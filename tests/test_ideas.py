@@ -84,12 +84,15 @@ def test_stores_go_past_the_cache_with_the_idea_only(tiny, kernels):
     ideas.compare(idea, p, "inference")
 
 
-def test_one_channel_at_a_time_without_the_order_of_memory(tiny):
+def test_one_channel_and_several_rows_at_a_time_without_the_order_of_memory(tiny):
     p, idea = Problem("3x2x20x30", "float32"), IDEAS["statistics in the order of memory"]
     for patches, channels in ((idea.on, 2), (idea.off, 1), (idea.on, 2)):
         with ideas.patched(patches):
-            assert routes.lot(schedule.first(*p.x.shape[:2], 600, 4), 2) == channels
-    ideas.compare(idea, p, "moments")
+            small, wide = schedule.first(*p.x.shape[:2], 600, 4), schedule.last(100_352, 256, 1, 4, True)
+            assert [routes.lot(small, 2), small.lot] == [channels, channels]
+            assert {wide.along, wide.back_along} == {channels == 2}
+    for what in idea.passes:
+        ideas.compare(idea, p, what)
 
 
 def test_nothing_is_remembered_without_the_plans(tiny):
