@@ -240,7 +240,7 @@ def test_warmup_covers_every_call(monkeypatch: pytest.MonkeyPatch, dtype: str) -
     warm = asked.copy()
     asked.clear()
     with np.errstate(all="ignore"):  # results are whatever the memory held
-        for shape in ((8, 4), (3000, 40), (200, 300), (4, 3, 5, 5), (16, 64, 7, 7), (2, 2, 300, 300), (4, 64, 64, 64), (4, 20, 30, 30)):
+        for shape in ((8, 4), (3000, 40), (300, 300), (4, 3, 5, 5), (32, 64, 7, 7), (2, 2, 300, 300), (4, 64, 64, 64), (4, 20, 30, 30)):
             for last in (False, True):
                 x = np.ones(shape, kind)
                 x = np.moveaxis(np.ascontiguousarray(np.moveaxis(x, 1, -1)), -1, 1) if last else x
@@ -273,7 +273,7 @@ def test_odd_arrays_compile_nothing() -> None:
 
     before = forms()
     rng = np.random.default_rng(0)
-    for shape in ((6, 4, 5, 6), (30, 20), (8, 16, 40, 40), (3000, 20)):  # both layouts, serial and parallel
+    for shape in ((6, 4, 5, 6), (30, 20), (8, 16, 40, 40), (6000, 20)):  # both layouts, serial and parallel
         x, dy = rng.normal(size=(2, *shape)).astype(np.float32)
         everything(x, dy)
         frozen = x.copy()

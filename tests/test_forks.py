@@ -13,7 +13,7 @@ def test_fork_beside_busy_threads(run: Run, layer: str) -> None:
     """TBB's locks are then held in one of ten children or so, for ever: the child must not wait for them."""
     code = """
         sys.setswitchinterval(1e-5)
-        small = np.ones((20, 16, 100), np.float32)
+        small = np.ones((40, 16, 120), np.float32)  # on threads, just
         call()
         ended = threading.Event()
         def busy():

@@ -16,7 +16,7 @@ from fastbn.kernels import _jit
 pytest.importorskip("rich", reason="tables and progress need rich")
 
 # Small arrays, with long rows, with short rows, and large enough for threads.
-TINY = {"3x2x20x30": (3, 2, 20, 30), "4x8x7x7": (4, 8, 7, 7), "4x16x20x20": (4, 16, 20, 20)}
+TINY = {"3x2x20x30": (3, 2, 20, 30), "4x8x7x7": (4, 8, 7, 7), "4x16x40x40": (4, 16, 40, 40)}
 IDEAS = {idea.name: idea for idea in ideas.IDEAS}
 SWITCHED = {name: idea for name, idea in IDEAS.items() if idea.off}
 
@@ -67,7 +67,7 @@ def test_other_kernels_run_without_the_idea(tiny, kernels, name, shape, with_it,
 
 
 @pytest.mark.parametrize(
-    ("name", "shape", "parallel"), [("threads for large calls", "4x16x20x20", True), ("no threads for small calls", "4x8x7x7", False)]
+    ("name", "shape", "parallel"), [("threads for large calls", "4x16x40x40", True), ("no threads for small calls", "4x8x7x7", False)]
 )
 def test_the_other_form_runs_without_the_idea(tiny, kernels, name, shape, parallel):
     p, idea = Problem(shape, "float32"), IDEAS[name]
