@@ -14,12 +14,13 @@ Determinism
     Blocks and parts come from the shape (`fastbn.backends.schedule`), never from the number of threads, and are merged in order: the
     same input gives the same bits on any number of threads. A kernel's serial and parallel forms are one body compiled twice.
 Errors
-    None: arguments were checked before. NaN and Inf propagate.
+    None: arguments were checked before. NaN and Inf propagate. A kernel's compiled form is called by its entry point, which does not look
+    at types: an array of another rank or dtype would be read as if it were of the right one.
 Specializations
     Each `Kernel` has one for each dtype of x (float16, bfloat16, float32, float64), serial and parallel, compiled at its first call and
     cached on disk: `forward`, `backward`, `moments`, `normalize`, `grad_reduce` and `grad_input`, each of `channels_first` and
-    `channels_last`; and serial `statistics.rstd` and `statistics.track`. Read-only, unaligned or odd-strided arrays convert to them; they
-    never trigger another. A first forward and backward take four.
+    `channels_last`; and serial `statistics.rstd` and `statistics.track`. Read-only, unaligned and odd-strided arrays run in
+    the same; nothing triggers another. A first forward and backward take three, or five where each is two kernels.
 For the caller's own @njit functions
     `moments_channels_first`, `moments_channels_last`, and likewise `forward_`, `normalize_` and `backward_`: see `fastbn.kernels.serial`.
 """
