@@ -96,13 +96,16 @@ def test_a_call_takes_memory_for_its_statistics_only(shape: tuple[int, ...], cha
 
 @pytest.mark.parametrize(("shape", "channels_last"), [((16, 32, 40, 40), False), ((16, 32, 40, 40), True), ((65536, 32), False)], ids=str)
 def test_it_does_not_grow_with_the_batch(shape: tuple[int, ...], channels_last: bool) -> None:
-    """Four times the batch may have four times the partitions, which are bounded, and no more of anything else."""
+    """Four times the batch may have four times the partitions, which are bounded, and no more of anything else.
+
+    But for 2 KiB: where two kernels run instead of one, a few arrays of (C,) more pass between them, and Python's objects for these.
+    """
     shapes = shape, (4 * shape[0], *shape[1:])
     small, large = (_calls(shape, "float32", channels_last) for shape in shapes)
     parts, more = (_parts(shape, "float32", channels_last) for shape in shapes)
     assert more <= schedule.PARTS
     for name, call in large.items():
-        assert _peak(call) <= _peak(small[name]) * more / parts + 1024, name
+        assert _peak(call) <= _peak(small[name]) * more / parts + 2048, name
 
 
 def test_nothing_is_kept(run: Run) -> None:
