@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from fastbn import config
-from fastbn.kernels.blocks import BLOCK, LINEAR, WORK, cut
+from fastbn.kernels.blocks import BLOCK, LINEAR, PANELS, WORK, cut
 
 SLAB_BYTES = 4 * 2**20  # channels first: what a task may hold in its cache between two passes
 # Channels first: what the fused kernels take together, up to 8 channels. Coefficients are computed for 8 at once, which shows where slabs
@@ -97,7 +97,7 @@ def last(R: int, C: int, S: int, itemsize: int, contiguous: bool) -> Last:
     parallel = size >= config.SERIAL_BYTES
     held = BLOCK_BYTES // (rows * S * itemsize)  # channels of a unit that stay in the cache
     if fold > 1:
-        parts, block = max(1, min(PARTS, size // PART_BYTES, rows // 64)), C
+        parts, block = max(1, min(PARTS, -(-size // PART_BYTES), rows // 64)), C
     elif not parallel or held >= min(C, narrow):
         parts, block = 1, min(C, widest, max(held, narrow), max(narrow, -(-C // TASKS)) if parallel else C)
     else:
@@ -108,7 +108,10 @@ def last(R: int, C: int, S: int, itemsize: int, contiguous: bool) -> Last:
     blocks = -(-C // block)
     columns = (-(-block * fold * S // lanes) + 1) * lanes  # one more: past the cache, vectors begin on boundaries of the result
     columns += lanes * (columns * itemsize % 4096 == 0)  # rows a page apart would share the sets of the first-level cache
-    along, back_along = parts > 1 and size >= ALONG_BYTES and block * fold * S > LINEAR, parts > 1 and 2 * size >= ALONG_BYTES
+    width = block * fold * S
+    along = parts > 1 and size >= ALONG_BYTES and width > LINEAR
+    # The backward reads two arrays, and rows of several panels worse than others: 8960 x 256 is 1.16 times as fast row by row.
+    back_along = parts > 1 and 2 * size >= (ALONG_BYTES // 2 if LINEAR < width <= PANELS else ALONG_BYTES)
     # Two at least: columns of a few hundred, all rows, share the sets of a core's cache (inference of 128 x 2048: 49 -> 40 us).
     runs = max(1, min(-(-PARTS // blocks), max(2, size // PART_BYTES // blocks), rows // 32)) if parallel else 1
     return Last(fold, R - fold * rows, parts, block, blocks, columns, WORK * columns, runs, along, back_along, parallel)

@@ -6,6 +6,7 @@ from typing import Any
 
 BLOCK = 256  # vectors of 64 bytes: half a first-level cache
 LINEAR = 128  # columns: narrower rows are one stream of memory, which several rows at a time break up
+PANELS = 256  # columns: wider rows, read panel by panel, would be runs too short for the prefetcher
 WORK = 12  # rows of a task's workspace in the kernels on columns
 
 

@@ -18,12 +18,12 @@ from fastbn.kernels._simd import (
     store_stream,
     store_wide,
 )
+from fastbn.kernels.blocks import PANELS
 from fastbn.kernels.channels_last import run_total, share
 from fastbn.kernels.channels_last_apply import affine_block, spread_columns
 from fastbn.kernels.elementwise import fill_gradient, fill_standardize, head, narrow
 
 ROWS = 64  # of a tile: as many values as a lane's float32 sum may take within 1e-6
-PANELS = 256  # columns: wider rows, read panel by panel, would be runs too short for the prefetcher
 T, Q = 10, 11  # rows of a workspace that sum dy and dy * xhat
 
 
