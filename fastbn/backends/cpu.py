@@ -28,12 +28,12 @@ def moments(x: Array) -> Moments:
     stats = np.empty((2, C))
     if (plan := route.first) is not None:
         lot, tasks = routes.lot(plan, C), routes.tasks(C * plan.parts, plan.parallel)
-        run = channels_first.moments.form(route.stored, plan.parallel)
+        run = channels_first.moments.form(route.stored, tasks > 1)
         run(bits, plan.rows, plan.splits, plan.blocks, plan.parts, lot, tasks, np.empty((plan.parts, 3, C)), stats)
     elif (cut := route.last) is not None:
         tasks = routes.tasks(cut.parts * cut.blocks, cut.parallel)
         work, partial = np.empty(tasks * cut.work + 64, route.kind), np.empty((cut.parts + 1, 2, cut.fold * C))
-        run = channels_last.moments.form(route.stored, cut.parallel)
+        run = channels_last.moments.form(route.stored, tasks > 1)
         run(
             *routes.folded(cut, bits),
             C,
@@ -82,12 +82,12 @@ def _normalize(given: Ints, shape: Ints, dtype: np.dtype[Any], out: Ints, x: Int
         gamma, beta = none if gamma is None else gamma, none if beta is None else beta
         if first is not None:
             tasks = routes.tasks(shape[0] * C * first.pieces, first.parallel)
-            kernel = channels_first.normalize.form(stored, first.parallel)
+            kernel = channels_first.normalize.form(stored, tasks > 1)
             kernel(z, mean, rstd, gamma, beta, first.pieces, tasks, stream, np.empty((3, C + 7 & -8), kind), y)
         elif last is not None:
             (rows, rest), (rows_y, rest_y) = ((z, z), (y, y)) if last.fold == 1 else (routes.folded(last, z), routes.folded(last, y))
             tasks = routes.tasks(last.runs * last.blocks, True) if last.parallel else 1
-            kernel = channels_last_apply.normalize.form(stored, last.parallel)
+            kernel = channels_last_apply.normalize.form(stored, tasks > 1)
             kernel(
                 rows, rest, mean, rstd, gamma, beta, share, last.fold, last.rest, last.runs, last.block, tasks, last.columns, stream,
                 np.empty(tasks * last.work + 64, kind), rows_y, rest_y,
@@ -110,12 +110,12 @@ def _sums(dy: Array, x: Array, mean: Wide, rstd: Wide) -> Wide:
     if (plan := route.first) is not None:
         lot, tasks = routes.lot(plan, C), routes.tasks(C * plan.parts, plan.parallel)
         work, partial = np.empty((tasks, 3, lot + 7 & -8), route.kind), np.empty((plan.parts, 2, C))
-        run = channels_first_backward.grad_reduce.form(route.stored, plan.parallel)
+        run = channels_first_backward.grad_reduce.form(route.stored, tasks > 1)
         run(bits_dy, bits, mean, rstd, plan.rows, plan.splits, plan.blocks, plan.parts, lot, tasks, work, partial, sums)
     elif (cut := route.last) is not None:
         tasks = routes.tasks(cut.parts * cut.blocks, cut.parallel)
         work, partial = np.empty(tasks * cut.work + 64, route.kind), np.empty((cut.parts + 1, 2, cut.fold * C))
-        run = channels_last_backward.grad_reduce.form(route.stored, cut.parallel)
+        run = channels_last_backward.grad_reduce.form(route.stored, tasks > 1)
         run(
             *routes.folded(cut, bits_dy), *routes.folded(cut, bits), mean, rstd,
             route.share, cut.fold, cut.rest, cut.parts, cut.block, tasks, cut.columns, cut.back_along, work, partial, sums,
@@ -134,12 +134,12 @@ def grad_input(
     if (plan := route.first) is not None:
         tasks = routes.tasks(x.shape[0] * C * plan.pieces, plan.parallel)
         work = np.empty((5, C + 7 & -8), route.kind)
-        run = channels_first_backward.grad_input.form(route.stored, plan.parallel)
+        run = channels_first_backward.grad_input.form(route.stored, tasks > 1)
         run(bits_dy, bits, mean, rstd, gamma, both, count, training, plan.pieces, tasks, stream, work, dx)
     elif (cut := route.last) is not None:
         tasks = routes.tasks(cut.runs * cut.blocks, cut.parallel)
         work = np.empty(tasks * cut.work + 64, route.kind)
-        run = channels_last_backward.grad_input.form(route.stored, cut.parallel)
+        run = channels_last_backward.grad_input.form(route.stored, tasks > 1)
         run(
             *routes.folded(cut, bits_dy), *routes.folded(cut, bits), mean, rstd, gamma, both, count, training,
             route.share, cut.fold, cut.rest, cut.runs, cut.block, tasks, cut.columns, stream, work, *routes.folded(cut, dx),
@@ -168,12 +168,12 @@ def _forward(given: Ints, shape: Ints, dtype: np.dtype[Any], out: Ints, x: Ints)
         stats = np.empty((2, C))
         if first is not None:
             tasks = routes.tasks(-(-C // first.lot), first.parallel)
-            kernel = channels_first.forward.form(stored, first.parallel)
+            kernel = channels_first.forward.form(stored, tasks > 1)
             work = np.empty((tasks, 3, 8), kind)
             kernel(z, gamma, beta, eps, first.rows, first.splits, first.blocks, first.lot, tasks, first.ahead, stream, work, y, stats)
         elif last is not None:
             tasks = routes.tasks(last.blocks, True) if last.parallel else 1
-            kernel = channels_last_apply.forward.form(stored, last.parallel)
+            kernel = channels_last_apply.forward.form(stored, tasks > 1)
             work = np.empty(tasks * last.work + 64, kind)
             kernel(z, gamma, beta, eps, share, last.block, tasks, last.columns, stream, work, y, stats)
         return out, Moments(count, stats[0], stats[1])
@@ -211,7 +211,7 @@ def _backward(given: Ints, shape: Ints, dtype: np.dtype[Any], out: Ints, x: Ints
         sums, grads = np.empty((2, C)), np.empty((2, C), kind) if grads is None else grads
         if first is not None:
             tasks = routes.tasks(-(-C // first.back_lot), first.parallel)
-            kernel = channels_first_backward.backward.form(stored, first.parallel)
+            kernel = channels_first_backward.backward.form(stored, tasks > 1)
             work = np.empty((tasks, 5, 8), kind)
             kernel(
                 dz, z, mean, rstd, gamma, training, first.rows, first.splits, first.blocks, first.back_lot, tasks, first.back_ahead, stream,
@@ -219,7 +219,7 @@ def _backward(given: Ints, shape: Ints, dtype: np.dtype[Any], out: Ints, x: Ints
             )  # fmt: skip
         elif last is not None:
             tasks = routes.tasks(last.blocks, True) if last.parallel else 1
-            kernel = channels_last_backward.backward.form(stored, last.parallel)
+            kernel = channels_last_backward.backward.form(stored, tasks > 1)
             work = np.empty(tasks * last.work + 64, kind)
             kernel(dz, z, mean, rstd, gamma, training, share, last.block, tasks, last.columns, stream, work, dx, sums, grads)
         return out, sums[1], sums[0]
@@ -257,7 +257,8 @@ def describe(dims: tuple[int, ...], dtype: np.dtype[Any]) -> str:
         cut += f", {share} columns a channel" if share > 1 else ""
         units, parallel = last.parts * last.blocks, last.parallel
     elif first is not None:
-        cut, units, parallel = f"{first.blocks} blocks a channel", dims[1] * first.parts, first.parallel
+        cut, units = f"{first.blocks} blocks a channel", dims[1] * first.parts
+        parallel = first.parallel and units > 1
     columns = last is not None
     statistics, apply = (channels_last, channels_last_apply) if columns else (channels_first, channels_first)
     back = channels_last_backward if columns else channels_first_backward
