@@ -6,7 +6,8 @@ The names below are the public ones. Importing fastbn compiles nothing and touch
 from fastbn.backends import explain
 from fastbn.batchnorm import BatchNorm
 from fastbn.errors import BackendUnavailable
-from fastbn.functional import batch_norm, batch_norm_backward, batch_norm_inference, batch_norm_inference_backward, moments
+from fastbn.functional import batch_norm, batch_norm_inference, moments
+from fastbn.gradients import batch_norm_backward, batch_norm_inference_backward
 from fastbn.moments import Moments
 from fastbn.running import RunningMoments
 from fastbn.threads import get_num_threads, set_num_threads

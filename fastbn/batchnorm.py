@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from fastbn import checks, config, functional, threads
+from fastbn import checks, config, functional, gradients, threads
 from fastbn.backends import select
 from fastbn.moments import Moments
 
@@ -219,11 +219,11 @@ class BatchNorm:
         if saved.overwritten:
             raise RuntimeError("backward needs the x of the forward, which was overwritten by out=x: give another out, or none")
         if isinstance(saved.statistics, Moments):
-            result = functional.batch_norm_backward(
+            result = gradients.batch_norm_backward(
                 dy, saved.x, saved.statistics, self.gamma, self.axis, self.eps, out, backend=self.backend, num_threads=self.num_threads
             )
         else:
-            result = functional.batch_norm_inference_backward(
+            result = gradients.batch_norm_inference_backward(
                 dy, saved.x, *saved.statistics, self.gamma, self.axis, self.eps, out, backend=self.backend, num_threads=self.num_threads
             )
         if out is not None and checks.same_memory(out, saved.x):

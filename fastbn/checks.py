@@ -26,8 +26,6 @@ def as_input(x: ArrayLike, name: str = "x") -> Array:
     if isinstance(x, np.ma.MaskedArray):
         raise TypeError(f"{name}: given a masked array, whose mask would be ignored; want a plain array, for example {name}.filled(...)")
     if type(x) is not np.ndarray:
-        if hasattr(x, "__cuda_array_interface__"):
-            raise TypeError(f"{name}: given an array on a GPU ({type(x).__name__}), want a host array: copy it to the host first")
         x = _as_array(x, name)
     if not dtypes.supported(x.dtype):
         raise TypeError(f"{name}: given dtype {x.dtype}, want {dtypes.WANTED}: convert it first, e.g. {name}.astype('float32')")
@@ -36,6 +34,8 @@ def as_input(x: ArrayLike, name: str = "x") -> Array:
 
 def _as_array(value: ArrayLike, name: str, dtype: dtypes.Dtype | None = None) -> Array:
     """The array; `dtype` for what has none of its own."""
+    if hasattr(value, "__cuda_array_interface__"):
+        raise TypeError(f"{name}: given an array on a GPU ({type(value).__name__}), want a host array: copy it to the host first")
     try:
         return np.asarray(value, None if hasattr(value, "dtype") else dtype)
     except ValueError as error:
@@ -85,12 +85,17 @@ def check_out(out: Any, x: Array, *inputs: Array) -> None:
     """An `out` that can take the result: x's shape and dtype, writeable, and each input either itself or apart from it."""
     if not (type(out) is np.ndarray and out.dtype is x.dtype and out.shape == x.shape):
         _check_kind(out, x)
-    flags = out.flags
-    if not flags.writeable:
+    if not out.flags.writeable:
         raise ValueError("out: given a read-only array, want one that can be written")
+    check_place(out, x, *inputs)
+
+
+def check_place(out: Array, *inputs: Array) -> None:
+    """Memory that a result may take: its elements apart from each other, and each input either itself or apart from it."""
+    flags = out.flags
     if not flags.c_contiguous and _repeats(out):
         raise ValueError(f"out: given an array whose elements share memory (strides {out.strides}), want one of its own memory")
-    for array in (x, *inputs):
+    for array in inputs:
         if out is array or (flags.owndata and array.flags.owndata):  # the second in a third of the time that bounds of memory take
             continue
         if np.may_share_memory(out, array) and not same_memory(out, array) and _overlap(out, array):

@@ -1,4 +1,8 @@
-"""Batch normalization as functions of arrays: validate, find the canonical view, let the backend run, put the result in place."""
+"""Batch normalization as functions of arrays: validate, find the canonical view, let the backend run, put the result in place.
+
+Arrays on a GPU are those with `__cuda_array_interface__`: CuPy's, PyTorch's CUDA tensors, numba's. Where x is one, so must be every array
+beside it, and so is every result, of the same kind; nothing waits for the GPU.
+"""
 
 from __future__ import annotations
 
@@ -7,33 +11,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fastbn import checks, config, layout, threads
+from fastbn import checks, config, layout, results, threads
+from fastbn.backends import devices
 from fastbn.moments import Moments
 from fastbn.ready import ready
 
 Array = NDArray[Any]
 
 
-def _target(plan: layout.Plan, dtype: np.dtype[Any], out: Array | None) -> tuple[Array, Array, bool]:
-    """Where a result goes: what the caller gets, the canonical view that the kernel writes, and whether that must be copied over."""
-    if out is None:
-        return *plan.empty(dtype), False
-    view = plan.view(out)
-    if view is None:  # another memory order than x: compute beside it, then copy
-        return out, plan.empty(dtype)[1], True
-    return out, view, False
-
-
-def _finish(plan: layout.Plan, result: Array, target: Array) -> Array:
-    result[...] = plan.restore(target)
-    return result
-
-
-def _empty(x: Array, out: Array | None) -> Array:
-    return np.empty(x.shape, x.dtype.newbyteorder("=")) if out is None else out
-
-
-def moments(x: ArrayLike, axis: int = 1, *, backend: str | None = None, num_threads: int | None = None) -> Moments:
+def moments(x: ArrayLike, axis: int = 1, *, backend: str | None = None, num_threads: int | None = None, stream: Any = None) -> Moments:
     """Mean and variance of each channel, in one pass over memory.
 
     Blocked Welford: the moments of cache-sized blocks, merged by Chan, Golub & LeVeque's formula in float64.
@@ -45,9 +31,11 @@ def moments(x: ArrayLike, axis: int = 1, *, backend: str | None = None, num_thre
     axis : int
         The channel axis.
     backend : str, optional
-        "cpu" or "reference"; default where the array lives.
+        "cpu", "cuda" or "reference"; default where the array lives.
     num_threads : int, optional
-        Of the kernels in this call, from 1 to NUMBA_NUM_THREADS; changes speed, never a bit. Default as `set_num_threads` says.
+        Of the CPU kernels in this call, from 1 to NUMBA_NUM_THREADS; changes speed, never a bit. Default as `set_num_threads` says.
+    stream : int or stream, optional
+        Where the kernels of an array on a GPU are queued: a handle, or a stream of PyTorch, CuPy or numba. Default that of its library.
 
     Returns
     -------
@@ -61,6 +49,11 @@ def moments(x: ArrayLike, axis: int = 1, *, backend: str | None = None, num_thre
     ValueError
         Rank below 2, axis out of range, no channels.
     """
+    if type(x) is not np.ndarray and devices.on_device(x):
+        found: Moments = results.on_gpu(backend).moments(x, axis, stream)
+        return found
+    if stream is not None:
+        raise TypeError(results.HOST)
     if num_threads is not None:
         with threads.limited(num_threads):
             return moments(x, axis, backend=backend)
@@ -81,6 +74,7 @@ def batch_norm(
     *,
     backend: str | None = None,
     num_threads: int | None = None,
+    stream: Any = None,
 ) -> tuple[Array, Moments]:
     """Normalize each channel by its own mean and variance, then scale and shift: the training forward.
 
@@ -99,9 +93,11 @@ def batch_norm(
     out : ndarray, shape and dtype of x, optional
         Takes y; may be x itself.
     backend : str, optional
-        "cpu" or "reference"; default where the array lives.
+        "cpu", "cuda" or "reference"; default where the array lives.
     num_threads : int, optional
-        Of the kernels in this call, from 1 to NUMBA_NUM_THREADS; changes speed, never a bit. Default as `set_num_threads` says.
+        Of the CPU kernels in this call, from 1 to NUMBA_NUM_THREADS; changes speed, never a bit. Default as `set_num_threads` says.
+    stream : int or stream, optional
+        Where the kernels of an array on a GPU are queued: a handle, or a stream of PyTorch, CuPy or numba. Default that of its library.
 
     Returns
     -------
@@ -117,6 +113,11 @@ def batch_norm(
     ValueError
         A shape, axis or eps out of range; one value per channel; an `out` that overlaps x in part.
     """
+    if type(x) is not np.ndarray and devices.on_device(x):
+        found: tuple[Array, Moments] = results.on_gpu(backend).batch_norm(x, gamma, beta, axis, eps, out, stream)
+        return found
+    if stream is not None:
+        raise TypeError(results.HOST)
     if num_threads is not None:
         with threads.limited(num_threads):
             return batch_norm(x, gamma, beta, axis, eps, out, backend=backend)
@@ -133,11 +134,11 @@ def batch_norm(
         y = way.plan.empty(x.dtype)[0] if out is None else out
         return y, way.forward(x, gamma, beta, eps, y)[1]
     if not way.values:
-        return _empty(x, out), Moments(0, np.zeros(channels), np.zeros(channels))
+        return results.empty(x, out), Moments(0, np.zeros(channels), np.zeros(channels))
     plan, view = layout.view_of(way.plan, x)
-    result, target, late = _target(plan, view.dtype, out)
+    result, target, late = results.target(plan, view.dtype, out)
     m = way.served.forward(view, gamma, beta, eps, target)[1]
-    return (_finish(plan, result, target) if late else result), m
+    return (results.finish(plan, result, target) if late else result), m
 
 
 def batch_norm_inference(
@@ -152,6 +153,7 @@ def batch_norm_inference(
     *,
     backend: str | None = None,
     num_threads: int | None = None,
+    stream: Any = None,
 ) -> Array:
     """Normalize each channel by given statistics, then scale and shift.
 
@@ -163,7 +165,7 @@ def batch_norm_inference(
         The statistics, e.g. running averages.
     gamma, beta : array_like, shape (C,), float64 beside x of float64, else float32, optional
         Scale and shift; 1 and 0 where absent.
-    axis, eps, out, backend, num_threads
+    axis, eps, out, backend, num_threads, stream
         As in `batch_norm`; eps may be 0 here.
 
     Returns
@@ -176,6 +178,11 @@ def batch_norm_inference(
     TypeError, ValueError
         As in `batch_norm`; also mean without var.
     """
+    if type(x) is not np.ndarray and devices.on_device(x):
+        found: Array = results.on_gpu(backend).batch_norm_inference(x, mean, var, gamma, beta, axis, eps, out, stream)
+        return found
+    if stream is not None:
+        raise TypeError(results.HOST)
     if num_threads is not None:
         with threads.limited(num_threads):
             return batch_norm_inference(x, mean, var, gamma, beta, axis, eps, out, backend=backend)
@@ -191,146 +198,13 @@ def batch_norm_inference(
     if out is not None:
         checks.check_out(out, x)
     if not way.values:
-        return _empty(x, out)
+        return results.empty(x, out)
     rstd = way.served.rstd(var, 1.0, eps)
     if way.normalize is not None and (out is None or out.flags.c_contiguous):
         y = way.plan.empty(x.dtype)[0] if out is None else out
         way.normalize(x, mean, rstd, gamma, beta, y)
         return y
     plan, view = layout.view_of(way.plan, x)
-    result, target, late = _target(plan, view.dtype, out)
+    result, target, late = results.target(plan, view.dtype, out)
     way.served.normalize(view, mean, rstd, gamma, beta, target)
-    return _finish(plan, result, target) if late else result
-
-
-def batch_norm_backward(
-    dy: ArrayLike,
-    x: ArrayLike,
-    moments: Moments,
-    gamma: ArrayLike | None = None,
-    axis: int = 1,
-    eps: float = config.EPS,
-    out: Array | None = None,
-    *,
-    backend: str | None = None,
-    num_threads: int | None = None,
-) -> tuple[Array, Array, Array]:
-    """Gradients of `batch_norm`, whose statistics depend on x.
-
-    Parameters
-    ----------
-    dy : array_like, shape and dtype of x
-        Gradient of the loss with respect to y.
-    x : array_like, shape (..., C, ...), float16, bfloat16, float32 or float64
-        The input of the forward.
-    moments : Moments
-        What the forward returned beside y.
-    gamma : array_like, shape (C,), as in the forward, optional
-        The forward's scale.
-    axis, eps, backend, num_threads
-        As in the forward.
-    out : ndarray, shape and dtype of x, optional
-        Takes dx; may be dy or x itself.
-
-    Returns
-    -------
-    dx : ndarray, shape and dtype of x
-        In the memory order of x, or `out`.
-    dgamma, dbeta : ndarray, shape (C,), float64 for x of float64, else float32
-        Sums over the batch of dy * xhat and of dy.
-
-    Raises
-    ------
-    TypeError, ValueError
-        As in `batch_norm`; also dy unlike x, or moments of another shape.
-    """
-    if num_threads is not None:
-        with threads.limited(num_threads):
-            return batch_norm_backward(dy, x, moments, gamma, axis, eps, out, backend=backend)
-    return _backward(dy, x, moments, None, gamma, axis, eps, out, backend)
-
-
-def batch_norm_inference_backward(
-    dy: ArrayLike,
-    x: ArrayLike,
-    mean: ArrayLike,
-    var: ArrayLike,
-    gamma: ArrayLike | None = None,
-    axis: int = 1,
-    eps: float = config.EPS,
-    out: Array | None = None,
-    *,
-    backend: str | None = None,
-    num_threads: int | None = None,
-) -> tuple[Array, Array, Array]:
-    """Gradients of `batch_norm_inference`, whose statistics are constants: dx = gamma * dy / sqrt(var + eps).
-
-    Parameters
-    ----------
-    dy : array_like, shape and dtype of x
-        Gradient of the loss with respect to y.
-    x : array_like, shape (..., C, ...), float16, bfloat16, float32 or float64
-        The input of the forward.
-    mean, var : array_like, shape (C,), float32 or float64
-        The forward's statistics.
-    gamma, axis, eps, out, backend, num_threads
-        As in `batch_norm_backward`; eps may be 0 here.
-
-    Returns
-    -------
-    dx : ndarray, shape and dtype of x
-        In the memory order of x, or `out`.
-    dgamma, dbeta : ndarray, shape (C,), float64 for x of float64, else float32
-        Sums over the batch of dy * xhat and of dy.
-
-    Raises
-    ------
-    TypeError, ValueError
-        As in `batch_norm_inference`; also dy unlike x.
-    """
-    if num_threads is not None:
-        with threads.limited(num_threads):
-            return batch_norm_inference_backward(dy, x, mean, var, gamma, axis, eps, out, backend=backend)
-    checks.check_running(mean, var)
-    return _backward(dy, x, None, (mean, var), gamma, axis, eps, out, backend)
-
-
-def _backward(
-    dy: ArrayLike,
-    x: ArrayLike,
-    m: Any,
-    constant: tuple[ArrayLike, ArrayLike] | None,
-    gamma: ArrayLike | None,
-    axis: int,
-    eps: float,
-    out: Array | None,
-    backend: str | None,
-) -> tuple[Array, Array, Array]:
-    x = checks.as_input(x)
-    dy = checks.check_like(dy, x, "dy")
-    way = ready(x, axis, backend)
-    channels, kind = way.channels, way.kind
-    gamma = checks.as_parameter(gamma, channels, kind, "gamma")
-    eps = checks.check_eps(eps, training=constant is None)
-    if constant is None:
-        checks.check_moments(m, channels, way.values)
-        checks.check_count(x, way.values)
-        mean, count = checks.as_statistic(m.mean, channels, "moments.mean"), m.count
-        spread = checks.as_statistic(m.m2, channels, "moments.m2")
-    else:
-        mean, count = checks.as_statistic(constant[0], channels, "mean"), 1
-        spread = checks.as_statistic(constant[1], channels, "var")
-    if out is not None:
-        checks.check_out(out, x, dy)
-    if not way.values:
-        zeros = np.zeros((2, channels), kind)
-        return _empty(x, out), zeros[0], zeros[1]
-    rstd, grads = way.served.rstd(spread, count, eps), np.empty((2, channels), kind)
-    if way.backward is not None and dy.dtype is x.dtype and dy.flags.c_contiguous and (out is None or out.flags.c_contiguous):
-        dx = way.plan.empty(x.dtype)[0] if out is None else out
-        way.backward(dy, x, mean, rstd, gamma, dx, constant is None, grads)
-        return dx, grads[1], grads[0]
-    plan, view = layout.view_of(way.plan, x)
-    result, target, late = _target(plan, view.dtype, out)
-    way.served.backward(layout.view_as(plan, dy), view, mean, rstd, gamma, target, constant is None, grads)
-    return _finish(plan, result, target) if late else result, grads[1], grads[0]
+    return results.finish(plan, result, target) if late else result

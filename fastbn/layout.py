@@ -28,10 +28,10 @@ class Plan:
     """How arrays of one shape and memory order become canonical.
 
     `kind` tells which kernels run, `dims` is (N, C, S) or (R, C), `order` the transposition before the reshape to `dims` (None where the
-    plain reshape does), `count` the values per channel of `channels`.
+    plain reshape does), `count` the values per channel of `channels`, `memory` the axes of a result from the outermost in memory.
     """
 
-    __slots__ = ("_as_is", "_back", "_compact", "_size", "axis", "channels", "count", "dims", "kind", "order", "shape")
+    __slots__ = ("_as_is", "_back", "_compact", "_size", "axis", "channels", "count", "dims", "kind", "memory", "order", "shape")
 
     def __init__(
         self, shape: tuple[int, ...], strides: tuple[int, ...], axis: int, outer: Sequence[int], inner: Sequence[int], last: bool
@@ -51,6 +51,7 @@ class Plan:
         # Memory order of a result: as the planned array has it, also where its channels are the outermost axis.
         outermost = not last and all(abs(strides[axis]) > abs(strides[a]) for a in outer)
         own = (*ones, axis, *outer, *inner) if outermost else order
+        self.memory = own
         self._compact = tuple(shape[a] for a in own)
         self._back = None if own == tuple(range(len(shape))) else tuple(own.index(a) for a in range(len(own)))
 

@@ -25,6 +25,9 @@ if os.environ.get("FASTBN_TEST_CACHE") != "keep":
     os.environ["NUMBA_CACHE_DIR"] = tempfile.mkdtemp(prefix="fastbn-numba-")
     atexit.register(shutil.rmtree, os.environ["NUMBA_CACHE_DIR"], ignore_errors=True)
 
+# What runs in numba's CUDA simulator has a process of its own: see test_simulator.py.
+collect_ignore = [] if os.environ.get("NUMBA_ENABLE_CUDASIM") == "1" else ["simulated"]
+
 # A shell leaves interrupts ignored in what it starts in the background, and in all processes that this starts; some tests send one.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -39,12 +39,33 @@ TIERS = {
     "kernels/channels_last_apply.py": 2.5,
     "kernels/channels_last_backward.py": 2.6,
     "kernels/serial.py": 2.7,
+    "kernels/cuda/__init__.py": 2.0,
+    "kernels/cuda/_group.py": 2.0,
+    "kernels/cuda/_simulated.py": 2.0,
+    "kernels/cuda/_device.py": 2.1,
+    "kernels/cuda/_gpu.py": 2.2,
+    "kernels/cuda/_jit.py": 2.3,
+    "kernels/cuda/merging.py": 2.4,
+    "kernels/cuda/rows.py": 2.5,
+    "kernels/cuda/columns.py": 2.5,
+    "kernels/cuda/finish.py": 2.5,
+    "kernels/cuda/apply.py": 2.5,
+    "kernels/cuda/moving.py": 2.5,
     "backends/schedule.py": 3.0,
+    "backends/grids.py": 3.0,
+    "backends/devices.py": 3.0,
+    "backends/views.py": 3.02,
+    "backends/model.py": 3.05,
+    "backends/launches.py": 3.1,
     "backends/__init__.py": 3.1,
     "backends/routes.py": 3.05,
     "backends/cpu.py": 3.1,
+    "backends/cuda.py": 3.2,
     "ready.py": 3.2,
+    "device.py": 3.3,
+    "results.py": 3.4,
     "functional.py": 4,
+    "gradients.py": 4,
     "batchnorm.py": 5,
     "running.py": 5,
     "__init__.py": 6,
@@ -167,20 +188,24 @@ def test_the_kernel_contract_is_a_docstring_and_names_found_when_asked_for() -> 
 
 
 # Who may import which of the dependencies: with the module, and only when a function asks.
+CUDA = [f"kernels/cuda/{name}.py" for name in ("_device", "_group", "_gpu", "_jit")]
 AT_IMPORT = {
     "numpy": FILES,
-    "numba": ["kernels/_cache.py", "kernels/_jit.py", "kernels/_simd.py", "kernels/_vector.py"],
-    "llvmlite": ["kernels/_simd.py", "kernels/_vector.py"],
+    "numba": ["kernels/_cache.py", "kernels/_jit.py", "kernels/_simd.py", "kernels/_vector.py", *CUDA],
+    "llvmlite": ["kernels/_simd.py", "kernels/_vector.py", "kernels/cuda/_device.py", "kernels/cuda/_group.py"],
 }
 IN_FUNCTIONS = {
-    "numba": ["info.py", "pool.py", "threads.py"],  # show or ask for numba's settings; pool.py also launches its threads
+    # These show or ask for numba's settings; pool.py also launches its threads, devices.py asks for a driver.
+    "numba": ["info.py", "pool.py", "threads.py", "backends/devices.py", "kernels/cuda/_jit.py"],
+    "cuda": ["kernels/cuda/_jit.py"],  # NVIDIA's bindings: on which device memory lies
+    "cupy": ["backends/devices.py"],  # whose arrays come in
     "llvmlite": ["info.py"],  # shows the processor as the compiler sees it
     "ml_dtypes": ["dtypes.py"],  # when bfloat16 is asked for by name
     "rich": ["screen.py", "demo.py"],
     "matplotlib": ["demo.py"],
     "threadpoolctl": ["demo.py"],
     "sklearn": ["data.py"],
-    "torch": ["quickbench.py", "cases.py"],  # a peer, where installed
+    "torch": ["quickbench.py", "cases.py", "backends/devices.py"],  # a peer, where installed; whose tensors come in
 }
 
 
@@ -195,10 +220,18 @@ def test_dependencies_are_imported_where_they_belong(file: str) -> None:
 
 
 @every_file
-def test_nobody_imports_numba_cuda(file: str) -> None:
+def test_numba_cuda_is_imported_by_its_kernels_only_or_when_asked_for(file: str) -> None:
     for found in imports(file):
         named = {found.module, *(f"{found.module}.{name}" for name in found.names)}
-        assert not any(f"{name}.".startswith("numba.cuda.") for name in named), f"fastbn/{file}:{found.line}"
+        if any(f"{name}.".startswith("numba.cuda.") for name in named):
+            assert file in CUDA or (file == "backends/devices.py" and found.deferred), f"fastbn/{file}:{found.line}"
+
+
+@every_file
+def test_the_kernels_of_cuda_are_imported_only_by_its_backend_or_when_asked_for(file: str) -> None:
+    for found in imports(file):
+        asked = found.deferred or file.startswith("kernels/cuda/") or file in ("backends/launches.py", "backends/cuda.py", "device.py")
+        assert asked or not found.module.startswith("fastbn.kernels.cuda"), f"fastbn/{file}:{found.line}"
 
 
 ENVIRONMENT = {"environ", "environb", "getenv", "getenvb", "putenv", "unsetenv"}

@@ -81,10 +81,13 @@ class Entry(NamedTuple):
     module: str
     decline: Callable[[], str | None]  # why it can't serve on this machine; None where it can
     automatic: bool  # whether an array's home alone may choose it
+    device: bool = False  # whether it takes arrays on a GPU
 
 
 def _cuda_declines() -> str | None:
-    return "this version of fastbn has no CUDA kernels yet; use host arrays and backend='cpu'"
+    from fastbn.backends import devices
+
+    return devices.declines()
 
 
 def _serves() -> str | None:
@@ -92,7 +95,7 @@ def _serves() -> str | None:
 
 
 REGISTRY: tuple[Entry, ...] = (
-    Entry("cuda", "fastbn.backends.cuda", _cuda_declines, True),
+    Entry("cuda", "fastbn.backends.cuda", _cuda_declines, True, True),
     Entry("cpu", "fastbn.backends.cpu", _serves, True),
     Entry("reference", "fastbn.reference", _serves, False),
 )
@@ -117,14 +120,44 @@ def select(name: str | None = None) -> Backend:
     return backend if backend is not None else _load(wanted, given=name is not None)
 
 
+def select_device(name: str | None = None) -> None:
+    """Make sure that the CUDA backend serves an array on a GPU.
+
+    Parameters
+    ----------
+    name : str, optional
+        An explicit request, else FASTBN_BACKEND, else CUDA, for there the array lives.
+
+    Raises
+    ------
+    BackendUnavailable
+        Another backend is requested, or CUDA declines.
+    """
+    wanted = name or config.BACKEND or "cuda"
+    if wanted != "cuda":
+        raise BackendUnavailable(
+            f"{_request(wanted, name is not None)} can't take an array on a GPU: copy it to the host first, or name no backend"
+        )
+    reason = _cuda_declines()
+    if reason is not None:
+        raise BackendUnavailable(f"this array lives on a GPU, which backend cuda can't serve: {reason}. Or copy it to the host.")
+
+
+def _request(wanted: str, given: bool) -> str:
+    return f"backend={wanted!r}" if given else f"FASTBN_BACKEND={wanted!r}"
+
+
 def _load(wanted: str, given: bool) -> Backend:
     for entry in REGISTRY:
         if entry.name == wanted and entry.decline() is None:
+            if entry.device:
+                raise BackendUnavailable(
+                    f"{_request(wanted, given)} takes arrays on a GPU, and this one lives on the host: copy it there first"
+                )
             backend = cast(Backend, importlib.import_module(entry.module))
             _loaded[wanted] = backend
             return backend
-    variable = f"backend={wanted!r}" if given else f"FASTBN_BACKEND={wanted!r}"
-    raise BackendUnavailable(f"{variable} can't be served. Registered: {'; '.join(availability())}.")
+    raise BackendUnavailable(f"{_request(wanted, given)} can't be served. Registered: {'; '.join(availability())}.")
 
 
 def availability() -> list[str]:
@@ -170,7 +203,7 @@ def explain(
     Raises
     ------
     BackendUnavailable
-        The request can't be served.
+        The request can't be served; "cuda" is explained without a GPU too, with the bytes that its kernels move.
     TypeError, ValueError
         As the functions would raise for such an array.
     MissingExtra
@@ -180,14 +213,22 @@ def explain(
     axis = checks.check_axis(shape, axis)
     kind = checks.check_dtype(dtype)
     plan = layout.plan_for(shape, kind, axis, channels_last)
-    served = select(backend)
     name = backend or config.BACKEND or "cpu"
+    if name == "cuda":  # which needs no GPU to be explained
+        from fastbn.backends import model
+
+        home = "requested" if (reason := _cuda_declines()) is None else f"requested; not served here: {reason}"
+        schedule = model.describe(plan.dims, kind) if plan.count else ""
+    else:
+        served = select(backend)
+        home = "requested" if backend or config.BACKEND else "the array lives on the host"
+        schedule = served.describe(plan.dims, kind) if plan.count else ""
     dims = " x ".join(str(n) for n in plan.dims)
     lines = [
         f"shape {shape}, {kind}, channel axis {axis}: {plan.channels} channels of {plan.count} values",
         f"canonical view: {plan.kind} ({'R x C' if len(plan.dims) == 2 else 'N x C x S'} = {dims}), no copy",
-        f"backend: {name}" + (" (requested)" if backend or config.BACKEND else " (the array lives on the host)"),
-        served.describe(plan.dims, kind) if plan.count else "schedule: nothing to do, the array is empty",
+        f"backend: {name} ({home})",
+        schedule or "schedule: nothing to do, the array is empty",
         "other backends:",
         *(f"  {line}" for entry, line in zip(REGISTRY, availability(), strict=True) if entry.name != name),
     ]

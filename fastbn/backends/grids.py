@@ -1,0 +1,119 @@
+"""How an array is cut into blocks and threads of a GPU: pure functions of shape, strides and alignment, in elements.
+
+The shape alone decides which values are merged in which order, not the device: the same input gives the same bits on every run and on every
+GPU. Sizes below are of an H100 or H200, 132 multiprocessors of 2048 threads; they were chosen on paper and are to be measured.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+THREADS = 256
+WARP = 32
+EACH = 4  # groups of a thread in the elementwise passes
+FULL = 264  # blocks that keep a device busy
+BLOCKS = 2048  # blocks beyond which more only leave more to merge
+DEEP = 8  # groups of a thread below which a part is not worth a block
+EXACT = 2**24  # values that a float32 counts
+SHORT = 64  # values of a row of channels first, up to which rows are treated as columns
+LONG = 2**31  # values from which positions take 64 bits
+
+
+class Rows(NamedTuple):
+    """Grid of the kernels of `fastbn.kernels.cuda.rows` on (N, C, S)."""
+
+    slots: int  # of 16 bytes in a row
+    rest: int  # elements of a row outside them
+    step_n: int  # rows and slots that a block goes on at once
+    step_v: int
+    parts: int  # of a channel
+    chunk: int  # slots of a part
+    chunk_rest: int  # elements outside slots of a part
+
+    def blocks(self, C: int) -> int:
+        """Blocks of C channels."""
+        return C * self.parts
+
+
+class Columns(NamedTuple):
+    """Grid of the kernels of `fastbn.kernels.cuda.columns` on (R, W)."""
+
+    fold: int  # rows of the array in one of the kernel
+    R: int
+    W: int
+    rest: int  # columns of one more row
+    across: int  # threads side by side
+    parts: int  # of the rows
+    chunk: int  # rows of a part
+
+    def blocks(self, lanes: int) -> int:
+        """Blocks for groups of so many columns."""
+        return -(-self.W // (self.across * lanes)) * self.parts
+
+
+class Runs(NamedTuple):
+    """Grid of the kernels of `fastbn.kernels.cuda.apply`: runs of contiguous memory."""
+
+    runs: int
+    length: int  # of a run
+    per_run: int  # channels of a run
+    inner: int  # runs of one step of the outer stride
+    groups: int  # of a run
+    even: bool  # whether a group holds channels side by side, in whole groups
+
+    def blocks(self, threads: int) -> int:
+        """Blocks of so many threads."""
+        return -(-self.runs * self.groups // (EACH * threads))
+
+
+def parts_of(units: int, groups: int, values: int) -> int:
+    """Parts of each of `units` pieces of work, of so many groups and values each."""
+    parts = max(1, min(groups // (DEEP * THREADS), -(-BLOCKS // units)))
+    if units * parts < FULL:  # fewer groups a thread rather than idle multiprocessors
+        parts = max(parts, min(groups // (2 * THREADS), -(-FULL // units)))
+    return max(parts, -(-values // EXACT))
+
+
+def even_rows(base: int, steps: Sequence[int], lanes: int) -> bool:
+    """Whether every row begins on a 16-byte boundary; `base` elements lie between one and the first row."""
+    return base % lanes == 0 and all(step % lanes == 0 for step in steps)
+
+
+def rows(N: int, C: int, S: int, lanes: int, even: bool) -> Rows:
+    """The grid of (N, C, S); `even` where every row begins on a 16-byte boundary."""
+    slots = S // lanes if even else max(0, (S - lanes + 1) // lanes)
+    rest = S - slots * lanes
+    parts = parts_of(C, N * slots, N * S)
+    chunk, chunk_rest = (-(-N * each // parts) for each in (slots, rest))
+    return Rows(max(1, slots), rest, THREADS // max(1, slots), THREADS % max(1, slots), parts, chunk, chunk_rest)
+
+
+def columns(R: int, C: int, S: int, lanes: int, contiguous: bool) -> Columns:
+    """The grid of R rows of C * S columns; only rows without gaps can be folded."""
+    width, fold = C * S, 1
+    if contiguous:
+        whole = lanes // math.gcd(width, lanes)  # rows that are whole groups
+        fold = whole * max(1, min(WARP * lanes // (whole * width), R // (16 * whole)))
+        fold = 1 if R < 16 * fold else fold
+    W, folded = fold * width, R // fold
+    across = min(WARP, THREADS, 1 << (-(-W // lanes) - 1).bit_length())
+    units, down = -(-W // (across * lanes)), THREADS // across
+    parts = parts_of(units, folded * across, folded)
+    chunk = -(-folded // parts)
+    parts = -(-folded // chunk)  # no part without rows
+    assert chunk >= 1 and down >= 1
+    return Columns(fold, folded, W, (R - fold * folded) * width, across, parts, chunk)
+
+
+def runs(N: int, C: int, S: int, lanes: int, steps: Sequence[tuple[int, int]]) -> Runs:
+    """The runs of arrays (N, C, S) with these (outer, channel) strides each; channels last is S = 1."""
+    if all(step == (C * S, S) for step in steps):
+        found = 1, N * C * S, N * C, 1
+    elif all(step[1] == S for step in steps):
+        found = N, C * S, C, 1
+    else:
+        found = N * C, S, 1, C
+    length = found[1]
+    return Runs(*found, -(-length // lanes), S == 1 and C % lanes == 0 and length % lanes == 0)

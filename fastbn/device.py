@@ -1,0 +1,287 @@
+"""The functions of `functional` for arrays on a GPU: validate, launch on a stream, return without waiting for it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from fastbn import checks, layout
+from fastbn.backends import cuda, devices, launches, views
+from fastbn.backends.devices import Buffer
+from fastbn.kernels.cuda import finish
+from fastbn.moments import Moments
+
+
+class DeviceMoments(Moments):
+    """Moments whose mean and m2 are arrays on a GPU, of the kind of x, float64; so is what its methods return."""
+
+    def _spread(self, ddof: int, root: bool) -> Any:
+        m2 = devices.view(self.m2, "moments.m2")
+        found = devices.empty(m2.shape, (0,), "float64", m2)
+        freedom = float(self.count - ddof) if self.count > ddof else np.nan
+        with launches.calling(m2, None) as call:
+            _per_channel(call, finish.spread, m2, freedom, int(root), m2.size, found)
+        return found
+
+    def var(self, ddof: int = 0) -> Any:
+        """Variance of each channel: see `Moments.var`."""
+        return self._spread(ddof, False)
+
+    def std(self, ddof: int = 0) -> Any:
+        """Standard deviation of each channel: see `Moments.std`."""
+        return self._spread(ddof, True)
+
+    def rstd(self, eps: float) -> Any:
+        """1 / sqrt(var + eps) of each channel: see `Moments.rstd`."""
+        m2 = devices.view(self.m2, "moments.m2")
+        found = devices.empty(m2.shape, (0,), "float64", m2)
+        with launches.calling(m2, None) as call:
+            _per_channel(call, finish.rstd, m2, float(self.count or np.nan), eps, m2.size, found)
+        return found
+
+    def merge(self, other: Moments) -> DeviceMoments:
+        """Moments of both groups of values together, on the same GPU; neither is changed: see `Moments.merge`."""
+        if not isinstance(other, DeviceMoments):
+            raise TypeError(f"merge: given {type(other).__name__}, want moments that are on the GPU too")
+        mean, m2 = devices.view(self.mean, "moments.mean"), devices.view(self.m2, "moments.m2")
+        theirs = devices.view(other.mean, "other.mean"), devices.view(other.m2, "other.m2")
+        if mean.shape != theirs[0].shape:
+            raise ValueError(f"merge: given {theirs[0].size} channels, want {mean.size}, as many as on the left")
+        same_device(mean, other=theirs[0])
+        found, found_m2 = (devices.empty(m2.shape, (0,), "float64", m2) for _ in range(2))
+        with launches.calling(m2, None) as call:
+            _per_channel(call, finish.join_moments, float(self.count), mean, m2, float(other.count), *theirs, m2.size, found, found_m2)
+        return DeviceMoments(self.count + other.count, found, found_m2)
+
+
+def _per_channel(call: launches.Call, kernel: Any, *arguments: Any) -> None:
+    """Launch a kernel that takes a channel per thread; buffers and arrays become pointers."""
+    C = next(a for a in reversed(arguments) if type(a) is int)
+    call.launch(kernel, views.DOUBLE, launches.threads(C), *(_pointer(a) if _is_memory(a) else a for a in arguments))
+
+
+def _clear(call: launches.Call, array: Any) -> None:
+    """Zeros."""
+    found = devices.view(array, "array")
+    call.launch(finish.clear, devices.STORED[found.dtype], launches.threads(found.size), launches.pointer(found), found.size)
+
+
+def _is_memory(value: Any) -> bool:
+    return not isinstance(value, int | float)
+
+
+def _pointer(value: Any) -> Any:
+    buffer = value if isinstance(value, Buffer) else devices.view(value, "array")
+    return launches.pointer(buffer)
+
+
+def same_device(x: Buffer, **others: Buffer | None) -> None:
+    """ValueError where another array is on another GPU than x."""
+    home = devices.device_of(x)
+    for name, buffer in others.items():
+        if buffer is not None and buffer.size and (there := devices.device_of(buffer)) != home:
+            raise ValueError(f"{name}: given an array on GPU {there}, want GPU {home}, where x is")
+
+
+def as_input(x: Any, name: str = "x") -> Buffer:
+    """An input on a GPU; TypeError for a host array beside it."""
+    if not devices.on_device(x):
+        raise TypeError(f"{name}: given {type(x).__name__} on the host, want an array on the GPU, where x is: copy it there first")
+    return devices.view(x, name)
+
+
+def as_parameter(value: Any, channels: int, dtype: str, name: str) -> Buffer | None:
+    """gamma, beta: (C,) in the dtype of parameters, without gaps; or None."""
+    if value is None:
+        return None
+    buffer = as_input(value, name)
+    if buffer.dtype != dtype:
+        raise TypeError(f"{name}: given dtype {buffer.dtype}, want {dtype} beside this x: convert it")
+    return _row(buffer, channels, name)
+
+
+def as_statistic(value: Any, channels: int, name: str) -> Buffer:
+    """mean, var: (C,) in float32 or float64, without gaps."""
+    buffer = as_input(value, name)
+    if buffer.dtype not in ("float32", "float64"):
+        raise TypeError(f"{name}: given dtype {buffer.dtype}, want float32 or float64")
+    return _row(buffer, channels, name)
+
+
+def _row(buffer: Buffer, channels: int, name: str) -> Buffer:
+    if buffer.shape != (channels,):
+        raise ValueError(f"{name}: given shape {buffer.shape}, want ({channels},), one value per channel of x")
+    if channels > 1 and buffer.strides != (1,):
+        raise ValueError(f"{name}: given an array with gaps (strides {buffer.strides} elements), want a contiguous one: copy it first")
+    return buffer
+
+
+def check_out(out: Any, x: Buffer, *inputs: Buffer) -> Buffer:
+    """An `out` that can take the result, as `checks.check_out` has it for the host."""
+    buffer = as_input(out, "out")
+    if buffer.dtype != x.dtype:
+        raise TypeError(f"out: given dtype {buffer.dtype}, want {x.dtype}, the dtype of x")
+    if buffer.shape != x.shape:
+        raise ValueError(f"out: given shape {buffer.shape}, want {x.shape}, the shape of x")
+    shadow = _shadow(buffer)
+    if buffer.readonly:
+        raise ValueError("out: given a read-only array, want one that can be written")
+    checks.check_place(shadow, *(_shadow(array) for array in (x, *inputs)))
+    return buffer
+
+
+class _Interface:
+    """Where an array lies, for NumPy's arithmetic on addresses; nobody reads that memory on the host."""
+
+    def __init__(self, buffer: Buffer) -> None:
+        strides = tuple(s * buffer.itemsize for s in buffer.strides)
+        self.__array_interface__ = {
+            "shape": buffer.shape, "strides": strides, "typestr": f"|V{buffer.itemsize}", "data": (buffer.address, False), "version": 3,
+        }  # fmt: skip
+
+
+def _shadow(buffer: Buffer) -> Any:
+    return np.empty(buffer.shape, f"|V{buffer.itemsize}") if not buffer.size else np.asarray(_Interface(buffer))
+
+
+def planned(x: Buffer, axis: int) -> layout.Plan:
+    """The plan of an array on a GPU; of a compact one in the same memory order, where two strides can't describe it."""
+    axis = checks.check_axis(x.shape, axis)
+    plan = layout.planned(x.shape, tuple(s * x.itemsize for s in x.strides), axis, x.itemsize)
+    if not plan.count or views.view(x, plan) is not None:
+        return plan
+    order = sorted(range(len(x.shape)), key=lambda a: -abs(x.strides[a]))
+    steps = [x.itemsize * math.prod(x.shape[b] for b in order[order.index(a) + 1 :]) for a in range(len(x.shape))]
+    return layout.planned(x.shape, tuple(steps), axis, x.itemsize)
+
+
+def parameters(x: Buffer) -> str:
+    """The dtype of parameters beside x."""
+    return "float64" if x.dtype == "float64" else "float32"
+
+
+def new(plan: layout.Plan, x: Buffer) -> Any:
+    """A result in the memory order of x."""
+    return devices.empty(x.shape, tuple(plan.memory), x.dtype, x)
+
+
+def settled(call: launches.Call, plan: layout.Plan, buffer: Buffer) -> views.View:
+    """The canonical view of an input; of a copy in the plan's memory order where two strides can't describe it."""
+    found = views.view(buffer, plan)
+    if found is None:
+        copy = devices.view(new(plan, buffer), "copy")
+        launches.copy(call, buffer, copy)
+        found = views.view(copy, plan)
+        assert found is not None  # a compact array in this order always has one
+    return found
+
+
+def moments(x: Any, axis: int, stream: Any) -> DeviceMoments:
+    """`fastbn.moments`."""
+    x = as_input(x)
+    plan = planned(x, axis)
+    stats = devices.empty((2, plan.channels), (0, 1), "float64", x)
+    found = DeviceMoments(plan.count, stats[0], stats[1])
+    with launches.calling(x, stream) as call:
+        if not plan.count:
+            _clear(call, stats)
+            return found
+        seen = settled(call, plan, x)
+        cuda.moments(call, seen, _pointer(stats))
+    return found
+
+
+def batch_norm(x: Any, gamma: Any, beta: Any, axis: int, eps: float, out: Any, stream: Any) -> tuple[Any, DeviceMoments]:
+    """`fastbn.batch_norm`."""
+    x = as_input(x)
+    plan = planned(x, axis)
+    kind = parameters(x)
+    gamma, beta = as_parameter(gamma, plan.channels, kind, "gamma"), as_parameter(beta, plan.channels, kind, "beta")
+    eps = checks.check_eps(eps, training=True)
+    checks.check_count(x, plan.count)
+    target = None if out is None else check_out(out, x)
+    same_device(x, gamma=gamma, beta=beta, out=target)
+    out = new(plan, x) if out is None else out
+    target = target or devices.view(out, "out")
+    stats = devices.empty((2, plan.channels), (0, 1), "float64", x)
+    with launches.calling(x, stream) as call:
+        if not plan.count:
+            _clear(call, stats)
+        else:
+            seen = settled(call, plan, x)
+            place, late = _place(plan, target, x)
+            cuda.forward(call, seen, gamma, beta, eps, place, _pointer(stats))
+            if late:
+                launches.copy(call, place.buffer, target)
+    return out, DeviceMoments(plan.count, stats[0], stats[1])
+
+
+def _place(plan: layout.Plan, target: Buffer, x: Buffer) -> tuple[views.View, bool]:
+    """Where a kernel writes, and whether that must be copied to the target."""
+    found = views.view(target, plan)
+    if found is not None:
+        return found, False
+    beside = views.view(devices.view(new(plan, x), "copy"), plan)
+    assert beside is not None
+    return beside, True
+
+
+def batch_norm_inference(x: Any, mean: Any, var: Any, gamma: Any, beta: Any, axis: int, eps: float, out: Any, stream: Any) -> Any:
+    """`fastbn.batch_norm_inference`."""
+    x = as_input(x)
+    plan = planned(x, axis)
+    checks.check_running(mean, var)
+    kind = parameters(x)
+    mean, var = as_statistic(mean, plan.channels, "mean"), as_statistic(var, plan.channels, "var")
+    gamma, beta = as_parameter(gamma, plan.channels, kind, "gamma"), as_parameter(beta, plan.channels, kind, "beta")
+    eps = checks.check_eps(eps, training=False)
+    target = None if out is None else check_out(out, x)
+    same_device(x, mean=mean, var=var, gamma=gamma, beta=beta, out=target)
+    out = new(plan, x) if out is None else out
+    target = target or devices.view(out, "out")
+    if plan.count:
+        with launches.calling(x, stream) as call:
+            seen = settled(call, plan, x)
+            place, late = _place(plan, target, x)
+            cuda.inference(call, seen, mean, var, gamma, beta, eps, place)
+            if late:
+                launches.copy(call, place.buffer, target)
+    return out
+
+
+def backward(
+    dy: Any, x: Any, m: Any, constant: tuple[Any, Any] | None, gamma: Any, axis: int, eps: float, out: Any, stream: Any
+) -> tuple[Any, Any, Any]:
+    """`fastbn.batch_norm_backward`, and `fastbn.batch_norm_inference_backward` with `constant` statistics (mean, var)."""
+    x, dy = as_input(x), as_input(dy, "dy")
+    if dy.shape != x.shape:
+        raise ValueError(f"dy: given shape {dy.shape}, want {x.shape}, the shape of x")
+    if dy.dtype != x.dtype:
+        raise TypeError(f"dy: given dtype {dy.dtype}, want {x.dtype}, the dtype of x: convert one of them")
+    plan = planned(x, axis)
+    kind, C = parameters(x), plan.channels
+    gamma, eps = as_parameter(gamma, C, kind, "gamma"), checks.check_eps(eps, training=constant is None)
+    if constant is None:
+        checks.check_moments(m, C, plan.count)
+        checks.check_count(x, plan.count)
+        mean, spread = as_statistic(m.mean, C, "moments.mean"), as_statistic(m.m2, C, "moments.m2")
+    else:
+        mean, spread = as_statistic(constant[0], C, "mean"), as_statistic(constant[1], C, "var")
+    target = None if out is None else check_out(out, x, dy)
+    same_device(x, dy=dy, mean=mean, var=spread, gamma=gamma, out=target)
+    out = new(plan, x) if out is None else out
+    target = target or devices.view(out, "out")
+    grads = devices.empty((2, C), (0, 1), kind, x)
+    with launches.calling(x, stream) as call:
+        if not plan.count:
+            _clear(call, grads)
+        else:
+            seen, steep = settled(call, plan, x), settled(call, plan, dy)
+            place, late = _place(plan, target, x)
+            count = float(plan.count) if constant is None else 1.0
+            cuda.backward(call, steep, seen, mean, spread, count, eps, gamma, place, constant is None, _pointer(grads))
+            if late:
+                launches.copy(call, place.buffer, target)
+    return out, grads[1], grads[0]

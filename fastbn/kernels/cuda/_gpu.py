@@ -1,0 +1,23 @@
+"""What kernels are written in: `_device` for a GPU, `_simulated` for numba's simulator (NUMBA_ENABLE_CUDASIM=1), under the same names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from numba.cuda import config as _config  # of numba's own target and of NVIDIA's alike
+
+SIMULATED = bool(_config.ENABLE_CUDASIM)
+
+_form: Any
+if SIMULATED:
+    from fastbn.kernels.cuda import _simulated as _form
+else:
+    from fastbn.kernels.cuda import _device as _form
+
+WARP, device = _form.WARP, _form.device
+block, thread, threads, sync, from_lane = _form.block, _form.thread, _form.threads, _form.sync, _form.from_lane
+lanes, scalar, spread, quotient = _form.lanes, _form.scalar, _form.spread, _form.quotient
+load, load_group, load_any, load_table, gather = _form.load, _form.load_group, _form.load_any, _form.load_table, _form.gather
+store, store_group, store_any = _form.store, _form.store_group, _form.store_any
+put, take, put_group, take_group = _form.put, _form.take, _form.put_group, _form.take_group
+first, total, inverse, median, unit = _form.first, _form.total, _form.inverse, _form.median, _form.unit

@@ -1,0 +1,127 @@
+"""The vector type of the GPU kernels and how its lanes are kept in memory: the LLVM side of `_device`.
+
+A group is what 16 bytes of memory hold: 4 float32, 2 float64, 8 of half precision. Arithmetic is in float32 or float64; float16 memory is
+seen as its bits in uint16, bfloat16 memory as its bits in int16, so that the two are told apart.
+"""
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba.cuda import types
+from numba.cuda.cudadecl import registry as typings
+from numba.cuda.cudaimpl import registry as lowerings
+from numba.cuda.datamodel import PrimitiveModel
+from numba.cuda.models import register_model
+from numba.cuda.typing.templates import AbstractTemplate, signature
+
+GROUP_BYTES = 16
+I16, I32, I64 = (ir.IntType(bits) for bits in (16, 32, 64))
+FLOAT, DOUBLE, HALF = ir.FloatType(), ir.DoubleType(), ir.HalfType()
+GLOBAL, SHARED = 1, 3  # address spaces
+
+
+def arithmetic(stored: Any) -> Any:
+    """The numba type that elements of memory are computed in."""
+    return stored if isinstance(stored, types.Float) else types.float32
+
+
+class Group(types.Type):  # type: ignore[misc]  # numba is untyped
+    """The numba type of a group; `stored` is what memory holds."""
+
+    def __init__(self, stored: Any) -> None:
+        self.dtype = arithmetic(stored)
+        self.lanes = GROUP_BYTES * 8 // stored.bitwidth
+        self.ir = ir.VectorType(FLOAT if self.dtype.bitwidth == 32 else DOUBLE, self.lanes)
+        super().__init__(name=f"Group({self.dtype} x {self.lanes})")
+
+
+@register_model(Group)
+class _GroupModel(PrimitiveModel):  # type: ignore[misc]  # numba is untyped
+    def __init__(self, dmm: Any, fe_type: Group) -> None:
+        super().__init__(dmm, fe_type, fe_type.ir)
+
+
+class _Elementwise(AbstractTemplate):  # type: ignore[misc]  # numba is untyped
+    def generic(self, args: tuple[Any, ...], kws: dict[str, Any]) -> Any:
+        if len(args) == 2 and isinstance(args[0], Group) and args[0] == args[1]:
+            return signature(args[0], *args)
+        return None
+
+
+def _register(op: Callable[[Any, Any], Any], instruction: str) -> None:
+    typings.register_global(op)(type(f"_{instruction}", (_Elementwise,), {"key": op}))
+
+    @lowerings.lower(op, Group, Group)  # type: ignore[untyped-decorator]  # numba is untyped
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return getattr(builder, instruction)(*args)
+
+
+for _op, _instruction in ((operator.add, "fadd"), (operator.sub, "fsub"), (operator.mul, "fmul"), (operator.truediv, "fdiv")):
+    _register(_op, _instruction)
+
+
+def splat(builder: Any, value: Any, vector: ir.VectorType) -> Any:
+    """The value in every lane."""
+    undefined = ir.Constant(vector, ir.Undefined)
+    first = builder.insert_element(undefined, value, ir.Constant(I32, 0))
+    return builder.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(I32, vector.count), [0] * vector.count))
+
+
+def place(builder: Any, base: Any, index: Any, element: Any, space: int) -> Any:
+    """Address of base[index] in an address space."""
+    pointer = builder.addrspacecast(base, ir.PointerType(element, space))
+    return builder.gep(pointer, [index], source_etype=element)
+
+
+def kept(stored: Any) -> Any:
+    """The LLVM type of an element in memory."""
+    return {types.float32: FLOAT, types.float64: DOUBLE}.get(stored, I16)
+
+
+def read(builder: Any, base: Any, index: Any, stored: Any, lanes: int) -> Any:
+    """So many elements from base[index], in one instruction; a vector of what they are computed in."""
+    kind = ir.VectorType(kept(stored), lanes)
+    at = builder.bitcast(place(builder, base, index, kept(stored), GLOBAL), ir.PointerType(kind, GLOBAL))
+    loaded = builder.load(at, typ=kind)
+    loaded.align = lanes * stored.bitwidth // 8
+    return widen(builder, loaded, stored)
+
+
+def write(builder: Any, base: Any, index: Any, stored: Any, vector: Any) -> None:
+    """A vector to base[index] onwards, in one instruction."""
+    narrowed = narrow(builder, vector, stored)
+    at = builder.bitcast(place(builder, base, index, kept(stored), GLOBAL), ir.PointerType(narrowed.type, GLOBAL))
+    builder.store(narrowed, at).align = vector.type.count * stored.bitwidth // 8
+
+
+def widen(builder: Any, vector: Any, stored: Any) -> Any:
+    """Elements as loaded -> what they are computed in."""
+    lanes = vector.type.count
+    if stored == types.uint16:
+        return builder.fpext(builder.bitcast(vector, ir.VectorType(HALF, lanes)), ir.VectorType(FLOAT, lanes))
+    if stored == types.int16:
+        wide = ir.VectorType(I32, lanes)
+        bits = builder.shl(builder.zext(vector, wide), ir.Constant(wide, [16] * lanes))
+        return builder.bitcast(bits, ir.VectorType(FLOAT, lanes))
+    return vector
+
+
+def narrow(builder: Any, vector: Any, stored: Any) -> Any:
+    """The inverse, rounding to nearest even."""
+    lanes = vector.type.count
+    if stored == types.uint16:
+        return builder.bitcast(builder.fptrunc(vector, ir.VectorType(HALF, lanes)), ir.VectorType(I16, lanes))
+    if stored == types.int16:  # two at a time, in an instruction that LLVM has no name for
+        asm = ir.InlineAsm(ir.FunctionType(I32, [FLOAT, FLOAT]), "cvt.rn.bf16x2.f32 $0, $1, $2;", "=r,f,f")
+        values = [builder.extract_element(vector, ir.Constant(I32, k)) for k in range(lanes)]
+        values += values[: lanes % 2]
+        pairs = [builder.call(asm, [values[k + 1], values[k]]) for k in range(0, lanes, 2)]
+        packed: Any = ir.Constant(ir.VectorType(I32, len(pairs)), ir.Undefined)
+        for k, pair in enumerate(pairs):
+            packed = builder.insert_element(packed, pair, ir.Constant(I32, k))
+        halves = builder.bitcast(packed, ir.VectorType(I16, 2 * len(pairs)))
+        chosen = ir.Constant(ir.VectorType(I32, lanes), list(range(lanes)))
+        return builder.shuffle_vector(halves, ir.Constant(halves.type, ir.Undefined), chosen)
+    return vector

@@ -1,0 +1,154 @@
+"""How GPU kernels are declared, compiled for a dtype and launched."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import warnings
+from collections.abc import Callable
+from functools import cache, lru_cache
+from typing import Any
+
+import numpy as np
+from numba import cuda
+from numba.core.errors import NumbaPerformanceWarning
+
+from fastbn.kernels.cuda import _gpu, _simulated
+
+__all__ = ["KERNELS", "Kernel", "current", "device_of", "empty", "kernel", "on", "pointer", "raw"]
+
+DOUBLE = np.dtype(np.float64)
+
+
+class Kernel:
+    """One body, compiled for a dtype at its first launch.
+
+    Parameters
+    ----------
+    body : function
+        The kernel, in terms of `_gpu`.
+    arguments : str
+        A token per argument. Pointers: x as kept in memory, w to x's arithmetic (float32 for half precision), s to float64, t
+        to statistics of a dtype of their own. Numbers: i4 and i8 integers, c in x's arithmetic, f float64.
+    """
+
+    def __init__(self, body: Callable[..., Any], arguments: str) -> None:
+        self.body, self.arguments = body, arguments.split()
+        self.name = f"{body.__module__.rpartition('.')[2]}.{body.__name__.lstrip('_')}"
+
+    def signature(self, dtype: np.dtype[Any], statistic: np.dtype[Any] = DOUBLE) -> Any:
+        """The numba signature for memory of a dtype: float32, float64, uint16 for float16, int16 for bfloat16."""
+        from numba.cuda import types  # not in the simulator of numba's own target
+
+        stored = getattr(types, dtype.name)
+        computed = stored if isinstance(stored, types.Float) else types.float32
+        known = {
+            "x": types.CPointer(stored),
+            "w": types.CPointer(computed),
+            "s": types.CPointer(types.float64),
+            "t": types.CPointer(getattr(types, statistic.name)),
+            "i4": types.int32,
+            "i8": types.int64,
+            "c": computed,
+            "f": types.float64,
+        }
+        return types.void(*(known[token] for token in self.arguments))
+
+    @cache  # noqa: B019 # kernels live as long as the program
+    def compiled(self, dtype: np.dtype[Any], statistic: np.dtype[Any], device: int) -> Any:
+        """What `[grid, block, stream]` launches on a device; compiled for it at the first time."""
+        if _gpu.SIMULATED:
+            return cuda.jit(_quietly(self.body))
+        return cuda.jit(self.signature(dtype, statistic))(self.body)
+
+    def launch(
+        self,
+        dtype: np.dtype[Any],
+        statistic: np.dtype[Any],
+        blocks: int,
+        threads: int,
+        stream: int,
+        device: int,
+        arguments: tuple[Any, ...],
+    ) -> None:
+        """Launch so many blocks on a stream of the current device, given by its handle."""
+        compiled = self.compiled(dtype, statistic, device)
+        if _gpu.SIMULATED:
+            compiled[blocks, threads](*arguments)
+            return
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", NumbaPerformanceWarning)  # of small arrays, which no other grid helps
+            compiled[blocks, threads, _stream(stream)](*arguments)
+
+
+def _quietly(body: Callable[..., Any]) -> Callable[..., Any]:
+    """The body in plain Python, as silent about NaN and Inf as the compiled one."""
+
+    def run(*arguments: Any) -> None:
+        with np.errstate(all="ignore"):
+            body(*arguments)
+
+    return run
+
+
+@lru_cache(maxsize=256)
+def _stream(handle: int) -> Any:
+    return cuda.external_stream(handle) if handle else cuda.default_stream()
+
+
+def pointer(address: int, low: int, high: int, dtype: np.dtype[Any]) -> Any:
+    """What a kernel takes for memory from low to high that is entered at an address; in the simulator, memory of the host."""
+    if not _gpu.SIMULATED:
+        return address
+    flat = np.ctypeslib.as_array((ctypes.c_byte * (high - low)).from_address(low)).view(dtype) if high > low else np.empty(0, dtype)
+    return _simulated.Memory(flat, (address - low) // dtype.itemsize)
+
+
+def empty(sizes: tuple[int, ...], strides: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
+    """Fresh memory on the current device: numba's array."""
+    return cuda.device_array(sizes, dtype, strides=strides) if math.prod(sizes) else cuda.device_array(sizes, dtype)
+
+
+def raw(nbytes: int) -> tuple[Any, int]:
+    """(owner, address) of fresh memory on the current device."""
+    if _gpu.SIMULATED:
+        array = np.empty(nbytes + 256, np.uint8)
+        return array, -(-array.ctypes.data // 256) * 256
+    array = cuda.device_array(nbytes, np.uint8)
+    return array, int(array.__cuda_array_interface__["data"][0])
+
+
+def device_of(address: int) -> int:
+    """Index of the device that memory lies on."""
+    if _gpu.SIMULATED:
+        return 0
+    from cuda.bindings import driver
+
+    error, found = driver.cuPointerGetAttribute(driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL, address)
+    if error:
+        raise ValueError(f"no memory of a GPU at address {address:#x}: {error.name}")
+    return int(found)
+
+
+def current() -> int:
+    """Index of the current device of this thread."""
+    return 0 if _gpu.SIMULATED else int(cuda.get_current_device().id)
+
+
+def on(device: int) -> Any:
+    """A context in which a device is the current one."""
+    return cuda.gpus[device]
+
+
+KERNELS: list[Kernel] = []
+
+
+def kernel(arguments: str) -> Callable[[Callable[..., Any]], Kernel]:
+    """Decorate a kernel's body; see `Kernel` for the tokens."""
+
+    def decorate(body: Callable[..., Any]) -> Kernel:
+        made = Kernel(body, arguments)
+        KERNELS.append(made)
+        return made
+
+    return decorate

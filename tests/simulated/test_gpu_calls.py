@@ -1,0 +1,245 @@
+"""What the simulated GPU does beside the contract: long parts, positions of 64 bits, accuracy, moments as values, workspaces, errors."""
+
+import threading
+from typing import Any
+
+import gpu
+import ml_dtypes
+import numpy as np
+import published
+import pytest
+import test_contract as contract
+from numba.cuda.simulator.cudadrv.devicearray import FakeCUDAArray
+from shapes import Case
+from test_contract import inputs, verify
+from tolerances import check
+
+import fastbn
+from fastbn.backends import cuda, devices, grids, launches, views
+from fastbn.kernels.cuda import _simulated, apply
+
+WRITING = {name: call for name, call in contract.WRITING.items() if not name.startswith("BatchNorm")}
+LONG_PARTS = (Case((2, 2, 80), 1, "rows in whole groups"), Case((3, 2, 53), 1, "rows of odd size"), Case((43, 16), 1, "channels last"))
+
+
+@pytest.mark.parametrize("call", ["moments", *WRITING])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_parts_that_take_a_thread_many_steps(call: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grids, "DEEP", 1000)
+    monkeypatch.setattr(grids, "FULL", 1)
+    for case in LONG_PARTS:
+        i = inputs(case, dtype)
+        verify(contract.CALLS[call](i, "cuda"), i)
+
+
+@pytest.mark.parametrize("call", WRITING)
+def test_positions_of_64_bits_give_the_same_bits(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for case in (Case((3, 2, 6, 8), 1, "rows"), Case((9, 5), 1, "columns")):
+        i = inputs(case, "float32")
+        want = WRITING[call](i, "cuda")
+        with monkeypatch.context() as patch:
+            patch.setattr(grids, "LONG", 0)
+            for kernel in (apply.normalize, apply.gradient):  # which would be the wrong ones
+                patch.setattr(kernel, "launch", None)
+            for name, array in WRITING[call](i, "cuda").items():
+                np.testing.assert_array_equal(array, want[name])
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e2, 1e4, 1e6])
+@pytest.mark.parametrize("shape", [(4, 2, 6, 6), (40, 6)])
+def test_accuracy_at_any_mean(shape: tuple[int, ...], offset: float) -> None:
+    x = (np.random.default_rng(1).standard_normal(shape) + offset).astype(np.float32)
+    _held(x)
+
+
+@pytest.mark.parametrize("scale", [1e-18, 1e30])
+@pytest.mark.parametrize("shape", [(4, 2, 6, 6), (40, 6)])
+def test_accuracy_at_any_scale(shape: tuple[int, ...], scale: float) -> None:
+    _held((np.random.default_rng(2).standard_normal(shape) * scale).astype(np.float32))
+
+
+@pytest.mark.parametrize("where", [0, 1, 5])
+@pytest.mark.parametrize("shape", [(4, 2, 6, 6), (40, 6)])
+def test_accuracy_beside_an_outlier(shape: tuple[int, ...], where: int) -> None:
+    x = np.random.default_rng(3).standard_normal(shape).astype(np.float32)
+    x[where % shape[0]] = 1e6
+    _held(x)
+
+
+def _held(x: np.ndarray) -> None:
+    """mean, var and y within the project's limits."""
+    y, m = gpu.batch_norm(x, None, None, 1, 1e-5, None, backend="cuda")
+    s = published.statistics(x, 1)
+    hat = np.abs(published.xhat(x, s.mean, s.var, 1, 1e-5))
+    check("mean", "float32", m.mean, s.mean, np.maximum(np.abs(s.mean), np.sqrt(s.var)))
+    check("var", "float32", m.var(), s.var, s.var)
+    check("y", "float32", y, published.normalized(x, s.mean, s.var, None, None, 1, 1e-5), np.maximum(1, hat))
+
+
+@pytest.mark.parametrize("shape", [(4, 2, 6, 6), (40, 6)])
+def test_a_constant_channel_gives_beta(shape: tuple[int, ...]) -> None:
+    for value in (0.0, 1e7 / 3, -1e-30):
+        beta = np.linspace(-1, 1, shape[1]).astype(np.float32)
+        y, m = gpu.batch_norm(np.full(shape, value, np.float32), None, beta, 1, 1e-5, None, backend="cuda")
+        assert (np.moveaxis(y, 1, -1) == beta).all()
+        assert (m.m2 == 0).all()
+
+
+def test_bfloat16_memory_in_every_kernel() -> None:
+    """Through the host side with buffers of its own, for numba's arrays have no bfloat16: the float32 result, rounded."""
+    for shape in ((3, 2, 5, 7), (21, 16), (9, 5)):
+        x, dy = (np.random.default_rng(seed).standard_normal(shape).astype(ml_dtypes.bfloat16) for seed in (4, 5))
+        C = shape[1]
+        plan = fastbn.layout.planned(shape, x.strides, 1, 2)
+        bits = [array.view(np.int16) for array in (x, dy, np.zeros_like(x), np.zeros_like(x))]
+        seen = [views.view(_buffer(array), plan) for array in bits]
+        assert None not in seen
+        stats, grads = np.zeros((2, C)), np.zeros((2, C), np.float32)
+        with launches.calling(_buffer(bits[0]), None) as call:
+            cuda.forward(call, seen[0], None, None, 1e-5, seen[2], _simulated.Memory(stats.reshape(-1)))
+            mean, m2 = (_buffer(row, "float64") for row in stats)
+            count = float(x.size // C)
+            cuda.backward(call, seen[1], seen[0], mean, m2, count, 1e-5, None, seen[3], True, _simulated.Memory(grads.reshape(-1)))
+        y, m = fastbn.batch_norm(x, backend="reference")
+        dx = fastbn.batch_norm_backward(dy, x, m, backend="reference")[0]
+        for found, want in ((bits[2], y), (bits[3], dx)):
+            found = found.view(ml_dtypes.bfloat16).astype(np.float32)
+            np.testing.assert_allclose(found, want.astype(np.float32), rtol=2**-8, atol=1e-6)
+        np.testing.assert_allclose(stats[0], m.mean, rtol=1e-6, atol=1e-7)
+
+
+def _buffer(array: np.ndarray, dtype: str = "bfloat16") -> devices.Buffer:
+    strides = tuple(step // array.itemsize for step in array.strides)
+    return devices.Buffer(array.ctypes.data, array.shape, strides, dtype, False, None, FakeCUDAArray(array))
+
+
+def test_moments_are_values_on_the_gpu() -> None:
+    x = np.random.default_rng(6).normal(3, 2, (8, 3, 5)).astype(np.float32)
+    halves = [fastbn.moments(gpu.on_gpu(np.ascontiguousarray(half))) for half in (x[:3], x[3:])]
+    both = halves[0].merge(halves[1])
+    want = fastbn.moments(x, backend="reference")
+    assert both.count == want.count
+    for found, expected in (
+        (both.mean, want.mean),
+        (both.m2, want.m2),
+        (both.var(), want.var()),
+        (both.var(1), want.var(1)),
+        (both.std(), want.std()),
+        (both.rstd(1e-5), want.rstd(1e-5)),
+    ):
+        np.testing.assert_allclose(gpu.on_host(found), expected, rtol=1e-6)
+    assert np.isnan(gpu.on_host(both.var(ddof=both.count))).all()
+    with pytest.raises(TypeError, match="merge: given Moments, want moments that are on the GPU too"):
+        both.merge(want)
+    with pytest.raises(ValueError, match="merge: given 5 channels, want 3"):
+        both.merge(fastbn.moments(gpu.on_gpu(x), axis=2))
+
+
+def test_every_run_gives_the_same_bits() -> None:
+    i = inputs(Case((3, 2, 6, 8), 1, "several parts of a channel"), "float32")
+    first = {name: call(i, "cuda") for name, call in WRITING.items()}
+    for _ in range(2):
+        for name, call in WRITING.items():
+            for key, array in call(i, "cuda").items():
+                np.testing.assert_array_equal(array, first[name][key])
+
+
+def test_workspaces_are_kept_and_each_stream_has_its_own() -> None:
+    x = gpu.on_gpu(np.random.default_rng(7).standard_normal((4, 3, 5)).astype(np.float32))
+    launches._work.clear()
+    for _ in range(3):
+        fastbn.batch_norm(x)
+    (work,) = launches._work.values()
+    assert len(work._kept) == 1
+    fastbn.batch_norm(x, stream=5)
+    assert set(launches._work) == {(0, 0), (0, 5)}
+    work.reserve(4 << 20)
+    assert len(work._kept) == 2
+    with pytest.raises(TypeError, match="stream: given str"):
+        fastbn.batch_norm(x, stream="5")
+
+
+def test_a_launch_that_fails_says_where(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: Any) -> None:
+        raise OSError("out of luck")
+
+    monkeypatch.setattr(apply.normalize, "launch", fail)
+    x = gpu.on_gpu(np.ones((4, 3, 5), np.float32))
+    words = r"CUDA failed at kernel apply.normalize, 1 blocks of 8 threads, x \(4, 3, 5\) float32, stream 0x5: out of luck"
+    with pytest.raises(RuntimeError, match=words):
+        fastbn.batch_norm(x, stream=5)
+    monkeypatch.undo()
+    fastbn.batch_norm(x, stream=5)  # its lock was given back
+
+
+def test_two_threads_take_turns_on_a_stream() -> None:
+    x = np.random.default_rng(8).standard_normal((4, 3, 5)).astype(np.float32)
+    want = gpu.batch_norm(x, None, None, 1, 1e-5, None, backend="cuda")[0]
+    with launches.calling(devices.view(gpu.on_gpu(x), "x"), None):
+        found: list[np.ndarray] = []
+        waiting = threading.Thread(target=lambda: found.append(gpu.batch_norm(x, None, None, 1, 1e-5, None, backend="cuda")[0]))
+        waiting.start()
+        waiting.join(0.2)
+        assert not found
+    waiting.join(30)
+    np.testing.assert_array_equal(found[0], want)
+
+
+X = np.ones((4, 3, 5), np.float32)
+THREE = np.ones(3, np.float32)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        (lambda g: fastbn.batch_norm(g(X), THREE), TypeError, "gamma: given ndarray on the host, want an array on the GPU, where x is"),
+        (lambda g: fastbn.batch_norm(g(X), g(THREE.astype("f8"))), TypeError, "gamma: given dtype float64, want float32 beside this x"),
+        (lambda g: fastbn.batch_norm(g(X), g(np.ones(4, "f4"))), ValueError, r"gamma: given shape \(4,\), want \(3,\)"),
+        (lambda g: fastbn.batch_norm(g(X), g(np.ones(6, "f4")[::2])), ValueError, "gamma: given an array with gaps"),
+        (lambda g: fastbn.batch_norm(g(X.astype("i4"))), TypeError, "x: given dtype int32.* want float16"),
+        (lambda g: fastbn.batch_norm(g(X), axis=3), ValueError, "axis: given 3, want one from -3 to 2"),
+        (lambda g: fastbn.batch_norm(g(X[0, 0])), ValueError, "x: given rank 1"),
+        (lambda g: fastbn.batch_norm(g(X), eps=0), ValueError, "eps: given 0, want a positive number"),
+        (lambda g: fastbn.batch_norm(g(X[:1, :, :1])), ValueError, "Expected more than 1 value per channel when training"),
+        (lambda g: fastbn.batch_norm(g(X), out=X.copy()), TypeError, "out: given ndarray on the host"),
+        (lambda g: fastbn.batch_norm(g(X), out=g(X.astype("f8"))), TypeError, "out: given dtype float64, want float32"),
+        (lambda g: fastbn.batch_norm(g(X), out=g(X[:2])), ValueError, r"out: given shape \(2, 3, 5\), want \(4, 3, 5\)"),
+        (lambda g: fastbn.batch_norm(g(X), out=g(np.broadcast_to(X, X.shape))), ValueError, "out: given a read-only array"),
+        (lambda g: fastbn.batch_norm_inference(g(X), g(THREE), None), ValueError, "given running mean without running var"),
+        (
+            lambda g: fastbn.batch_norm_inference(g(X), g(THREE), g(THREE.astype("f2"))),
+            TypeError,
+            "var: given dtype float16, want float32 or",
+        ),
+        (lambda g: fastbn.batch_norm_backward(g(X[:2]), g(X), None), ValueError, r"dy: given shape \(2, 3, 5\), want \(4, 3, 5\)"),
+        (lambda g: fastbn.batch_norm_backward(g(X.astype("f8")), g(X), None), TypeError, "dy: given dtype float64, want float32"),
+        (lambda g: fastbn.batch_norm_backward(g(X), g(X), None), TypeError, "moments: given NoneType, want the Moments"),
+        (lambda g: fastbn.batch_norm_backward(g(X), g(X), fastbn.moments(X)), TypeError, "moments.mean: given ndarray on the host"),
+    ],
+)
+def test_errors_say_what_is_wanted(call: Any, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        call(gpu.on_gpu)
+
+
+def test_out_that_overlaps_an_input_in_part_is_refused() -> None:
+    memory = np.zeros(100, np.float32)
+    x, out = memory[:60].reshape(4, 3, 5), memory[20:80].reshape(4, 3, 5)
+    with pytest.raises(ValueError, match="out: given an array that overlaps an input in part"):
+        fastbn.batch_norm(gpu.on_gpu(x), out=gpu.on_gpu(out))
+    twice = np.lib.stride_tricks.as_strided(memory, (4, 3, 5), (0, 20, 4))
+    with pytest.raises(ValueError, match="out: given an array whose elements share memory"):
+        fastbn.batch_norm(gpu.on_gpu(np.ones((4, 3, 5), np.float32)), out=gpu.on_gpu(twice))
+
+
+def test_another_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, gamma = gpu.on_gpu(X), gpu.on_gpu(THREE)
+    monkeypatch.setattr(devices, "device_of", lambda buffer: int(buffer.owner is gamma))
+    with pytest.raises(ValueError, match="gamma: given an array on GPU 1, want GPU 0, where x is"):
+        fastbn.batch_norm(x, gamma)
+
+
+def test_strides_of_more_axes_than_a_copy_takes() -> None:
+    x = np.ones((4,) * 7, np.float32)[(slice(None, None, 2),) * 7]
+    with pytest.raises(ValueError, match="copy it to contiguous memory first"):
+        fastbn.batch_norm(gpu.on_gpu(x))

@@ -1,0 +1,173 @@
+"""Arrays on a GPU, as far as no GPU is needed: what their interface says, what is refused and with which words, who serves them."""
+
+import importlib.util
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+import fastbn
+from fastbn import config
+from fastbn.backends import devices
+
+
+class OnGpu:
+    """An array that claims to lie on a GPU."""
+
+    def __init__(self, **changed: Any) -> None:
+        whole = {"shape": (2, 3, 4), "typestr": "<f4", "data": (4096, False), "version": 3, "strides": None, "stream": 7}
+        self.__cuda_array_interface__ = {key: value for key, value in (whole | changed).items() if value != "absent"}
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine whose CUDA backend declines nothing."""
+    monkeypatch.setattr(devices, "declines", lambda: None)
+
+
+def test_what_the_interface_says() -> None:
+    found = devices.view(OnGpu(), "x")
+    assert found[:6] == (4096, (2, 3, 4), (12, 4, 1), "float32", False, 7)
+    assert (found.size, found.itemsize, found.span()) == (24, 4, (4096, 4096 + 96))
+    strided = devices.view(OnGpu(strides=(-96, 8, 16), data=(8192, True), typestr="<f2", version=2, stream="absent"), "x")
+    assert strided[1:6] == ((2, 3, 4), (-48, 4, 8), "float16", True, None)
+    assert strided.span() == (8192 - 96, 8192 + 2 * 8 + 3 * 16 + 2)
+    assert devices.view(OnGpu(shape=(0, 3), data=(0, False)), "x").span() == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("changed", "error", "words"),
+    [
+        ({"typestr": "<i4"}, TypeError, "x: given dtype <i4.*want float16, bfloat16, float32 or float64"),
+        ({"typestr": ">f4"}, TypeError, "typestr '>f4'"),
+        ({"typestr": "<c8"}, TypeError, "typestr '<c8'"),
+        ({"version": 1}, TypeError, "version 1, want 2 or 3"),
+        ({"typestr": "absent", "data": "absent"}, TypeError, "lacks typestr, data"),
+        ({"mask": object()}, TypeError, "masked array"),
+        ({"strides": (12, 4)}, ValueError, r"strides \(12, 4\) for shape \(2, 3, 4\)"),
+        ({"strides": (24, 8, 2)}, ValueError, "off its elements' boundary"),
+        ({"data": (4098, False)}, ValueError, "off its elements' boundary"),
+        ({"data": (0, False)}, ValueError, "null pointer"),
+        ({"data": (None, False)}, ValueError, "null pointer"),
+    ],
+)
+def test_interfaces_that_are_refused(changed: dict[str, Any], error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        devices.view(OnGpu(**changed), "x")
+
+
+def test_what_lives_on_a_gpu() -> None:
+    assert devices.on_device(OnGpu())
+    for value in (np.zeros(3), [1.0], 3.0, None, "x"):
+        assert not devices.on_device(value)
+    torch = pytest.importorskip("torch", reason="a tensor on the host has the interface too, and raises when asked for it")
+    assert not devices.on_device(torch.zeros(3))
+
+
+def test_streams_of_every_library() -> None:
+    assert devices.handle(5) == 5
+    assert devices.handle(SimpleNamespace(cuda_stream=6)) == 6
+    assert devices.handle(SimpleNamespace(ptr=7)) == 7
+    assert devices.handle(SimpleNamespace(handle=SimpleNamespace(value=8))) == 8
+    assert devices.handle(SimpleNamespace(handle=SimpleNamespace(value=None))) == 0
+    for given in ("s", True, None, 1.0):
+        with pytest.raises(TypeError, match=r"stream: given .*, want a handle"):
+            devices.handle(given)
+
+
+CALLS = {
+    "moments": lambda x, **k: fastbn.moments(x, **k),
+    "batch_norm": lambda x, **k: fastbn.batch_norm(x, **k),
+    "batch_norm_inference": lambda x, **k: fastbn.batch_norm_inference(x, x, x, **k),
+    "batch_norm_backward": lambda x, **k: fastbn.batch_norm_backward(x, x, None, **k),
+    "batch_norm_inference_backward": lambda x, **k: fastbn.batch_norm_inference_backward(x, x, x, x, **k),
+}
+every_call = pytest.mark.parametrize("call", CALLS)
+
+
+@every_call
+def test_another_backend_can_not_take_an_array_on_a_gpu(call: str, served: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    for backend in ("cpu", "reference"):
+        with pytest.raises(fastbn.BackendUnavailable, match=f"backend='{backend}' can't take an array on a GPU: copy it to the host first"):
+            CALLS[call](OnGpu(), backend=backend)
+    monkeypatch.setattr(config, "BACKEND", "cpu")
+    with pytest.raises(fastbn.BackendUnavailable, match="FASTBN_BACKEND='cpu' can't take an array on a GPU"):
+        CALLS[call](OnGpu())
+
+
+@every_call
+def test_an_array_on_the_host_is_not_copied_to_a_gpu(call: str, served: None) -> None:
+    x = np.ones((4, 3), np.float32)
+    with pytest.raises(
+        fastbn.BackendUnavailable, match="backend='cuda' takes arrays on a GPU, and this one lives on the host: copy it there"
+    ):
+        CALLS[call](x, backend="cuda")
+    with pytest.raises(TypeError, match="stream: given one for an array on the host"):
+        CALLS[call](x, stream=0)
+
+
+@every_call
+def test_why_cuda_declines_is_said(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "declines", lambda: "the dog ate it")
+    for options in ({}, {"backend": "cuda"}):
+        with pytest.raises(fastbn.BackendUnavailable, match="this array lives on a GPU, which backend cuda can't serve: the dog ate it"):
+            CALLS[call](OnGpu(), **options)
+    assert "cuda: the dog ate it" in fastbn.explain((4, 3)).text
+
+
+def test_parameters_on_a_gpu_beside_an_array_on_the_host() -> None:
+    x = np.ones((4, 3), np.float32)
+    with pytest.raises(TypeError, match=r"gamma: given an array on a GPU \(OnGpu\), want a host array: copy it to the host first"):
+        fastbn.batch_norm(x, OnGpu(shape=(3,)))
+
+
+class Machine(SimpleNamespace):
+    """numba.cuda as it is on some machine."""
+
+    def is_available(self) -> bool:
+        return bool(self.driver)
+
+
+@pytest.fixture
+def declines(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """What `declines` says on a machine like that."""
+    from numba import config as numba_config
+
+    def ask(installed: bool, machine: Machine | None) -> str | None:
+        monkeypatch.setattr(numba_config, "ENABLE_CUDASIM", 0)
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if installed else None)
+        monkeypatch.setattr(devices, "_numba_cuda", lambda: machine)
+        devices.declines.cache_clear()
+        try:
+            return devices.declines()
+        finally:
+            devices.declines.cache_clear()
+
+    return ask
+
+
+def _gpus(*versions: tuple[int, int]) -> list[Any]:
+    return [SimpleNamespace(compute_capability=version) for version in versions]
+
+
+def test_each_reason_to_decline_has_its_remedy(declines: Any) -> None:
+    assert "not installed: pip install 'fastbn[cuda13]'" in declines(False, None)
+    assert "import _numba_cuda_redirector" in declines(True, Machine(implementation="Built-in"))
+    broken = SimpleNamespace(driver=SimpleNamespace(driver=SimpleNamespace(initialization_error="no libcuda.so")))
+    without = declines(True, Machine(implementation="NVIDIA", driver=False, cudadrv=broken))
+    assert "no CUDA driver that works (no libcuda.so)" in without
+    assert "install NVIDIA's driver" in without
+    assert "CUDA_VISIBLE_DEVICES" in declines(True, Machine(implementation="NVIDIA", driver=True, gpus=[]))
+    assert "compute capability 7.5, want 8.0 or later" in declines(
+        True, Machine(implementation="NVIDIA", driver=True, gpus=_gpus((7, 0), (7, 5)))
+    )
+    assert declines(True, Machine(implementation="NVIDIA", driver=True, gpus=_gpus((7, 5), (9, 0)))) is None
+
+
+def test_importing_fastbn_touches_no_cuda() -> None:
+    import subprocess
+    import sys
+
+    code = "import sys, fastbn; assert not [name for name in sys.modules if name.startswith(('numba.cuda', 'cuda', 'fastbn.kernels.cuda'))]"
+    subprocess.run([sys.executable, "-c", code], check=True)

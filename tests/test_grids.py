@@ -1,0 +1,105 @@
+"""How arrays are cut for a GPU: every element exactly once, at any size, and sizes that the hardware and float32 can take."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastbn.backends import grids
+
+SIZES = st.integers(1, 40)
+LANES = st.sampled_from([2, 4, 8])
+
+
+def _in_slots(grid: grids.Rows, S: int, lanes: int, begin: int) -> list[int]:
+    """Elements of a row that a slot covers, where the row begins so many elements behind a boundary."""
+    head = -begin % lanes
+    return [head + v * lanes + k for v in range(grid.slots if grid.chunk else 0) for k in range(lanes)]
+
+
+def _outside(grid: grids.Rows, S: int, lanes: int, begin: int) -> list[int]:
+    """The others, as `fastbn.kernels.cuda.rows.outside` finds them."""
+    head = -begin % lanes
+    return [e if e < head else e + S - grid.rest for e in range(grid.rest)]
+
+
+@given(N=SIZES, C=SIZES, S=st.integers(1, 300), lanes=LANES, begin=st.integers(0, 7), even=st.booleans())
+def test_rows_cover_every_element_once(N: int, C: int, S: int, lanes: int, begin: int, even: bool) -> None:
+    even = even and S % lanes == 0
+    grid = grids.rows(N, C, S, lanes, even)
+    begins = {0} if even else {begin % lanes}
+    for start in begins:
+        covered = sorted(_in_slots(grid, S, lanes, start) + _outside(grid, S, lanes, start))
+        assert covered == list(range(S))
+    for total, chunk in ((N * grid.slots, grid.chunk), (N * grid.rest, grid.chunk_rest)):
+        pieces = [range(part * chunk, min(part * chunk + chunk, total)) for part in range(grid.parts)]
+        assert [j for piece in pieces for j in piece] == (list(range(total)) if chunk else [])
+    assert grid.chunk or grid.rest == S
+    assert (grid.step_n * grid.slots + grid.step_v, grid.step_v < grid.slots) == (grids.THREADS, True)
+
+
+@given(R=st.integers(1, 3000), C=SIZES, S=st.integers(1, 20), lanes=LANES, contiguous=st.booleans())
+def test_columns_cover_every_element_once(R: int, C: int, S: int, lanes: int, contiguous: bool) -> None:
+    grid = grids.columns(R, C, S, lanes, contiguous)
+    assert grid.R * grid.W + grid.rest == R * C * S
+    assert grid.rest < grid.W
+    assert contiguous or (grid.fold, grid.rest) == (1, 0)
+    seen = np.zeros((grid.R, -(-grid.W // lanes)), int)
+    down = grids.THREADS // grid.across
+    assert grid.across * down == grids.THREADS
+    for block in range(grid.blocks(lanes)):
+        part, first = block % grid.parts, block // grid.parts * grid.across
+        start = part * grid.chunk
+        assert start < grid.R, "a part without rows"
+        seen[start : start + grid.chunk, first : first + grid.across] += 1
+    assert (seen == 1).all()
+
+
+@given(N=SIZES, C=SIZES, S=SIZES, lanes=LANES, gaps=st.sampled_from(["none", "outer", "both"]))
+def test_runs_cover_every_element_once_and_know_its_channel(N: int, C: int, S: int, lanes: int, gaps: str) -> None:
+    outer, inner = {"none": (C * S, S), "outer": (C * S + 3, S), "both": (C * (S + 2), S + 2)}[gaps]
+    grid = grids.runs(N, C, S, lanes, [(outer, inner)])
+    seen = np.zeros((N, C, S), int)
+    for run in range(grid.runs):
+        n, m = divmod(run, grid.inner)
+        begin = 0 if grid.runs == 1 else n * outer + (m * inner if grid.inner > 1 else 0)
+        for e in range(grid.length):
+            channel, position = (run * grid.per_run + e // S) % C, e % S
+            image = (run * grid.per_run + e // S) // C
+            if gaps == "none":
+                assert begin + e == (image * C + channel) * S + position
+            else:
+                assert begin + e == image * outer + channel * inner + position
+            seen[image, channel, position] += 1
+    assert (seen == 1).all()
+    assert grid.groups * lanes >= grid.length > (grid.groups - 1) * lanes
+    assert grid.blocks(grids.THREADS) * grids.THREADS * grids.EACH >= grid.runs * grid.groups
+
+
+HUGE = [(1, 1, 2**33), (2**13, 64, 2**14), (2**33, 1, 1), (2**25, 256, 1), (1, 2**20, 2**13), (2**10, 2**20, 8), (3, 5, 7 * 2**27 + 1)]
+
+
+@pytest.mark.parametrize(("N", "C", "S"), HUGE)
+@pytest.mark.parametrize("lanes", [2, 4, 8])
+def test_arrays_of_billions_of_elements(N: int, C: int, S: int, lanes: int) -> None:
+    grid = grids.rows(N, C, S, lanes, S % lanes == 0)
+    assert grid.parts * grid.chunk >= N * grid.slots * (grid.chunk > 0)
+    assert grid.parts * grid.chunk_rest >= N * grid.rest
+    assert grid.chunk * lanes + grid.chunk_rest <= 2 * grids.EXACT, "more values of a part than a float32 counts"
+    assert grid.blocks(C) < 2**31
+    cut = grids.columns(N, C, S, lanes, True) if C * S < 2**31 else None
+    if cut is not None:
+        assert cut.R * cut.W + cut.rest == N * C * S
+        assert cut.parts * cut.chunk >= cut.R
+        assert cut.chunk <= grids.EXACT
+        assert cut.blocks(lanes) < 2**31
+    flat = grids.runs(N, C, S, lanes, [(C * S, S)])
+    assert flat.runs * flat.length == N * C * S
+    assert flat.blocks(grids.THREADS) < 2**31
+
+
+def test_large_arrays_keep_a_device_busy_and_small_ones_do_not_shatter() -> None:
+    for N, C, S in ((32, 64, 112 * 112), (32, 1024, 14 * 14), (4, 8, 640 * 1024), (1, 3, 1024 * 1024)):
+        assert grids.FULL <= grids.rows(N, C, S, 4, True).blocks(C) <= 2 * grids.BLOCKS
+    assert grids.columns(65536, 64, 1, 4, True).blocks(4) >= grids.FULL
+    assert grids.rows(2, 16, 64, 4, True).parts == 1

@@ -1,0 +1,44 @@
+"""The bytes that the GPU's kernels move, for shapes on paper, and how `explain` says it."""
+
+import pytest
+
+import fastbn
+from fastbn.backends import grids, model
+
+DIMS = [(32, 64, 3136), (32, 512, 49), (65536, 64), (128, 3), (4, 8, 655360)]
+
+
+@pytest.mark.parametrize("dims", DIMS)
+@pytest.mark.parametrize(("dtype", "itemsize"), [("float32", 4), ("float64", 8), ("float16", 2), ("bfloat16", 2)])
+def test_each_pass_moves_its_arrays_as_often_as_its_kernels_read_and_write_them(dims: tuple[int, ...], dtype: str, itemsize: int) -> None:
+    array = itemsize
+    for n in dims:
+        array *= n
+    times = {"moments": 1, "inference": 2, "forward": 3, "backward": 5}
+    assert {name: model.moved(name, dims, dtype) for name in times} == {name: n * array for name, n in times.items()}
+    for name in times:
+        each = model.launches(name, dims, dtype)
+        assert len(each) <= 3
+        assert all(0 < launch.blocks < 2**31 for launch in each)
+        assert [launch.kernel.startswith("finish.") for launch in each].count(True) == 1
+
+
+def test_arrays_of_more_than_2_31_values_take_the_long_kernels() -> None:
+    for name in ("forward", "backward", "inference"):
+        assert model.launches(name, (2**10, 2**12, 2**10), "float32")[-1].kernel.endswith("_long")
+        assert not model.launches(name, (2**10, 2**12, 2**8), "float32")[-1].kernel.endswith("_long")
+
+
+def test_short_rows_and_channels_last_are_columns() -> None:
+    assert model.launches("moments", (32, 64, grids.SHORT), "float32")[0].kernel == "columns.moments_columns"
+    assert model.launches("moments", (32, 64, grids.SHORT + 1), "float32")[0].kernel == "rows.moments_rows"
+    assert model.launches("backward", (4096, 256), "float32")[0].kernel == "columns.sums_columns"
+
+
+def test_explain_says_it_without_a_gpu() -> None:
+    text = fastbn.explain((32, 64, 56, 56), "float32", backend="cuda").text
+    assert "forward: rows.moments_rows (768 blocks), finish.finish_forward (8 blocks), apply.normalize (1568 blocks)" in text
+    assert f"moves 77.07 MB, {77.070336 / 3350 * 1e3:.4g} us at 3350 GB/s" in text
+    assert "backend: cuda (requested" in text
+    assert "cpu: available" in text
+    assert "nothing to do" in fastbn.explain((0, 64, 56, 56), "float32", backend="cuda").text
