@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from fastbn import checks, config, functional, gradients, threads
-from fastbn.backends import select
+from fastbn import checks, config, functional, gradients, residence, results, threads
+from fastbn.backends import devices, select
 from fastbn.moments import Moments
 
 Array = NDArray[Any]
@@ -18,7 +18,7 @@ Array = NDArray[Any]
 class _Saved(NamedTuple):
     """What backward needs of the last forward."""
 
-    x: Array
+    x: Any
     statistics: Moments | tuple[Array, Array]  # of the batch, or the constants (mean, var) of inference as they were then
     overwritten: bool
 
@@ -117,16 +117,16 @@ class BatchNorm:
     def reset_running_stats(self) -> None:
         """Running mean 0, running variance 1, no batches counted."""
         if self.track_running_stats:
-            self.running_mean = np.zeros(self.num_features, self.dtype)
-            self.running_var = np.ones(self.num_features, self.dtype)
+            self.running_mean = residence.renewed(self.running_mean, np.zeros(self.num_features, self.dtype))
+            self.running_var = residence.renewed(self.running_var, np.ones(self.num_features, self.dtype))
             self.num_batches_tracked = 0
 
     def reset_parameters(self) -> None:
         """Gamma 1, beta 0, and fresh running statistics."""
         self.reset_running_stats()
         if self.affine:
-            self.gamma = np.ones(self.num_features, self.dtype)
-            self.beta = np.zeros(self.num_features, self.dtype)
+            self.gamma = residence.renewed(self.gamma, np.ones(self.num_features, self.dtype))
+            self.beta = residence.renewed(self.beta, np.zeros(self.num_features, self.dtype))
 
     def train(self, mode: bool = True) -> BatchNorm:
         """Use batch statistics from here on (mode=False: running statistics); returns self."""
@@ -163,31 +163,38 @@ class BatchNorm:
         ValueError
             Another number of channels, one value per channel in training, a bad axis or `out`.
         """
-        x = checks.as_input(x)
-        checks.check_features(x, self.axis, self.num_features, self.dtype)
-        overwritten = out is not None and checks.same_memory(out, x)
+        gpu = results.on_gpu(self.backend) if type(x) is not np.ndarray and devices.on_device(x) else None
+        if gpu is None:
+            x = checks.as_input(x)
+            checks.check_features(x, self.axis, self.num_features, self.dtype)
+            overwritten = out is not None and checks.same_memory(out, x)
+        else:
+            gpu.check_features(x, self.axis, self.num_features, self.dtype.name)
+            overwritten = out is not None and gpu.same_memory(out, x)
         running_mean, running_var = self.running_mean, self.running_var
         checks.check_running(running_mean, running_var)
+        if gpu is not None or type(running_mean) is not np.ndarray:
+            residence.check(gpu is not None, gamma=self.gamma, beta=self.beta, running_mean=running_mean, running_var=running_var)
         if self.training or running_mean is None or running_var is None:
             y, m = functional.batch_norm(
                 x, self.gamma, self.beta, self.axis, self.eps, out, backend=self.backend, num_threads=self.num_threads
             )
             if self.training and running_mean is not None and running_var is not None and m.count:
-                self._track(running_mean, running_var, m)
+                self._track(running_mean, running_var, m, gpu or select(self.backend))
             self._saved = _Saved(x, m, overwritten)
             return y
-        mean, var = running_mean.astype(np.float64), running_var.astype(np.float64)
+        mean, var = (values.astype(np.float64) if gpu is None else gpu.widened(values) for values in (running_mean, running_var))
         y = functional.batch_norm_inference(
             x, mean, var, self.gamma, self.beta, self.axis, self.eps, out, backend=self.backend, num_threads=self.num_threads
         )
         self._saved = _Saved(x, (mean, var), overwritten)
         return y
 
-    def _track(self, running_mean: Array, running_var: Array, m: Moments) -> None:
+    def _track(self, running_mean: Array, running_var: Array, m: Moments, served: Any) -> None:
         self.num_batches_tracked += 1
         weight = 1.0 / self.num_batches_tracked if self.momentum is None else self.momentum
         freedom = m.count - 1 if self.unbiased_running_var else m.count
-        select(self.backend).track(m, freedom, weight, running_mean, running_var)
+        served.track(m, freedom, weight, running_mean, running_var)
 
     def backward(self, dy: ArrayLike, out: Array | None = None) -> Array:
         """Gradient with respect to the input of the last forward; sets `dgamma` and `dbeta` too.
@@ -226,21 +233,49 @@ class BatchNorm:
             result = gradients.batch_norm_inference_backward(
                 dy, saved.x, *saved.statistics, self.gamma, self.axis, self.eps, out, backend=self.backend, num_threads=self.num_threads
             )
-        if out is not None and checks.same_memory(out, saved.x):
+        same = checks.same_memory if isinstance(saved.x, np.ndarray) else results.on_gpu(self.backend).same_memory
+        if out is not None and same(out, saved.x):
             self._saved = saved._replace(overwritten=True)
         dx, dgamma, dbeta = result
         self.dgamma = dgamma if self.gamma is not None else None
         self.dbeta = dbeta if self.beta is not None else None
         return dx
 
+    def to(self, device: str, kind: str | None = None) -> BatchNorm:
+        """Move parameters, their gradients and running statistics to a GPU or back; returns self. Forgets the last forward.
+
+        Parameters
+        ----------
+        device : str
+            "cuda", "cuda:1" or "cpu".
+        kind : str, optional
+            "torch", "cupy" or "numba", the library of the arrays on a GPU; default the first of them that is imported and reaches one.
+
+        Raises
+        ------
+        ValueError
+            No such device or kind.
+        BackendUnavailable
+            No CUDA here.
+        """
+        index, library = residence.parsed(device), residence.chosen(kind)
+        names = ("gamma", "beta", "dgamma", "dbeta", "running_mean", "running_var")
+        moved = {name: residence.to_host(array) for name in names if (array := getattr(self, name)) is not None}
+        if index is not None:
+            moved = {name: residence.to_device(array, index, library) for name, array in moved.items()}
+        for name, array in moved.items():
+            setattr(self, name, array)
+        self._saved = None
+        return self
+
     def state_dict(self) -> dict[str, Array]:
-        """Copies of parameters and statistics under PyTorch's keys: weight, bias, running_mean, running_var, num_batches_tracked."""
+        """Copies on the host under PyTorch's keys: weight, bias, running_mean, running_var, num_batches_tracked."""
         tracked: dict[str, Any] = {}
         if self.running_mean is not None:
             tracked = {"running_mean": self.running_mean, "running_var": self.running_var}
             tracked["num_batches_tracked"] = np.array(self.num_batches_tracked, np.int64)
         named = {"weight": self.gamma, "bias": self.beta, **tracked}
-        return {key: value.copy() for key, value in named.items() if value is not None}
+        return {key: residence.to_host(value) for key, value in named.items() if value is not None}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over parameters and statistics, all or none of them.
@@ -268,6 +303,6 @@ class BatchNorm:
             (self.running_var, "running_var"),
         ):
             if target is not None:
-                target[...] = own[key]
+                residence.overwrite(target, own[key])
         if "num_batches_tracked" in own:
             self.num_batches_tracked = int(own["num_batches_tracked"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -148,13 +149,17 @@ def _shadow(buffer: Buffer) -> Any:
 
 def planned(x: Buffer, axis: int) -> layout.Plan:
     """The plan of an array on a GPU; of a compact one in the same memory order, where two strides can't describe it."""
-    axis = checks.check_axis(x.shape, axis)
-    plan = layout.planned(x.shape, tuple(s * x.itemsize for s in x.strides), axis, x.itemsize)
-    if not plan.count or views.view(x, plan) is not None:
+    return _planned(x.shape, x.strides, x.itemsize, checks.check_axis(x.shape, axis))
+
+
+@lru_cache(maxsize=1024)
+def _planned(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int, axis: int) -> layout.Plan:
+    plan = layout.planned(shape, tuple(s * itemsize for s in strides), axis, itemsize)
+    if not plan.count or views.view(Buffer(0, shape, strides, "", False, None, None), plan) is not None:
         return plan
-    order = sorted(range(len(x.shape)), key=lambda a: -abs(x.strides[a]))
-    steps = [x.itemsize * math.prod(x.shape[b] for b in order[order.index(a) + 1 :]) for a in range(len(x.shape))]
-    return layout.planned(x.shape, tuple(steps), axis, x.itemsize)
+    order = sorted(range(len(shape)), key=lambda a: -abs(strides[a]))
+    steps = [itemsize * math.prod(shape[b] for b in order[order.index(a) + 1 :]) for a in range(len(shape))]
+    return layout.planned(shape, tuple(steps), axis, itemsize)
 
 
 def parameters(x: Buffer) -> str:
@@ -176,6 +181,47 @@ def settled(call: launches.Call, plan: layout.Plan, buffer: Buffer) -> views.Vie
         found = views.view(copy, plan)
         assert found is not None  # a compact array in this order always has one
     return found
+
+
+def check_features(x: Any, axis: int, channels: int, dtype: str) -> None:
+    """An input that goes with a layer's parameters."""
+    buffer = as_input(x)
+    axis = checks.check_axis(buffer.shape, axis)
+    if buffer.shape[axis] != channels:
+        raise ValueError(
+            f"x: given {buffer.shape[axis]} channels along axis {axis} of shape {buffer.shape}, want {channels}, as this layer has"
+        )
+    if (wanted := parameters(buffer)) != dtype:
+        raise TypeError(f"x: given dtype {buffer.dtype}, want {dtype}, this layer's: convert x, or make the layer with dtype='{wanted}'")
+
+
+def same_memory(a: Any, b: Any) -> bool:
+    """Whether two arrays on a GPU are element for element the same memory."""
+    return a is b or (devices.on_device(a) and devices.view(a, "out")[:3] == devices.view(b, "x")[:3])
+
+
+def widened(values: Any) -> Any:
+    """A copy of (C,) statistics in float64, queued before what changes them next."""
+    buffer = devices.view(values, "statistics")
+    found = devices.empty(buffer.shape, (0,), "float64", buffer)
+    with launches.calling(buffer, None) as call:
+        call.launch(
+            finish.widen, views.DOUBLE, launches.threads(buffer.size), launches.pointer(buffer), buffer.size, _pointer(found),
+            statistic=buffer.dtype,
+        )  # fmt: skip
+    return found
+
+
+def track(m: Moments, freedom: float, weight: float, running_mean: Any, running_var: Any) -> None:
+    """Running statistics move towards m.mean and m.m2 / freedom by `weight`, in place, on the GPU."""
+    mean, m2 = devices.view(m.mean, "mean"), devices.view(m.m2, "m2")
+    running = devices.view(running_mean, "running_mean"), devices.view(running_var, "running_var")
+    same_device(mean, running_mean=running[0], running_var=running[1])
+    with launches.calling(mean, None) as call:
+        call.launch(
+            finish.track, devices.STORED[running[0].dtype], launches.threads(mean.size), launches.pointer(mean), launches.pointer(m2),
+            freedom, weight, mean.size, *map(launches.pointer, running),
+        )  # fmt: skip
 
 
 def moments(x: Any, axis: int, stream: Any) -> DeviceMoments:

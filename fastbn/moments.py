@@ -104,12 +104,14 @@ class Moments:
         Raises
         ------
         TypeError
-            `other` is not a Moments.
+            `other` is not a Moments, or on a GPU.
         ValueError
             `other` has another number of channels.
         """
         if not isinstance(other, Moments):
             raise TypeError(f"merge: given {type(other).__name__}, want Moments")
+        if not isinstance(other.mean, np.ndarray):
+            raise TypeError("merge: given moments that are on a GPU, want some of the host: copy mean and m2 there first")
         if self.mean.shape != other.mean.shape:
             raise ValueError(f"merge: given {other.mean.size} channels, want {self.mean.size}, as many as on the left")
         if other.count == 0:

@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from fastbn import checks, functional, threads
+from fastbn.backends import devices
 from fastbn.moments import Moments, Statistics
 
 
@@ -66,7 +67,10 @@ class RunningMoments:
     def _take(self, found: Moments, name: str) -> RunningMoments:
         if isinstance(found, Moments) and found.mean.size != self.num_features:
             raise ValueError(f"{name}: given {found.mean.size} channels along axis {self.axis}, want {self.num_features}")
-        self.moments = self.moments.merge(found)
+        if isinstance(found, Moments) and not self.count and devices.on_device(found.mean):
+            self.moments = found  # the first that is seen lies on a GPU: the rest is merged there
+        else:
+            self.moments = self.moments.merge(found)
         return self
 
     @property

@@ -66,6 +66,7 @@ TIERS = {
     "results.py": 3.4,
     "functional.py": 4,
     "gradients.py": 4,
+    "residence.py": 4,
     "batchnorm.py": 5,
     "running.py": 5,
     "__init__.py": 6,
@@ -198,14 +199,14 @@ IN_FUNCTIONS = {
     # These show or ask for numba's settings; pool.py also launches its threads, devices.py asks for a driver.
     "numba": ["info.py", "pool.py", "threads.py", "backends/devices.py", "kernels/cuda/_jit.py"],
     "cuda": ["kernels/cuda/_jit.py"],  # NVIDIA's bindings: on which device memory lies
-    "cupy": ["backends/devices.py"],  # whose arrays come in
+    "cupy": ["backends/devices.py", "residence.py"],  # whose arrays come in, and hold a layer's parameters
     "llvmlite": ["info.py"],  # shows the processor as the compiler sees it
     "ml_dtypes": ["dtypes.py"],  # when bfloat16 is asked for by name
     "rich": ["screen.py", "demo.py"],
     "matplotlib": ["demo.py"],
     "threadpoolctl": ["demo.py"],
     "sklearn": ["data.py"],
-    "torch": ["quickbench.py", "cases.py", "backends/devices.py"],  # a peer, where installed; whose tensors come in
+    "torch": ["quickbench.py", "cases.py", "backends/devices.py", "residence.py"],  # a peer, where installed; and as CuPy
 }
 
 

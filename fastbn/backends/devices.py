@@ -53,11 +53,16 @@ class Buffer(NamedTuple):
         return self.address + low * self.itemsize, self.address + (high + 1) * self.itemsize
 
 
+def _library(value: Any) -> str:
+    """The package that a value's type comes from."""
+    return str(type(value).__module__).partition(".")[0]
+
+
 def on_device(value: Any) -> bool:
     """Whether a value is an array on a GPU, without a look at its memory."""
     if isinstance(value, np.ndarray):
         return False
-    root = type(value).__module__.partition(".")[0]
+    root = _library(value)
     if root == "torch":
         return bool(getattr(value, "is_cuda", False))
     return hasattr(type(value), "__cuda_array_interface__") or hasattr(value, "__cuda_array_interface__") or _simulated(value)
@@ -69,11 +74,11 @@ def _simulated(value: Any) -> bool:
 
 
 def _dtype(given: Any, interface: dict[str, Any], name: str) -> str:
-    own = str(getattr(given, "dtype", "")).rpartition(".")[2]
-    if own == "bfloat16":
-        return own
     typestr = interface["typestr"]
     if typestr not in _TYPES:
+        own = str(getattr(given, "dtype", "")).rpartition(".")[2]
+        if own == "bfloat16":
+            return own
         raise TypeError(f"{name}: given dtype {own or typestr} (typestr {typestr!r}), want {dtypes.WANTED}: convert it first")
     return _TYPES[typestr]
 
@@ -100,28 +105,34 @@ def view(given: Any, name: str) -> Buffer:
             None,
             given,
         )
-    if type(given).__module__.partition(".")[0] == "torch":
+    if _library(given) == "torch":
         return _tensor(given, name)
     interface = given.__cuda_array_interface__
-    missing = [key for key in ("shape", "typestr", "data", "version") if key not in interface]
-    if missing:
-        raise TypeError(f"{name}: its __cuda_array_interface__ lacks {', '.join(missing)}")
-    if interface["version"] < 2:
-        raise TypeError(f"{name}: its __cuda_array_interface__ is of version {interface['version']}, want 2 or 3")
+    try:
+        shape, (address, readonly), version = tuple(interface["shape"]), interface["data"], interface["version"]
+        dtype = _TYPES.get(interface["typestr"]) or _dtype(given, interface, name)
+    except KeyError:
+        missing = [key for key in ("shape", "typestr", "data", "version") if key not in interface]
+        raise TypeError(f"{name}: its __cuda_array_interface__ lacks {', '.join(missing)}") from None
+    if version < 2:
+        raise TypeError(f"{name}: its __cuda_array_interface__ is of version {version}, want 2 or 3")
     if interface.get("mask") is not None:
         raise TypeError(f"{name}: given a masked array, whose mask would be ignored; want a plain array")
-    dtype, shape = _dtype(given, interface, name), tuple(interface["shape"])
-    address, readonly = interface["data"]
-    itemsize, steps = STORED[dtype].itemsize, interface.get("strides")
-    if steps is None:
-        steps = tuple(itemsize * math.prod(shape[a + 1 :]) for a in range(len(shape)))
-    if len(steps) != len(shape):
+    itemsize, steps, address = STORED[dtype].itemsize, interface.get("strides"), address or 0
+    strides = _compact(shape) if steps is None else tuple(step // itemsize for step in steps)
+    if len(strides) != len(shape):
         raise ValueError(f"{name}: its __cuda_array_interface__ has strides {steps} for shape {shape}")
-    if any(step % itemsize for step in steps) or (address or 0) % itemsize:
+    if address % itemsize or (steps is not None and any(step % itemsize for step in steps)):
         raise ValueError(f"{name}: given an array off its elements' boundary (address {address}, strides {steps}); copy it first")
     if not address and math.prod(shape):
         raise ValueError(f"{name}: given a null pointer for shape {shape}")
-    return Buffer(address or 0, shape, tuple(step // itemsize for step in steps), dtype, bool(readonly), interface.get("stream"), given)
+    return Buffer(address, shape, strides, dtype, bool(readonly), interface.get("stream"), given)
+
+
+@lru_cache(maxsize=4096)
+def _compact(shape: Ints) -> Ints:
+    """Strides of an array without gaps."""
+    return tuple(math.prod(shape[a + 1 :]) for a in range(len(shape)))
 
 
 def _tensor(given: Any, name: str) -> Buffer:
@@ -133,7 +144,7 @@ def _tensor(given: Any, name: str) -> Buffer:
 
 def device_of(buffer: Buffer) -> int:
     """The index of the GPU that a buffer lies on."""
-    root = type(buffer.owner).__module__.partition(".")[0]
+    root = _library(buffer.owner)
     if root == "torch":
         return int(buffer.owner.device.index)
     if root == "cupy":
@@ -147,7 +158,7 @@ def device_of(buffer: Buffer) -> int:
 
 def current_stream(buffer: Buffer) -> int:
     """The stream that work on a buffer goes to unless the caller names one: its library's current one, as a handle."""
-    root = type(buffer.owner).__module__.partition(".")[0]
+    root = _library(buffer.owner)
     if root == "torch":
         import torch
 
@@ -181,7 +192,7 @@ def handle(stream: Any) -> int:
 
 def empty(shape: Ints, order: Ints, dtype: str, like: Buffer) -> Any:
     """Fresh memory on the device of `like`, an array of its kind; `order` lists the axes from the outermost in memory."""
-    root = type(like.owner).__module__.partition(".")[0]
+    root = _library(like.owner)
     sizes, back = tuple(shape[a] for a in order), tuple(order.index(a) for a in range(len(order)))
     if root == "torch":
         import torch
@@ -197,7 +208,7 @@ def empty(shape: Ints, order: Ints, dtype: str, like: Buffer) -> Any:
         raise TypeError(f"x: given bfloat16 in a {type(like.owner).__name__}; want a PyTorch tensor or a CuPy array for it, or give out=")
     from fastbn.kernels.cuda import _jit
 
-    itemsize = np.dtype(dtype).itemsize
+    itemsize = STORED[dtype].itemsize
     steps = [itemsize * math.prod(sizes[k + 1 :]) for k in range(len(sizes))]
     return _jit.empty(shape, tuple(steps[k] for k in back), np.dtype(dtype))
 

@@ -11,15 +11,15 @@ import numpy as np
 
 from fastbn.backends import devices, grids
 from fastbn.backends.devices import STORED, Buffer
-from fastbn.backends.views import DOUBLE, Sized, View, kind_of, pad_of
-from fastbn.kernels.cuda import _jit, columns, finish, moving, rows
+from fastbn.backends.views import DOUBLE, Sized, View, flat, kind_of, pad_of
+from fastbn.kernels.cuda import _gpu, _jit, columns, finish, moving, rows
 
 ALIGNED = 256  # bytes
 
 
 def pointer(buffer: Buffer) -> Any:
     """What a kernel takes for a buffer."""
-    return _jit.pointer(buffer.address, *buffer.span(), STORED[buffer.dtype])
+    return _jit.pointer(buffer.address, *buffer.span(), STORED[buffer.dtype]) if _gpu.SIMULATED else buffer.address
 
 
 class _Work:
@@ -185,15 +185,9 @@ def threads(C: int) -> int:
 def elementwise(call: Call, kernels: tuple[_jit.Kernel, _jit.Kernel], coefs: Any, *views: View) -> None:
     """An elementwise pass over inputs and, last, the result; `kernels` for positions of 32 and of 64 bits."""
     x = views[0]
-    lanes = 16 // x.buffer.itemsize
-    steps = [(v.outer, v.inner) for v in views]
-    grid = grids.runs(x.N, x.C, x.S, lanes, steps)
-    apart = [(0, 0) if grid.runs == 1 else (v.outer, v.inner if grid.inner > 1 else 0) for v in views]
-    aligned = all(grids.even_rows(v.base, step, lanes) for v, step in zip(views, apart, strict=True))
-    aligned &= grid.runs == 1 or grid.length % lanes == 0
+    grid, steps, aligned = flat(*views)
     call.launch(
         kernels[x.N * x.C * x.S >= grids.LONG], STORED[x.buffer.dtype], grid.blocks(grids.THREADS),
-        *(pointer(v.buffer) for v in views), coefs, pad_of(x.C), x.C, x.S, grid.runs, grid.length, grid.per_run, grid.inner,
-        *(n for step in apart for n in step), grid.groups,
-        grid.even, aligned,
+        *(pointer(v.buffer) for v in views), coefs, pad_of(x.C), x.C, x.S, grid.runs, grid.length, grid.per_run, grid.inner, *steps,
+        grid.groups, grid.even, aligned,
     )  # fmt: skip

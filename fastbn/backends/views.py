@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -12,6 +14,7 @@ from fastbn.backends import grids
 from fastbn.backends.devices import STORED, Buffer
 
 DOUBLE = STORED["float64"]
+Ints = tuple[int, ...]
 
 
 class View(NamedTuple):
@@ -32,24 +35,30 @@ class View(NamedTuple):
 
 def view(buffer: Buffer, plan: layout.Plan) -> View | None:
     """The canonical view of a buffer of a plan's shape; None where two strides can't describe it."""
-    axes = plan.order or tuple(range(len(buffer.shape)))
-    cut = axes.index(plan.axis)
-    outer, inner = (_joined(buffer, [a for a in part if buffer.shape[a] != 1]) for part in (axes[:cut], axes[cut + 1 :]))
+    found = _walk(buffer.shape, buffer.strides, plan.order, plan.axis, plan.kind)
+    return None if found is None else View(buffer, *found)
+
+
+@lru_cache(maxsize=4096)
+def _walk(shape: Ints, strides: Ints, order: Ints | None, axis: int, kind: str) -> tuple[int, int, int, int, int] | None:
+    axes = order or tuple(range(len(shape)))
+    cut = axes.index(axis)
+    outer, inner = (_joined(shape, strides, [a for a in part if shape[a] != 1]) for part in (axes[:cut], axes[cut + 1 :]))
     if outer is None or inner is None or inner[1] != 1:
         return None
-    (N, step), (S, _), C = outer, inner, buffer.shape[plan.axis]
-    inside = S if C == 1 else buffer.strides[plan.axis]
-    if plan.kind == "channels_last" and inside != 1:
+    (N, step), (S, _), C = outer, inner, shape[axis]
+    inside = S if C == 1 else strides[axis]
+    if kind == "channels_last" and inside != 1:
         return None
-    return View(buffer, N, C, S, C * S if N == 1 else step, inside)
+    return N, C, S, C * S if N == 1 else step, inside
 
 
-def _joined(buffer: Buffer, axes: list[int]) -> tuple[int, int] | None:
+def _joined(shape: Ints, strides: Ints, axes: list[int]) -> tuple[int, int] | None:
     """(size, stride) of several axes as one."""
     for a, b in pairwise(axes):
-        if buffer.strides[a] != buffer.strides[b] * buffer.shape[b]:
+        if strides[a] != strides[b] * shape[b]:
             return None
-    return int(np.prod([buffer.shape[a] for a in axes], dtype=np.int64)), buffer.strides[axes[-1]] if axes else 1
+    return math.prod(shape[a] for a in axes), strides[axes[-1]] if axes else 1
 
 
 class Sized(NamedTuple):
@@ -67,20 +76,43 @@ class Sized(NamedTuple):
 
 def sized(*views: View) -> Sized:
     """The grids for statistics of arrays that are read together."""
-    x = views[0]
-    lanes = 16 // x.buffer.itemsize
-    if x.S <= grids.SHORT and all(v.inner == v.S for v in views):
-        contiguous = all(v.outer == v.C * v.S for v in views)
-        cut = grids.columns(x.N, x.C, x.S, lanes, contiguous)
-        steps = [cut.fold * v.outer for v in views]
-        even = cut.W % lanes == 0 and all(grids.even_rows(v.base, [step], lanes) for v, step in zip(views, steps, strict=True))
-        return Sized(None, cut, cut.parts + (cut.rest > 0), cut.fold, x.S, cut.W, lanes, even)
-    even = x.S % lanes == 0 and all(grids.even_rows(v.base, (v.outer, v.inner), lanes) for v in views)
-    plan = grids.rows(x.N, x.C, x.S, lanes, even)
-    if any((v.base - x.base) % lanes or (v.outer - x.outer) % lanes or (v.inner - x.inner) % lanes for v in views):
-        plan = grids.rows(x.N, x.C, x.S, x.S + 1, False)._replace(slots=1)  # none of them lies alike: element by element
-        plan = plan._replace(chunk=0)
-    return Sized(plan, None, plan.parts, 1, 1, x.C, lanes, even)
+    return _sized(views[0][1:4], tuple((v.base, v.outer, v.inner) for v in views), 16 // views[0].buffer.itemsize)
+
+
+@lru_cache(maxsize=4096)
+def _sized(dims: tuple[int, int, int], arrays: tuple[tuple[int, int, int], ...], lanes: int) -> Sized:
+    """For (N, C, S), and (base, outer, inner) of each array."""
+    N, C, S = dims
+    if S <= grids.SHORT and all(inner == S for _, _, inner in arrays):
+        cut = grids.columns(N, C, S, lanes, all(outer == C * S for _, outer, _ in arrays))
+        even = cut.W % lanes == 0 and all(grids.even_rows(base, [cut.fold * outer], lanes) for base, outer, _ in arrays)
+        return Sized(None, cut, cut.parts + (cut.rest > 0), cut.fold, S, cut.W, lanes, even)
+    even = S % lanes == 0 and all(grids.even_rows(base, (outer, inner), lanes) for base, outer, inner in arrays)
+    plan = grids.rows(N, C, S, lanes, even)
+    if any((one - first) % lanes for array in arrays for one, first in zip(array, arrays[0], strict=True)):
+        plan = grids.rows(N, C, S, S + 1, False)  # none of them lies alike: element by element
+    return Sized(plan, None, plan.parts, 1, 1, C, lanes, even)
+
+
+class Flat(NamedTuple):
+    """An elementwise pass over arrays that lie as they do."""
+
+    grid: grids.Runs
+    steps: Ints  # outer and inner of each array; 0 where there is but one run
+    aligned: bool  # whether every group of every array lies on a 16-byte boundary
+
+
+def flat(*views: View) -> Flat:
+    """How an elementwise pass walks its arrays."""
+    return _flat(views[0][1:4], tuple((v.base, v.outer, v.inner) for v in views), 16 // views[0].buffer.itemsize)
+
+
+@lru_cache(maxsize=4096)
+def _flat(dims: tuple[int, int, int], arrays: tuple[tuple[int, int, int], ...], lanes: int) -> Flat:
+    grid = grids.runs(*dims, lanes, [(outer, inner) for _, outer, inner in arrays])
+    apart = [(0, 0) if grid.runs == 1 else (outer, inner if grid.inner > 1 else 0) for _, outer, inner in arrays]
+    aligned = all(grids.even_rows(base, step, lanes) for (base, _, _), step in zip(arrays, apart, strict=True))
+    return Flat(grid, tuple(n for step in apart for n in step), aligned and (grid.runs == 1 or grid.length % lanes == 0))
 
 
 def kind_of(x: View) -> np.dtype[Any]:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from numba.cuda.simulator import kernel as simulator
 
-from fastbn.backends import grids
+from fastbn.backends import grids, views
 from fastbn.kernels.cuda import _gpu, _simulated
 
 THREADS, WARP = 8, 4  # each thread of the simulator is one of Python's
@@ -49,6 +49,8 @@ simulator.BlockThread.run = _guarded
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks and warps of a few threads and parts of a few values, so that small arrays take every branch."""
+    views._sized.cache_clear()
+    views._flat.cache_clear()
     for module in (grids, _simulated, _gpu):
         monkeypatch.setattr(module, "WARP", WARP)
     for name, value in {"THREADS": THREADS, "DEEP": 1, "FULL": 6, "SHORT": 16}.items():

@@ -46,3 +46,44 @@ batch_norm = _handed_over("batch_norm")
 batch_norm_inference = _handed_over("batch_norm_inference")
 batch_norm_backward = _handed_over("batch_norm_backward")
 batch_norm_inference_backward = _handed_over("batch_norm_inference_backward")
+
+
+class RunningMoments:
+    """Running statistics of chunks on the GPU, read on the host."""
+
+    def __init__(self, num_features: int, axis: int, backend: str) -> None:
+        self.seen = fastbn.RunningMoments(num_features, axis, backend)
+
+    def update(self, chunk: np.ndarray) -> "RunningMoments":
+        self.seen.update(on_gpu(chunk))
+        return self
+
+    @property
+    def mean(self) -> np.ndarray:
+        return on_host(self.seen.mean)
+
+    def var(self) -> np.ndarray:
+        return on_host(self.seen.var())
+
+
+class BatchNorm:
+    """A layer on the GPU, whose arrays are given and read on the host."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        self.__dict__["layer"] = fastbn.BatchNorm(*arguments, **options).to("cuda", "numba")
+
+    def train(self, mode: bool = True) -> "BatchNorm":
+        self.layer.train(mode)
+        return self
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.layer, name, on_gpu(value))
+
+    def __getattr__(self, name: str) -> Any:
+        return on_host(getattr(self.layer, name))
+
+    def __call__(self, x: Any) -> Any:
+        return on_host(self.layer(on_gpu(x)))
+
+    def backward(self, dy: Any, out: Any = None) -> Any:
+        return on_host(self.layer.backward(on_gpu(dy), on_gpu(out)))

@@ -135,6 +135,19 @@ def test_moments_are_values_on_the_gpu() -> None:
         both.merge(fastbn.moments(gpu.on_gpu(x), axis=2))
 
 
+def test_running_moments_of_chunks() -> None:
+    x = np.random.default_rng(9).normal(3, 2, (12, 3, 5)).astype(np.float32)
+    seen = gpu.RunningMoments(3, 1, "cuda")
+    for chunk in (x[:0], x[:2], x[2:7], x[7:]):
+        seen.update(chunk)
+    want = fastbn.moments(x, backend="reference")
+    assert seen.seen.count == want.count
+    np.testing.assert_allclose(seen.mean, want.mean, rtol=1e-6)
+    np.testing.assert_allclose(seen.var(), want.var(), rtol=1e-6)
+    with pytest.raises(TypeError, match="merge: given moments that are on a GPU"):
+        want.merge(seen.seen.moments)
+
+
 def test_every_run_gives_the_same_bits() -> None:
     i = inputs(Case((3, 2, 6, 8), 1, "several parts of a channel"), "float32")
     first = {name: call(i, "cuda") for name, call in WRITING.items()}

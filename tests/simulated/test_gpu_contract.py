@@ -10,8 +10,8 @@ from shapes import DTYPES, LAYOUTS, Case, memory_order
 from test_contract import WHOLE, inputs, verify, written
 
 contract.fastbn = gpu  # the calls below are the same, on arrays of the GPU
-CALLS = {name: call for name, call in contract.CALLS.items() if not name.startswith(("BatchNorm", "Running"))}
-WRITING = {name: call for name, call in contract.WRITING.items() if name in CALLS}
+CALLS = contract.CALLS
+WRITING = contract.WRITING
 DTYPES = [dtype for dtype in DTYPES if dtype != "bfloat16"]  # which numba's arrays do not know
 ON_GPU = [name for name in LAYOUTS if name not in ("unaligned", "packed", "big_endian")]  # a GPU's arrays are aligned and native
 OUT = ["C", "Fortran", "channels_last", "crop", "strided", "reversed"]

@@ -15,7 +15,7 @@ from numba.core.errors import NumbaPerformanceWarning
 
 from fastbn.kernels.cuda import _gpu, _simulated
 
-__all__ = ["KERNELS", "Kernel", "current", "device_of", "empty", "kernel", "on", "pointer", "raw"]
+__all__ = ["KERNELS", "Kernel", "current", "device_of", "empty", "kernel", "on", "pointer", "put", "raw"]
 
 DOUBLE = np.dtype(np.float64)
 
@@ -107,6 +107,14 @@ def pointer(address: int, low: int, high: int, dtype: np.dtype[Any]) -> Any:
 def empty(sizes: tuple[int, ...], strides: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
     """Fresh memory on the current device: numba's array."""
     return cuda.device_array(sizes, dtype, strides=strides) if math.prod(sizes) else cuda.device_array(sizes, dtype)
+
+
+def put(array: np.ndarray[Any, Any], device: int) -> Any:
+    """A copy of a host array on a device: numba's array."""
+    if _gpu.SIMULATED:
+        return cuda.to_device(array.copy())
+    with cuda.gpus[device]:
+        return cuda.to_device(array)
 
 
 def raw(nbytes: int) -> tuple[Any, int]:

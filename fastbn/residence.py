@@ -1,0 +1,117 @@
+"""Where a layer's arrays live: to a GPU and back, and changed in place on either side."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastbn.backends import devices, select_device
+
+Array = NDArray[Any]
+
+KINDS = ("torch", "cupy", "numba")
+
+
+def chosen(kind: str | None) -> str:
+    """The library whose arrays a layer on a GPU holds: the one asked for, else the first of PyTorch and CuPy that is imported, else numba.
+
+    Raises
+    ------
+    ValueError
+        No such library.
+    """
+    if kind is None:
+        return next((name for name in KINDS if name in sys.modules and name != "numba" and _usable(name)), "numba")
+    if kind not in KINDS:
+        raise ValueError(f"kind: given {kind!r}, want one of {', '.join(KINDS)}: the library of the layer's arrays")
+    return kind
+
+
+def _usable(name: str) -> bool:
+    """Whether a library that is imported reaches a GPU."""
+    return name != "torch" or bool(sys.modules["torch"].cuda.is_available())
+
+
+def parsed(device: Any) -> int | None:
+    """The index of "cuda" or "cuda:1"; None for "cpu".
+
+    Raises
+    ------
+    ValueError
+        Something else.
+    """
+    name, _, index = str(device).partition(":")
+    if name == "cpu" and not index:
+        return None
+    if name == "cuda" and (not index or index.isdigit()):
+        return int(index or 0)
+    raise ValueError(f"device: given {device!r}, want 'cpu', 'cuda' or 'cuda:N'")
+
+
+def to_device(array: Array, index: int, kind: str) -> Any:
+    """A copy of a host array on a GPU, as an array of a library's.
+
+    Raises
+    ------
+    BackendUnavailable
+        No CUDA here.
+    """
+    select_device("cuda")
+    if kind == "torch":
+        import torch
+
+        return torch.from_numpy(array.copy()).to(f"cuda:{index}")
+    if kind == "cupy":
+        import cupy
+
+        with cupy.cuda.Device(index):
+            return cupy.array(array)
+    from fastbn.kernels.cuda import _jit
+
+    return _jit.put(array, index)
+
+
+def to_host(array: Any) -> Array:
+    """A copy on the host; waits for what is queued on it."""
+    if isinstance(array, np.ndarray):
+        own: Array = array.copy()
+        return own
+    root = type(array).__module__.partition(".")[0]
+    found: Any = array.cpu().numpy() if root == "torch" else array.get() if root == "cupy" else array.copy_to_host()
+    host: Array = np.asarray(found)
+    return host
+
+
+def overwrite(target: Any, values: Array) -> None:
+    """Change an array in place to values of the host, on either side."""
+    if isinstance(target, np.ndarray):
+        target[...] = values
+        return
+    root, values = type(target).__module__.partition(".")[0], np.ascontiguousarray(values, to_host(target).dtype)
+    if root == "torch":
+        import torch
+
+        target.copy_(torch.from_numpy(values))
+    elif root == "cupy":
+        target.set(values)
+    else:
+        target.copy_to_device(values)
+
+
+def renewed(old: Any, values: Array) -> Any:
+    """Values to begin with again: in the old array where that is on a GPU, else the new one."""
+    if old is None or not devices.on_device(old):
+        return values
+    overwrite(old, values)
+    return old
+
+
+def check(x_on_gpu: bool, **arrays: Any) -> None:
+    """TypeError where a layer's array is not on the side of x."""
+    for name, array in arrays.items():
+        if array is not None and devices.on_device(array) != x_on_gpu:
+            here, there, to = ("the host", "a GPU", "cuda") if x_on_gpu else ("a GPU", "the host", "cpu")
+            raise TypeError(f"{name}: this layer's is on {here}, x on {there}: move the layer, bn.to('{to}')")

@@ -1,0 +1,110 @@
+"""The layer on the simulated GPU: running statistics change there, state goes through the host, sides do not mix."""
+
+from typing import Any
+
+import gpu
+import numpy as np
+import pytest
+
+import fastbn
+
+NAMES = ("gamma", "beta", "running_mean", "running_var")
+X = np.random.default_rng(0).normal(3, 2, (6, 3, 5)).astype(np.float32)
+DY = np.random.default_rng(1).normal(size=X.shape).astype(np.float32)
+
+
+def _pair(**options: Any) -> tuple[fastbn.BatchNorm, fastbn.BatchNorm]:
+    return fastbn.BatchNorm(3, **options), fastbn.BatchNorm(3, **options).to("cuda", "numba")
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"momentum": None}, {"unbiased_running_var": False}, {"affine": False}, {"track_running_stats": False}]
+)
+def test_training_and_evaluation_as_on_the_host(options: dict[str, Any]) -> None:
+    host, device = _pair(**options)
+    for scale in (1, 2, 3):
+        y, dx = host(X * scale), host.backward(DY)
+        np.testing.assert_allclose(gpu.on_host(device(gpu.on_gpu(X * np.float32(scale)))), y, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(gpu.on_host(device.backward(gpu.on_gpu(DY))), dx, rtol=1e-5, atol=1e-6)
+        for name in ("dgamma", "dbeta"):
+            if getattr(host, name) is not None:
+                np.testing.assert_allclose(gpu.on_host(getattr(device, name)), getattr(host, name), rtol=1e-5, atol=1e-5)
+    state = device.state_dict()
+    assert list(state) == list(host.state_dict())
+    for key, value in host.state_dict().items():
+        assert type(state[key]) is np.ndarray
+        assert state[key].dtype == value.dtype
+        np.testing.assert_allclose(state[key], value, rtol=1e-6)
+    y = host.eval()(X)
+    np.testing.assert_allclose(gpu.on_host(device.eval()(gpu.on_gpu(X))), y, rtol=1e-5, atol=1e-6)
+
+
+def test_statistics_of_evaluation_are_those_of_the_forward() -> None:
+    _, device = _pair()
+    device.eval()(gpu.on_gpu(X))
+    want = gpu.on_host(device.backward(gpu.on_gpu(DY))).copy()
+    device(gpu.on_gpu(X))
+    fastbn.device.track(fastbn.moments(gpu.on_gpu(X)), 1.0, 1.0, device.running_mean, device.running_var)
+    np.testing.assert_array_equal(gpu.on_host(device.backward(gpu.on_gpu(DY))), want)
+
+
+def test_to_and_fro_keeps_every_value() -> None:
+    host, device = _pair()
+    device(gpu.on_gpu(X))
+    state = device.state_dict()
+    device.to("cpu")
+    for name in NAMES:
+        assert type(getattr(device, name)) is np.ndarray
+    for key, value in device.state_dict().items():
+        np.testing.assert_array_equal(value, state[key])
+    with pytest.raises(RuntimeError, match="backward before forward"):
+        device.backward(DY)
+    host.load_state_dict(state)
+    again = fastbn.BatchNorm(3).to("cuda:0", "numba")
+    arrays = [getattr(again, name) for name in NAMES]
+    again.load_state_dict(state)
+    assert [getattr(again, name) for name in NAMES] == arrays  # changed in place
+    for key, value in again.state_dict().items():
+        np.testing.assert_array_equal(value, state[key])
+    again.reset_parameters()
+    assert [getattr(again, name) for name in NAMES] == arrays
+    for key, value in fastbn.BatchNorm(3).state_dict().items():
+        np.testing.assert_array_equal(again.state_dict()[key], value)
+
+
+def test_out_over_x_leaves_no_backward() -> None:
+    _, device = _pair()
+    x = gpu.on_gpu(X.copy())
+    device.forward(x, x)
+    with pytest.raises(RuntimeError, match="backward needs the x of the forward"):
+        device.backward(gpu.on_gpu(DY))
+    x = gpu.on_gpu(X.copy())
+    device(x)
+    device.backward(gpu.on_gpu(DY), x)
+    with pytest.raises(RuntimeError, match="backward needs the x of the forward"):
+        device.backward(gpu.on_gpu(DY))
+
+
+def test_sides_do_not_mix() -> None:
+    host, device = _pair()
+    with pytest.raises(TypeError, match=r"gamma: this layer's is on the host, x on a GPU: move the layer, bn.to\('cuda'\)"):
+        host(gpu.on_gpu(X))
+    with pytest.raises(TypeError, match=r"gamma: this layer's is on a GPU, x on the host: move the layer, bn.to\('cpu'\)"):
+        device(X)
+    assert device.num_batches_tracked == host.num_batches_tracked == 0
+    for x, error, words in (
+        (X.astype("f8"), TypeError, "x: given dtype float64, want float32, this layer's"),
+        (X[:, :2], ValueError, r"x: given 2 channels along axis 1 of shape \(6, 2, 5\), want 3"),
+    ):
+        with pytest.raises(error, match=words):
+            device(gpu.on_gpu(x))
+
+
+def test_devices_and_kinds_that_are_none() -> None:
+    bn = fastbn.BatchNorm(3)
+    for device in ("gpu", "cuda:x", "cpu:0", "cuda:-1", 0):
+        with pytest.raises(ValueError, match=r"device: given .*, want 'cpu', 'cuda' or 'cuda:N'"):
+            bn.to(device)
+    with pytest.raises(ValueError, match="kind: given 'jax', want one of torch, cupy, numba"):
+        bn.to("cuda", "jax")
+    assert type(bn.gamma) is np.ndarray
