@@ -92,6 +92,26 @@ def test_kernels_assemble_without_spills(stored: str, architecture: str, tmp_pat
             assert not DOUBLE.findall(found.ptx), f"{kernel.name} {stored}: arithmetic in double precision"
 
 
+@pytest.mark.parametrize("stored", STORED)
+def test_arguments_reach_the_launch(stored: str) -> None:
+    """numba-cuda turns addresses, numbers and truths into what the driver takes, one argument for each of the kernel's."""
+    kernel = object.__new__(dispatcher._Kernel)
+    kernel.extensions = []
+    given: dict[str, Any] = {"x": 1 << 40, "w": 1 << 40, "s": 1 << 40, "t": 1 << 40, "i4": True, "i8": 1 << 40, "f": 0.5, "c": 0.5}
+    for found in _jit.KERNELS:
+        prepared: list[Any] = []
+        types_of = found.signature(np.dtype(stored)).args
+        for kind, token in zip(types_of, found.arguments, strict=True):
+            kernel._prepare_args(kind, given[token], 0, [], prepared)
+        assert len(prepared) == len(types_of)
+        for token, value in zip(found.arguments, prepared, strict=True):
+            assert getattr(value, "value", value) == given[token], f"{found.name}: {token}"
+
+
+def test_a_stream_is_known_by_its_handle() -> None:
+    assert int(_jit._stream(0).handle) == 0
+
+
 def test_the_checks_can_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel that indexes a local array dynamically, computes in double and loads singly is seen to."""
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import math
-import warnings
 from collections.abc import Callable
 from functools import cache, lru_cache
 from typing import Any
 
 import numpy as np
 from numba import cuda
-from numba.core.errors import NumbaPerformanceWarning
 
 from fastbn.kernels.cuda import _gpu, _simulated
 
@@ -56,10 +54,11 @@ class Kernel:
 
     @cache  # noqa: B019 # kernels live as long as the program
     def compiled(self, dtype: np.dtype[Any], statistic: np.dtype[Any], device: int) -> Any:
-        """What `[grid, block, stream]` launches on a device; compiled for it at the first time."""
+        """The kernel for a device, the current one; compiled at the first time."""
         if _gpu.SIMULATED:
             return cuda.jit(_quietly(self.body))
-        return cuda.jit(self.signature(dtype, statistic))(self.body)
+        (made,) = cuda.jit(self.signature(dtype, statistic))(self.body).overloads.values()
+        return made
 
     def launch(
         self,
@@ -76,9 +75,8 @@ class Kernel:
         if _gpu.SIMULATED:
             compiled[blocks, threads](*arguments)
             return
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", NumbaPerformanceWarning)  # of small arrays, which no other grid helps
-            compiled[blocks, threads, _stream(stream)](*arguments)
+        # Not through the dispatcher, which would take the addresses for numbers, and warn of the few blocks that small arrays need.
+        compiled.launch(arguments, (blocks, 1, 1), (threads, 1, 1), _stream(stream), 0)
 
 
 def _quietly(body: Callable[..., Any]) -> Callable[..., Any]:
@@ -93,7 +91,9 @@ def _quietly(body: Callable[..., Any]) -> Callable[..., Any]:
 
 @lru_cache(maxsize=256)
 def _stream(handle: int) -> Any:
-    return cuda.external_stream(handle) if handle else cuda.default_stream()
+    from numba.cuda.cudadrv import driver
+
+    return driver.ExperimentalStream.from_handle(handle)
 
 
 def pointer(address: int, low: int, high: int, dtype: np.dtype[Any]) -> Any:
