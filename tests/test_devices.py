@@ -1,6 +1,8 @@
 """Arrays on a GPU, as far as no GPU is needed: what their interface says, what is refused and with which words, who serves them."""
 
 import importlib.util
+import subprocess
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -166,8 +168,86 @@ def test_each_reason_to_decline_has_its_remedy(declines: Any) -> None:
 
 
 def test_importing_fastbn_touches_no_cuda() -> None:
-    import subprocess
-    import sys
-
     code = "import sys, fastbn; assert not [name for name in sys.modules if name.startswith(('numba.cuda', 'cuda', 'fastbn.kernels.cuda'))]"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+class Tensor:
+    """CuPy's array, as far as fastbn asks it, in host memory."""
+
+    __module__ = "cupy"
+
+    def __init__(self, array: np.ndarray) -> None:
+        self.array, self.dtype, self.device = array, array.dtype, Device()
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        return self.array.__array_interface__ | {"version": 3}
+
+    def transpose(self, axes: tuple[int, ...]) -> "Tensor":
+        return Tensor(self.array.transpose(axes))
+
+    def get(self) -> np.ndarray:
+        return self.array.copy()
+
+    def set(self, values: np.ndarray) -> None:
+        self.array[...] = values
+
+
+class Device:
+    id = 3
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *reason: object) -> None:
+        pass
+
+
+@pytest.fixture
+def cupy(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A stand-in for CuPy."""
+    stream = SimpleNamespace(get_current_stream=lambda: SimpleNamespace(ptr=9), Device=lambda index: Device())
+    module = SimpleNamespace(empty=lambda sizes, kind: Tensor(np.empty(sizes, kind)), array=lambda a: Tensor(a.copy()), cuda=stream)
+    monkeypatch.setitem(sys.modules, "cupy", module)
+    return module
+
+
+def test_results_and_streams_are_those_of_cupy(cupy: Any) -> None:
+    x = devices.view(Tensor(np.zeros((2, 3, 4), np.float32)), "x")
+    assert (devices.device_of(x), devices.current_stream(x)) == (3, 9)
+    made = devices.empty((2, 3, 4), (0, 2, 1), "float32", x)
+    assert isinstance(made, Tensor)
+    assert devices.view(made, "y")[1:4] == ((2, 3, 4), (12, 1, 3), "float32")
+
+
+def test_results_are_tensors_beside_tensors() -> None:
+    torch = pytest.importorskip("torch", reason="its tensors are made and read")
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        x = devices.view(torch.zeros((2, 3, 4), dtype=dtype), "x")
+        assert x[1:5] == ((2, 3, 4), (12, 4, 1), str(dtype).partition(".")[2], False)
+        made = devices.empty((2, 3, 4), (0, 2, 1), x.dtype, x)
+        assert (made.dtype, tuple(made.stride())) == (dtype, (12, 1, 3))
+    with pytest.raises(TypeError, match=r"x: given dtype torch.int32, want float16.*x.float\(\)"):
+        devices.view(torch.zeros(3, dtype=torch.int32), "x")
+
+
+def test_a_layer_moves_to_cupy_and_back(cupy: Any, served: None) -> None:
+    bn = fastbn.BatchNorm(3).to("cuda:3", "cupy")
+    assert isinstance(bn.gamma, Tensor)
+    assert list(bn.state_dict()["running_var"]) == [1, 1, 1]
+    bn.load_state_dict({key: value + 1 for key, value in bn.state_dict().items()})
+    assert isinstance(bn.running_var, Tensor)
+    assert list(bn.to("cpu").running_var) == [2, 2, 2]
+    assert fastbn.BatchNorm(3).to("cuda").gamma is not None  # CuPy is imported, and chosen
+    bare = fastbn.BatchNorm(3, affine=False).to("cuda")
+    assert bare.gamma is None
+    assert isinstance(bare.running_mean, Tensor)
+
+
+def test_a_layer_does_not_move_where_cuda_declines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "declines", lambda: "no GPU today")
+    bn = fastbn.BatchNorm(3)
+    with pytest.raises(fastbn.BackendUnavailable, match="no GPU today"):
+        bn.to("cuda")
+    assert type(bn.gamma) is np.ndarray
