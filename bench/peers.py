@@ -128,7 +128,8 @@ def _rounded(value: Any) -> Any:
     return [_rounded(item) for item in value] if isinstance(value, list) else value
 
 
-def _write(path: Path | None, result: dict[str, Any]) -> None:
+def write_result(path: Path | None, result: dict[str, Any]) -> None:
+    """Write a result as JSON, whole or not at all; nothing where there is no path."""
     if path is None:
         return
     text = json.dumps(_rounded(result), separators=(",", ":"), ensure_ascii=False)
@@ -159,7 +160,8 @@ def _paths(args: argparse.Namespace, kind: dict[str, Any]) -> tuple[Path | None,
     return data, picture
 
 
-def _relative(path: Path, readme: Path) -> str:
+def relative(path: Path, readme: Path) -> str:
+    """A path as the README links it."""
     return Path(os.path.relpath(path.resolve(), readme.resolve().parent)).as_posix()
 
 
@@ -167,7 +169,7 @@ def _write_readme(readme: Path, result: dict[str, Any], data: Path | None, pictu
     """Replace the result's block; the plot is linked where it is, beside the JSON unless it was just drawn."""
     if picture is None and data is not None and data.with_suffix(".png").exists():
         picture = data.with_suffix(".png")
-    found = [None if path is None else _relative(path, readme) for path in (data, picture)]
+    found = [None if path is None else relative(path, readme) for path in (data, picture)]
     replace_block(readme, report.block(result), report.markdown(result, *found))
     print(f"wrote the {report.block(result)} block of {readme}")
 
@@ -190,7 +192,7 @@ def run(args: argparse.Namespace) -> int:
     shapes = chosen(args.shapes, args.quick)
     data, picture = _paths(args, kind)
     if result is None:
-        result = measured(args, shapes, kept, partial(_write, data))
+        result = measured(args, shapes, kept, partial(write_result, data))
     show(result)
     if picture:
         plot.draw(result, picture)

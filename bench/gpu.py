@@ -1,0 +1,251 @@
+"""fastbn on a GPU: checked, then timed beside PyTorch and the device's own copy: `python -m bench.gpu`, see --help."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import statistics
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench import gpu_checks, gpu_timing
+from bench.gpu_problem import SHAPES, Problem
+from bench.peers import RESULTS, relative, write_result
+from bench.plot import LOOK, OFFSET, ROW_INCHES
+from bench.problem import PASSES
+from fastbn import info, screen
+from fastbn.backends import devices
+from fastbn.errors import MissingExtra
+from fastbn.quickbench import replace_block
+
+COMMAND = "python -m bench.gpu"
+SECONDS = 420.0  # for all timings together; what is left out is listed
+# By torch.compile, which takes seconds for each.
+COMPILED = (
+    "32x64x56x56",
+    "32x256x56x56",
+    "32x512x28x28",
+    "256x64x112x112",
+    "32x64x56x56 last",
+    "65536x64",
+)  # by torch.compile, seconds each
+QUICK = ("32x64x56x56", "32x64x56x56 last", "65536x64")
+OF_COPY, RATIO, GEOMEAN = 0.85, 1.0, 1.3  # targets
+OF_COPY_BYTES, RATIO_BYTES = 256 * 2**20, 4 * 2**20  # from which they hold
+SMALL = "32x64"
+
+
+def plan(quick: bool) -> list[tuple[str, str]]:
+    """(shape, dtype) in the order of their weight: float32 in both memory orders, half precision channels last."""
+    names = list(QUICK) if quick else [name for name, case in SHAPES.items() if case.group != "small"]
+    last = [name for name in names if SHAPES[name].group in ("last", "flat")]
+    return [(name, "float32") for name in names] + [(name, dtype) for dtype in ("float16", "bfloat16") for name in last]
+
+
+def facts() -> dict[str, Any]:
+    """The device and the versions of everything."""
+    import torch
+
+    device = torch.cuda.get_device_properties(0)
+    return {
+        "date": datetime.date.today().isoformat(),
+        "device": device.name,
+        "multiprocessors": device.multi_processor_count,
+        "memory": device.total_memory,
+        "cudnn": str(torch.backends.cudnn.version()),
+        "cuda": str(torch.version.cuda),
+        **{name: info.version(name) for name in ("fastbn", "numba", "numba-cuda", "numpy", "torch")},
+    }
+
+
+def check() -> list[dict[str, Any]]:
+    """Every comparison that is out of its limit."""
+    found, worst = [], 0.0
+    for what, off, limit in gpu_checks.checks():
+        worst = max(worst, off / limit)
+        if not off <= limit:
+            found.append({"what": what, "error": off, "limit": limit})
+    print(f"checks: the worst error is {worst:.2f} of its limit; {len(found)} beyond")
+    return found
+
+
+def timed(seconds: float, quick: bool) -> tuple[list[dict[str, Any]], list[str]]:
+    """(records, what there was no time for)."""
+    import torch
+
+    records: list[dict[str, Any]] = []
+    left: list[str] = []
+    start = time.perf_counter()
+    for name, dtype in plan(quick):
+        if time.perf_counter() - start > seconds:
+            left.append(f"{name} {dtype}")
+            continue
+        problem = Problem(name, dtype)
+        compiled = name in COMPILED and dtype == "float32"
+        records += [gpu_timing.record(name, what, problem, compiled) for what in PASSES]
+        last = {r["pass"]: r for r in records[-len(PASSES) :]}
+        print(f"{time.perf_counter() - start:6.0f} s  {name} {dtype}  " + "  ".join(f"{w} {cell(r)}" for w, r in last.items()), flush=True)
+        del problem
+        torch.cuda.empty_cache()
+    return records, left
+
+
+def host() -> dict[str, float]:
+    """Microseconds of the host for each call on a small array."""
+    import torch
+
+    problem = Problem(SMALL, "float32")
+    calls = {f"fastbn {what}": problem.fastbn(what) for what in PASSES}
+    calls["F.batch_norm forward"] = problem.pytorch("forward", torch.nn.functional.batch_norm)
+    return {what: gpu_timing.host_microseconds(call, torch) for what, call in calls.items()}
+
+
+def cell(record: Mapping[str, Any]) -> str:
+    """A pass of a shape: time, the fastest peer, the copy's bandwidth."""
+    peer = "no peer" if record["fastest"] is None else f"{record['ratio']:.2f}x {record['fastest']}"
+    return f"{record['seconds']['fastbn'] * 1e6:.4g} µs, {peer}, {record['of_copy'] * 100:.0f} %"
+
+
+def summary(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The targets beside what was measured."""
+    lines = []
+    large = [r for r in records if r["bytes"] > OF_COPY_BYTES]
+    if large:
+        least = min(large, key=lambda r: r["of_copy"])
+        met = sum(r["of_copy"] >= OF_COPY for r in large)
+        where = f"{least['shape']} {least['dtype']} {least['pass']}"
+        lines.append(f"of the copy's bandwidth, arrays over 256 MiB: least {least['of_copy'] * 100:.0f} % ({where}); "
+                     f"{met} of {len(large)} at {OF_COPY * 100:.0f} %")  # fmt: skip
+    beside = [r for r in records if r["bytes"] > RATIO_BYTES and r["ratio"] is not None]
+    if beside:
+        least = min(beside, key=lambda r: r["ratio"])
+        met = sum(r["ratio"] >= RATIO for r in beside)
+        mean = statistics.geometric_mean(r["ratio"] for r in beside)
+        where = f"{least['shape']} {least['dtype']} {least['pass']}, {least['fastest']}"
+        lines.append(f"PyTorch's best, arrays over 4 MiB: least {least['ratio']:.2f}x ({where}); {met} of {len(beside)} at {RATIO:g}x; "
+                     f"geometric mean {mean:.2f}x (target {GEOMEAN:g}x)")  # fmt: skip
+    return lines
+
+
+def table(records: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """One line per shape and dtype, one column per pass."""
+    found: dict[str, dict[str, str]] = {}
+    for record in records:
+        found.setdefault(f"{record['shape']} {record['dtype']}", {})[record["pass"]] = cell(record)
+    return ["shape", *PASSES], [[shape, *(cells.get(what, "-") for what in PASSES)] for shape, cells in found.items()]
+
+
+def note(result: Mapping[str, Any]) -> str:
+    """What the cells mean, where and when they were measured."""
+    machine = result["machine"]
+    versions = ", ".join(f"{name} {machine[name]}" for name in ("fastbn", "numba-cuda", "numba", "torch"))
+    calls = ", ".join(f"{what} {value:.0f} µs" for what, value in result["host"].items())
+    return (
+        "A cell: fastbn's time; PyTorch's best as a multiple of it, and which that is; fastbn's bandwidth on the bytes that its schedule "
+        f"says must move, as a share of the device's own copy's. The host side of a call on {SMALL}: {calls}. {machine['device']}, CUDA "
+        f"{machine['cuda']}, cuDNN {machine['cudnn']}; {versions}; {machine['date']}."
+    )
+
+
+def markdown(result: Mapping[str, Any], data: str) -> str:
+    """The README's block; the plot is linked where it is, beside the JSON."""
+    headers, lines = table(result["records"])
+    rows = [headers, ["---", *("---:" for _ in headers[1:])], *lines]
+    listed = "\n".join(f"* {line}" for line in summary(result["records"]))
+    written = f"Written by `{COMMAND} --from {data} --readme README.md`."
+    picture = f"![time against PyTorch's best and the copy's bandwidth, by shape and pass]({data.removesuffix('.json')}.png)"
+    return "\n\n".join([listed, "\n".join("| " + " | ".join(row) + " |" for row in rows), picture, f"{note(result)} {written}"]) + "\n"
+
+
+def draw(result: Mapping[str, Any], path: Path) -> None:
+    """Write the plot as PNG: each shape's ratio to PyTorch's best, and its share of the copy's bandwidth, by pass."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    names = list(dict.fromkeys(f"{r['shape']} {r['dtype']}" for r in result["records"]))
+    figure = Figure(figsize=(11, ROW_INCHES * len(names) + 2.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2, sharey=True)
+    for r in result["records"]:
+        y = names.index(f"{r['shape']} {r['dtype']}") + OFFSET[r["pass"]]
+        marker, colour = LOOK[r["pass"]]
+        for axes, value in ((left, r["ratio"]), (right, r["of_copy"])):
+            if value is not None:
+                axes.plot(value, y, marker, color=colour, markersize=4)
+    for axes, target, label in (
+        (left, RATIO, "PyTorch's best time / fastbn's: larger is better"),
+        (right, OF_COPY, "share of the copy's bandwidth: larger is better"),
+    ):
+        axes.axvline(target, color="black", linewidth=0.8)
+        axes.grid(linewidth=0.4, alpha=0.6)
+        axes.set_xlabel(label)
+    left.set_xscale("log")
+    right.set_xlim(left=0)
+    left.set_yticks(range(len(names)), names, fontsize=8)
+    left.set_ylim(len(names) - 0.5, -0.5)
+    handles = [Line2D([], [], marker=m, color=c, linestyle="none", label=what) for what, (m, c) in LOOK.items()]
+    title = f"{result['machine']['device']}, {result['machine']['date']}"
+    figure.legend(handles=handles, ncols=len(handles), loc="outside upper center", frameon=False, title=title)
+    figure.savefig(path, format="png", dpi=110)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=COMMAND, description="Check fastbn on this machine's GPU, then time it beside PyTorch.")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here (default: into bench/results)")
+    parser.add_argument("--from", type=Path, dest="source", metavar="FILE", help="measure nothing: print and write an earlier result")
+    parser.add_argument("--readme", type=Path, metavar="FILE", help="replace the block between <!-- gpu:begin --> and <!-- gpu:end -->")
+    parser.add_argument("--seconds", type=float, default=SECONDS, metavar="S", help=f"for all timings together (default: {SECONDS:g})")
+    parser.add_argument("--quick", action="store_true", help=f"{', '.join(QUICK)} only")
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command; 1 where a check fails."""
+    screen.need("rich", "matplotlib", command=COMMAND, named="rich and matplotlib")
+    if args.readme:
+        replace_block(args.readme, "gpu", None)
+    path = args.source or args.json
+    if args.source:
+        result = json.loads(args.source.read_text(encoding="utf-8"))
+    else:
+        if (reason := devices.declines()) is not None:
+            raise ValueError(reason)
+        machine = facts()
+        slug = "-".join(machine["device"].lower().split())
+        path = args.json or RESULTS / f"gpu-{machine['date']}-{slug}.json"
+        result = {"kind": "gpu", "machine": machine, "failed": check(), "host": {}, "records": [], "left": []}
+        write_result(path, result)
+        result["host"] = host()
+        result["records"], result["left"] = timed(args.seconds, args.quick)
+        write_result(path, result)
+        draw(result, path.with_suffix(".png"))
+        print(f"wrote {path} and {path.with_suffix('.png')}")
+    for line in (*summary(result["records"]), note(result), *(f"no time for {what}" for what in result["left"])):
+        print(line)
+    for failed in result["failed"]:
+        print(f"{COMMAND}: {failed['what']} is off by {failed['error']:.2g}, want at most {failed['limit']:.2g}", file=sys.stderr)
+    if result["failed"]:
+        return 1
+    if args.readme:
+        replace_block(args.readme, "gpu", markdown(result, relative(path, args.readme)))
+        print(f"wrote the gpu block of {args.readme}")
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line; the exit code: 0, 1 where a check fails, 2 for bad input or no GPU."""
+    args = _parser().parse_args(argv)
+    try:
+        return run(args)
+    except (ValueError, OSError, MissingExtra) as error:
+        print(f"{COMMAND}: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,121 @@
+"""How `bench.gpu` times: CUDA events around several calls, contestants by turns, medians of paired ratios."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from bench.gpu_problem import Call, Problem
+
+ROUNDS = 5
+BATCH_SECONDS = 2e-3  # of calls between two events
+HOST_CALLS = 300
+
+PEERS = ("PyTorch cuDNN", "PyTorch native", "torch.compile")
+
+
+def contestants(problem: Problem, what: str, compiled: bool) -> dict[str, Call]:
+    """Everyone who can do a pass, fastbn first; whoever raises is left out, with the reason in the record."""
+    torch = problem.torch
+    found: dict[str, Call] = {"fastbn": problem.fastbn(what)}
+    plain = torch.nn.functional.batch_norm
+    if what == "moments":
+        return {**found, "PyTorch native": problem.pytorch(what, plain)}
+    with torch.backends.cudnn.flags(enabled=False):
+        native = problem.pytorch(what, plain)
+    found["PyTorch cuDNN"] = problem.pytorch(what, plain)
+    found["PyTorch native"] = _without_cudnn(torch, native)
+    if compiled:
+        found["torch.compile"] = problem.pytorch(what, torch.compile(plain, dynamic=False))
+    return found
+
+
+def _without_cudnn(torch: Any, call: Call) -> Call:
+    def run(k: int) -> Any:
+        with torch.backends.cudnn.flags(enabled=False):
+            return call(k)
+
+    return run
+
+
+def _batch(torch: Any, call: Call, sets: int, number: int) -> float:
+    """Seconds per call of so many, on rotating sets."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    for i in range(number):
+        call(i % sets)
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) * 1e-3 / number
+
+
+def _refusal(torch: Any, call: Call) -> str | None:
+    """Why a call can't be timed; None where it runs."""
+    try:
+        for k in range(2):
+            call(k)
+        torch.cuda.synchronize()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"[:200]
+    return None
+
+
+def record(name: str, what: str, problem: Problem, compiled: bool) -> dict[str, Any]:
+    """Everyone's time for a pass, as ratios paired within a round, and fastbn's bandwidth beside the copy's."""
+    torch = problem.torch
+    calls, refused = contestants(problem, what, compiled), {}
+    for who in list(calls):
+        reason = _refusal(torch, calls[who])
+        if reason is not None and who == "fastbn":
+            raise RuntimeError(f"fastbn fails at {name} {problem.dtype} {what}: {reason}")
+        if reason is not None:
+            refused[who] = reason
+            del calls[who]
+    calls["copy"] = problem.copy
+    each = {who: _batch(torch, call, problem.sets, 3) for who, call in calls.items()}
+    number = {who: max(3, int(BATCH_SECONDS / seconds)) for who, seconds in each.items()}
+    rounds = [{who: _batch(torch, call, problem.sets, number[who]) for who, call in calls.items()} for _ in range(ROUNDS)]
+    return summed_up(name, what, problem, rounds, refused)
+
+
+def summed_up(name: str, what: str, problem: Any, rounds: list[Mapping[str, float]], refused: Mapping[str, str]) -> dict[str, Any]:
+    """The record of a pass from the seconds of each round."""
+
+    def ratio(of: Callable[[Mapping[str, float]], float]) -> float:
+        return statistics.median(of(seconds) for seconds in rounds)
+
+    peers = {who: ratio(lambda s, w=who: s[w] / s["fastbn"]) for who in rounds[0] if who not in ("fastbn", "copy")}
+    fastest = min(peers, key=lambda who: peers[who], default=None)
+    moved = problem.moved(what)
+    bandwidth = ratio(lambda s: (moved / s["fastbn"]) / (2 * problem.bytes / s["copy"]))
+    return {
+        "shape": name,
+        "group": problem.case.group,
+        "dtype": problem.dtype,
+        "pass": what,
+        "bytes": problem.bytes,
+        "moved": moved,
+        "seconds": {who: statistics.median(s[who] for s in rounds) for who in rounds[0]},
+        "ratios": peers,
+        "fastest": fastest,
+        "ratio": None if fastest is None else peers[fastest],
+        "of_copy": bandwidth,
+        "refused": dict(refused),
+    }
+
+
+def host_microseconds(call: Call, torch: Any) -> float:
+    """What a call takes of the host, the GPU's work left in its queue."""
+    for k in range(20):
+        call(k % 2)
+    torch.cuda.synchronize()
+    samples = []
+    for _ in range(5):
+        start = time.perf_counter()
+        for k in range(HOST_CALLS // 5):
+            call(k % 2)
+        samples.append((time.perf_counter() - start) / (HOST_CALLS // 5))
+        torch.cuda.synchronize()
+    return statistics.median(samples) * 1e6
