@@ -94,7 +94,7 @@ def test_kernels_assemble_without_spills(stored: str, architecture: str, tmp_pat
 
 @pytest.mark.parametrize("stored", STORED)
 def test_arguments_reach_the_launch(stored: str) -> None:
-    """numba-cuda turns addresses, numbers and truths into what the driver takes, one argument for each of the kernel's."""
+    """Addresses, numbers and truths become what the driver takes, as numba-cuda has it."""
     kernel = object.__new__(dispatcher._Kernel)
     kernel.extensions = []
     given: dict[str, Any] = {"x": 1 << 40, "w": 1 << 40, "s": 1 << 40, "t": 1 << 40, "i4": True, "i8": 1 << 40, "f": 0.5, "c": 0.5}
@@ -103,13 +103,30 @@ def test_arguments_reach_the_launch(stored: str) -> None:
         types_of = found.signature(np.dtype(stored)).args
         for kind, token in zip(types_of, found.arguments, strict=True):
             kernel._prepare_args(kind, given[token], 0, [], prepared)
-        assert len(prepared) == len(types_of)
-        for token, value in zip(found.arguments, prepared, strict=True):
-            assert getattr(value, "value", value) == given[token], f"{found.name}: {token}"
+        converters = found.converters(np.dtype(stored))
+        for token, convert, wanted in zip(found.arguments, converters, prepared, strict=True):
+            value = convert(given[token])
+            assert type(value) is type(wanted), f"{found.name}: {token}"
+            assert getattr(value, "value", value) == getattr(wanted, "value", wanted) == given[token], f"{found.name}: {token}"
 
 
 def test_a_stream_is_known_by_its_handle() -> None:
     assert int(_jit._stream(0).handle) == 0
+    assert int(_jit._stream(1 << 40).handle) == 1 << 40
+
+
+def test_a_launch_is_handed_over_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    core = SimpleNamespace(
+        **{name: getattr(_jit._core(), name) for name in ("Stream", "LaunchConfig")}, launch=lambda *given: seen.append(given)
+    )
+    monkeypatch.setattr(_jit, "_core", lambda: core)
+    kernel = _jit.KERNELS[0]
+    monkeypatch.setattr(kernel, "compiled", lambda dtype, statistic, device: "the kernel", raising=False)
+    kernel.launch(np.dtype(np.float32), np.dtype(np.float64), 5, 256, 7, 0, tuple(range(len(kernel.arguments))))
+    ((stream, grid, what, *arguments),) = seen
+    assert (int(stream.handle), grid.grid, grid.block, what) == (7, (5, 1, 1), (256, 1, 1), "the kernel")
+    assert [getattr(value, "value", value) for value in arguments] == list(range(len(kernel.arguments)))
 
 
 def test_the_checks_can_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -232,7 +232,8 @@ def declines() -> str | None:
         )
     if not cuda.is_available():
         error = getattr(cuda.cudadrv.driver.driver, "initialization_error", None) or "which reports no error"
-        return f"no CUDA driver that works ({error}): install NVIDIA's driver, or give the container its GPUs (--gpus all)"
+        said = " ".join(str(error).split())
+        return f"no CUDA driver that works ({said}): install NVIDIA's driver, or give the container its GPUs (--gpus all)"
     if not len(cuda.gpus):
         return "the CUDA driver shows no device: check CUDA_VISIBLE_DEVICES"
     newest = max(cuda.gpus[k].compute_capability for k in range(len(cuda.gpus)))

@@ -58,7 +58,14 @@ class Kernel:
         if _gpu.SIMULATED:
             return cuda.jit(_quietly(self.body))
         (made,) = cuda.jit(self.signature(dtype, statistic))(self.body).overloads.values()
-        return made
+        return made._codelibrary.get_cufunc().kernel
+
+    @cache  # noqa: B019 # as above
+    def converters(self, dtype: np.dtype[Any]) -> list[Callable[[Any], Any]]:
+        """What makes each argument one of the driver's: numba-cuda asks for its type anew at every launch, 24 us for 16 arguments."""
+        computed = ctypes.c_double if dtype.itemsize == 8 else ctypes.c_float
+        known = {"i4": ctypes.c_int32, "i8": ctypes.c_int64, "c": computed, "f": ctypes.c_double}
+        return [known.get(token, int) for token in self.arguments]
 
     def launch(
         self,
@@ -75,8 +82,10 @@ class Kernel:
         if _gpu.SIMULATED:
             compiled[blocks, threads](*arguments)
             return
-        # Not through the dispatcher, which would take the addresses for numbers, and warn of the few blocks that small arrays need.
-        compiled.launch(arguments, (blocks, 1, 1), (threads, 1, 1), _stream(stream), 0)
+        # Not through numba's dispatcher, which would take the addresses for numbers, and warn of the few blocks that small arrays need.
+        prepared = [convert(value) for convert, value in zip(self.converters(dtype), arguments, strict=True)]
+        core = _core()
+        core.launch(_stream(stream), _grid(blocks, threads), compiled, *prepared)
 
 
 def _quietly(body: Callable[..., Any]) -> Callable[..., Any]:
@@ -91,9 +100,20 @@ def _quietly(body: Callable[..., Any]) -> Callable[..., Any]:
 
 @lru_cache(maxsize=256)
 def _stream(handle: int) -> Any:
-    from numba.cuda.cudadrv import driver
+    return _core().Stream.from_handle(handle)
 
-    return driver.ExperimentalStream.from_handle(handle)
+
+@lru_cache(maxsize=4096)
+def _grid(blocks: int, threads: int) -> Any:
+    return _core().LaunchConfig(grid=(blocks, 1, 1), block=(threads, 1, 1))
+
+
+@lru_cache(maxsize=1)
+def _core() -> Any:
+    """NVIDIA's bindings, which numba-cuda launches with too."""
+    import cuda.core
+
+    return cuda.core
 
 
 def pointer(address: int, low: int, high: int, dtype: np.dtype[Any]) -> Any:
