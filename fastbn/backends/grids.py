@@ -1,7 +1,7 @@
 """How an array is cut into blocks and threads of a GPU: pure functions of shape, strides and alignment, in elements.
 
-The shape alone decides which values are merged in which order, not the device: the same input gives the same bits on every run and on every
-GPU. Sizes below are of an H100 or H200, 132 multiprocessors of 2048 threads; they were chosen on paper and are to be measured.
+Which values are merged in which order does not depend on the device: the same input gives the same bits on every run. Sizes below are of
+an H100 or H200, 132 multiprocessors of 2048 threads; they were chosen on paper and are to be measured.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Callable
-from functools import cache, lru_cache
+from functools import cache, cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,7 @@ class Kernel:
         The kernel, in terms of `_gpu`.
     arguments : str
         A token per argument. Pointers: x as kept in memory, w to x's arithmetic (float32 for half precision), s to float64, t
-        to statistics of a dtype of their own. Numbers: i4 and i8 integers, c in x's arithmetic, f float64.
+        to statistics of a dtype of their own. Numbers: i4 and i8 integers, f float64.
     """
 
     def __init__(self, body: Callable[..., Any], arguments: str) -> None:
@@ -47,7 +47,6 @@ class Kernel:
             "t": types.CPointer(getattr(types, statistic.name)),
             "i4": types.int32,
             "i8": types.int64,
-            "c": computed,
             "f": types.float64,
         }
         return types.void(*(known[token] for token in self.arguments))
@@ -60,11 +59,10 @@ class Kernel:
         (made,) = cuda.jit(self.signature(dtype, statistic))(self.body).overloads.values()
         return made._codelibrary.get_cufunc().kernel
 
-    @cache  # noqa: B019 # as above
-    def converters(self, dtype: np.dtype[Any]) -> list[Callable[[Any], Any]]:
+    @cached_property
+    def converters(self) -> list[Callable[[Any], Any]]:
         """What makes each argument one of the driver's: numba-cuda asks for its type anew at every launch, 24 us for 16 arguments."""
-        computed = ctypes.c_double if dtype.itemsize == 8 else ctypes.c_float
-        known = {"i4": ctypes.c_int32, "i8": ctypes.c_int64, "c": computed, "f": ctypes.c_double}
+        known = {"i4": ctypes.c_int32, "i8": ctypes.c_int64, "f": ctypes.c_double}
         return [known.get(token, int) for token in self.arguments]
 
     def launch(
@@ -83,7 +81,7 @@ class Kernel:
             compiled[blocks, threads](*arguments)
             return
         # Not through numba's dispatcher, which would take the addresses for numbers, and warn of the few blocks that small arrays need.
-        prepared = [convert(value) for convert, value in zip(self.converters(dtype), arguments, strict=True)]
+        prepared = [convert(value) for convert, value in zip(self.converters, arguments, strict=True)]
         core = _core()
         core.launch(_stream(stream), _grid(blocks, threads), compiled, *prepared)
 
