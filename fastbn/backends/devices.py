@@ -55,7 +55,20 @@ class Buffer(NamedTuple):
 
 def _library(value: Any) -> str:
     """The package that a value's type comes from."""
-    return str(type(value).__module__).partition(".")[0]
+    return _root(type(value).__module__)
+
+
+@lru_cache(maxsize=1024)
+def _root(module: str) -> str:
+    return str(module).partition(".")[0]
+
+
+@lru_cache(maxsize=1)
+def _memory() -> Any:
+    """Where memory of a GPU comes from: imported late, for it imports numba.cuda; an import in a function takes 1 us, again and again."""
+    from fastbn.kernels.cuda import _jit
+
+    return _jit
 
 
 def on_device(value: Any) -> bool:
@@ -151,9 +164,7 @@ def device_of(buffer: Buffer) -> int:
         return int(buffer.owner.device.id)
     if _simulated(buffer.owner) or not buffer.address:
         return 0
-    from fastbn.kernels.cuda import _jit
-
-    return _jit.device_of(buffer.address)
+    return int(_memory().device_of(buffer.address))
 
 
 def current_stream(buffer: Buffer) -> int:
@@ -193,7 +204,7 @@ def handle(stream: Any) -> int:
 def empty(shape: Ints, order: Ints, dtype: str, like: Buffer) -> Any:
     """Fresh memory on the device of `like`, an array of its kind; `order` lists the axes from the outermost in memory."""
     root = _library(like.owner)
-    sizes, back = tuple(shape[a] for a in order), tuple(order.index(a) for a in range(len(order)))
+    sizes, back, steps = _laid(shape, order)
     if root == "torch":
         import torch
 
@@ -206,11 +217,16 @@ def empty(shape: Ints, order: Ints, dtype: str, like: Buffer) -> Any:
             return cupy.empty(sizes, kind).transpose(back)
     if dtype == "bfloat16":
         raise TypeError(f"x: given bfloat16 in a {type(like.owner).__name__}; want a PyTorch tensor or a CuPy array for it, or give out=")
-    from fastbn.kernels.cuda import _jit
-
     itemsize = STORED[dtype].itemsize
-    steps = [itemsize * math.prod(sizes[k + 1 :]) for k in range(len(sizes))]
-    return _jit.empty(shape, tuple(steps[k] for k in back), np.dtype(dtype))
+    return _memory().empty(shape, tuple(step * itemsize for step in steps), np.dtype(dtype))
+
+
+@lru_cache(maxsize=4096)
+def _laid(shape: Ints, order: Ints) -> tuple[Ints, Ints, Ints]:
+    """Sizes from the outermost axis in memory, each axis' place among them, and strides in elements."""
+    sizes, back = tuple(shape[a] for a in order), tuple(order.index(a) for a in range(len(order)))
+    steps = _compact(sizes)
+    return sizes, back, tuple(steps[k] for k in back)
 
 
 OLDEST = (8, 0)  # compute capability; bfloat16 is rounded by an instruction of it
