@@ -50,6 +50,7 @@ TIERS = {
     "kernels/cuda/columns.py": 2.5,
     "kernels/cuda/finish.py": 2.5,
     "kernels/cuda/apply.py": 2.5,
+    "kernels/cuda/fused.py": 2.6,
     "kernels/cuda/moving.py": 2.5,
     "backends/schedule.py": 3.0,
     "backends/grids.py": 3.0,

@@ -8,7 +8,7 @@ from fastbn.backends import launches, views
 from fastbn.backends.devices import STORED, Buffer
 from fastbn.backends.launches import Call, pointer
 from fastbn.backends.views import View, kind_of, pad_of
-from fastbn.kernels.cuda import apply, finish
+from fastbn.kernels.cuda import apply, finish, fused
 
 NORMALIZE = apply.normalize, apply.normalize_long
 GRADIENT = apply.gradient, apply.gradient_long
@@ -36,9 +36,12 @@ def moments(call: Call, x: View, stats: Any) -> None:
 
 def forward(call: Call, x: View, gamma: Buffer | None, beta: Buffer | None, eps: float, out: View, stats: Any) -> None:
     """Moments into `stats` (2, C), and y."""
-    plan, kind, pad = views.sized(x), kind_of(x), pad_of(x.C)
+    plan, kind, pad = views.sized_for(out, x), kind_of(x), pad_of(x.C)
     call.work.reserve(launches.workspace(x.C, plan))
     coefs = call.work.take(5 * pad, kind)
+    if plan.whole:
+        _whole_forward(call, x, _parameters(x, gamma, beta), eps, out, stats, coefs, plan)
+        return
     partial, given = launches.partial_moments(call, x, plan)
     call.launch(
         finish.finish_forward, kind, launches.warps(x.C), partial, given, plan.entries, plan.fold, x.C, plan.share, plan.width, eps,
@@ -74,17 +77,121 @@ def backward(
     grads: Any,
 ) -> None:
     """dx, and the sums of dy and dy * xhat into `grads` (2, C); the variance is spread / count."""
-    plan, kind, pad = views.sized(x, dy), kind_of(x), pad_of(x.C)
+    plan, kind, pad = views.sized_for(out, x, dy), kind_of(x), pad_of(x.C)
     call.work.reserve(launches.workspace(x.C, plan))
     coefs, sums = call.work.take(5 * pad, kind), call.work.take(2 * x.C, STORED["float64"])
     mean, spread = launches.alike(call, mean, spread)
-    partial = launches.partial_sums(call, dy, x, mean, plan)
-    weight, _, affine = _parameters(x, gamma)
-    call.launch(
-        finish.finish_backward, kind, launches.warps(x.C), partial, plan.entries, plan.fold, x.C, plan.share, plan.width, pointer(mean),
-        pointer(spread), count, eps, float(x.N * x.S), weight, affine, int(training), pad, sums, grads, coefs, statistic=mean.dtype,
-    )  # fmt: skip
+    if training and plan.whole:
+        _whole_backward(call, dy, x, mean, spread, count, eps, gamma, out, grads, coefs, plan)
+        return
+    _finish_sums(call, dy, x, mean, spread, count, eps, gamma, training, (sums, grads, coefs), plan)
     if training:
         launches.elementwise(call, GRADIENT, coefs, x, dy, out)
     else:  # x is not read again, nor its NaN
         launches.elementwise(call, NORMALIZE, coefs, dy, out)
+
+
+def _finish_sums(
+    call: Call,
+    dy: View,
+    x: View,
+    mean: Buffer,
+    spread: Buffer,
+    count: float,
+    eps: float,
+    gamma: Buffer | None,
+    training: bool,
+    found: tuple[Any, Any, Any],
+    plan: views.Sized,
+) -> None:
+    """Sums of dy and dy * xhat (2, C) in float64 and as parameters, and coefficients of the elementwise pass."""
+    partial = launches.partial_sums(call, dy, x, mean, plan)
+    weight, _, affine = _parameters(x, gamma)
+    call.launch(
+        finish.finish_backward, kind_of(x), launches.warps(x.C), partial, plan.entries, plan.fold, x.C, plan.share, plan.width,
+        pointer(mean), pointer(spread), count, eps, float(x.N * x.S), weight, affine, int(training), pad_of(x.C), *found,
+        statistic=mean.dtype,
+    )  # fmt: skip
+
+
+def grad_reduce(call: Call, dy: View, x: View, mean: Buffer, var: Buffer, eps: float, sums: Any) -> None:
+    """Sums of dy and dy * xhat into `sums` (2, C)."""
+    plan, kind = views.sized(x, dy), kind_of(x)
+    call.work.reserve(launches.workspace(x.C, plan))
+    coefs, grads = call.work.take(5 * pad_of(x.C), kind), call.work.take(2 * x.C, kind)
+    mean, var = launches.alike(call, mean, var)
+    _finish_sums(call, dy, x, mean, var, 1.0, eps, None, True, (sums, grads, coefs), plan)
+
+
+def grad_input(
+    call: Call,
+    dy: View,
+    x: View,
+    mean: Buffer,
+    var: Buffer,
+    eps: float,
+    sums: tuple[Buffer, Buffer],
+    values: float,
+    gamma: Buffer | None,
+    out: View,
+) -> None:
+    """dx, from the sums of dy and dy * xhat over `values` per channel."""
+    kind, pad = kind_of(x), pad_of(x.C)
+    call.work.reserve(launches.workspace(x.C, None))
+    coefs = call.work.take(5 * pad, kind)
+    mean, var = launches.alike(call, mean, var)
+    weight, _, affine = _parameters(x, gamma)
+    call.launch(
+        finish.set_slope, kind, launches.threads(x.C), pointer(mean), pointer(var), 1.0, eps, *map(pointer, sums), values, weight, affine,
+        x.C, pad, coefs, statistic=mean.dtype,
+    )  # fmt: skip
+    launches.elementwise(call, GRADIENT, coefs, x, dy, out)
+
+
+def _whole_forward(
+    call: Call, x: View, parameters: tuple[Any, Any, int], eps: float, out: View, stats: Any, coefs: Any, plan: views.Sized
+) -> None:
+    """Statistics and y in one launch."""
+    given, stored = (pointer(x.buffer), pointer(out.buffer), *parameters, eps), STORED[x.buffer.dtype]
+    if (grid := plan.rows) is not None:
+        call.launch(
+            fused.forward_rows, stored, x.C, *given, x.N, x.C, x.S, x.outer, x.inner, out.outer, out.inner, x.base, out.base,
+            grid.slots, grid.rest, grid.step_n, grid.step_v, grid.chunk, grid.chunk_rest, stats,
+        )  # fmt: skip
+    elif (cut := plan.columns) is not None:
+        scratch = call.work.take(2 * x.C, kind_of(x)), call.work.take(3 * x.C, kind_of(x))
+        call.launch(
+            fused.forward_columns, stored, cut.blocks(plan.lanes), *given, x.N, x.C, x.outer, out.outer, cut.across, plan.even, pad_of(x.C),
+            stats, *scratch, coefs,
+        )  # fmt: skip
+
+
+def _whole_backward(
+    call: Call,
+    dy: View,
+    x: View,
+    mean: Buffer,
+    spread: Buffer,
+    count: float,
+    eps: float,
+    gamma: Buffer | None,
+    out: View,
+    grads: Any,
+    coefs: Any,
+    plan: views.Sized,
+) -> None:
+    """Sums and dx in one launch."""
+    weight, _, affine = _parameters(x, gamma)
+    arrays = pointer(x.buffer), pointer(dy.buffer), pointer(out.buffer), pointer(mean), pointer(spread)
+    given, stored = (*arrays, count, eps, float(x.N * x.S), weight, affine), STORED[x.buffer.dtype]
+    if (grid := plan.rows) is not None:
+        call.launch(
+            fused.backward_rows, stored, x.C, *given, x.N, x.C, x.S, x.outer, x.inner, dy.outer, dy.inner, out.outer, out.inner,
+            x.base, dy.base, out.base, grid.slots, grid.rest, grid.step_n, grid.step_v, grid.chunk, grid.chunk_rest, grads,
+            statistic=mean.dtype,
+        )  # fmt: skip
+    elif (cut := plan.columns) is not None:
+        call.launch(
+            fused.backward_columns, stored, cut.blocks(plan.lanes), *given, x.N, x.C, x.outer, dy.outer, out.outer, cut.across, plan.even,
+            pad_of(x.C), grads, call.work.take(2 * x.C, kind_of(x)), coefs, statistic=mean.dtype,
+        )  # fmt: skip

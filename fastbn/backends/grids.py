@@ -16,6 +16,8 @@ EACH = 4  # groups of a thread in the elementwise passes
 FULL = 264  # blocks that keep a device busy
 BLOCKS = 2048  # blocks beyond which more only leave more to merge
 DEEP = 8  # groups of a thread below which a part is not worth a block
+SLAB = 2**17  # bytes of a channel up to which a block finds them in cache at the second reading
+SMALL = 2**16  # values of an array for which one launch counts more than short rows
 EXACT = 2**24  # values that a float32 counts
 SHORT = 64  # values of a row of channels first, up to which rows are treated as columns
 LONG = 2**31  # values from which positions take 64 bits
@@ -71,7 +73,7 @@ class Runs(NamedTuple):
 def parts_of(units: int, groups: int, values: int) -> int:
     """Parts of each of `units` pieces of work, of so many groups and values each."""
     parts = max(1, min(groups // (DEEP * THREADS), -(-BLOCKS // units)))
-    if units * parts < FULL:  # fewer groups a thread rather than idle multiprocessors
+    if units * parts < FULL and groups >= DEEP * THREADS:  # fewer groups a thread rather than idle multiprocessors
         parts = max(parts, min(groups // (2 * THREADS), -(-FULL // units)))
     return max(parts, -(-values // EXACT))
 
@@ -90,15 +92,20 @@ def rows(N: int, C: int, S: int, lanes: int, even: bool) -> Rows:
     return Rows(max(1, slots), rest, THREADS // max(1, slots), THREADS % max(1, slots), parts, chunk, chunk_rest)
 
 
+def _across(W: int, lanes: int) -> int:
+    """Threads side by side for so many columns."""
+    return min(WARP, THREADS, 1 << (-(-W // lanes) - 1).bit_length())
+
+
 def columns(R: int, C: int, S: int, lanes: int, contiguous: bool) -> Columns:
     """The grid of R rows of C * S columns; only rows without gaps can be folded."""
     width, fold = C * S, 1
-    if contiguous:
+    if contiguous and not (S == 1 and R * _across(C, lanes) < DEEP * THREADS):  # which one launch takes, a channel to a column
         whole = lanes // math.gcd(width, lanes)  # rows that are whole groups
         fold = whole * max(1, min(WARP * lanes // (whole * width), R // (16 * whole)))
         fold = 1 if R < 16 * fold else fold
     W, folded = fold * width, R // fold
-    across = min(WARP, THREADS, 1 << (-(-W // lanes) - 1).bit_length())
+    across = _across(W, lanes)
     units, down = -(-W // (across * lanes)), THREADS // across
     parts = parts_of(units, folded * across, folded)
     chunk = -(-folded // parts)

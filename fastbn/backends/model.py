@@ -46,13 +46,15 @@ def launches(name: str, dims: tuple[int, ...], dtype: str) -> list[Launch]:
     """
     x = _compact(dims, dtype)
     size = x.buffer.size * STORED[dtype].itemsize
-    plan = views.sized(x)
+    plan, whole = views.sized(x), {"forward": views.sized_for(x, x).whole, "backward": views.sized_for(x, x, x).whole}
     walked = "columns" if plan.columns is not None else "rows"
     if plan.columns is not None:
         blocks = plan.columns.blocks(plan.lanes)
     else:
         assert plan.rows is not None
         blocks = plan.rows.blocks(x.C)
+    if whole.get(name):
+        return [Launch(f"fused.{name}_{walked}", blocks, size if name == "forward" else 2 * size, size)]
     flat = grids.runs(x.N, x.C, x.S, plan.lanes, [(x.outer, x.inner)]).blocks(grids.THREADS)
     wide = "_long" if x.buffer.size >= grids.LONG else ""
     warps = -(-x.C // (grids.THREADS // grids.WARP))

@@ -72,6 +72,7 @@ class Sized(NamedTuple):
     width: int  # values of one quantity of a part
     lanes: int
     even: bool  # whether every row and column group of all arrays lies on 16-byte boundaries
+    whole: bool = False  # whether a block takes all of a channel, so that statistics and result are one launch
 
 
 def sized(*views: View) -> Sized:
@@ -79,11 +80,30 @@ def sized(*views: View) -> Sized:
     return _sized(views[0][1:4], tuple((v.base, v.outer, v.inner) for v in views), 16 // views[0].buffer.itemsize)
 
 
+def sized_for(out: View, *views: View) -> Sized:
+    """The same for a pass that also writes."""
+    arrays = tuple((v.base, v.outer, v.inner) for v in views)
+    return _sized_for((out.base, out.outer, out.inner), views[0][1:4], arrays, 16 // views[0].buffer.itemsize)
+
+
+@lru_cache(maxsize=4096)
+def _sized_for(out: tuple[int, int, int], dims: tuple[int, int, int], arrays: tuple[tuple[int, int, int], ...], lanes: int) -> Sized:
+    plan, (N, _, S) = _sized(dims, arrays, lanes), dims
+    if plan.entries > 1:
+        return plan
+    if plan.rows is not None:
+        alike = plan.rows.chunk == 0 or not any((one - first) % lanes for one, first in zip(out, arrays[0], strict=True))
+        return plan._replace(whole=alike and N * S * (16 // lanes) <= grids.SLAB)
+    base, outer, inner = out
+    even = plan.even and grids.even_rows(base, [outer], lanes)
+    return plan._replace(whole=True, even=even) if plan.fold == plan.share == inner == 1 else plan
+
+
 @lru_cache(maxsize=4096)
 def _sized(dims: tuple[int, int, int], arrays: tuple[tuple[int, int, int], ...], lanes: int) -> Sized:
     """For (N, C, S), and (base, outer, inner) of each array."""
     N, C, S = dims
-    if S <= grids.SHORT and all(inner == S for _, _, inner in arrays):
+    if S <= grids.SHORT and all(inner == S for _, _, inner in arrays) and (S == 1 or N * C * S > grids.SMALL):
         cut = grids.columns(N, C, S, lanes, all(outer == C * S for _, outer, _ in arrays))
         even = cut.W % lanes == 0 and all(grids.even_rows(base, [cut.fold * outer], lanes) for base, outer, _ in arrays)
         return Sized(None, cut, cut.parts + (cut.rest > 0), cut.fold, S, cut.W, lanes, even)

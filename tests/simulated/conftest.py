@@ -50,8 +50,9 @@ simulator.BlockThread.run = _guarded
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks and warps of a few threads and parts of a few values, so that small arrays take every branch."""
     views._sized.cache_clear()
+    views._sized_for.cache_clear()
     views._flat.cache_clear()
     for module in (grids, _simulated, _gpu):
         monkeypatch.setattr(module, "WARP", WARP)
-    for name, value in {"THREADS": THREADS, "DEEP": 1, "FULL": 6, "SHORT": 16}.items():
+    for name, value in {"THREADS": THREADS, "DEEP": 1, "FULL": 6, "SHORT": 16, "SMALL": 40}.items():
         monkeypatch.setattr(grids, name, value)

@@ -256,3 +256,29 @@ def test_strides_of_more_axes_than_a_copy_takes() -> None:
     x = np.ones((4,) * 7, np.float32)[(slice(None, None, 2),) * 7]
     with pytest.raises(ValueError, match="copy it to contiguous memory first"):
         fastbn.batch_norm(gpu.on_gpu(x))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
+@pytest.mark.parametrize("call", ["batch_norm", "batch_norm_backward"])
+def test_one_launch_gives_the_bits_of_three(call: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    launch = launches.Call.launch
+    monkeypatch.setattr(
+        launches.Call, "launch", lambda self, kernel, *given, **more: seen.append(kernel.name) or launch(self, kernel, *given, **more)
+    )
+    monkeypatch.setattr(grids, "DEEP", 1000)  # one part to a channel, whatever its size
+    for case in (Case((3, 2, 53), 1, "rows of odd size"), Case((2, 2, 160), 1, "rows in whole groups"), Case((31, 7), 1, "channels last")):
+        i = inputs(case, dtype)
+        views._sized.cache_clear()
+        views._sized_for.cache_clear()
+        found, fused = WRITING[call](i, "cuda"), seen.copy()
+        seen.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(views, "sized_for", lambda out, *arrays: views.sized(*arrays))
+            want, apart = WRITING[call](i, "cuda"), seen.copy()
+        seen.clear()
+        assert [name.startswith("fused.") for name in fused].count(True) == 1
+        assert not any(name.startswith("fused.") for name in apart)
+        assert len(apart) == len(fused) + 2
+        for name, array in found.items():
+            np.testing.assert_array_equal(array, want[name], err_msg=f"{case}: {name}")

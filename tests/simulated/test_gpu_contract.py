@@ -26,6 +26,10 @@ CASES = (
     Case((3, 2, 6, 8), 1, "rows in whole groups, several parts of a channel"),
     Case((3, 2, 4, 5), 0, "channels outermost"),
     Case((2, 2, 3, 2, 2, 3), -4, "rank 6 and a negative axis"),
+    Case((3, 7), 1, "channels last, in one launch"),
+    Case((2, 8), 1, "channels last in whole groups, in one launch"),
+    Case((2, 3, 5), 1, "rows of odd size, in one launch"),
+    Case((2, 2, 8), 1, "rows in whole groups, in one launch"),
     Case((2, 1), 1, "the smallest training batch"),
 )
 FEW = (CASES[0], CASES[5], Case((2, 3, 4, 5), -1, "channels innermost in C order"))

@@ -105,12 +105,9 @@ def sum_columns(x, across, a, b):
     return a, b
 
 
-@kernel("x i8 i8 i8 i4 i4 i4 i8 i4 w w")
-def moments_columns(x, R, W, step, rest, across, parts, chunk, aligned, given, partial):
-    """(rows, mean, m2) of each part of each column into `partial` (parts, 3, W), as deviations; their shift and unit into `given` (2, W).
-
-    A part is `chunk` rows. Where `rest` columns of one more row are left, they are a part of their own, the last of `partial`.
-    """
+@gpu.device
+def part_moments(x, R, W, step, across, parts, chunk, aligned, given, partial):
+    """A block's part into `partial` (parts, 3, W), its shift and unit into `given` (2, W); this thread's part, columns, shift and unit."""
     block, thread, lanes = gpu.block(), gpu.thread(), gpu.lanes(x)
     part, column = block % parts, (block // parts * across + thread % across) * lanes
     wide = min(lanes, W - column)  # none at all beyond the last column
@@ -132,22 +129,12 @@ def moments_columns(x, R, W, step, rest, across, parts, chunk, aligned, given, p
         if part == 0:
             gpu.store_any(given, column, wide, shift)
             gpu.store_any(given, W + column, wide, unit)
-            if rest > 0:
-                left = min(max(rest - column, 0), wide)
-                nothing = gpu.spread(x, gpu.scalar(x, 0.0))
-                value = (gpu.load_any(x, column + R * step, left) - shift) * unit
-                gpu.store_any(partial, (parts * 3) * W + column, wide, nothing)
-                gpu.store_any(partial, (parts * 3) * W + column, left, gpu.spread(x, gpu.scalar(x, 1.0)))
-                gpu.store_any(partial, (parts * 3 + 1) * W + column, wide, value)
-                gpu.store_any(partial, (parts * 3 + 2) * W + column, wide, nothing)
+    return part, column, wide, shift, unit
 
 
-@kernel("x x t i8 i8 i4 i4 i8 i8 i4 i4 i4 i8 i4 w")
-def sums_columns(x, dy, mean, R, W, C, S, step, step_dy, rest, across, parts, chunk, aligned, partial):
-    """(sum of dy, sum of dy * (x - mean)) of each part of each column into `partial` (parts, 2, W), parts as in `moments_columns`.
-
-    S columns of a row are one channel's; `mean` (C,) is rounded as x is computed in.
-    """
+@gpu.device
+def part_sums(x, dy, mean, R, W, C, S, step, step_dy, across, parts, chunk, aligned, partial):
+    """A block's part into `partial` (parts, 2, W); this thread's part and columns, and their means."""
     block, thread, lanes = gpu.block(), gpu.thread(), gpu.lanes(x)
     part, column = block % parts, (block // parts * across + thread % across) * lanes
     wide = min(lanes, W - column)
@@ -162,8 +149,35 @@ def sums_columns(x, dy, mean, R, W, C, S, step, step_dy, rest, across, parts, ch
     if thread < across and wide > 0:
         gpu.store_any(partial, (part * 2) * W + column, wide, a)
         gpu.store_any(partial, (part * 2 + 1) * W + column, wide, b)
-        if part == 0 and rest > 0:
-            left = min(max(rest - column, 0), wide)
-            value = gpu.load_any(dy, column + R * step_dy, left)
-            gpu.store_any(partial, (parts * 2) * W + column, wide, value)
-            gpu.store_any(partial, (parts * 2 + 1) * W + column, wide, value * (gpu.load_any(x, column + R * step, left) - means))
+    return part, column, wide, means
+
+
+@kernel("x i8 i8 i8 i4 i4 i4 i8 i4 w w")
+def moments_columns(x, R, W, step, rest, across, parts, chunk, aligned, given, partial):
+    """(rows, mean, m2) of each part of each column into `partial` (parts, 3, W), as deviations; their shift and unit into `given` (2, W).
+
+    A part is `chunk` rows. Where `rest` columns of one more row are left, they are a part of their own, the last of `partial`.
+    """
+    part, column, wide, shift, unit = part_moments(x, R, W, step, across, parts, chunk, aligned, given, partial)
+    if part == 0 and rest > 0 and gpu.thread() < across and wide > 0:
+        left = min(max(rest - column, 0), wide)
+        nothing = gpu.spread(x, gpu.scalar(x, 0.0))
+        value = (gpu.load_any(x, column + R * step, left) - shift) * unit
+        gpu.store_any(partial, (parts * 3) * W + column, wide, nothing)
+        gpu.store_any(partial, (parts * 3) * W + column, left, gpu.spread(x, gpu.scalar(x, 1.0)))
+        gpu.store_any(partial, (parts * 3 + 1) * W + column, wide, value)
+        gpu.store_any(partial, (parts * 3 + 2) * W + column, wide, nothing)
+
+
+@kernel("x x t i8 i8 i4 i4 i8 i8 i4 i4 i4 i8 i4 w")
+def sums_columns(x, dy, mean, R, W, C, S, step, step_dy, rest, across, parts, chunk, aligned, partial):
+    """(sum of dy, sum of dy * (x - mean)) of each part of each column into `partial` (parts, 2, W), parts as in `moments_columns`.
+
+    S columns of a row are one channel's; `mean` (C,) is rounded as x is computed in.
+    """
+    part, column, wide, means = part_sums(x, dy, mean, R, W, C, S, step, step_dy, across, parts, chunk, aligned, partial)
+    if part == 0 and rest > 0 and gpu.thread() < across and wide > 0:
+        left = min(max(rest - column, 0), wide)
+        value = gpu.load_any(dy, column + R * step_dy, left)
+        gpu.store_any(partial, (parts * 2) * W + column, wide, value)
+        gpu.store_any(partial, (parts * 2 + 1) * W + column, wide, value * (gpu.load_any(x, column + R * step, left) - means))

@@ -25,26 +25,64 @@ def moments_of(partial, given, parts, fold, C, S, W, channel, stats):
     e = gpu.thread() % gpu.WARP
     while channel < C and e < parts * fold * S:
         part, column = entry(e, C, S, fold, channel)
-        at, unit = part * 3 * W + column, gpu.scalar(stats, gpu.load(given, W + column))
-        other = gpu.scalar(stats, gpu.load(partial, at))
-        middle = gpu.scalar(stats, gpu.load(given, column)) + gpu.scalar(stats, gpu.load(partial, at + W)) / unit
-        spread = gpu.scalar(stats, gpu.load(partial, at + 2 * W)) / unit / unit
-        count, mean, m2 = join(count, mean, m2, other, middle, spread)
+        at = part * 3 * W + column
+        deviation = gpu.load(given, column), gpu.load(given, W + column), gpu.load(partial, at + W), gpu.load(partial, at + 2 * W)
+        count, mean, m2 = join(count, mean, m2, gpu.scalar(stats, gpu.load(partial, at)), *lifted(stats, *deviation))
         e += gpu.WARP
     return join_warp(count, mean, m2)
 
 
 @gpu.device
-def keep_scale(mean, rstd, gamma, beta, affine, channel, pad, coefs):
-    """What `apply.normalize` needs of a channel: the nearest to its mean, scale, and shift with what that leaves of the mean."""
-    near = gpu.scalar(coefs, mean)
+def lifted(stats, shift, unit, mean, m2):
+    """Mean and m2 in float64 of what deviates from `shift` in units of 1 / `unit`."""
+    unit = gpu.scalar(stats, unit)
+    return gpu.scalar(stats, shift) + gpu.scalar(stats, mean) / unit, gpu.scalar(stats, m2) / unit / unit
+
+
+@gpu.device
+def scaled(x, mean, rstd, gamma, beta, affine, channel):
+    """(near, scale, shift) of y = (x - near) * scale + shift: the nearest to a mean, the rest of which is in the shift."""
+    near = gpu.scalar(x, mean)
     scale = rstd * gpu.load(gamma, channel) if affine & 1 else rstd
     shift = (near - mean) * scale
     if affine & 2:
         shift += gpu.load(beta, channel)
+    return near, gpu.scalar(x, scale), gpu.scalar(x, shift)
+
+
+@gpu.device
+def sloped(x, mean, rstd, gamma, affine, channel, a, dgamma, values):
+    """(near, rstd, slope, level, scale) of dx = scale * (dy - level - (x - near) * rstd * slope), from the sums of dy and dy * xhat."""
+    near, slope = gpu.scalar(x, mean), dgamma / values
+    level = a / values - (mean - near) * rstd * slope
+    scale = rstd * gpu.load(gamma, channel) if affine & 1 else rstd
+    return near, gpu.scalar(x, rstd), gpu.scalar(x, slope), gpu.scalar(x, level), gpu.scalar(x, scale)
+
+
+@gpu.device
+def slope_of(x, mean, rstd, a, b):
+    """Sum of dy * xhat, from those of dy and of dy * (x - near)."""
+    return b * rstd - (mean - gpu.scalar(x, mean)) * rstd * a
+
+
+@gpu.device
+def keep_scale(mean, rstd, gamma, beta, affine, channel, pad, coefs):
+    """What `apply.normalize` needs of a channel."""
+    near, scale, shift = scaled(coefs, mean, rstd, gamma, beta, affine, channel)
     gpu.store(coefs, channel, near)
-    gpu.store(coefs, pad + channel, gpu.scalar(coefs, scale))
-    gpu.store(coefs, 2 * pad + channel, gpu.scalar(coefs, shift))
+    gpu.store(coefs, pad + channel, scale)
+    gpu.store(coefs, 2 * pad + channel, shift)
+
+
+@gpu.device
+def keep_slope(mean, rstd, gamma, affine, channel, a, dgamma, values, pad, coefs):
+    """What `apply.gradient` needs of a channel."""
+    near, inverse, slope, level, scale = sloped(coefs, mean, rstd, gamma, affine, channel, a, dgamma, values)
+    gpu.store(coefs, channel, near)
+    gpu.store(coefs, pad + channel, inverse)
+    gpu.store(coefs, 2 * pad + channel, slope)
+    gpu.store(coefs, 3 * pad + channel, level)
+    gpu.store(coefs, 4 * pad + channel, scale)
 
 
 @kernel("w w i4 i4 i4 i4 i8 s")
@@ -98,25 +136,28 @@ def finish_backward(partial, parts, fold, C, S, W, mean, m2, count, eps, values,
     if channel < C and gpu.thread() % gpu.WARP == 0:
         spread, middle = gpu.load(m2, channel), gpu.load(mean, channel)
         rstd = 1.0 / sqrt(spread / count + eps) if count else spread
-        near = gpu.scalar(coefs, middle)
-        low = (middle - near) * rstd
-        dgamma = b * rstd - low * a
+        dgamma = slope_of(coefs, middle, rstd, a, b)
         gpu.store(sums, channel, a)
         gpu.store(sums, C + channel, dgamma)
         gpu.store(grads, channel, gpu.scalar(grads, a))
         gpu.store(grads, C + channel, gpu.scalar(grads, dgamma))
-        scale = gpu.scalar(coefs, rstd * gpu.load(gamma, channel) if affine & 1 else rstd)
         if training:
-            slope = dgamma / values
-            gpu.store(coefs, channel, near)
-            gpu.store(coefs, pad + channel, gpu.scalar(coefs, rstd))
-            gpu.store(coefs, 2 * pad + channel, gpu.scalar(coefs, slope))
-            gpu.store(coefs, 3 * pad + channel, gpu.scalar(coefs, a / values - low * slope))
-            gpu.store(coefs, 4 * pad + channel, scale)
+            keep_slope(middle, rstd, gamma, affine, channel, a, dgamma, values, pad, coefs)
         else:
             gpu.store(coefs, channel, gpu.scalar(coefs, zero))
-            gpu.store(coefs, pad + channel, scale)
+            gpu.store(coefs, pad + channel, gpu.scalar(coefs, rstd * gpu.load(gamma, channel) if affine & 1 else rstd))
             gpu.store(coefs, 2 * pad + channel, gpu.scalar(coefs, zero))
+
+
+@kernel("t t f f s s f w i4 i4 i4 w")
+def set_slope(mean, m2, count, eps, sum_dy, sum_dy_xhat, values, gamma, affine, C, pad, coefs):
+    """Coefficients (5, pad) for `apply.gradient` from given statistics and sums (C,) over `values` per channel; m2 as `set_scale`."""
+    channel = gpu.block() * gpu.threads() + gpu.thread()
+    if channel < C:
+        spread = gpu.load(m2, channel)
+        rstd = 1.0 / sqrt(spread / count + eps) if count else spread
+        a, dgamma = gpu.load(sum_dy, channel), gpu.load(sum_dy_xhat, channel)
+        keep_slope(gpu.scalar(sum_dy, gpu.load(mean, channel)), rstd, gamma, affine, channel, a, dgamma, values, pad, coefs)
 
 
 @kernel("s s f f i4 w w")
