@@ -60,10 +60,10 @@ class DeviceMoments(Moments):
 def _per_channel(call: launches.Call, kernel: Any, *arguments: Any) -> None:
     """Launch a kernel that takes a channel per thread; buffers and arrays become pointers."""
     C = next(a for a in reversed(arguments) if type(a) is int)
-    call.launch(kernel, views.DOUBLE, launches.threads(C), *(_pointer(a) if _is_memory(a) else a for a in arguments))
+    call.launch(kernel, views.DOUBLE, launches.threads(C), *(pointer(a) if _is_memory(a) else a for a in arguments))
 
 
-def _clear(call: launches.Call, array: Any) -> None:
+def clear(call: launches.Call, array: Any) -> None:
     """Zeros."""
     found = devices.view(array, "array")
     call.launch(finish.clear, devices.STORED[found.dtype], launches.threads(found.size), launches.pointer(found), found.size)
@@ -73,7 +73,8 @@ def _is_memory(value: Any) -> bool:
     return not isinstance(value, int | float)
 
 
-def _pointer(value: Any) -> Any:
+def pointer(value: Any) -> Any:
+    """What a kernel takes for an array or a buffer."""
     buffer = value if isinstance(value, Buffer) else devices.view(value, "array")
     return launches.pointer(buffer)
 
@@ -108,6 +109,14 @@ def as_statistic(value: Any, channels: int, name: str) -> Buffer:
     buffer = as_input(value, name)
     if buffer.dtype not in ("float32", "float64"):
         raise TypeError(f"{name}: given dtype {buffer.dtype}, want float32 or float64")
+    return _row(buffer, channels, name)
+
+
+def as_sum(value: Any, channels: int, name: str) -> Buffer:
+    """A sum of each channel: (C,) in float64, without gaps."""
+    buffer = as_input(value, name)
+    if buffer.dtype != "float64":
+        raise TypeError(f"{name}: given dtype {buffer.dtype}, want float64, as batch_norm_backward_reduce returns it")
     return _row(buffer, channels, name)
 
 
@@ -206,7 +215,7 @@ def widened(values: Any) -> Any:
     found = devices.empty(buffer.shape, (0,), "float64", buffer)
     with launches.calling(buffer, None) as call:
         call.launch(
-            finish.widen, views.DOUBLE, launches.threads(buffer.size), launches.pointer(buffer), buffer.size, _pointer(found),
+            finish.widen, views.DOUBLE, launches.threads(buffer.size), launches.pointer(buffer), buffer.size, pointer(found),
             statistic=buffer.dtype,
         )  # fmt: skip
     return found
@@ -232,10 +241,10 @@ def moments(x: Any, axis: int, stream: Any) -> DeviceMoments:
     found = DeviceMoments(plan.count, stats[0], stats[1])
     with launches.calling(x, stream) as call:
         if not plan.count:
-            _clear(call, stats)
+            clear(call, stats)
             return found
         seen = settled(call, plan, x)
-        cuda.moments(call, seen, _pointer(stats))
+        cuda.moments(call, seen, pointer(stats))
     return found
 
 
@@ -254,17 +263,17 @@ def batch_norm(x: Any, gamma: Any, beta: Any, axis: int, eps: float, out: Any, s
     stats = devices.empty((2, plan.channels), (0, 1), "float64", x)
     with launches.calling(x, stream) as call:
         if not plan.count:
-            _clear(call, stats)
+            clear(call, stats)
         else:
             seen = settled(call, plan, x)
-            place, late = _place(plan, target, x)
-            cuda.forward(call, seen, gamma, beta, eps, place, _pointer(stats))
+            place, late = place_for(plan, target, x)
+            cuda.forward(call, seen, gamma, beta, eps, place, pointer(stats))
             if late:
                 launches.copy(call, place.buffer, target)
     return out, DeviceMoments(plan.count, stats[0], stats[1])
 
 
-def _place(plan: layout.Plan, target: Buffer, x: Buffer) -> tuple[views.View, bool]:
+def place_for(plan: layout.Plan, target: Buffer, x: Buffer) -> tuple[views.View, bool]:
     """Where a kernel writes, and whether that must be copied to the target."""
     found = views.view(target, plan)
     if found is not None:
@@ -290,44 +299,8 @@ def batch_norm_inference(x: Any, mean: Any, var: Any, gamma: Any, beta: Any, axi
     if plan.count:
         with launches.calling(x, stream) as call:
             seen = settled(call, plan, x)
-            place, late = _place(plan, target, x)
+            place, late = place_for(plan, target, x)
             cuda.inference(call, seen, mean, var, gamma, beta, eps, place)
             if late:
                 launches.copy(call, place.buffer, target)
     return out
-
-
-def backward(
-    dy: Any, x: Any, m: Any, constant: tuple[Any, Any] | None, gamma: Any, axis: int, eps: float, out: Any, stream: Any
-) -> tuple[Any, Any, Any]:
-    """`fastbn.batch_norm_backward`, and `fastbn.batch_norm_inference_backward` with `constant` statistics (mean, var)."""
-    x, dy = as_input(x), as_input(dy, "dy")
-    if dy.shape != x.shape:
-        raise ValueError(f"dy: given shape {dy.shape}, want {x.shape}, the shape of x")
-    if dy.dtype != x.dtype:
-        raise TypeError(f"dy: given dtype {dy.dtype}, want {x.dtype}, the dtype of x: convert one of them")
-    plan = planned(x, axis)
-    kind, C = parameters(x), plan.channels
-    gamma, eps = as_parameter(gamma, C, kind, "gamma"), checks.check_eps(eps, training=constant is None)
-    if constant is None:
-        checks.check_moments(m, C, plan.count)
-        checks.check_count(x, plan.count)
-        mean, spread = as_statistic(m.mean, C, "moments.mean"), as_statistic(m.m2, C, "moments.m2")
-    else:
-        mean, spread = as_statistic(constant[0], C, "mean"), as_statistic(constant[1], C, "var")
-    target = None if out is None else check_out(out, x, dy)
-    same_device(x, dy=dy, mean=mean, var=spread, gamma=gamma, out=target)
-    out = new(plan, x) if out is None else out
-    target = target or devices.view(out, "out")
-    grads = devices.empty((2, C), (0, 1), kind, x)
-    with launches.calling(x, stream) as call:
-        if not plan.count:
-            _clear(call, grads)
-        else:
-            seen, steep = settled(call, plan, x), settled(call, plan, dy)
-            place, late = _place(plan, target, x)
-            count = float(plan.count) if constant is None else 1.0
-            cuda.backward(call, steep, seen, mean, spread, count, eps, gamma, place, constant is None, _pointer(grads))
-            if late:
-                launches.copy(call, place.buffer, target)
-    return out, grads[1], grads[0]

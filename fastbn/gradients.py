@@ -58,7 +58,7 @@ def batch_norm_backward(
         As in `batch_norm`; also dy unlike x, or moments of another shape.
     """
     if type(x) is not np.ndarray and devices.on_device(x):
-        found: tuple[Array, Array, Array] = results.on_gpu(backend).backward(dy, x, moments, None, gamma, axis, eps, out, stream)
+        found: tuple[Array, Array, Array] = results.gradients_on_gpu(backend).backward(dy, x, moments, None, gamma, axis, eps, out, stream)
         return found
     if stream is not None:
         raise TypeError(results.HOST)
@@ -108,7 +108,9 @@ def batch_norm_inference_backward(
         As in `batch_norm_inference`; also dy unlike x.
     """
     if type(x) is not np.ndarray and devices.on_device(x):
-        found: tuple[Array, Array, Array] = results.on_gpu(backend).backward(dy, x, None, (mean, var), gamma, axis, eps, out, stream)
+        found: tuple[Array, Array, Array] = results.gradients_on_gpu(backend).backward(
+            dy, x, None, (mean, var), gamma, axis, eps, out, stream
+        )
         return found
     if stream is not None:
         raise TypeError(results.HOST)

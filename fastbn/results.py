@@ -39,6 +39,14 @@ def on_gpu(backend: str | None) -> Any:
     return device
 
 
+def gradients_on_gpu(backend: str | None) -> Any:
+    """The same of their gradients."""
+    select_device(backend)
+    from fastbn import device_gradients
+
+    return device_gradients
+
+
 def empty(x: Array, out: Array | None) -> Array:
     """The result for an empty x."""
     return np.empty(x.shape, x.dtype.newbyteorder("=")) if out is None else out

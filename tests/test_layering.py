@@ -64,6 +64,7 @@ TIERS = {
     "backends/cuda.py": 3.2,
     "ready.py": 3.2,
     "device.py": 3.3,
+    "device_gradients.py": 3.35,
     "results.py": 3.4,
     "functional.py": 4,
     "gradients.py": 4,
