@@ -10,6 +10,7 @@ from fastbn.functional import batch_norm, batch_norm_inference, moments
 from fastbn.gradients import batch_norm_backward, batch_norm_inference_backward
 from fastbn.moments import Moments
 from fastbn.running import RunningMoments
+from fastbn.split import batch_norm_backward_input, batch_norm_backward_reduce
 from fastbn.threads import get_num_threads, set_num_threads
 
 __version__ = "0.1.0"
@@ -22,6 +23,8 @@ __all__ = [
     "__version__",
     "batch_norm",
     "batch_norm_backward",
+    "batch_norm_backward_input",
+    "batch_norm_backward_reduce",
     "batch_norm_inference",
     "batch_norm_inference_backward",
     "explain",

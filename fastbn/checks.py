@@ -195,6 +195,17 @@ def check_count(x: Array, count: int) -> None:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
 
 
+def check_whole(count: Any, values: int) -> int:
+    """The count of a whole batch, of which a part has so many values per channel."""
+    try:
+        whole = operator.index(count)
+    except TypeError:
+        raise TypeError(f"count: given {count!r}, want a whole number: the values per channel of all parts together") from None
+    if whole < values:
+        raise ValueError(f"count: given {whole}, want at least {values}, the values per channel of this part: count those of all parts")
+    return whole
+
+
 def check_moments(moments: Any, channels: int, count: int) -> None:
     """Statistics that were taken of an array like x."""
     if type(moments) is not Moments and not (hasattr(moments, "count") and hasattr(moments, "m2")):

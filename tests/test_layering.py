@@ -68,6 +68,7 @@ TIERS = {
     "results.py": 3.4,
     "functional.py": 4,
     "gradients.py": 4,
+    "split.py": 4,
     "residence.py": 4,
     "batchnorm.py": 5,
     "running.py": 5,
