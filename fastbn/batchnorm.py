@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from fastbn import checks, config, functional, gradients, residence, results, threads
+from fastbn import checks, config, distributed, functional, gradients, residence, results, threads
 from fastbn.backends import devices, select
 from fastbn.moments import Moments
 
@@ -21,6 +21,7 @@ class _Saved(NamedTuple):
     x: Any
     statistics: Moments | tuple[Array, Array]  # of the batch, or the constants (mean, var) of inference as they were then
     overwritten: bool
+    across: distributed.Exchange | None  # the statistics are of the batch of all ranks
 
 
 class BatchNorm:
@@ -51,6 +52,11 @@ class BatchNorm:
         Whether the running variance takes m2 / (count - 1), as PyTorch; False for ONNX, Keras, Flax.
     num_threads : int, optional
         Of the kernels in each call, from 1 to NUMBA_NUM_THREADS; changes speed, never a bit. Default as `set_num_threads` says.
+    comm : mpi4py.MPI.Intracomm or torch.distributed.ProcessGroup, optional
+        In training the statistics are those of the batches of all its ranks together: each must call the same layers in the same order. A
+        forward is one collective and a backward one, the first of all after one that compares the channels; statistics, of arrays on a GPU
+        too, are merged on the host. dgamma and dbeta stay the sums of this rank, for the optimizer to add up over the ranks, as PyTorch's
+        SyncBatchNorm has it. Copies of a layer share its communicator; pickle takes the layer only where it takes that.
 
     Attributes
     ----------
@@ -85,6 +91,7 @@ class BatchNorm:
         *,
         unbiased_running_var: bool = True,
         num_threads: int | None = None,
+        comm: Any = None,
     ) -> None:
         with threads.limited(num_threads):  # raises for a number that can't be
             self.num_threads = num_threads
@@ -106,6 +113,7 @@ class BatchNorm:
         self.running_var: Array | None = None
         self.num_batches_tracked = 0
         self._saved: _Saved | None = None
+        self._exchange = None if comm is None else distributed.Exchange(comm, self.num_features)
         self.reset_parameters()
 
     def __repr__(self) -> str:
@@ -113,6 +121,11 @@ class BatchNorm:
             f"BatchNorm({self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}, "
             f"track_running_stats={self.track_running_stats}, axis={self.axis}, dtype={self.dtype.name})"
         )
+
+    @property
+    def comm(self) -> Any:
+        """The communicator whose ranks share a batch in training, or None."""
+        return None if self._exchange is None else self._exchange.comm
 
     def reset_running_stats(self) -> None:
         """Running mean 0, running variance 1, no batches counted."""
@@ -162,7 +175,33 @@ class BatchNorm:
             x is of a dtype that does not go with this layer's, or not floating point.
         ValueError
             Another number of channels, one value per channel in training, a bad axis or `out`.
+        RuntimeError
+            Another rank of this layer's communicator failed.
         """
+        across = self._exchange if self.training else None
+        try:
+            x, gpu, overwritten = self._checked(x, out)
+        except Exception:
+            if across is not None:
+                across.decline("forward")
+            raise
+        running_mean, running_var = self.running_mean, self.running_var
+        if self.training or running_mean is None or running_var is None:
+            run = functional.batch_norm if across is None else across.batch_norm
+            y, m = run(x, self.gamma, self.beta, self.axis, self.eps, out, backend=self.backend, num_threads=self.num_threads)
+            if self.training and running_mean is not None and running_var is not None and m.count:
+                self._track(running_mean, running_var, m, gpu or select(self.backend))
+            self._saved = _Saved(x, m, overwritten, across)
+            return y
+        mean, var = (values.astype(np.float64) if gpu is None else gpu.widened(values) for values in (running_mean, running_var))
+        y = functional.batch_norm_inference(
+            x, mean, var, self.gamma, self.beta, self.axis, self.eps, out, backend=self.backend, num_threads=self.num_threads
+        )
+        self._saved = _Saved(x, (mean, var), overwritten, None)
+        return y
+
+    def _checked(self, x: Any, out: Array | None) -> tuple[Any, Any, bool]:
+        """A forward's input, who serves it on a GPU, and whether `out` will overwrite it."""
         gpu = results.on_gpu(self.backend) if type(x) is not np.ndarray and devices.on_device(x) else None
         if gpu is None:
             x = checks.as_input(x)
@@ -175,20 +214,7 @@ class BatchNorm:
         checks.check_running(running_mean, running_var)
         if gpu is not None or type(running_mean) is not np.ndarray:
             residence.check(gpu is not None, gamma=self.gamma, beta=self.beta, running_mean=running_mean, running_var=running_var)
-        if self.training or running_mean is None or running_var is None:
-            y, m = functional.batch_norm(
-                x, self.gamma, self.beta, self.axis, self.eps, out, backend=self.backend, num_threads=self.num_threads
-            )
-            if self.training and running_mean is not None and running_var is not None and m.count:
-                self._track(running_mean, running_var, m, gpu or select(self.backend))
-            self._saved = _Saved(x, m, overwritten)
-            return y
-        mean, var = (values.astype(np.float64) if gpu is None else gpu.widened(values) for values in (running_mean, running_var))
-        y = functional.batch_norm_inference(
-            x, mean, var, self.gamma, self.beta, self.axis, self.eps, out, backend=self.backend, num_threads=self.num_threads
-        )
-        self._saved = _Saved(x, (mean, var), overwritten)
-        return y
+        return x, gpu, overwritten
 
     def _track(self, running_mean: Array, running_var: Array, m: Moments, served: Any) -> None:
         self.num_batches_tracked += 1
@@ -216,17 +242,20 @@ class BatchNorm:
         Raises
         ------
         RuntimeError
-            There was no forward, or it (or an earlier backward) overwrote x.
+            There was no forward, or it (or an earlier backward) overwrote x; another rank of this layer's communicator failed.
         TypeError, ValueError
             dy or out unlike x.
         """
         saved = self._saved
-        if saved is None:
-            raise RuntimeError("backward before forward: call the layer on x first, y = bn(x)")
-        if saved.overwritten:
-            raise RuntimeError("backward needs the x of the forward, which was overwritten by out=x: give another out, or none")
+        if saved is None or saved.overwritten:
+            across = (self._exchange if self.training else None) if saved is None else saved.across
+            if across is not None:
+                across.decline("backward")
+            gone = "backward needs the x of the forward, which was overwritten by out=x: give another out, or none"
+            raise RuntimeError("backward before forward: call the layer on x first, y = bn(x)" if saved is None else gone)
         if isinstance(saved.statistics, Moments):
-            result = gradients.batch_norm_backward(
+            run = gradients.batch_norm_backward if saved.across is None else saved.across.batch_norm_backward
+            result = run(
                 dy, saved.x, saved.statistics, self.gamma, self.axis, self.eps, out, backend=self.backend, num_threads=self.num_threads
             )
         else:

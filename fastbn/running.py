@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import ArrayLike
 
-from fastbn import checks, functional, threads
+from fastbn import checks, distributed, functional, threads
 from fastbn.backends import devices
 from fastbn.moments import Moments, Statistics
 
@@ -63,6 +65,27 @@ class RunningMoments:
             Another number of channels.
         """
         return self._take(other.moments if isinstance(other, RunningMoments) else other, "other")
+
+    def reduce(self, comm: Any) -> RunningMoments:
+        """What all ranks of a communicator have seen together: a new RunningMoments on each, the same bits on all. This one stays as it is.
+
+        Every rank calls it. Merged in rank order in float64, on the host (also where this rank's statistics are on a GPU).
+
+        Parameters
+        ----------
+        comm : mpi4py.MPI.Intracomm or torch.distributed.ProcessGroup
+            What joins the ranks.
+
+        Raises
+        ------
+        TypeError
+            `comm` is neither.
+        ValueError
+            Another number of channels on another rank: then on all of them.
+        """
+        whole = RunningMoments(self.num_features, self.axis, self.backend, num_threads=self.num_threads)
+        whole.moments = distributed.Exchange(comm, self.num_features).merged("reduce", self.moments)
+        return whole
 
     def _take(self, found: Moments, name: str) -> RunningMoments:
         if isinstance(found, Moments) and found.mean.size != self.num_features:

@@ -37,7 +37,21 @@ def test_is_clean_with_warnings_as_errors() -> None:
     assert _python("import fastbn; print(fastbn.__version__)", "-W", "error") == f"{fastbn.__version__}\n"
 
 
-HEAVY = ("numba.cuda", "numba_cuda", "cuda", "cupy", "ml_dtypes", "torch", "jax", "onnx", "scipy", "sklearn", "matplotlib", "rich")
+HEAVY = (
+    "numba.cuda",
+    "numba_cuda",
+    "cuda",
+    "cupy",
+    "ml_dtypes",
+    "torch",
+    "mpi4py",
+    "jax",
+    "onnx",
+    "scipy",
+    "sklearn",
+    "matplotlib",
+    "rich",
+)
 
 
 def test_imports_nothing_that_touches_a_driver_or_is_a_framework() -> None:

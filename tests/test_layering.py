@@ -70,6 +70,8 @@ TIERS = {
     "gradients.py": 4,
     "split.py": 4,
     "residence.py": 4,
+    "collective.py": 0.0,
+    "distributed.py": 4.1,
     "batchnorm.py": 5,
     "running.py": 5,
     "__init__.py": 6,
@@ -85,6 +87,8 @@ TIERS = {
     "screen.py": 6,
     "stream.py": 6,
     "timing.py": 6,
+    "torch/__init__.py": 6,
+    "torch/sync.py": 6,
 }
 
 FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
@@ -196,6 +200,7 @@ CUDA = [f"kernels/cuda/{name}.py" for name in ("_device", "_group", "_gpu", "_ji
 AT_IMPORT = {
     "numpy": FILES,
     "numba": ["kernels/_cache.py", "kernels/_jit.py", "kernels/_simd.py", "kernels/_vector.py", *CUDA],
+    "torch": ["torch/__init__.py", "torch/sync.py"],  # the bridge to it
     "llvmlite": ["kernels/_simd.py", "kernels/_vector.py", "kernels/cuda/_device.py", "kernels/cuda/_group.py"],
 }
 IN_FUNCTIONS = {
@@ -209,7 +214,9 @@ IN_FUNCTIONS = {
     "matplotlib": ["demo.py"],
     "threadpoolctl": ["demo.py"],
     "sklearn": ["data.py"],
-    "torch": ["quickbench.py", "cases.py", "backends/devices.py", "residence.py"],  # a peer, where installed; and as CuPy
+    # A peer, where installed; as CuPy; and whose process groups join ranks.
+    "torch": ["quickbench.py", "cases.py", "backends/devices.py", "residence.py", "collective.py"],
+    "mpi4py": ["collective.py"],  # whose communicators join ranks
 }
 
 

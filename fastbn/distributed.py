@@ -1,0 +1,229 @@
+"""Batch normalization of a batch that is spread over processes: count, mean and m2 of every rank, merged in rank order in float64.
+
+Each rank calls the same layers in the same order, with the values that it has. A forward is one collective, a backward is one; both gather
+every rank's row at every rank, so that all compute the same bits of them, and all learn of an error on one.
+"""
+
+from __future__ import annotations
+
+import pickle
+from functools import reduce
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from fastbn import checks, collective, config, functional, residence, results, split
+from fastbn.backends import devices
+from fastbn.moments import Moments
+from fastbn.ready import ready
+
+Array = NDArray[Any]
+Wide = NDArray[np.float64]
+
+OPERATIONS = ("forward", "backward", "reduce")
+HEAD = 3  # of a row: which operation, whether its rank failed, count; then two numbers for each channel
+
+
+class Exchange:
+    """What the ranks of a communicator tell each other about one layer.
+
+    The first call is preceded by one more collective, in which the ranks compare their numbers of channels: from then on every row has the
+    same size, and buffers and sizes are the same at every call.
+
+    Parameters
+    ----------
+    comm : mpi4py.MPI.Intracomm or torch.distributed.ProcessGroup
+        What joins the ranks.
+    channels : int
+        C, the same on every rank.
+
+    Raises
+    ------
+    TypeError
+        A communicator of another kind, or one that this process does not belong to.
+    """
+
+    def __init__(self, comm: Any, channels: int) -> None:
+        self.rank, self.size = collective.place(comm)
+        self.comm = comm
+        self.channels = channels
+        self._row: Wide | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Exchange:
+        return Exchange(self.comm, self.channels)  # a communicator is no data: copies of a layer share it
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        try:
+            pickle.dumps(self.comm)
+        except Exception as error:
+            raise TypeError(f"comm: this one can't be pickled ({error}), and so its layer can't: pickle its state_dict()") from error
+        return Exchange, (self.comm, self.channels)
+
+    def _meet(self) -> Wide:
+        """The row that this rank sends; before the first, compare the numbers of channels."""
+        if self._row is None:
+            counts = np.empty((self.size, 1))
+            collective.gathering(self.comm, np.array([float(self.channels)]), counts)()
+            if (counts != self.channels).any():
+                given = [f"{int(n)} on {_named(counts[:, 0] == n)}" for n in np.unique(counts)]
+                raise ValueError(f"channels: given {', '.join(given)}; want the same number on every rank")
+            row, self._rows = np.empty(HEAD + 2 * self.channels), np.empty((self.size, HEAD + 2 * self.channels))
+            self._gather = collective.gathering(self.comm, row, self._rows)
+            self._row = row
+        return self._row
+
+    def decline(self, operation: str) -> None:
+        """Take part in an operation that this rank can't do: the others raise at once instead of waiting for it."""
+        row = self._meet()
+        row[:] = 0.0
+        row[:2] = OPERATIONS.index(operation), 1.0
+        self._gather()
+
+    def _swap(self, operation: str, count: int, first: Any, second: Any) -> Wide:
+        """Every rank's (2, C) numbers, and what else is in its row, where all ranks are at the same operation and none failed."""
+        row, code = self._meet(), OPERATIONS.index(operation)
+        row[:HEAD] = code, 0.0, count
+        row[HEAD:].reshape(2, self.channels)[:] = first, second
+        self._gather()
+        failed, other = self._rows[:, 1] != 0, self._rows[:, 0] != code
+        if failed.any():
+            raise RuntimeError(f"{operation}: {_named(failed)} of {self.size} raised an error, see there; this one has changed nothing")
+        if other.any():
+            theirs = f"a {OPERATIONS[int(self._rows[other][0, 0])]} on {_named(other)} of {self.size}"
+            raise RuntimeError(f"{operation}: given here, but {theirs}; want the same calls in the same order on every rank")
+        return self._rows
+
+    def merged(self, operation: str, m: Moments) -> Moments:
+        """Moments of all ranks together, on the host, the same bits on every rank; `m` is this rank's, on the host or on a GPU.
+
+        Merged from rank 0 on with the formula of Chan, Golub & LeVeque (1979).
+
+        Raises
+        ------
+        ValueError
+            Other numbers of channels on other ranks.
+        RuntimeError
+            A rank failed, or is at another operation.
+        """
+        C, none = self.channels, Moments(0, np.zeros(self.channels), np.zeros(self.channels))
+        rows = self._swap(operation, m.count, residence.to_host(m.mean), residence.to_host(m.m2))
+        return reduce(Moments.merge, (Moments(int(row[2]), row[HEAD : HEAD + C], row[HEAD + C :]) for row in rows), none)
+
+    def batch_norm(
+        self,
+        x: ArrayLike,
+        gamma: ArrayLike | None = None,
+        beta: ArrayLike | None = None,
+        axis: int = 1,
+        eps: float = config.EPS,
+        out: Array | None = None,
+        *,
+        backend: str | None = None,
+        num_threads: int | None = None,
+    ) -> tuple[Array, Moments]:
+        """`fastbn.batch_norm` of this rank's x with the statistics of all ranks: (y, moments of the whole batch). One collective.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `fastbn.batch_norm`; one value per channel on all ranks together.
+        RuntimeError
+            Another rank failed, or is at another operation.
+        """
+        try:
+            _check(self.channels, backend, axis, eps, out, x, gamma=gamma, beta=beta)
+            local = functional.moments(x, axis, backend=backend, num_threads=num_threads)
+        except Exception:
+            self.decline("forward")
+            raise
+        m = self.merged("forward", local)
+        if m.count == 1:
+            here = f"got input size {np.shape(x)} on rank {self.rank} of {self.size}"
+            raise ValueError(f"Expected more than 1 value per channel when training, {here} and 1 value on all of them together")
+        if devices.on_device(x):
+            m = results.on_gpu(backend).DeviceMoments(m.count, *_beside(x, m.mean, m.m2))
+        y = functional.batch_norm_inference(x, m.mean, m.var(), gamma, beta, axis, eps, out, backend=backend, num_threads=num_threads)
+        return y, m
+
+    def batch_norm_backward(
+        self,
+        dy: ArrayLike,
+        x: ArrayLike,
+        moments: Moments,
+        gamma: ArrayLike | None = None,
+        axis: int = 1,
+        eps: float = config.EPS,
+        out: Array | None = None,
+        *,
+        backend: str | None = None,
+        num_threads: int | None = None,
+    ) -> tuple[Array, Array, Array]:
+        """`fastbn.batch_norm_backward` of this rank's part: dx of the whole batch's loss, dgamma and dbeta of this rank. One collective.
+
+        `moments` is what `batch_norm` returned.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As `fastbn.batch_norm_backward`.
+        RuntimeError
+            Another rank failed, or is at another operation.
+        """
+        how: Any = {"backend": backend, "num_threads": num_threads}
+        try:
+            mean, var = moments.mean, moments.var()
+            kind = _check(self.channels, backend, axis, eps, out, x, dy, gamma=gamma)
+            dbeta, dgamma = split.batch_norm_backward_reduce(dy, x, mean, var, axis, eps, **how)
+            sums = np.stack((residence.to_host(dbeta), residence.to_host(dgamma)))
+        except Exception:
+            self.decline("backward")
+            raise
+        rows = self._swap("backward", moments.count, *sums)
+        with np.errstate(all="ignore"):  # NaN and Inf propagate without a warning; a float32 gradient may overflow
+            total = reduce(np.add, rows[:, HEAD:]).reshape(2, self.channels)
+            own = sums.astype(kind)
+        sum_dy, sum_dy_xhat, dbeta, dgamma = _beside(x, *total, *own)
+        dx = split.batch_norm_backward_input(dy, x, mean, var, sum_dy, sum_dy_xhat, moments.count, gamma, axis, eps, out, **how)
+        return dx, dgamma, dbeta
+
+
+def _named(ranks: NDArray[np.bool_]) -> str:
+    """Rank 2; ranks 0, 1, 3; no more of them than a person reads."""
+    found = np.flatnonzero(ranks).tolist()
+    more = f" and {len(found) - 8} more" if len(found) > 8 else ""
+    return f"rank{'s' if len(found) > 1 else ''} {', '.join(map(str, found[:8]))}{more}"
+
+
+def _check(channels: int, backend: str | None, axis: int, eps: float, out: Any, x: Any, *inputs: Any, **parameters: Any) -> np.dtype[Any]:
+    """Raise before the exchange what would be raised behind it, on this rank alone; the dtype of parameters."""
+    checks.check_eps(eps, training=True)
+    if devices.on_device(x):
+        gpu = results.on_gpu(backend)
+        buffer = gpu.as_input(x)
+        given, kind = buffer.shape[checks.check_axis(buffer.shape, axis)], gpu.parameters(buffer)
+        for name, value in parameters.items():
+            gpu.as_parameter(value, given, kind, name)
+        if out is not None:
+            gpu.check_out(out, buffer, *map(gpu.as_input, inputs))
+    else:
+        x = checks.as_input(x)
+        way = ready(x, axis, backend)
+        given, kind = way.channels, way.kind
+        for name, value in parameters.items():
+            checks.as_parameter(value, given, kind, name)
+        if out is not None:
+            checks.check_out(out, x, *map(checks.as_input, inputs))
+    if given != channels:
+        raise ValueError(f"x: given {given} channels along axis {axis}, want {channels}")
+    found: np.dtype[Any] = np.dtype(kind)
+    return found
+
+
+def _beside(x: Any, *arrays: Array) -> tuple[Any, ...]:
+    """Arrays of the host where x is: themselves, or copies on its GPU of its library's kind."""
+    if not devices.on_device(x):
+        return arrays
+    root = type(x).__module__.partition(".")[0]
+    index, kind = devices.device_of(devices.view(x, "x")), root if root in residence.KINDS else "numba"
+    return tuple(residence.to_device(array, index, kind) for array in arrays)

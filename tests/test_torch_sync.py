@@ -1,0 +1,150 @@
+"""fastbn.torch.SyncBatchNorm in one process, where it is PyTorch's ordinary batch norm, and the conversion of models."""
+
+import copy
+import inspect
+import pickle
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from torch import nn  # noqa: E402 # behind the question whether it is there
+
+from fastbn.torch import SyncBatchNorm, convert_sync_batchnorm  # noqa: E402
+
+MODULES = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
+
+
+def test_the_constructor_is_pytorchs() -> None:
+    own, theirs = (list(inspect.signature(cls).parameters.values()) for cls in (SyncBatchNorm, nn.SyncBatchNorm))
+    assert [(p.name, p.default) for p in own[:8]] == [(p.name, p.default) for p in theirs[:8]]
+    assert isinstance(SyncBatchNorm(3), nn.modules.batchnorm._BatchNorm)
+    if "bias" in {p.name for p in theirs}:
+        assert SyncBatchNorm(3, bias=False).bias is None
+    with pytest.raises(TypeError):
+        SyncBatchNorm(3, other=1)
+
+
+@pytest.mark.parametrize("options", [{}, {"affine": False}, {"track_running_stats": False}, {"momentum": None}], ids=str)
+@pytest.mark.parametrize("rest", [(), (5,), (3, 4), (2, 3, 2)], ids=str)
+def test_without_a_group_it_is_ordinary(rest: tuple[int, ...], options: dict[str, Any]) -> None:
+    shape = (4, 3, *rest)
+    own, theirs = SyncBatchNorm(3, **options), MODULES[len(shape)](3, **options)
+    for mode in (True, True, False):
+        x = torch.randn(shape, requires_grad=True)
+        y = torch.autograd.grad(own.train(mode)(x).square().sum(), x)[0]
+        assert torch.equal(y, torch.autograd.grad(theirs.train(mode)(x).square().sum(), x)[0])
+    for key, value in theirs.state_dict().items():
+        assert torch.equal(own.state_dict()[key], value)
+    theirs.load_state_dict(own.state_dict(), strict=True)
+    own.load_state_dict(theirs.state_dict(), strict=True)
+
+
+def _message(module: Any, x: Any) -> tuple[type[BaseException], str]:
+    with pytest.raises(Exception) as caught:  # whatever PyTorch raises
+        module(x)
+    return caught.type, str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "x",
+    [torch.ones(4), torch.ones(2, 0, 4), torch.ones(2, 5), torch.ones(1, 3), torch.ones(2, 3, dtype=torch.int64)],
+    ids=lambda x: f"{x.dtype} {tuple(x.shape)}",
+)
+def test_errors_are_pytorchs(x: Any) -> None:
+    assert _message(SyncBatchNorm(3), x) == _message(nn.SyncBatchNorm(3), x)
+
+
+def _model() -> nn.Module:
+    class Own(nn.BatchNorm2d):
+        """A subclass of the user's."""
+
+    shared = nn.BatchNorm1d(6)
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Sequential(Own(4, eps=1e-3, momentum=None), nn.InstanceNorm2d(4)),
+        nn.Flatten(), nn.BatchNorm1d(4, affine=False), nn.BatchNorm1d(4, track_running_stats=False), nn.SyncBatchNorm(4), shared, shared,
+    )  # fmt: skip
+    model[1].eval()
+    model[1].weight.requires_grad_(False)
+    model[1].qconfig = "int8"
+    return model
+
+
+def test_a_converted_model_shares_what_it_was_made_of() -> None:
+    model = _model()
+    before, state = list(model.named_modules(remove_duplicate=False)), model.state_dict(keep_vars=True)
+    assert convert_sync_batchnorm(model, process_group="group") is model
+    after = dict(model.named_modules(remove_duplicate=False))
+    assert list(after) == [name for name, _ in before]
+    for name, old in before:
+        new = after[name]
+        if not isinstance(old, nn.modules.batchnorm._BatchNorm):
+            assert new is old
+            continue
+        assert type(new) is SyncBatchNorm
+        assert new.process_group == "group"
+        for attribute in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
+            assert getattr(new, attribute) is getattr(old, attribute), (name, attribute)
+        for attribute in ("num_features", "eps", "momentum", "affine", "track_running_stats", "training"):
+            assert getattr(new, attribute) == getattr(old, attribute), (name, attribute)
+    assert after["1"].qconfig == "int8"
+    assert not after["1"].training
+    assert not after["1"].weight.requires_grad
+    assert not hasattr(after["4"], "qconfig")
+    assert after["7"] is after["8"]
+    assert {key: id(value) for key, value in model.state_dict(keep_vars=True).items()} == {key: id(value) for key, value in state.items()}
+
+
+def test_converting_as_pytorch_does() -> None:
+    """Its classmethod and this one make the same of the same, but for a module in two places."""
+    model = _model()[:7]
+    theirs = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))
+    own = SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))
+    names = {nn.SyncBatchNorm: SyncBatchNorm}
+    assert [(n, names.get(type(m), type(m)), m.training) for n, m in theirs.named_modules()] == [
+        (n, type(m), m.training) for n, m in own.named_modules()
+    ]
+    for (key, a), (other, b) in zip(theirs.state_dict().items(), own.state_dict().items(), strict=True):
+        assert key == other
+        assert torch.equal(a, b)
+
+
+def test_one_module_alone_and_again() -> None:
+    bn = nn.BatchNorm2d(3)
+    first = convert_sync_batchnorm(bn)
+    assert type(bn) is nn.BatchNorm2d
+    again = convert_sync_batchnorm(first, "group")
+    assert (first.process_group, again.process_group) == (None, "group")
+    assert first.weight is again.weight is bn.weight
+    same = nn.Linear(2, 2)
+    assert convert_sync_batchnorm(same) is same
+
+
+def test_a_subclass_converts_to_itself() -> None:
+    class Own(SyncBatchNorm):
+        """A subclass of the user's."""
+
+    assert type(Own.convert_sync_batchnorm(nn.BatchNorm1d(2))) is Own
+
+
+def test_lazy_modules_must_have_seen_their_channels() -> None:
+    lazy = nn.Sequential(nn.LazyBatchNorm1d())
+    with pytest.raises(ValueError, match="given LazyBatchNorm1d without channels yet; want one that has seen a batch"):
+        convert_sync_batchnorm(lazy)
+    lazy(torch.randn(3, 4))
+    assert type(convert_sync_batchnorm(lazy)[0]) is SyncBatchNorm
+
+
+def test_copies_and_pickles() -> None:
+    bn = SyncBatchNorm(3, eps=1e-3, process_group=None)
+    bn(torch.randn(4, 3))
+    group = bn.process_group = object()
+    twin = copy.deepcopy(bn)
+    assert twin.process_group is group
+    assert twin.weight is not bn.weight
+    bn.process_group = None
+    for other in (twin, pickle.loads(pickle.dumps(bn))):
+        assert type(other) is SyncBatchNorm
+        assert other.eps == 1e-3
+        assert all(torch.equal(a, b) for a, b in zip(other.state_dict().values(), bn.state_dict().values(), strict=True))
