@@ -112,14 +112,6 @@ def as_statistic(value: Any, channels: int, name: str) -> Buffer:
     return _row(buffer, channels, name)
 
 
-def as_sum(value: Any, channels: int, name: str) -> Buffer:
-    """A sum of each channel: (C,) in float64, without gaps."""
-    buffer = as_input(value, name)
-    if buffer.dtype != "float64":
-        raise TypeError(f"{name}: given dtype {buffer.dtype}, want float64, as batch_norm_backward_reduce returns it")
-    return _row(buffer, channels, name)
-
-
 def _row(buffer: Buffer, channels: int, name: str) -> Buffer:
     if buffer.shape != (channels,):
         raise ValueError(f"{name}: given shape {buffer.shape}, want ({channels},), one value per channel of x")

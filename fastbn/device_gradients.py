@@ -75,7 +75,7 @@ def batch_norm_backward_input(
     var: Any,
     sum_dy: Any,
     sum_dy_xhat: Any,
-    count: float,
+    count: int,
     gamma: Any,
     axis: int,
     eps: float,
@@ -87,7 +87,9 @@ def batch_norm_backward_input(
     plan = device.planned(x, axis)
     C = plan.channels
     mean, var = device.as_statistic(mean, C, "mean"), device.as_statistic(var, C, "var")
-    sums = tuple(device.as_sum(value, C, name) for value, name in ((sum_dy, "sum_dy"), (sum_dy_xhat, "sum_dy_xhat")))
+    sums = device.as_statistic(sum_dy, C, "sum_dy"), device.as_statistic(sum_dy_xhat, C, "sum_dy_xhat")
+    count = checks.check_whole(count, plan.count)
+    checks.check_count(x, count)
     gamma, eps = device.as_parameter(gamma, C, device.parameters(x), "gamma"), checks.check_eps(eps, training=False)
     target = None if out is None else device.check_out(out, x, dy)
     device.same_device(x, dy=dy, mean=mean, var=var, sum_dy=sums[0], sum_dy_xhat=sums[1], gamma=gamma, out=target)
@@ -97,7 +99,7 @@ def batch_norm_backward_input(
         with launches.calling(x, stream) as call:
             seen, steep = device.settled(call, plan, x), device.settled(call, plan, dy)
             place, late = device.place_for(plan, target, x)
-            cuda.grad_input(call, steep, seen, mean, var, eps, (sums[0], sums[1]), float(count), gamma, place)
+            cuda.grad_input(call, steep, seen, mean, var, eps, sums, float(count), gamma, place)
             if late:
                 launches.copy(call, place.buffer, target)
     return out

@@ -60,7 +60,7 @@ def batch_norm_backward_reduce(
         As in `batch_norm`; also dy unlike x.
     """
     if type(x) is not np.ndarray and devices.on_device(x):
-        found: tuple[Wide, Wide] = results.on_gpu(backend).batch_norm_backward_reduce(dy, x, mean, var, axis, eps, stream)
+        found: tuple[Wide, Wide] = results.gradients_on_gpu(backend).batch_norm_backward_reduce(dy, x, mean, var, axis, eps, stream)
         return found
     if stream is not None:
         raise TypeError(results.HOST)
@@ -129,7 +129,7 @@ def batch_norm_backward_input(
         As in `batch_norm`; also dy unlike x, or a count of fewer values than x has.
     """
     if type(x) is not np.ndarray and devices.on_device(x):
-        gpu = results.on_gpu(backend)
+        gpu = results.gradients_on_gpu(backend)
         found: Array = gpu.batch_norm_backward_input(dy, x, mean, var, sum_dy, sum_dy_xhat, count, gamma, axis, eps, out, stream)
         return found
     if stream is not None:

@@ -140,6 +140,7 @@ def grad_input(
     call.work.reserve(launches.workspace(x.C, None))
     coefs = call.work.take(5 * pad, kind)
     mean, var = launches.alike(call, mean, var)
+    sums = launches.wide(call, sums[0]), launches.wide(call, sums[1])
     weight, _, affine = _parameters(x, gamma)
     call.launch(
         finish.set_slope, kind, launches.threads(x.C), pointer(mean), pointer(var), 1.0, eps, *map(pointer, sums), values, weight, affine,

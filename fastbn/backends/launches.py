@@ -125,10 +125,11 @@ def alike(call: Call, mean: Buffer, var: Buffer) -> tuple[Buffer, Buffer]:
     """Given statistics in one dtype: float64 where they are of two."""
     if mean.dtype == var.dtype:
         return mean, var
-    return _wide(call, mean), _wide(call, var)
+    return wide(call, mean), wide(call, var)
 
 
-def _wide(call: Call, values: Buffer) -> Buffer:
+def wide(call: Call, values: Buffer) -> Buffer:
+    """Statistics in float64."""
     if values.dtype == "float64":
         return values
     address, wide = call.work.take_place(values.size, DOUBLE)

@@ -46,6 +46,8 @@ batch_norm = _handed_over("batch_norm")
 batch_norm_inference = _handed_over("batch_norm_inference")
 batch_norm_backward = _handed_over("batch_norm_backward")
 batch_norm_inference_backward = _handed_over("batch_norm_inference_backward")
+batch_norm_backward_reduce = _handed_over("batch_norm_backward_reduce")
+batch_norm_backward_input = _handed_over("batch_norm_backward_input")
 
 
 class RunningMoments:

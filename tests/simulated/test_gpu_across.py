@@ -107,3 +107,21 @@ def test_running_moments_are_reduced_on_the_host(comm: Threads) -> None:
         np.testing.assert_allclose(m.mean, want.mean, rtol=1e-6)
         np.testing.assert_allclose(m.var(), want.var(), rtol=1e-6)
         assert m.mean.tobytes() + m.m2.tobytes() == found[0].mean.tobytes() + found[0].m2.tobytes()
+
+
+def test_gradients_are_those_of_both(comm: Threads) -> None:
+    def work(rank: int) -> tuple[Any, ...]:
+        bn = _layer(rank, comm)
+        bn(_there(rank, X[PARTS[rank]]))
+        dx = bn.backward(_there(rank, DY[PARTS[rank]]))
+        assert type(dx) is type(bn.dgamma) is type(_there(rank, X))
+        return tuple(map(gpu.on_host, (dx, bn.dgamma, bn.dbeta)))
+
+    one = fastbn.BatchNorm(3, backend="reference")
+    one(X)
+    want, found = one.backward(DY), comm.run(work)
+    for (dx, _, dbeta), part in zip(found, PARTS, strict=True):
+        np.testing.assert_allclose(dx, want[part], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(dbeta, DY[part].sum((0, 2)), rtol=1e-5, atol=1e-5)
+        assert dbeta.dtype == np.float32
+    np.testing.assert_allclose(found[0][1] + found[1][1], one.dgamma, rtol=1e-4, atol=1e-4)
