@@ -47,7 +47,7 @@ class Plan:
         order = (*ones, *outer, axis, *inner)
         significant = [a for a in order if shape[a] != 1]
         self.order = None if significant == sorted(significant) else order
-        self._as_is = self.dims == shape
+        self._as_is = self.order is None and self.dims == shape
         # Memory order of a result: as the planned array has it, also where its channels are the outermost axis.
         outermost = not last and all(abs(strides[axis]) > abs(strides[a]) for a in outer)
         own = (*ones, axis, *outer, *inner) if outermost else order
