@@ -38,20 +38,9 @@ def test_is_clean_with_warnings_as_errors() -> None:
 
 
 HEAVY = (
-    "numba.cuda",
-    "numba_cuda",
-    "cuda",
-    "cupy",
-    "ml_dtypes",
-    "torch",
-    "mpi4py",
-    "jax",
-    "onnx",
-    "scipy",
-    "sklearn",
-    "matplotlib",
-    "rich",
-)
+    "numba.cuda", "numba_cuda", "cuda", "cupy", "ml_dtypes", "torch", "jax", "onnx", "scipy", "sklearn", "matplotlib", "rich", "dask",
+    "distributed", "mpi4py",
+)  # fmt: skip
 
 
 def test_imports_nothing_that_touches_a_driver_or_is_a_framework() -> None:

@@ -79,6 +79,7 @@ TIERS = {
     "cases.py": 6,
     "check.py": 6,
     "cli.py": 6,
+    "dask.py": 6,
     "data.py": 6,
     "demo.py": 6,
     "demo_network.py": 6,
@@ -199,6 +200,7 @@ def test_the_kernel_contract_is_a_docstring_and_names_found_when_asked_for() -> 
 CUDA = [f"kernels/cuda/{name}.py" for name in ("_device", "_group", "_gpu", "_jit")]
 AT_IMPORT = {
     "numpy": FILES,
+    "dask": ["dask.py"],
     "numba": ["kernels/_cache.py", "kernels/_jit.py", "kernels/_simd.py", "kernels/_vector.py", *CUDA],
     "torch": ["torch/__init__.py", "torch/sync.py"],  # the bridge to it
     "llvmlite": ["kernels/_simd.py", "kernels/_vector.py", "kernels/cuda/_device.py", "kernels/cuda/_group.py"],

@@ -1,0 +1,336 @@
+"""fastbn.dask: statistics and normalization of dask arrays, by every scheduler, in any chunks, without keeping blocks."""
+
+import os
+import re
+import subprocess
+import sys
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import fastbn
+from fastbn import Moments
+
+pytest.importorskip("dask.array", reason="a bridge to dask: pip install 'fastbn[dask]'")
+pytest.importorskip("distributed", reason="a bridge to dask: pip install 'fastbn[dask]'")
+import dask
+import dask.array as da
+import ml_dtypes
+from dask.diagnostics import ProgressBar
+from distributed import Client, LocalCluster
+
+import fastbn.dask as bridge
+
+ROOT = Path(__file__).parents[1]
+SHAPE = (26, 6, 11, 9)
+CHUNKS = {
+    "whole": SHAPE,
+    "images": (4, 6, 11, 9),
+    "every axis": (7, 4, 3, 5),
+    "single values": (26, 1, 1, 1),
+    "uneven, some empty": ((0, 25, 1), (2, 0, 4), (11,), (0, 1, 8)),
+}
+OTHERS = (0, 2, 3)
+
+
+def _draw(offset: float, dtype: Any = np.float32) -> np.ndarray:
+    """Channels of scales 1 to 3, and a trend along the first axis: blocks have different means."""
+    x = np.random.default_rng(0).standard_normal(SHAPE) + np.linspace(-2.0, 2.0, SHAPE[0]).reshape(-1, 1, 1, 1)
+    return (offset + x * np.linspace(1.0, 3.0, SHAPE[1]).reshape(-1, 1, 1)).astype(dtype)
+
+
+def _check(m: Moments, x: np.ndarray, relative: float) -> None:
+    """Against the formulas on the whole array, in extended precision where there is any."""
+    wide = x.astype(np.longdouble)
+    mean, var = wide.mean(OTHERS), wide.var(OTHERS)
+    assert m.count == x.size // x.shape[1]
+    assert (np.abs(m.mean - mean) <= relative * np.maximum(np.abs(mean), np.sqrt(var))).all()
+    assert (np.abs(m.var() - var) <= relative * var).all()
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e2, 1e4, 1e6])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_moments_are_those_of_one_pass_however_the_array_is_chunked(dtype: str, offset: float) -> None:
+    x = _draw(offset, dtype)
+    found = [bridge.moments(da.from_array(x, chunks=chunks)).compute() for chunks in CHUNKS.values()]
+    one_pass = fastbn.moments(x.astype(np.float64))
+    for m in found:
+        _check(m, x, 1e-12)
+        np.testing.assert_allclose(m.mean, one_pass.mean, rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(m.var(), one_pass.var(), rtol=1e-12 if offset < 1e4 else 1e-10)  # that of one pass: see tolerances
+        np.testing.assert_allclose(m.var(), found[0].var(), rtol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("offset", [0.0, 1e2])
+def test_half_precision_is_widened(dtype: Any, offset: float) -> None:
+    x = _draw(offset, dtype)
+    array = da.from_array(x, chunks=CHUNKS["every axis"])
+    m = bridge.moments(array)
+    _check(m.compute(), x, 1e-12)
+    y = bridge.normalize(array, m)
+    assert y.dtype == x.dtype
+    np.testing.assert_array_equal(y.compute(), fastbn.batch_norm_inference(x, m.compute().mean, m.compute().var()))
+
+
+@pytest.mark.parametrize("values", [1, 100, 5000])
+def test_pieces_that_are_widened_at_a_time_are_the_whole(values: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bridge, "PIECE", values)
+    x = _draw(1e2)
+    _check(bridge.moments(da.from_array(x, chunks=(13, 6, 11, 9))).compute(scheduler="sync"), x, 1e-12)
+
+
+@pytest.mark.parametrize(("rank", "axis"), [(2, 0), (2, 1), (2, -1), (3, 0), (3, 1), (3, 2), (4, 0), (4, 2), (4, -1)])
+def test_any_axis_and_rank(rank: int, axis: int) -> None:
+    x = _draw(3.0)[(0,) * (4 - rank)]
+    array = da.from_array(x, chunks=3)
+    m, whole = bridge.moments(array, axis), fastbn.moments(x.astype(np.float64), axis)
+    np.testing.assert_allclose(m.compute().mean, whole.mean, rtol=1e-12)
+    np.testing.assert_allclose(m.compute().var(), whole.var(), rtol=1e-12)
+    y = bridge.normalize(array, m, axis=axis).compute()
+    np.testing.assert_array_equal(y, fastbn.batch_norm_inference(x, m.compute().mean, m.compute().var(), axis=axis))
+
+
+@pytest.mark.parametrize("chunks", CHUNKS.values(), ids=CHUNKS)
+@pytest.mark.parametrize("lazy", [True, False])
+def test_normalize_is_batch_norm_inference_of_the_whole(lazy: bool, chunks: Any) -> None:
+    x = _draw(1e2)
+    gamma, beta = np.linspace(-2, 2, 6, dtype=np.float32), np.linspace(3, -1, 6, dtype=np.float32)
+    array = da.from_array(x, chunks=chunks)
+    m = bridge.moments(array)
+    statistics = m.compute()
+    y = bridge.normalize(array, m if lazy else statistics, gamma, beta, eps=1e-3)
+    assert (y.shape, y.chunks, y.dtype) == (array.shape, array.chunks, array.dtype)
+    want = fastbn.batch_norm_inference(x, statistics.mean, statistics.var(), gamma, beta, eps=1e-3)
+    np.testing.assert_array_equal(y.compute(), want)
+    only_beta = bridge.normalize(array, statistics, beta=beta).compute()
+    np.testing.assert_array_equal(only_beta, fastbn.batch_norm_inference(x, statistics.mean, statistics.var(), beta=beta))
+
+
+def _bits(m: Moments, y: np.ndarray) -> tuple[int, bytes, bytes, bytes]:
+    return m.count, m.mean.tobytes(), m.m2.tobytes(), y.tobytes()
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[Client]:
+    with (
+        LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster,
+        Client(cluster, set_as_default=False) as client,
+    ):
+        yield client
+
+
+def test_every_scheduler_gives_the_same_bits(client: Client) -> None:
+    array = da.from_array(_draw(1e2), chunks=CHUNKS["every axis"])
+    m = bridge.moments(array)
+    both = m, bridge.normalize(array, m)
+    want = _bits(*dask.compute(*both, scheduler="sync"))
+    assert _bits(*dask.compute(*both, scheduler="threads", num_workers=4)) == want
+    assert _bits(*dask.compute(*both, scheduler=client)) == want
+    with dask.config.set(split_every=2):  # the order of merges is fastbn's own
+        m = bridge.moments(array)
+        assert _bits(*dask.compute(m, bridge.normalize(array, m), scheduler="sync")) == want
+
+
+def test_two_processes_share_the_blocks(client: Client) -> None:
+    array = da.from_array(_draw(0.0), chunks=(1, 6, 11, 9))
+    kept = array.persist(scheduler=client)
+    m = bridge.moments(kept)
+    found, y = dask.compute(m, bridge.normalize(kept, m), scheduler=client)
+    _check(found, _draw(0.0), 1e-12)
+    np.testing.assert_array_equal(y, fastbn.batch_norm_inference(_draw(0.0), found.mean, found.var()))
+    assert len(set(client.run(os.getpid).values()) - {os.getpid()}) == 2
+    assert all(len(keys) > 0 for keys in client.has_what().values())
+
+
+class _Source:
+    """Makes blocks, and counts them: all that were made, and the most that were there at once."""
+
+    def __init__(self, blocks: int) -> None:
+        self.made = self.alive = self.most = 0
+        x = da.arange(blocks, chunks=1).map_blocks(self._make, chunks=((1,) * blocks, (3,), (50,)), new_axis=(1, 2), dtype=np.float32,
+                                                   meta=np.empty((0, 0, 0), np.float32))  # fmt: skip
+        self.array = x
+
+    def __dask_tokenize__(self) -> str:
+        return f"source {id(self)}"
+
+    def _make(self, number: np.ndarray) -> np.ndarray:
+        x = np.random.default_rng(int(number[0])).standard_normal((1, 3, 50)).astype(np.float32)
+        self.made += 1
+        self.alive += 1
+        self.most = max(self.most, self.alive)
+        weakref.finalize(x, self._gone)
+        return x
+
+    def _gone(self) -> None:
+        self.alive -= 1
+
+
+def test_one_graph_of_both_keeps_no_blocks() -> None:
+    """Blocks are made anew for the second pass: kept from the first they would fill the memory."""
+    source = _Source(60)
+    m = bridge.moments(source.array)
+    found, mean = dask.compute(m, bridge.normalize(source.array, m).mean(dtype=np.float64), scheduler="sync")
+    assert source.made == 120
+    assert source.most <= 3
+    assert found.count == 60 * 50
+    assert abs(mean) < 1e-7
+
+
+def test_persisted_blocks_are_not_made_again() -> None:
+    source = _Source(5)
+    kept = source.array.persist(scheduler="sync")
+    m = bridge.moments(kept)
+    dask.compute(m, bridge.normalize(kept, m), scheduler="sync")
+    assert source.made == 5
+
+
+def test_the_same_call_has_the_same_keys() -> None:
+    array = da.ones((4, 3), chunks=2)
+    assert bridge.moments(array).key == bridge.moments(array).key != bridge.moments(array, 0).key
+    first, second = (bridge.normalize(array, bridge.moments(array)).name for _ in range(2))
+    assert first == second
+
+
+def test_attributes_of_lazy_moments_are_lazy() -> None:
+    x = _draw(0.0)
+    m = bridge.moments(da.from_array(x, chunks=5))
+    mean, unbiased = dask.compute(m.mean, m.var(ddof=1))
+    np.testing.assert_allclose(mean, x.astype(float).mean(OTHERS), rtol=1e-12)
+    np.testing.assert_allclose(unbiased, x.astype(float).var(OTHERS, ddof=1), rtol=1e-12)
+
+
+def test_progress_is_shown_by_dask(capsys: pytest.CaptureFixture[str]) -> None:
+    with ProgressBar():
+        bridge.moments(da.ones((4, 3), chunks=2)).compute()
+    assert "100% Completed" in capsys.readouterr().out
+
+
+def test_nothing_to_count() -> None:
+    empty = da.from_array(np.empty((0, 3, 4), np.float32), chunks=2)
+    m = bridge.moments(empty)
+    assert m.compute().count == 0
+    np.testing.assert_array_equal(m.compute().mean, np.zeros(3))
+    for moments in (m, m.compute()):
+        y = bridge.normalize(empty, moments).compute()
+        assert (y.shape, y.dtype) == ((0, 3, 4), np.float32)
+    full = da.ones((2, 3, 4), chunks=2, dtype=np.float32)
+    message = "moments: given statistics of no values, want those of some"
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        bridge.normalize(full, m.compute())
+    lazy = bridge.normalize(full, m)
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        lazy.compute(scheduler="sync")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_nan_and_inf_stay_in_their_channel(value: float) -> None:
+    x = _draw(0.0)
+    clean = bridge.moments(da.from_array(x, chunks=(5, 2, 11, 9))).compute()
+    x[3, 1, 2, 2] = value
+    array = da.from_array(x, chunks=(5, 2, 11, 9))
+    m = bridge.moments(array).compute()
+    assert not np.isfinite(m.var()[1])
+    rest = [0, 2, 3, 4, 5]
+    np.testing.assert_array_equal(m.mean[rest], clean.mean[rest])
+    np.testing.assert_array_equal(m.m2[rest], clean.m2[rest])
+    assert np.isfinite(bridge.normalize(array, m).compute()[:, rest]).all()
+
+
+def test_swapped_bytes_come_out_native() -> None:
+    x = _draw(0.0)
+    array = da.from_array(x.astype(">f4"), chunks=5)
+    m = bridge.moments(array)
+    y = bridge.normalize(array, m)
+    assert y.dtype == y.compute().dtype == np.float32
+    np.testing.assert_array_equal(y.compute(), fastbn.batch_norm_inference(x, m.compute().mean, m.compute().var()))
+
+
+FLOATS = "float16, bfloat16, float32 or float64: convert it first, e.g. array.astype('float32')"
+ONES = da.ones((4, 3), chunks=2, dtype=np.float32)
+UNKNOWN = ONES[da.from_array(np.array([True, False, True, True]), chunks=2)]
+REFUSED: list[tuple[Any, Any, type[Exception], str]] = [
+    (np.ones((4, 3)), 1, TypeError, "array: given ndarray, want a dask array, e.g. dask.array.from_array(x, chunks); fastbn.moments and "
+     "fastbn.batch_norm_inference take arrays in memory"),
+    (da.ones((4, 3), dtype=int), 1, TypeError, f"array: given dtype int64, want {FLOATS}"),
+    (da.ones((4, 3), dtype=complex), 1, TypeError, f"array: given dtype complex128, want {FLOATS}"),
+    (da.ones((4, 3), dtype=bool), 1, TypeError, f"array: given dtype bool, want {FLOATS}"),
+    (da.ma.masked_array(ONES, ONES > 2), 1, TypeError, "array: given a masked array, whose mask would be ignored; want a plain array, for "
+     "example array.filled(...)"),
+    (da.ones(()), 0, ValueError, "array: given rank 0, shape (); want rank 2 or more: a batch axis and a channel axis"),
+    (da.ones(4), 0, ValueError, "array: given rank 1, shape (4,); want rank 2 or more: a batch axis and a channel axis"),
+    (ONES, 2, ValueError, "axis: given 2, want one from -2 to 1 for shape (4, 3)"),
+    (ONES, 1.0, TypeError, "axis: given 1.0, want an integer from -2 to 1"),
+    (da.ones((4, 0)), 1, ValueError, "array: given shape (4, 0), with no channels along axis 1; want at least one"),
+    (UNKNOWN, 1, ValueError, "array: given chunks of unknown size along axis 0; call array.compute_chunk_sizes() first"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("array", "axis", "error", "message"), REFUSED)
+def test_what_can_not_be_is_refused_before_there_is_a_graph(array: Any, axis: Any, error: type[Exception], message: str) -> None:
+    for call in (lambda: bridge.moments(array, axis), lambda: bridge.normalize(array, bridge.moments(ONES), axis=axis)):
+        with pytest.raises(error, match=f"^{re.escape(message)}$"):
+            call()
+
+
+def test_known_sizes_are_what_the_message_asks_for() -> None:
+    assert bridge.moments(UNKNOWN.compute_chunk_sizes()).compute().count == 3
+
+
+SEEN = Moments(4, np.zeros(3), np.ones(3))
+WANTED = "want what fastbn.dask.moments gives, or a fastbn.Moments of the host"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((np.zeros(3),), TypeError, f"moments: given ndarray, {WANTED}"),
+        ((Moments(4, np.zeros(2), np.ones(2)),), ValueError, "moments: given 2 channels, want 3, as the array has"),
+        ((SEEN, np.ones(2, np.float32)), ValueError, "gamma: given shape (2,), want (3,), one value per channel of x"),
+        ((SEEN, None, np.ones(3)), TypeError, "beta: given dtype float64, want float32 beside this x: convert it, e.g. "
+         "beta.astype('float32')"),
+        ((SEEN, None, None, 1, -1.0), ValueError, "eps: given -1.0, want a number that is not negative"),
+    ],
+)  # fmt: skip
+def test_refused_beside_an_array(arguments: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"^{re.escape(message)}$"):
+        bridge.normalize(ONES, *arguments)
+
+
+def test_lazy_moments_of_something_else_are_refused_when_computed() -> None:
+    with pytest.raises(ValueError, match=r"^moments: given 4 channels, want 3, as the array has$"):
+        bridge.normalize(ONES, bridge.moments(ONES, 0)).compute(scheduler="sync")
+    with pytest.raises(TypeError, match=f"^moments: given int, {WANTED}$"):
+        bridge.normalize(ONES, dask.delayed(7)).compute(scheduler="sync")
+
+
+@pytest.mark.parametrize("absent", ["dask", "dask.array"])
+def test_without_dask_the_extra_is_named(absent: str) -> None:
+    code = (
+        f"import sys; sys.modules['{absent}'] = None\nimport fastbn\n"
+        "try:\n    import fastbn.dask\nexcept fastbn.errors.MissingExtra as error:\n    print(error)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout == "fastbn.dask needs dask with its arrays: pip install 'fastbn[dask]'\n"
+
+
+def _bench(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-W", "error", "-m", "bench.dask", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_the_benchmark_holds_its_limit_and_says_when_not() -> None:
+    """0.9 GB in 0.6: the interpreter takes 0.2 of it. The array itself would not fit."""
+    run = _bench("--gb", "0.9", "--limit-gb", "0.6", "--chunk-mb", "8", "--threads", "2")
+    assert (run.returncode, run.stderr) == (0, "")
+    assert re.match(r"0\.91 GB of float32 in blocks of 8\.0 MB, .* GB/s .*, peak memory 0\.[1-5]\d GB of 0\.6 allowed\n", run.stdout)
+    run = _bench("--gb", "0.1", "--limit-gb", "0.05")
+    assert run.returncode == 1
+    assert re.match(r"python -m bench\.dask: held 0\.\d+ GB, want at most 0\.05 GB\n", run.stderr)
+    run = _bench("--chunk-mb", "0")
+    assert (run.returncode, run.stderr) == (2, "python -m bench.dask: --chunk-mb: given 0, want a number above 0\n")
