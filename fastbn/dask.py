@@ -22,8 +22,7 @@ try:
     import dask.array as da
     from dask.core import flatten
     from dask.delayed import Delayed
-    from dask.graph_manipulation import bind
-    from dask.tokenize import tokenize
+    from dask.highlevelgraph import HighLevelGraph
 except ImportError as error:
     raise MissingExtra("fastbn.dask needs dask with its arrays: pip install 'fastbn[dask]'") from error
 
@@ -68,8 +67,9 @@ def moments(array: da.Array, axis: int = 1) -> Delayed:
         array, _of_block, _merged, axis=others, combine=_merged, concatenate=False, dtype=object, name=None,
         split_every=dict.fromkeys(others, max(2, int(TREE ** (1 / len(others))))), meta=np.empty(0, object),
     )  # fmt: skip
-    joined: Delayed = dask.delayed(_joined, pure=True)(merged.to_delayed(optimize_graph=False).tolist())
-    return joined
+    # Not of merged.to_delayed(): that hides the array from dask's optimizer, which would then make each block once for each use.
+    name = f"moments-{merged.name.rpartition('-')[2]}"
+    return Delayed(name, HighLevelGraph.from_collections(name, {name: (_joined, merged.__dask_keys__())}, dependencies=[merged]))
 
 
 def normalize(
@@ -84,14 +84,14 @@ def normalize(
 
     y = gamma * (x - mean) / sqrt(var + eps) + beta, by `fastbn.batch_norm_inference` on each block.
 
-    With lazy moments one graph computes both: every block is read, or made, once for the statistics and anew for its normalization,
-    which waits for them. None is kept in between, so memory holds a few blocks per thread. Where the array fits in memory,
-    `array.persist()` before both calls saves the second reading.
+    With lazy moments one graph computes both: each block is read, or made, once, and waits in memory, the cluster's perhaps, for the
+    statistics of all. An array larger than that goes through twice, a few blocks at a time: `m = moments(x).compute()`, then
+    `normalize(x, m)`.
 
     Parameters
     ----------
     array : dask.array.Array, shape (..., C, ...), float16, bfloat16, float32 or float64
-        As in `moments`. Its blocks must come out the same each time they are made.
+        As in `moments`.
     moments : Delayed or Moments
         What `moments` gave, computed or not.
     gamma, beta : array_like, shape (C,), float64 beside an array of float64, else float32, optional
@@ -121,7 +121,6 @@ def normalize(
     if isinstance(moments, Delayed):
         lazy = dask.delayed(_statistics, nout=2, pure=True)(moments, channels, array.size > 0)
         statistics = [da.from_delayed(part, (channels,), np.float64) for part in lazy]
-        array = bind(array, lazy, seed=tokenize(array.name, lazy.key))
     else:
         statistics = list(_statistics(moments, channels, array.size > 0))
     indices = tuple(range(array.ndim))
