@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from fastbn import checks, config, distributed, functional, gradients, residence, results, threads
+from fastbn import affine, checks, config, distributed, functional, gradients, recalibration, residence, results, threads
 from fastbn.backends import devices, select
 from fastbn.moments import Moments
 
@@ -269,6 +269,31 @@ class BatchNorm:
         self.dgamma = dgamma if self.gamma is not None else None
         self.dbeta = dbeta if self.beta is not None else None
         return dx
+
+    def recalibrate(self, batches: Iterable[ArrayLike], progress: bool = True) -> BatchNorm:
+        """Set the running statistics to those of all batches together, each value counted once; returns self.
+
+        For inference after training, where Ioffe & Szegedy (2015, Algorithm 2) average over batches. num_batches_tracked becomes the
+        number of batches that are not empty. After any error the statistics are as they were.
+
+        Parameters
+        ----------
+        batches : iterable of array_like
+            Inputs of this layer, as `forward` takes them.
+        progress : bool
+            Show a bar on stderr, where that is a terminal; needs rich, MissingExtra without.
+
+        Raises
+        ------
+        TypeError, ValueError
+            No batch, or one that `forward` would refuse; one value per channel in all; a layer without running statistics.
+        """
+        recalibration.recalibrate(self, batches, progress)
+        return self
+
+    def folded_affine(self) -> tuple[Array, Array]:
+        """(scale, shift), both (C,) of float64 on the host: evaluation is y = scale * x + shift. ValueError without running statistics."""
+        return affine.folded(self)
 
     def to(self, device: str, kind: str | None = None) -> BatchNorm:
         """Move parameters, their gradients and running statistics to a GPU or back; returns self. Forgets the last forward.

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 from fastbn.errors import MissingExtra
+
+T = TypeVar("T")
 
 
 def need(*packages: str, command: str = "this command", named: str = "rich") -> None:
@@ -49,3 +52,16 @@ def byte_progress() -> Iterator[Callable[[str, int], Callable[[int], object]]]:
             return lambda done: progress.advance(task, done)
 
         yield start
+
+
+@contextmanager
+def tracked(items: Iterable[T], what: str) -> Iterator[Iterable[T]]:
+    """The items, with a progress bar on stderr, nothing where that is no terminal."""
+    need(command=f"{what} with a progress bar (progress=False: without)")
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description:>15}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        yield progress.track(items, description=what)

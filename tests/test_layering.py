@@ -72,8 +72,11 @@ TIERS = {
     "residence.py": 4,
     "collective.py": 0.0,
     "distributed.py": 4.1,
-    "batchnorm.py": 5,
-    "running.py": 5,
+    "affine.py": 5.0,
+    "running.py": 5.0,
+    "screen.py": 5.0,
+    "recalibration.py": 5.1,
+    "batchnorm.py": 5.2,
     "__init__.py": 6,
     "__main__.py": 6,
     "cases.py": 6,
@@ -83,9 +86,9 @@ TIERS = {
     "data.py": 6,
     "demo.py": 6,
     "demo_network.py": 6,
+    "fold.py": 6,
     "info.py": 6,
     "quickbench.py": 6,
-    "screen.py": 6,
     "stream.py": 6,
     "timing.py": 6,
     "torch/__init__.py": 6,
@@ -216,8 +219,8 @@ IN_FUNCTIONS = {
     "matplotlib": ["demo.py"],
     "threadpoolctl": ["demo.py"],
     "sklearn": ["data.py"],
-    # A peer, where installed; as CuPy; and whose process groups join ranks.
-    "torch": ["quickbench.py", "cases.py", "backends/devices.py", "residence.py", "collective.py"],
+    # A peer, where installed; as CuPy; whose process groups join ranks; whose weights are folded.
+    "torch": ["quickbench.py", "cases.py", "backends/devices.py", "residence.py", "collective.py", "fold.py"],
     "mpi4py": ["collective.py"],  # whose communicators join ranks
 }
 

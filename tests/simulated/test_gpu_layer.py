@@ -48,6 +48,24 @@ def test_statistics_of_evaluation_are_those_of_the_forward() -> None:
     np.testing.assert_array_equal(gpu.on_host(device.backward(gpu.on_gpu(DY))), want)
 
 
+def test_recalibrate_and_folded_affine_as_on_the_host() -> None:
+    host, device = _pair()
+    arrays = [getattr(device, name) for name in NAMES]
+    host.recalibrate([X, X[:2] * 3], progress=False)
+    device.recalibrate([gpu.on_gpu(X), gpu.on_gpu(X[:2] * np.float32(3))], progress=False)
+    assert [getattr(device, name) for name in NAMES] == arrays  # changed in place
+    for key, value in host.state_dict().items():
+        np.testing.assert_allclose(device.state_dict()[key], value, rtol=1e-6)
+    for mine, theirs in zip(device.folded_affine(), host.folded_affine(), strict=True):
+        assert type(mine) is np.ndarray
+        np.testing.assert_allclose(mine, theirs, rtol=1e-6)
+    before = device.state_dict()
+    with pytest.raises(TypeError, match=r"running_mean: this layer's is on a GPU, x on the host: move the layer, bn\.to\('cpu'\)"):
+        device.recalibrate([gpu.on_gpu(X), X], progress=False)
+    for key, value in device.state_dict().items():
+        np.testing.assert_array_equal(value, before[key])
+
+
 def test_to_and_fro_keeps_every_value() -> None:
     host, device = _pair()
     device(gpu.on_gpu(X))

@@ -1,0 +1,55 @@
+"""Running statistics of a layer as those of all its inputs, not an average that forgets: `BatchNorm.recalibrate`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+
+from fastbn import checks, residence, results, screen
+from fastbn.backends import devices
+from fastbn.running import RunningMoments
+
+
+def recalibrate(layer: Any, batches: Any, progress: bool) -> None:
+    """Set a BatchNorm's running statistics to those of all batches together, or, after any error, leave them as they were."""
+    running_mean, running_var = layer.running_mean, layer.running_var
+    checks.check_running(running_mean, running_var)
+    if running_mean is None:
+        raise ValueError("recalibrate: this layer keeps no running statistics; make it with track_running_stats=True")
+    if hasattr(batches, "dtype") or devices.on_device(batches):  # iterating would take its first axis away
+        raise TypeError(f"batches: given one {type(batches).__name__}, want an iterable of arrays: [x] for a single batch")
+    if not isinstance(batches, Iterable) and not hasattr(batches, "__getitem__"):
+        raise TypeError(f"batches: given {type(batches).__name__}, want an iterable of arrays")
+    seen = RunningMoments(layer.num_features, layer.axis, layer.backend, num_threads=layer.num_threads)
+    tracked = 0
+    with screen.tracked(batches, "recalibrate") if progress else nullcontext(batches) as shown:
+        for x in shown:
+            before = seen.count
+            seen.update(_checked(layer, x))
+            tracked += seen.count > before
+    freedom = seen.count - 1 if layer.unbiased_running_var else seen.count
+    if not seen.count:
+        raise ValueError("batches: given no values, want at least one batch that has some (an iterator gives its batches only once)")
+    if not freedom:
+        raise ValueError("batches: given one value per channel in all, want two or more: one has no unbiased variance")
+    with np.errstate(over="ignore", invalid="ignore"):  # beyond float32 it is infinite, as in training
+        mean = residence.to_host(seen.moments.mean).astype(layer.dtype)
+        var = (residence.to_host(seen.moments.m2) / freedom).astype(layer.dtype)
+    residence.overwrite(running_mean, mean)
+    residence.overwrite(running_var, var)
+    layer.num_batches_tracked = tracked
+
+
+def _checked(layer: Any, x: Any) -> Any:
+    """A batch that goes with the layer, as its forward has it."""
+    gpu = results.on_gpu(layer.backend) if type(x) is not np.ndarray and devices.on_device(x) else None
+    if gpu is None:
+        x = checks.as_input(x)
+        checks.check_features(x, layer.axis, layer.num_features, layer.dtype)
+    else:
+        gpu.check_features(x, layer.axis, layer.num_features, layer.dtype.name)
+    residence.check(gpu is not None, running_mean=layer.running_mean, running_var=layer.running_var)
+    return x
