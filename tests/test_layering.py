@@ -92,6 +92,7 @@ TIERS = {
     "stream.py": 6,
     "timing.py": 6,
     "torch/__init__.py": 6,
+    "torch/fuse.py": 6,
     "torch/sync.py": 6,
 }
 
@@ -205,7 +206,7 @@ AT_IMPORT = {
     "numpy": FILES,
     "dask": ["dask.py"],
     "numba": ["kernels/_cache.py", "kernels/_jit.py", "kernels/_simd.py", "kernels/_vector.py", *CUDA],
-    "torch": ["torch/__init__.py", "torch/sync.py"],  # the bridge to it
+    "torch": [file for file in FILES if file.startswith("torch/")],  # the bridge to it
     "llvmlite": ["kernels/_simd.py", "kernels/_vector.py", "kernels/cuda/_device.py", "kernels/cuda/_group.py"],
 }
 IN_FUNCTIONS = {

@@ -1,4 +1,4 @@
-"""fastbn's batch normalization as modules of PyTorch (extra `torch`)."""
+"""fastbn in PyTorch models (the extra `torch`)."""
 
 from fastbn.errors import MissingExtra
 
@@ -7,6 +7,7 @@ try:
 except ImportError as error:
     raise MissingExtra("fastbn.torch needs PyTorch: pip install 'fastbn[torch]'") from error
 
+from fastbn.torch.fuse import fuse
 from fastbn.torch.sync import SyncBatchNorm, convert_sync_batchnorm
 
-__all__ = ["SyncBatchNorm", "convert_sync_batchnorm"]
+__all__ = ["SyncBatchNorm", "convert_sync_batchnorm", "fuse"]
