@@ -17,17 +17,32 @@ from fastbn import cli, config
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+NEEDS = ("dask", "torch")  # packages that only an extra installs: blocks that import one, or its bridge, run by themselves
 # Those of "python mpi" and "python torch" are files to be launched: see test_distributed.py.
 BLOCKS = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 PROSE = re.sub(r"^```python.*?^```$", "", README, flags=re.MULTILINE | re.DOTALL)
 CODE = [*re.findall(r"^    (\S.*)$", PROSE, re.MULTILINE), *re.findall(r"`([^`\n]+)`", PROSE)]  # indented lines, inline code
 
 
+def _needed(block: str) -> str | None:
+    """The package of NEEDS that a block imports."""
+    imported = re.findall(r"^\s*(?:import|from) (?:fastbn\.)?(\w+)", block, re.MULTILINE)
+    return next((package for package in NEEDS if package in imported), None)
+
+
+def _run(needed: str | None) -> dict[str, Any]:
+    """The names that blocks leave, run in order, those with the same need in one namespace."""
+    namespace: dict[str, Any] = {}
+    numbered = [(number, block) for number, block in enumerate(BLOCKS, 1) if _needed(block) == needed]
+    assert numbered
+    for number, block in numbered:
+        exec(compile(block, f"README.md, python block {number}", "exec"), namespace)
+    return namespace
+
+
 def test_python_blocks_run_in_order_in_one_namespace(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(BLOCKS) >= 3
-    namespace: dict[str, Any] = {}
-    for number, block in enumerate(BLOCKS, 1):
-        exec(compile(block, f"README.md, python block {number}", "exec"), namespace)
+    namespace = _run(None)
     assert "channels_first" in capsys.readouterr().out  # print(fastbn.explain(...))
     # What its comments say of the quickstart.
     assert namespace["dx"].shape == namespace["x"].shape
@@ -35,6 +50,24 @@ def test_python_blocks_run_in_order_in_one_namespace(capsys: pytest.CaptureFixtu
     whole = namespace["x"].astype(np.float64)
     np.testing.assert_allclose(namespace["seen"].mean, whole.mean((0, 2, 3)), rtol=1e-6)
     np.testing.assert_allclose(namespace["seen"].var(), whole.var((0, 2, 3)), rtol=1e-6)
+
+
+def test_blocks_with_dask_run(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("dask.array", reason="the README's blocks with dask: pip install 'fastbn[dask]'")
+    pytest.importorskip("distributed", reason="the README's blocks with dask: pip install 'fastbn[dask]'")
+    namespace = _run("dask")
+    shown = capsys.readouterr().out
+    assert "100% Completed" in shown
+    assert abs(float(shown.split()[-1])) < 1e-4  # print(y.mean().compute())
+    assert namespace["y"].shape == namespace["x"].shape
+
+
+def test_blocks_with_torch_run() -> None:
+    torch = pytest.importorskip("torch", reason="the README's blocks with PyTorch: pip install 'fastbn[torch]'")
+    namespace = _run("torch")
+    assert [type(module) for module in namespace["fused"]] == [torch.nn.Conv2d, torch.nn.Identity, torch.nn.ReLU]
+    x = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(namespace["fused"](x), namespace["model"](x), rtol=1e-5, atol=1e-5)
 
 
 def test_the_two_commands_stand_there_as_promised() -> None:
@@ -94,7 +127,7 @@ def test_the_signature_of_the_layer_is_the_real_one() -> None:
 def test_every_attribute_of_fastbn_that_is_named_is_there() -> None:
     named = set(re.findall(r"\bfastbn\.([A-Za-z_]+)", README)) - {"py"}
     assert {"BatchNorm", "moments"} <= named
-    assert {name for name in named if not hasattr(fastbn, name) and not importlib.util.find_spec(f"fastbn.{name}")} == set()
+    assert {name for name in named if not hasattr(fastbn, name) and importlib.util.find_spec(f"fastbn.{name}") is None} == set()
 
 
 def test_links_lead_somewhere() -> None:
