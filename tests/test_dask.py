@@ -138,7 +138,7 @@ def test_every_scheduler_gives_the_same_bits(client: Client) -> None:
 
 def test_two_processes_share_the_blocks(client: Client) -> None:
     array = da.from_array(_draw(0.0), chunks=(1, 6, 11, 9))
-    kept = array.persist(scheduler=client)
+    kept = client.persist(array)
     m = bridge.moments(kept)
     found, y = dask.compute(m, bridge.normalize(kept, m), scheduler=client)
     _check(found, _draw(0.0), 1e-12)
