@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 from fastbn import affine, checks, config, distributed, functional, gradients, recalibration, residence, results, threads
 from fastbn.backends import devices, select
 from fastbn.moments import Moments
+from fastbn.state import State
 
 Array = NDArray[Any]
 
@@ -24,7 +25,7 @@ class _Saved(NamedTuple):
     across: distributed.Exchange | None  # the statistics are of the batch of all ranks
 
 
-class BatchNorm:
+class BatchNorm(State):
     """Batch normalization of one channel axis, with PyTorch's semantics.
 
     In training each channel is normalized by its batch's mean and biased variance, and the running statistics move towards the
@@ -294,69 +295,3 @@ class BatchNorm:
     def folded_affine(self) -> tuple[Array, Array]:
         """(scale, shift), both (C,) of float64 on the host: evaluation is y = scale * x + shift. ValueError without running statistics."""
         return affine.folded(self)
-
-    def to(self, device: str, kind: str | None = None) -> BatchNorm:
-        """Move parameters, their gradients and running statistics to a GPU or back; returns self. Forgets the last forward.
-
-        Parameters
-        ----------
-        device : str
-            "cuda", "cuda:1" or "cpu".
-        kind : str, optional
-            "torch", "cupy" or "numba", the library of the arrays on a GPU; default the first of them that is imported and reaches one.
-
-        Raises
-        ------
-        ValueError
-            No such device or kind.
-        BackendUnavailable
-            No CUDA here.
-        """
-        index, library = residence.parsed(device), residence.chosen(kind)
-        names = ("gamma", "beta", "dgamma", "dbeta", "running_mean", "running_var")
-        moved = {name: residence.to_host(array) for name in names if (array := getattr(self, name)) is not None}
-        if index is not None:
-            moved = {name: residence.to_device(array, index, library) for name, array in moved.items()}
-        for name, array in moved.items():
-            setattr(self, name, array)
-        self._saved = None
-        return self
-
-    def state_dict(self) -> dict[str, Array]:
-        """Copies on the host under PyTorch's keys: weight, bias, running_mean, running_var, num_batches_tracked."""
-        tracked: dict[str, Any] = {}
-        if self.running_mean is not None:
-            tracked = {"running_mean": self.running_mean, "running_var": self.running_var}
-            tracked["num_batches_tracked"] = np.array(self.num_batches_tracked, np.int64)
-        named = {"weight": self.gamma, "bias": self.beta, **tracked}
-        return {key: residence.to_host(value) for key, value in named.items() if value is not None}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over parameters and statistics, all or none of them.
-
-        Parameters
-        ----------
-        state : mapping of str to array_like
-            As `state_dict` gives it, or PyTorch's, whose tensors convert by themselves; num_batches_tracked may be absent.
-
-        Raises
-        ------
-        ValueError
-            Missing or unexpected keys, other shapes, running_mean without running_var.
-        TypeError
-            Values that are not numbers.
-        """
-        own = self.state_dict()
-        checked = checks.check_state(state, own)
-        for key, value in checked.items():
-            own[key][...] = value
-        for target, key in (
-            (self.gamma, "weight"),
-            (self.beta, "bias"),
-            (self.running_mean, "running_mean"),
-            (self.running_var, "running_var"),
-        ):
-            if target is not None:
-                residence.overwrite(target, own[key])
-        if "num_batches_tracked" in own:
-            self.num_batches_tracked = int(own["num_batches_tracked"])

@@ -76,6 +76,7 @@ TIERS = {
     "running.py": 5.0,
     "screen.py": 5.0,
     "recalibration.py": 5.1,
+    "state.py": 5.0,
     "batchnorm.py": 5.2,
     "__init__.py": 6,
     "__main__.py": 6,

@@ -1,0 +1,93 @@
+"""What a layer holds: its arrays, on the host or on a GPU, and PyTorch's state_dict of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fastbn import checks, residence
+
+Array = NDArray[Any]
+Layer = TypeVar("Layer", bound="State")
+
+
+class State:
+    """Parameters, gradients and running statistics, each (C,) or None; what `BatchNorm` inherits."""
+
+    gamma: Array | None
+    beta: Array | None
+    dgamma: Array | None
+    dbeta: Array | None
+    running_mean: Array | None
+    running_var: Array | None
+    num_batches_tracked: int
+    _saved: Any  # of the last forward
+
+    def to(self: Layer, device: str, kind: str | None = None) -> Layer:
+        """Move parameters, their gradients and running statistics to a GPU or back; returns self. Forgets the last forward.
+
+        Parameters
+        ----------
+        device : str
+            "cuda", "cuda:1" or "cpu".
+        kind : str, optional
+            "torch", "cupy" or "numba", the library of the arrays on a GPU; default the first of them that is imported and reaches one.
+
+        Raises
+        ------
+        ValueError
+            No such device or kind.
+        BackendUnavailable
+            No CUDA here.
+        """
+        index, library = residence.parsed(device), residence.chosen(kind)
+        names = ("gamma", "beta", "dgamma", "dbeta", "running_mean", "running_var")
+        moved = {name: residence.to_host(array) for name in names if (array := getattr(self, name)) is not None}
+        if index is not None:
+            moved = {name: residence.to_device(array, index, library) for name, array in moved.items()}
+        for name, array in moved.items():
+            setattr(self, name, array)
+        self._saved = None
+        return self
+
+    def state_dict(self) -> dict[str, Array]:
+        """Copies on the host under PyTorch's keys: weight, bias, running_mean, running_var, num_batches_tracked."""
+        tracked: dict[str, Any] = {}
+        if self.running_mean is not None:
+            tracked = {"running_mean": self.running_mean, "running_var": self.running_var}
+            tracked["num_batches_tracked"] = np.array(self.num_batches_tracked, np.int64)
+        named = {"weight": self.gamma, "bias": self.beta, **tracked}
+        return {key: residence.to_host(value) for key, value in named.items() if value is not None}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over parameters and statistics, all or none of them.
+
+        Parameters
+        ----------
+        state : mapping of str to array_like
+            As `state_dict` gives it, or PyTorch's, whose tensors convert by themselves; num_batches_tracked may be absent.
+
+        Raises
+        ------
+        ValueError
+            Missing or unexpected keys, other shapes, running_mean without running_var.
+        TypeError
+            Values that are not numbers.
+        """
+        own = self.state_dict()
+        checked = checks.check_state(state, own)
+        for key, value in checked.items():
+            own[key][...] = value
+        for target, key in (
+            (self.gamma, "weight"),
+            (self.beta, "bias"),
+            (self.running_mean, "running_mean"),
+            (self.running_var, "running_var"),
+        ):
+            if target is not None:
+                residence.overwrite(target, own[key])
+        if "num_batches_tracked" in own:
+            self.num_batches_tracked = int(own["num_batches_tracked"])
