@@ -56,6 +56,13 @@ print(sorted({{str(e.data["dispatcher"].py_func.__name__) for _, e in seen.buffe
 """
 
 
+def test_a_bridge_whose_package_is_absent_names_its_extra() -> None:
+    code = (
+        "import sys; sys.modules['torch'] = None\ntry:\n    import fastbn.torch\nexcept ImportError as e:\n    print(type(e).__name__, e)"
+    )
+    assert _python(code) == "MissingExtra fastbn.torch needs PyTorch: pip install 'fastbn[torch]'\n"
+
+
 def test_compiles_nothing_and_neither_do_the_kernels_until_called() -> None:
     backend = "import fastbn, fastbn.backends.cpu"
     assert _python(COMPILED.format(backend)) == "[]\n"

@@ -93,6 +93,13 @@ TIERS = {
     "stream.py": 6,
     "timing.py": 6,
     "torch/__init__.py": 6,
+    "torch/convert.py": 6,
+    "torch/derivatives.py": 6,
+    "torch/functions.py": 6,
+    "torch/kernels.py": 6,
+    "torch/modules.py": 6,
+    "torch/operator.py": 6,
+    "torch/serves.py": 6,
     "torch/fuse.py": 6,
     "torch/sync.py": 6,
 }
@@ -250,6 +257,12 @@ def test_the_kernels_of_cuda_are_imported_only_by_its_backend_or_when_asked_for(
     for found in imports(file):
         asked = found.deferred or file.startswith("kernels/cuda/") or file in ("backends/launches.py", "backends/cuda.py", "device.py")
         assert asked or not found.module.startswith("fastbn.kernels.cuda"), f"fastbn/{file}:{found.line}"
+
+
+@every_file
+def test_a_bridge_is_imported_by_itself_only(file: str) -> None:
+    for target, line in own_imports(file):
+        assert file.startswith("torch/") or not target.startswith("torch/"), f"fastbn/{file}:{line}"
 
 
 ENVIRONMENT = {"environ", "environb", "getenv", "getenvb", "putenv", "unsetenv"}

@@ -1,4 +1,8 @@
-"""fastbn in PyTorch models (the extra `torch`)."""
+"""Batch normalization in PyTorch models: modules with PyTorch's own names and state, run by fastbn's kernels.
+
+`convert(model)` swaps a model's batch norms in place, `revert(model)` swaps them back; `convert_sync_batchnorm(model)` lets processes share
+a batch; `fuse(model)` folds them away for inference. PyTorch comes with the extra `torch`.
+"""
 
 from fastbn.errors import MissingExtra
 
@@ -7,7 +11,21 @@ try:
 except ImportError as error:
     raise MissingExtra("fastbn.torch needs PyTorch: pip install 'fastbn[torch]'") from error
 
+from fastbn.torch.convert import convert, left_alone, revert
 from fastbn.torch.fuse import fuse
+from fastbn.torch.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from fastbn.torch.serves import explain
 from fastbn.torch.sync import SyncBatchNorm, convert_sync_batchnorm
 
-__all__ = ["SyncBatchNorm", "convert_sync_batchnorm", "fuse"]
+__all__ = [
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "SyncBatchNorm",
+    "convert",
+    "convert_sync_batchnorm",
+    "explain",
+    "fuse",
+    "left_alone",
+    "revert",
+]

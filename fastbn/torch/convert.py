@@ -1,0 +1,109 @@
+"""Swap the batch norms of a model, in place: by their class alone, so that all else about them stays as it is."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TypeVar
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fastbn.torch.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d
+
+Model = TypeVar("Model", bound=nn.Module)
+
+OURS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.BatchNorm1d: BatchNorm1d,
+    nn.BatchNorm2d: BatchNorm2d,
+    nn.BatchNorm3d: BatchNorm3d,
+}
+THEIRS = {ours: theirs for theirs, ours in OURS.items()}
+
+
+def convert(model: Model) -> Model:
+    """Let fastbn's kernels serve every `torch.nn.BatchNorm1d`, `2d` and `3d` of a model, in place.
+
+    The modules stay the same objects, as do their parameters and buffers: optimizers, hooks, names, shared modules and the training flag
+    are untouched, only the class changes. Subclasses, `torch.nn.SyncBatchNorm` among them, are left alone, with a warning that lists them.
+    Revert before `torch.jit.script`, an export to ONNX, or tools that look for PyTorch's own classes.
+
+    Parameters
+    ----------
+    model : Module
+        May be a batch norm itself.
+
+    Returns
+    -------
+    Module
+        The model.
+
+    Warns
+    -----
+    UserWarning
+        Where batch norms of other classes were left alone: see `left_alone`.
+
+    Raises
+    ------
+    TypeError
+        `model` is no Module.
+    """
+    _swap(model, OURS)
+    if others := left_alone(model):
+        listed = ", ".join(f"{name or 'the model itself'} ({kind.__module__}.{kind.__qualname__})" for name, kind in others.items())
+        warnings.warn(f"fastbn.torch.convert left alone, for they are of other classes than PyTorch's own three: {listed}", stacklevel=2)
+    return model
+
+
+def revert(model: Model) -> Model:
+    """Undo `convert`: PyTorch's own batch norms again, in place, with what they have learned since.
+
+    Parameters
+    ----------
+    model : Module
+
+    Returns
+    -------
+    Module
+        The model.
+
+    Raises
+    ------
+    TypeError
+        `model` is no Module.
+    """
+    _swap(model, THEIRS)
+    return model
+
+
+def left_alone(model: nn.Module) -> dict[str, type[nn.Module]]:
+    """The batch norms of a model that `convert` leaves alone, subclasses of PyTorch's.
+
+    Parameters
+    ----------
+    model : Module
+
+    Returns
+    -------
+    dict of str to type
+        Name and class of each.
+
+    Raises
+    ------
+    TypeError
+        `model` is no Module.
+    """
+    _check(model)
+    named = model.named_modules()
+    return {name: type(m) for name, m in named if isinstance(m, _BatchNorm) and type(m) not in OURS and type(m) not in THEIRS}
+
+
+def _swap(model: nn.Module, table: dict[type[nn.Module], type[nn.Module]]) -> None:
+    _check(model)
+    for module in model.modules():
+        if (new := table.get(type(module))) is not None:
+            module.__class__ = new  # as PyTorch's own lazy modules do it
+
+
+def _check(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: given {type(model).__name__}, want a torch.nn.Module")

@@ -1,0 +1,87 @@
+"""The operator for eager PyTorch: the same kernels and derivatives, without the dispatcher, which takes longer than a small layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastbn.moments import Moments
+from fastbn.torch import kernels
+from fastbn.torch.derivatives import second
+from fastbn.torch.kernels import Statistics
+
+Running = tuple[float, Tensor, Tensor]  # weight of the new value, running mean and variance
+
+
+def normalize(
+    x: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, constants: tuple[Any, Any] | None, running: Running | None
+) -> tuple[Tensor, Statistics]:
+    """Forward: (y, statistics), with constant statistics where given; else those of the batch, which move the running ones."""
+    if constants is not None:
+        return kernels.inference(x, *constants, gamma, beta, eps), constants
+    y, found = kernels.forward(x, gamma, beta, eps)
+    if running is not None:
+        kernels.track(found, *running)
+    return y, found
+
+
+class Normalize(torch.autograd.Function):
+    """`normalize`, recorded."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        eps: float,
+        constants: tuple[Any, Any] | None,
+        running: Running | None,
+    ) -> Tensor:
+        """y."""
+        y, ctx.found = normalize(x, gamma, beta, eps, constants, running)
+        ctx.eps, needs = eps, ctx.needs_input_grad
+        ctx.frozen = constants is not None and not (needs[1] or needs[2])
+        ctx.format = kernels.memory_format(y)
+        ctx.save_for_backward(None if ctx.frozen else x, gamma)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of x, gamma and beta; recorded in turn under create_graph."""
+        x, gamma = ctx.saved_tensors
+        if ctx.frozen:  # dx = gamma * dy * rstd is a normalization of dy, and x is not needed
+            dy, (mean, var) = dy.contiguous(memory_format=ctx.format), ctx.found
+            dx = normalized(dy, gamma, None, ctx.eps, (kernels.zeros(mean), var), None)
+            return dx, None, None, None, None, None
+        run = gradients if torch.is_grad_enabled() else kernels.backward
+        dx, dgamma, dbeta = run(dy, x, ctx.found, gamma, ctx.eps)
+        needs = ctx.needs_input_grad
+        return dx if needs[0] else None, dgamma if needs[1] else None, dbeta if needs[2] else None, None, None, None
+
+
+class Gradients(torch.autograd.Function):
+    """`kernels.backward`, recorded."""
+
+    @staticmethod
+    def forward(ctx: Any, dy: Tensor, x: Tensor, found: Statistics, gamma: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+        """(dx, dgamma, dbeta)."""
+        ctx.save_for_backward(dy, x, gamma)
+        ctx.found, ctx.eps = found, eps
+        return kernels.backward(dy, x, found, gamma, eps)
+
+    @staticmethod
+    def backward(ctx: Any, *above: Tensor) -> tuple[Tensor | None, ...]:
+        """Gradients of dy, x and gamma."""
+        dy, x, gamma = ctx.saved_tensors
+        mean, var = (ctx.found.mean, None) if isinstance(ctx.found, Moments) else ctx.found
+        mean, var = kernels.tensor(mean), None if var is None else kernels.tensor(var)
+        grad_dy, grad_x, grad_gamma = second(above, dy, x, mean, var, gamma, ctx.eps)
+        return grad_dy, grad_x, None, grad_gamma, None
+
+
+normalized: Callable[..., Tensor] = Normalize.apply
+gradients: Callable[..., tuple[Tensor, Tensor, Tensor]] = Gradients.apply

@@ -1,0 +1,108 @@
+"""BatchNorm1d, BatchNorm2d and BatchNorm3d: PyTorch's modules, whose calls fastbn's kernels serve."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastbn.torch import functions, kernels, operator, serves
+
+
+class Served:
+    """What makes one of PyTorch's batch norms call fastbn; without any state of its own, so that a module's class alone tells."""
+
+    RANKS: tuple[int, ...]
+
+    def _get_name(self) -> str:
+        return f"fastbn.{type(self).__name__}"
+
+    def forward(self: Any, input: Tensor) -> Tensor:
+        """Normalize, scale and shift; in training also update the running statistics.
+
+        Parameters
+        ----------
+        input : Tensor, shape (N, C, ...)
+
+        Returns
+        -------
+        Tensor, shape and dtype of input
+            In its memory format.
+
+        Raises
+        ------
+        TypeError, ValueError, RuntimeError
+            As PyTorch's module raises them.
+        """
+        given, compiling = serves.call(self), torch.compiler.is_compiling()
+        if serves.declines(given, input, self.RANKS, self.eps) is not None or not (compiling or serves.hidden(given, input) is None):
+            own: Tensor = super().forward(input)  # type: ignore[misc]  # of the class beside this one
+            return own
+        running = None
+        if self.training and self.track_running_stats:
+            weight = self._count(compiling)
+            if given.running_mean is not None:
+                running = (weight, given.running_mean, given.running_var)
+        return (_traced if compiling else _eager)(input, given, self.eps, running)
+
+    def _count(self: Any, compiling: bool) -> Any:
+        """Count a batch; the weight of its statistics in the running ones."""
+        seen = self.num_batches_tracked
+        if seen is not None:
+            seen.add_(1)
+        if self.momentum is not None:
+            return self.momentum
+        if seen is None:
+            return 0.0
+        return 1.0 / (seen.double() if compiling else seen.item())
+
+
+def _eager(x: Tensor, given: serves.Call, eps: float, running: Any) -> Tensor:
+    gamma, beta, mean, var = given[:4]
+    recorded = torch.is_grad_enabled() and (
+        x.requires_grad or (gamma is not None and gamma.requires_grad) or (beta is not None and beta.requires_grad)
+    )
+    constants = None
+    if not given.batch and mean is not None and var is not None:
+        see = kernels.copied if recorded else kernels.array  # what backward will need must outlive a change of the buffers
+        constants = see(mean), see(var)
+    if recorded:
+        return functions.normalized(x, gamma, beta, eps, constants, running)
+    return functions.normalize(x, gamma, beta, eps, constants, running)[0]
+
+
+def _traced(x: Tensor, given: serves.Call, eps: float, running: Any) -> Tensor:
+    gamma, beta, mean, var = given[:4]
+    if not given.batch and mean is not None and var is not None:
+        y: Tensor = operator.batch_norm_inference(x, mean, var, gamma, beta, eps)
+        return y
+    y, found, m2 = operator.batch_norm(x, gamma, beta, eps)
+    if running is not None:
+        with torch.no_grad():
+            weight, *kept = running
+            for old, new in zip(kept, (found, m2 / (operator.count(x) - 1)), strict=True):
+                old.copy_((1.0 - weight) * old.double() + weight * new)
+    return y
+
+
+class BatchNorm1d(Served, nn.BatchNorm1d):
+    """`torch.nn.BatchNorm1d`, served by fastbn's kernels: the same constructor, parameters, buffers and state_dict.
+
+    Takes x of shape (N, C) or (N, C, L), of float16, bfloat16 or float32 beside parameters of float32, or of float64 beside float64. Any
+    other call is PyTorch's own, as are its errors: `explain` tells.
+    """
+
+    RANKS = (2, 3)
+
+
+class BatchNorm2d(Served, nn.BatchNorm2d):
+    """`torch.nn.BatchNorm2d`, served by fastbn's kernels: see `BatchNorm1d`. Takes x of shape (N, C, H, W)."""
+
+    RANKS = (4,)
+
+
+class BatchNorm3d(Served, nn.BatchNorm3d):
+    """`torch.nn.BatchNorm3d`, served by fastbn's kernels: see `BatchNorm1d`. Takes x of shape (N, C, D, H, W)."""
+
+    RANKS = (5,)

@@ -1,0 +1,130 @@
+"""Which calls of a module fastbn's kernels serve; all others are PyTorch's own, with its results and its errors."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from fastbn import backends
+from fastbn.errors import BackendUnavailable
+
+PARAMETERS = {  # of which dtype parameters and running statistics are, beside x
+    torch.float32: torch.float32,
+    torch.float64: torch.float64,
+    torch.float16: torch.float32,
+    torch.bfloat16: torch.float32,
+}
+PLAIN = (Tensor, torch.nn.Parameter)
+
+
+class Call(NamedTuple):
+    """A module as one call sees it."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    batch: bool  # whether the batch's own statistics normalize
+
+
+def call(module: Any) -> Call:
+    """What a call of a batch norm uses."""
+    own, kept = module._parameters, module._buffers
+    try:  # a quarter of the time that looking them up as attributes takes
+        weight, bias, mean, var = own["weight"], own["bias"], kept["running_mean"], kept["running_var"]
+    except KeyError:  # parametrized, pruned
+        weight, bias, mean, var = module.weight, module.bias, module.running_mean, module.running_var
+    return Call(weight, bias, mean, var, module.training or (mean is None and var is None))
+
+
+def declines(given: Call, x: Tensor, ranks: tuple[int, ...], eps: float) -> str | None:
+    """Why fastbn's kernels can't serve a call; None where they do.
+
+    torch.compile traces this: what it reads of x guards the compiled code.
+    """
+    kind, rank = PARAMETERS.get(x.dtype), x.dim()
+    if kind is None:
+        return f"x is of {x.dtype}"
+    if rank not in ranks:
+        return f"x is of rank {rank}"
+    C, device = x.shape[1], x.device
+    if C == 0:
+        return "x has no channels"
+    for value in given[:4]:
+        if value is not None and (value.dtype is not kind or value.dim() != 1 or value.shape[0] != C or value.device != device):
+            return f"parameters and running statistics are not all of {kind}, shape ({C},), on {device}, as x of {x.dtype} wants them"
+    if (given.running_mean is None) != (given.running_var is None):
+        return "one running statistic is there without the other"
+    if given.batch and x.numel() // C < 2:
+        return "x has less than two values per channel"
+    if eps <= 0.0 and (given.batch or eps < 0.0):
+        return f"eps is {eps}"
+    if x.is_cuda:
+        return gpu_declines()
+    return None if x.is_cpu else f"x is on {device}"
+
+
+def gpu_declines() -> str | None:
+    """Why fastbn's CUDA backend serves no call on this machine."""
+    try:
+        backends.select_device(None)
+    except BackendUnavailable as error:
+        return str(error)
+    return None
+
+
+gpu_declines._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compiler.assume_constant_result, which imports Dynamo
+
+
+def hidden(given: Call, x: Tensor) -> str | None:
+    """Why an eager call is one that only PyTorch's own kernels may serve: tensors without memory, or somebody looks at every operation."""
+    if type(x) not in PLAIN or x.layout is not torch.strided or x.is_neg():
+        return f"x is a {type(x).__name__} that is no plain memory"
+    if any(value is not None and type(value) not in PLAIN for value in given[:4]):
+        return "a parameter or running statistic is no plain tensor"
+    if torch._C._len_torch_dispatch_stack():
+        return "a mode of torch.utils._python_dispatch looks at every operation"
+    if torch._C._are_functorch_transforms_active():
+        return "a transform of torch.func is active"
+    if forward_ad._current_level >= 0:
+        return "derivatives are taken forwards (torch.autograd.forward_ad)"
+    if torch._C._get_tracing_state() is not None:
+        return "torch.jit.trace records PyTorch's own operators"
+    return None
+
+
+def explain(module: torch.nn.Module, x: Tensor) -> str:
+    """Whose kernels run when a batch norm is called on x, which ones, or why not fastbn's.
+
+    Parameters
+    ----------
+    module : Module
+        A batch norm, as it is now: in training or evaluation.
+    x : Tensor, shape (N, C, ...)
+        Only looked at.
+
+    Returns
+    -------
+    str
+        For a person to read.
+
+    Raises
+    ------
+    TypeError
+        `module` is no batch norm.
+    """
+    if not isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+        raise TypeError(f"module: given {type(module).__name__}, want a batch norm, e.g. model.bn1")
+    ranks, given = getattr(module, "RANKS", None), call(module)
+    if ranks is None:
+        return f"PyTorch's own kernels: a {type(module).__qualname__} that is not converted, see fastbn.torch.convert"
+    reason = declines(given, x, ranks, module.eps) or hidden(given, x)
+    if reason is not None:
+        return f"PyTorch's own kernels: {reason}"
+    dtype = str(x.dtype).removeprefix("torch.")
+    last = x.stride(1) == 1 and x.shape[1] > 1
+    shown = backends.explain(tuple(x.shape), dtype, channels_last=last, backend="cuda" if x.is_cuda else None)
+    return f"fastbn's kernels, {'with the statistics of the batch' if given.batch else 'with the running statistics'}\n{shown}"

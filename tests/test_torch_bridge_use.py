@@ -1,0 +1,212 @@
+"""fastbn.torch in use: whose memory, whose threads, copies, files, forks, hooks of autograd."""
+
+import copy
+import io
+import pickle
+import threading
+import tracemalloc
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="the bridge to PyTorch: pip install 'fastbn[torch]'")
+
+from torch_pairs import CHANNELS, LAYOUTS, draw  # noqa: E402
+
+import fastbn.torch  # noqa: E402
+from fastbn.torch import functions, kernels  # noqa: E402
+
+
+def test_kernels_see_the_memory_of_the_tensors_and_pytorch_that_of_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+
+    def watch(module: Any, name: str) -> None:
+        real = getattr(module, name)
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            found = real(*arguments, **options)
+            seen.append(([a for a in arguments if isinstance(a, np.ndarray)], found[0] if isinstance(found, tuple) else found))
+            return found
+
+        monkeypatch.setattr(module, name, call)
+
+    for name in ("batch_norm", "batch_norm_inference"):
+        watch(kernels.functional, name)
+    for name in ("batch_norm_backward", "batch_norm_inference_backward"):
+        watch(kernels.gradients, name)
+
+    def address(array: Any) -> int:
+        return int(array.__array_interface__["data"][0])
+
+    for dtype in (torch.float32, torch.bfloat16):
+        for layout in ("contiguous", "channels_last"):
+            for training in (True, False):
+                module = fastbn.torch.BatchNorm2d(CHANNELS).train(training)
+                x, dy = (LAYOUTS[layout](t) for t in draw((4, 5, 6, 7), 0.0, 0, dtype))
+                x.requires_grad_()
+                y = module(x)
+                (inputs, result) = seen.pop()
+                assert address(inputs[0]) == x.data_ptr()
+                assert {module.weight.data_ptr(), module.bias.data_ptr()} <= {address(a) for a in inputs}
+                assert address(result) == y.data_ptr()
+                (dx,) = torch.autograd.grad(y, x, dy)
+                (inputs, result) = seen.pop()
+                if len(inputs) > 3:  # else frozen parameters: a normalization of dy
+                    assert address(inputs[1]) == x.data_ptr()
+                assert address(inputs[0]) == dy.data_ptr()
+                assert address(result) == dx.data_ptr()
+    assert not seen
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_nothing_large_is_allocated_but_the_results(layout: str) -> None:
+    module = fastbn.torch.BatchNorm2d(CHANNELS)
+    x, dy = (LAYOUTS[layout](t) for t in draw((16, 5, 128, 100), 0.0, 0))
+    x.requires_grad_()
+    module(x).backward(dy)
+    x.grad = None
+    tracemalloc.start()
+    try:
+        y = module(x)
+        assert tracemalloc.get_traced_memory()[1] < 1.05 * x.nbytes
+        tracemalloc.reset_peak()
+        y.backward(dy)
+        assert tracemalloc.get_traced_memory()[1] < 2.1 * x.nbytes  # y, and dx now
+    finally:
+        tracemalloc.stop()
+
+
+def test_inference_and_no_grad_record_nothing() -> None:
+    module = fastbn.torch.BatchNorm2d(5)
+    x = torch.randn(4, 5, 3, 3, requires_grad=True)
+    want = module(x)
+    with torch.no_grad():
+        y = module(x)
+    assert not y.requires_grad
+    assert torch.equal(y, want)
+    with torch.inference_mode():
+        y = module(x)
+        assert y.is_inference()
+        assert torch.equal(y, want)
+    assert module.num_batches_tracked == 3
+    module.requires_grad_(False)
+    assert not module(x.detach()).requires_grad
+
+
+def test_pytorchs_number_of_threads_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, x = fastbn.torch.BatchNorm2d(5), draw((8, 5, 64, 60), 0.0, 0)[0]
+    seen: list[Any] = []
+    real = kernels.functional.batch_norm
+
+    def watched(*arguments: Any, **options: Any) -> Any:
+        if "backend" not in options:  # as it calls itself on fewer threads
+            seen.append(options)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(kernels.functional, "batch_norm", watched)
+    monkeypatch.setattr(kernels.threads, "get_num_threads", lambda: 2)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        two = module(x)
+        torch.set_num_threads(1)
+        one, _ = module(x), module(x[:1, :, :2])
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [{}, {"num_threads": 1}, {}]
+    assert torch.equal(one, two)
+
+
+def test_two_python_threads_at_once() -> None:
+    x, dy = draw((8, 5, 64, 60), 1e2, 0)
+
+    def run() -> list[Any]:
+        module = fastbn.torch.BatchNorm2d(5)
+        found = []
+        for _ in range(10):
+            given = x.clone().requires_grad_()
+            y = module(given)
+            y.backward(dy)
+            found += [y.detach(), given.grad]
+        return [*found, module.weight.grad, *module.state_dict().values()]
+
+    want = run()
+    got: dict[int, Any] = {}
+    threads = [threading.Thread(target=lambda k=k: got.update({k: run()})) for k in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for k in range(2):
+        assert all(map(torch.equal, got[k], want))
+
+
+class _Normalized(torch.utils.data.Dataset):  # type: ignore[misc,type-arg]
+    def __init__(self, module: Any, x: Any) -> None:
+        self.module, self.x = module, x
+
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, k: int) -> Any:
+        with torch.no_grad():
+            return self.module(self.x + k)
+
+
+@pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")
+def test_workers_of_a_dataloader_that_are_forked_after_use() -> None:
+    module, x = fastbn.torch.BatchNorm2d(5), draw((8, 5, 64, 60), 1e2, 0)[0]
+    module(x)
+    module.eval()
+    data = _Normalized(module, x)
+    loader = torch.utils.data.DataLoader(data, batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=120)
+    for k, y in enumerate(loader):
+        assert torch.equal(y, data[k])
+    module.train()(x).sum().backward()
+
+
+def test_copies_pickles_and_files() -> None:
+    module = fastbn.torch.BatchNorm2d(5, momentum=None)
+    x = torch.randn(4, 5, 3, 3)
+    module(x)
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    copies = [copy.deepcopy(module), pickle.loads(pickle.dumps(module)), torch.load(file, weights_only=False)]
+    want = module(x)
+    for other in copies:
+        assert type(other) is fastbn.torch.BatchNorm2d
+        assert torch.equal(other(x), want)
+        assert all(torch.equal(value, module.state_dict()[key]) for key, value in other.state_dict().items())
+
+
+def test_state_dict_both_ways() -> None:
+    for first, second in ((torch.nn, fastbn.torch), (fastbn.torch, torch.nn)):
+        one, other = first.BatchNorm2d(5), second.BatchNorm2d(5)
+        one(torch.randn(4, 5, 3, 3))
+        file = io.BytesIO()
+        torch.save(one.state_dict(), file)
+        file.seek(0)
+        other.load_state_dict(torch.load(file), strict=True)
+        assert list(one.state_dict()) == list(other.state_dict())
+        assert one.state_dict()._metadata == other.state_dict()._metadata
+        assert all(torch.equal(value, other.state_dict()[key]) for key, value in one.state_dict().items())
+
+
+def test_saved_tensors_go_through_hooks() -> None:
+    module = fastbn.torch.BatchNorm2d(5)
+    x = torch.randn(4, 5, 3, 3, requires_grad=True)
+    (want,) = torch.autograd.grad(module(x).square().sum(), x)
+    with torch.autograd.graph.save_on_cpu():
+        y = module(x)
+    (got,) = torch.autograd.grad(y.square().sum(), x)
+    assert torch.equal(got, want)
+    y = torch.utils.checkpoint.checkpoint(module, x, use_reentrant=False)
+    (got,) = torch.autograd.grad(y.square().sum(), x)
+    assert torch.equal(got, want)
+
+
+def test_the_function_is_what_autograd_shows() -> None:
+    y = fastbn.torch.BatchNorm1d(5)(torch.randn(3, 5))
+    assert isinstance(y.grad_fn, functions.Normalize._backward_cls)
