@@ -3,14 +3,11 @@
 import copy
 from typing import Any
 
-import numpy as np
-import published
 import pytest
-from tolerances import check, scales
 
 torch = pytest.importorskip("torch", reason="the bridge to PyTorch: pip install 'fastbn[torch]'")
 
-from torch_pairs import LAYOUTS, array, channels_last, draw, pair, served  # noqa: E402
+from torch_pairs import LAYOUTS, channels_last, draw, pair, step  # noqa: E402
 
 import fastbn.torch  # noqa: E402
 
@@ -25,37 +22,6 @@ SHAPES = {
 }
 
 
-def _step(ours: Any, theirs: Any, x: Any, dy: Any) -> None:
-    """One forward and backward of both, compared: y, gradients, statistics."""
-    assert served(ours, x)
-    batch = ours.training or ours.running_mean is None
-    if not batch:  # rounded to float32 at every training step, compared there: from here on the same numbers
-        theirs.load_state_dict(ours.state_dict())
-    mean, var = (None, None) if batch else (array(ours.running_mean).astype(float), array(ours.running_var).astype(float))
-    ours.zero_grad()
-    theirs.zero_grad()
-    given, wide = x.detach().requires_grad_(), x.detach().double().requires_grad_()
-    y, want = ours(given), theirs(wide)
-    y.backward(dy)
-    want.backward(dy.double())
-    a, dtype = array(x), array(x).dtype
-    stats = published.statistics(a, 1)
-    if mean is None:
-        mean, var = stats.mean, stats.var
-    gamma, beta = array(ours.weight), array(ours.bias)
-    natural = scales(array(dy), a, mean, var, gamma, beta, 1, ours.eps, batch)
-    check("y", dtype, array(y), array(want), natural.y)
-    check("dx", dtype, array(given.grad), array(wide.grad), natural.dx)
-    for name in ("weight", "bias"):
-        if getattr(ours, name) is not None:
-            quantity = {"weight": "dgamma", "bias": "dbeta"}[name]
-            check(quantity, dtype, array(getattr(ours, name).grad), array(getattr(theirs, name).grad), getattr(natural, quantity))
-    if ours.running_mean is not None:
-        check("mean", dtype, array(ours.running_mean), array(theirs.running_mean), np.maximum(1.0, np.abs(stats.mean)))
-        check("var", dtype, array(ours.running_var), array(theirs.running_var), 1.0 + stats.var)
-        assert ours.num_batches_tracked == theirs.num_batches_tracked
-
-
 @pytest.mark.parametrize("offset", OFFSETS)
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "crop"])
@@ -64,8 +30,8 @@ def test_training_then_evaluation(layout: str, name: str, offset: float) -> None
     ours, theirs = pair(kind)
     steps = [[LAYOUTS[layout](tensor) for tensor in draw(shape, offset, seed)] for seed in range(3)]
     for x, dy in steps[:2]:
-        _step(ours, theirs, x, dy)
-    _step(ours.eval(), theirs.eval(), *steps[2])
+        step(ours, theirs, x, dy)
+    step(ours.eval(), theirs.eval(), *steps[2])
     assert ours.num_batches_tracked == 2
 
 
@@ -76,9 +42,9 @@ def test_momentum_eps_and_dtype(eps: float, momentum: float | None, dtype: Any) 
     parameters = torch.float64 if dtype == torch.float64 else torch.float32
     ours, theirs = pair("BatchNorm2d", parameters, momentum=momentum, eps=eps)
     for seed in range(3):
-        _step(ours, theirs, *draw((4, 5, 3, 3), 3.0, seed, dtype))
+        step(ours, theirs, *draw((4, 5, 3, 3), 3.0, seed, dtype))
     before = ours.running_mean.clone()
-    _step(ours.eval(), theirs.eval(), *draw((4, 5, 3, 3), 3.0, 3, dtype))
+    step(ours.eval(), theirs.eval(), *draw((4, 5, 3, 3), 3.0, 3, dtype))
     assert torch.equal(ours.running_mean, before)
     assert bool((before == 0).all()) == (momentum == 0.0)
 
@@ -89,18 +55,18 @@ def test_without_parameters_or_running_statistics(training: bool, options: dict[
     ours, theirs = pair("BatchNorm2d", **options)
     assert list(ours.state_dict()) == list(theirs.state_dict())
     for seed in range(2):
-        _step(ours.train(training), theirs.train(training), *draw((4, 5, 3, 3), 1e2, seed))
+        step(ours.train(training), theirs.train(training), *draw((4, 5, 3, 3), 1e2, seed))
 
 
 def test_statistics_that_are_switched_off_later_stay_as_they_are() -> None:
     """PyTorch's rule: in training they are left alone, in evaluation still used."""
     ours, theirs = pair("BatchNorm2d")
-    _step(ours, theirs, *draw((4, 5, 3, 3), 3.0, 0))
+    step(ours, theirs, *draw((4, 5, 3, 3), 3.0, 0))
     ours.track_running_stats = theirs.track_running_stats = False
     before = copy.deepcopy(ours.state_dict())
-    _step(ours, theirs, *draw((4, 5, 3, 3), 3.0, 1))
+    step(ours, theirs, *draw((4, 5, 3, 3), 3.0, 1))
     assert all(torch.equal(value, before[key]) for key, value in ours.state_dict().items())
-    _step(ours.eval(), theirs.eval(), *draw((4, 5, 3, 3), 3.0, 2))
+    step(ours.eval(), theirs.eval(), *draw((4, 5, 3, 3), 3.0, 2))
 
 
 def test_cumulative_average_without_a_count() -> None:
@@ -134,7 +100,7 @@ def test_memory_format_is_pytorchs(shape: tuple[int, ...], layout: str, training
 
 def test_a_frozen_layer_keeps_no_input_and_has_the_same_gradient() -> None:
     ours, theirs = pair("BatchNorm2d")
-    _step(ours, theirs, *draw((4, 5, 3, 3), 3.0, 0))
+    step(ours, theirs, *draw((4, 5, 3, 3), 3.0, 0))
     for module in (ours.eval(), theirs.eval()):
         module.requires_grad_(False)
     theirs.load_state_dict(ours.state_dict())

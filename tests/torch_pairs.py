@@ -3,7 +3,10 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+import published
 import torch
+from tolerances import check, scales
 
 import fastbn.torch
 from fastbn.torch import kernels
@@ -57,3 +60,34 @@ def array(tensor: Any) -> Any:
 
 def served(module: Any, x: Any) -> bool:
     return fastbn.torch.explain(module, x).startswith("fastbn's kernels")
+
+
+def step(ours: Any, theirs: Any, x: Any, dy: Any) -> None:
+    """One forward and backward of both, compared: y, gradients, statistics."""
+    assert served(ours, x)
+    batch = ours.training or ours.running_mean is None
+    if not batch:  # rounded to float32 at every training step, compared there: from here on the same numbers
+        theirs.load_state_dict(ours.state_dict())
+    mean, var = (None, None) if batch else (array(ours.running_mean).astype(float), array(ours.running_var).astype(float))
+    ours.zero_grad()
+    theirs.zero_grad()
+    given, wide = x.detach().requires_grad_(), x.detach().double().requires_grad_()
+    y, want = ours(given), theirs(wide)
+    y.backward(dy)
+    want.backward(dy.double())
+    a, dtype = array(x), array(x).dtype
+    stats = published.statistics(a, 1)
+    if mean is None:
+        mean, var = stats.mean, stats.var
+    gamma, beta = array(ours.weight), array(ours.bias)
+    natural = scales(array(dy), a, mean, var, gamma, beta, 1, ours.eps, batch)
+    check("y", dtype, array(y), array(want), natural.y)
+    check("dx", dtype, array(given.grad), array(wide.grad), natural.dx)
+    for name in ("weight", "bias"):
+        if getattr(ours, name) is not None:
+            quantity = {"weight": "dgamma", "bias": "dbeta"}[name]
+            check(quantity, dtype, array(getattr(ours, name).grad), array(getattr(theirs, name).grad), getattr(natural, quantity))
+    if ours.running_mean is not None:
+        check("mean", dtype, array(ours.running_mean), array(theirs.running_mean), np.maximum(1.0, np.abs(stats.mean)))
+        check("var", dtype, array(ours.running_var), array(theirs.running_var), 1.0 + stats.var)
+        assert ours.num_batches_tracked == theirs.num_batches_tracked

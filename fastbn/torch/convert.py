@@ -25,7 +25,7 @@ def convert(model: Model) -> Model:
 
     The modules stay the same objects, as do their parameters and buffers: optimizers, hooks, names, shared modules and the training flag
     are untouched, only the class changes. Subclasses, `torch.nn.SyncBatchNorm` among them, are left alone, with a warning that lists them.
-    Revert before `torch.jit.script`, an export to ONNX, or tools that look for PyTorch's own classes.
+    Revert before `torch.jit.script`, `torch.fx.symbolic_trace`, quantization or an export to ONNX, which look for PyTorch's own classes.
 
     Parameters
     ----------

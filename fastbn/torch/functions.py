@@ -7,13 +7,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._dynamo import eval_frame
 
 from fastbn.moments import Moments
 from fastbn.torch import kernels
 from fastbn.torch.derivatives import second
 from fastbn.torch.kernels import Statistics
 
+followed = eval_frame.get_eval_frame_callback  # None but where Dynamo follows eager code: around its graph breaks
+
 Running = tuple[float, Tensor, Tensor]  # weight of the new value, running mean and variance
+
+
+def alone(run: Callable[..., Any], *arguments: Any) -> Any:
+    """A call that Dynamo does not follow into: it would take NumPy's functions on memory for PyTorch's on tensors."""
+    disable: Callable[..., Any] = torch.compiler.disable
+    return disable(run)(*arguments)
 
 
 def normalize(
@@ -51,16 +60,24 @@ class Normalize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients of x, gamma and beta; recorded in turn under create_graph."""
-        x, gamma = ctx.saved_tensors
-        if ctx.frozen:  # dx = gamma * dy * rstd is a normalization of dy, and x is not needed
-            dy, (mean, var) = dy.contiguous(memory_format=ctx.format), ctx.found
-            dx = normalized(dy, gamma, None, ctx.eps, (kernels.zeros(mean), var), None)
-            return dx, None, None, None, None, None
-        run = gradients if torch.is_grad_enabled() else kernels.backward
-        dx, dgamma, dbeta = run(dy, x, ctx.found, gamma, ctx.eps)
-        needs = ctx.needs_input_grad
-        return dx if needs[0] else None, dgamma if needs[1] else None, dbeta if needs[2] else None, None, None, None
+        """Gradients of x, gamma and beta."""
+        if torch.compiler.is_compiling() or followed() is not None:
+            found: tuple[Tensor | None, ...] = alone(_backward, ctx, dy)
+            return found
+        return _backward(ctx, dy)
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    """Of `Normalize`; recorded in turn under create_graph."""
+    x, gamma = ctx.saved_tensors
+    if ctx.frozen:  # dx = gamma * dy * rstd is a normalization of dy, and x is not needed
+        dy, (mean, var) = dy.contiguous(memory_format=ctx.format), ctx.found
+        dx = normalized(dy, gamma, None, ctx.eps, (kernels.zeros(mean), var), None)
+        return dx, None, None, None, None, None
+    run = gradients if torch.is_grad_enabled() else kernels.backward
+    dx, dgamma, dbeta = run(dy, x, ctx.found, gamma, ctx.eps)
+    needs = ctx.needs_input_grad
+    return dx if needs[0] else None, dgamma if needs[1] else None, dbeta if needs[2] else None, None, None, None
 
 
 class Gradients(torch.autograd.Function):

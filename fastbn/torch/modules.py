@@ -35,8 +35,13 @@ class Served:
         TypeError, ValueError, RuntimeError
             As PyTorch's module raises them.
         """
-        given, compiling = serves.call(self), torch.compiler.is_compiling()
-        if serves.declines(given, input, self.RANKS, self.eps) is not None or not (compiling or serves.hidden(given, input) is None):
+        compiling = torch.compiler.is_compiling()
+        if not compiling and functions.followed() is not None:
+            found: Tensor = functions.alone(Served.forward, self, input)
+            return found
+        given = serves.call(self)
+        reason = None if compiling else serves.hidden(given, input)
+        if reason is not None or serves.declines(given, input, self.RANKS, self.eps) is not None:
             own: Tensor = super().forward(input)  # type: ignore[misc]  # of the class beside this one
             return own
         running = None

@@ -6,7 +6,7 @@
     torch.ops.fastbn.batch_norm_inference_backward(dy, x, mean, var, gamma, eps) -> (dx, dgamma, dbeta)
 
 Shapes and dtypes are those of fastbn's functions with axis=1; mean and m2 are float64 of shape (C,). Statistics are not differentiated:
-neither those that go in nor those that come out.
+neither those that go in nor those that come out. Derivatives are taken backwards only: forwards, PyTorch gives a custom operator none.
 """
 
 from __future__ import annotations
@@ -97,8 +97,7 @@ def _training_gradients(ctx: Any, dy: Tensor, dmean: Tensor, dm2: Tensor) -> tup
 
 def _save_inference(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, mean, var, gamma, _, ctx.eps = inputs
-    *_, ctx.sums, biased, _ = ctx.needs_input_grad
-    ctx.sums |= biased
+    ctx.sums = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
     ctx.format = kernels.memory_format(output)
     ctx.save_for_backward(x if ctx.sums else None, mean, var, gamma)
 

@@ -82,7 +82,7 @@ gpu_declines._dynamo_marked_constant = True  # type: ignore[attr-defined]  # tor
 def hidden(given: Call, x: Tensor) -> str | None:
     """Why an eager call is one that only PyTorch's own kernels may serve: tensors without memory, or somebody looks at every operation."""
     if type(x) not in PLAIN or x.layout is not torch.strided or x.is_neg():
-        return f"x is a {type(x).__name__} that is no plain memory"
+        return f"x is a {type(x).__name__}, but no plain memory"
     if any(value is not None and type(value) not in PLAIN for value in given[:4]):
         return "a parameter or running statistic is no plain tensor"
     if torch._C._len_torch_dispatch_stack():
@@ -121,7 +121,7 @@ def explain(module: torch.nn.Module, x: Tensor) -> str:
     ranks, given = getattr(module, "RANKS", None), call(module)
     if ranks is None:
         return f"PyTorch's own kernels: a {type(module).__qualname__} that is not converted, see fastbn.torch.convert"
-    reason = declines(given, x, ranks, module.eps) or hidden(given, x)
+    reason = hidden(given, x) or declines(given, x, ranks, module.eps)
     if reason is not None:
         return f"PyTorch's own kernels: {reason}"
     dtype = str(x.dtype).removeprefix("torch.")

@@ -1,0 +1,214 @@
+"""fastbn.torch under torch.compile, torch.export and autocast: no graph breaks, the bits of eager calls; and PyTorch's own opcheck."""
+
+import copy
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="the bridge to PyTorch: pip install 'fastbn[torch]'")
+
+from torch_pairs import LAYOUTS, draw  # noqa: E402
+
+import fastbn.torch  # noqa: E402
+from fastbn.torch import operator, serves  # noqa: E402
+
+# Inductor itself imports what PyTorch deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning", "ignore:.*torch.jit.*:DeprecationWarning")
+
+KINDS = {"BatchNorm1d": (6, 5, 9), "BatchNorm2d": (4, 5, 6, 7), "BatchNorm3d": (2, 5, 3, 4, 5)}
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def _run(call: Any, module: Any, x: Any, dy: Any) -> list[Any]:
+    """What a training step and an evaluation leave behind."""
+    found = []
+    for training in (True, False):
+        module.train(training)
+        given = x.detach().requires_grad_()
+        y = call(given)
+        y.backward(dy)
+        found += [y.detach(), given.grad, *(p.grad.clone() for p in module.parameters()), *copy.deepcopy(module.state_dict()).values()]
+    return found
+
+
+def _near(got: list[Any], want: list[Any]) -> None:
+    """To the bit, but for running statistics, which a compiled call may round otherwise."""
+    for a, b in zip(got, want, strict=True):
+        assert a.dtype == b.dtype
+        if a.shape == (5,):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+        else:
+            assert torch.equal(a, b)
+            assert a.stride() == b.stride()
+
+
+@pytest.mark.parametrize("options", [{}, {"momentum": None}, {"affine": False}, {"bias": False}, {"track_running_stats": False}], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiled_without_a_graph_break(kind: str, layout: str, options: dict[str, Any]) -> None:
+    x, dy = (LAYOUTS[layout](t) for t in draw(KINDS[kind], 1e2, 0))
+    ours = getattr(fastbn.torch, kind)(5, **options)
+    other = copy.deepcopy(ours)
+    compiled = torch.compile(other, backend="aot_eager", fullgraph=True)
+    _near(_run(compiled, other, x, dy), _run(ours, ours, x, dy))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_inductor_calls_the_operator_between_its_own_kernels(dtype: Any) -> None:
+    x, dy = draw((4, 5, 6, 7), 3.0, 0, dtype)
+    ours = fastbn.torch.BatchNorm2d(5)
+    other = copy.deepcopy(ours)
+    compiled = torch.compile(lambda x: torch.relu(other(x * 2)) + 1, fullgraph=True)
+    _near(_run(compiled, other, x, dy), _run(lambda x: torch.relu(ours(x * 2)) + 1, ours, x, dy))
+
+
+def test_one_compilation_serves_every_batch_size() -> None:
+    ours = fastbn.torch.BatchNorm2d(5)
+    compiled = torch.compile(copy.deepcopy(ours), backend="aot_eager", fullgraph=True, dynamic=True)
+    with torch.compiler.set_stance("default"):
+        for size in (4, 6):
+            x, _ = draw((size, 5, 6, 7), 3.0, size)
+            assert torch.equal(compiled(x), ours(x))
+    with torch.compiler.set_stance("fail_on_recompile"):
+        x, _ = draw((9, 5, 6, 7), 3.0, 9)
+        assert torch.equal(compiled(x), ours(x))
+
+
+def test_compiled_calls_that_pytorch_refuses_or_serves_are_pytorchs() -> None:
+    compiled = {library: torch.compile(library.BatchNorm2d(5), backend="aot_eager") for library in (torch.nn, fastbn.torch)}
+    for shape, words in (((1, 5, 1, 1), "Expected more than 1 value per channel when training"), ((2, 5), "expected 4D input")):
+        kinds = []
+        for call in compiled.values():
+            with pytest.raises((ValueError, RuntimeError), match=words) as caught:
+                call(torch.ones(shape))
+            kinds.append(caught.type)
+        assert kinds[0] is kinds[1]
+    half, theirs = fastbn.torch.BatchNorm2d(5).half(), torch.nn.BatchNorm2d(5).half()
+    x = torch.randn(4, 5, 3, 3).half()
+    assert torch.equal(torch.compile(half, backend="aot_eager", fullgraph=True)(x), theirs(x))
+    assert compiled[fastbn.torch](torch.empty(0, 5, 3, 3)).shape == (0, 5, 3, 3)
+
+
+def test_around_a_graph_break_eager_calls_are_not_followed() -> None:
+    """A hook that prints, and a backward in the compiled function: Dynamo would trace NumPy's calls as PyTorch's."""
+    module = fastbn.torch.BatchNorm2d(5)
+    plain = copy.deepcopy(module)
+    seen: list[Any] = []
+    module.register_forward_hook(lambda *_: seen.append(torch._dynamo.graph_break()))
+    x, dy = draw((4, 5, 6, 7), 3.0, 0)
+
+    def step(x: Any) -> Any:
+        y = module(x)
+        y.backward(dy)
+        return y
+
+    compiled = torch.compile(step, backend="aot_eager")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            given, other = x.clone().requires_grad_(), x.clone().requires_grad_()
+            y, want = compiled(given), plain(other)
+            want.backward(dy)
+            assert torch.equal(y, want)
+            assert torch.equal(given.grad, other.grad)
+    assert torch.equal(module.weight.grad, plain.weight.grad)
+    assert len(seen) == 2
+    assert not [w for w in said if "fastbn" in str(w.message)]
+
+
+def test_what_a_gpu_can_do_is_a_constant_of_the_compiled_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastbn.backends.devices.declines", lambda: "none here")
+
+    def call(x: Any) -> Any:
+        return x + 1 if serves.gpu_declines() is None else x - 1
+
+    assert torch.compile(call, backend="eager", fullgraph=True)(torch.ones(1)) == 0
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+def test_exported(training: bool, strict: bool) -> None:
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 5, 3), fastbn.torch.BatchNorm2d(5), torch.nn.ReLU()).train(training)
+    x, plain = torch.randn(4, 3, 8, 8), copy.deepcopy(model)
+    program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=2)},), strict=strict)
+    targets = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert f"fastbn.batch_norm{'' if training else '_inference'}.default" in targets
+    assert not any("batch_norm" in target and "fastbn" not in target for target in targets)
+    module = program.module()
+    for size in (4, 7):
+        x = torch.randn(size, 3, 8, 8)
+        assert torch.equal(module(x), plain(x))
+    exported = module.state_dict()
+    assert {"1.weight", "1.running_mean", "1.running_var"} <= exported.keys()
+    for key, value in exported.items():
+        torch.testing.assert_close(value, plain.state_dict()[key], rtol=1e-6, atol=1e-7)
+    assert int(plain[1].num_batches_tracked) == 2 * training
+
+
+@pytest.mark.parametrize("compile_it", [False, True])
+def test_autocast(compile_it: bool) -> None:
+    """A convolution gives bfloat16, parameters stay float32, and so do their gradients."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 5, 3), torch.nn.BatchNorm2d(5), torch.nn.ReLU())
+    ours = fastbn.torch.convert(copy.deepcopy(model))
+    call = torch.compile(ours, backend="aot_eager", fullgraph=True) if compile_it else ours
+    x = torch.randn(4, 3, 8, 8)
+    results = []
+    for module, run in ((model, model), (ours, call)):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = run(x)
+        y.float().square().sum().backward()
+        assert y.dtype == torch.bfloat16
+        results.append([y.detach().float(), *(p.grad for p in module.parameters()), *(b for b in module.buffers())])
+    for got, want in zip(*results[::-1], strict=True):
+        assert got.dtype == want.dtype
+        scale = float(want.float().abs().max())
+        torch.testing.assert_close(got.float(), want.float(), rtol=0.02, atol=0.01 * scale)
+    assert not torch.equal(model[1].running_var, torch.ones(5))
+
+
+def _optional(values: Any, kind: str) -> Any:
+    """A parameter that is trained, frozen or absent."""
+    return None if kind == "absent" else values.requires_grad_(kind == "trained")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "layout", "gamma"),
+    [
+        (torch.float32, "contiguous", "trained"),
+        (torch.float32, "channels_last", "frozen"),
+        (torch.float64, "channels outermost", "trained"),
+        (torch.float64, "crop", "absent"),
+        (torch.bfloat16, "channels_last", "trained"),
+        (torch.bfloat16, "contiguous", "absent"),
+    ],
+    ids=str,
+)
+def test_opcheck(dtype: Any, layout: str, gamma: str) -> None:
+    kind = torch.float64 if dtype == torch.float64 else torch.float32
+    x, dy = (LAYOUTS[layout](t) for t in draw((4, 5, 6, 7), 3.0, 0, dtype))
+    weight = _optional(torch.linspace(0.5, 2.0, 5, dtype=kind), gamma)
+    bias = _optional(torch.linspace(-1.0, 1.0, 5, dtype=kind), gamma)
+    mean, var = torch.ones(5, dtype=kind), torch.full((5,), 2.0, dtype=kind)
+    _, found, m2 = operator.batch_norm(x, weight, bias, 1e-5)
+    assert not found.requires_grad
+    assert not m2.requires_grad
+    for given in (x, x.detach().requires_grad_()):
+        calls = (
+            (operator.batch_norm, (given, weight, bias, 1e-5)),
+            (operator.batch_norm_inference, (given, mean, var, weight, bias, 1e-5)),
+            (operator.batch_norm_backward, (dy, given, found, m2, weight, 1e-5)),
+            (operator.batch_norm_inference_backward, (dy, given, mean, var, weight, 1e-5)),
+        )
+        for op, arguments in calls:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)
+                torch.library.opcheck(op, arguments)

@@ -1,0 +1,186 @@
+"""convert and revert: what of a model changes (whose kernels run), and what does not (all else)."""
+
+import copy
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="the bridge to PyTorch: pip install 'fastbn[torch]'")
+
+import fastbn.torch  # noqa: E402
+
+KINDS = ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d")
+
+
+class Net(torch.nn.Module):  # type: ignore[misc]
+    """Three ranks, one module in two places, one without parameters, one without statistics, in a list and in a dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 4, 3, padding=1)
+        self.shared = torch.nn.BatchNorm2d(4, momentum=None)
+        self.blocks = torch.nn.ModuleList([torch.nn.Sequential(self.shared, torch.nn.ReLU()), torch.nn.BatchNorm2d(4, affine=False)])
+        self.more = torch.nn.ModuleDict({"volume": torch.nn.BatchNorm3d(2, track_running_stats=False), "flat": torch.nn.BatchNorm1d(4)})
+        self.slim = torch.nn.BatchNorm1d(4, bias=False)
+
+    def forward(self, x: Any) -> Any:
+        x = self.blocks[0](self.shared(self.conv(x)))
+        x = self.blocks[1](x)
+        x = self.more["volume"](x.unflatten(1, (2, 2))).flatten(1, 2)
+        return self.slim(self.more["flat"](x.mean((2, 3))))
+
+
+def _kinds(model: Any) -> list[type]:
+    return [type(m) for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+
+
+def _state(model: Any) -> dict[str, Any]:
+    """Everything about a model by name: the objects themselves."""
+    found = {f"{name} {k}": id(v) for name, m in model.named_modules() for k, v in vars(m).items() if not isinstance(v, bool | float | int)}
+    flags = {f"{name} {k}": v for name, m in model.named_modules() for k, v in vars(m).items() if isinstance(v, bool | float | int)}
+    tensors = {name: (id(v), v.requires_grad) for name, v in [*model.named_parameters(), *model.named_buffers()]}
+    return {**found, **flags, **tensors, **{name: id(m) for name, m in model.named_modules()}}
+
+
+def test_the_class_changes_and_nothing_else() -> None:
+    model = Net()
+    model.shared.eval()
+    model.more["flat"].weight.requires_grad_(False)
+    before = _state(model)
+    assert fastbn.torch.convert(model) is model
+    assert _state(model) == before
+    wanted = [getattr(fastbn.torch, kind.__name__) for kind in _kinds(Net())]
+    assert _kinds(model) == wanted
+    assert model.blocks[0][0] is model.shared
+    assert "fastbn.BatchNorm2d(4" in repr(model)
+    fastbn.torch.convert(model)  # once more changes nothing
+    assert _kinds(model) == wanted
+    assert fastbn.torch.revert(model) is model
+    assert _state(model) == before
+    assert _kinds(model) == _kinds(Net())
+    assert repr(model) == repr(Net())
+
+
+def test_training_goes_as_before_and_an_optimizer_goes_on() -> None:
+    """Five steps of both, converted after the first and reverted before the last: the same losses, parameters and statistics."""
+    torch.manual_seed(0)
+    model = Net().double()
+    models = [model, copy.deepcopy(model)]
+    optimizers = [torch.optim.Adam(m.parameters(), lr=0.05) for m in models]
+    data = torch.randn(5, 8, 3, 6, 6, dtype=torch.float64) * 3 + 10
+    for number, x in enumerate(data):
+        if number == 1:
+            fastbn.torch.convert(models[1])
+            assert fastbn.torch.BatchNorm2d in _kinds(models[1])
+        if number == 4:
+            fastbn.torch.revert(models[1])
+        losses = []
+        for m, optimizer in zip(models, optimizers, strict=True):
+            optimizer.zero_grad()
+            loss = (m(x) - torch.linspace(-1, 1, 4)).square().mean()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+        torch.testing.assert_close(losses[1], losses[0], rtol=1e-9, atol=0)
+    for key, value in models[0].state_dict().items():
+        torch.testing.assert_close(models[1].state_dict()[key], value, rtol=1e-6, atol=1e-9)
+    for m in models:
+        m.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(fastbn.torch.convert(models[1])(data[0]), models[0](data[0]), rtol=1e-6, atol=1e-9)
+
+
+def test_hooks_of_every_kind_stay() -> None:
+    model = torch.nn.Sequential(torch.nn.BatchNorm2d(2))
+    seen: list[str] = []
+
+    def note(name: str) -> Any:
+        return lambda *arguments, **options: seen.append(name)
+
+    bn = model[0]
+    bn.register_forward_pre_hook(note("forward pre"))
+    bn.register_forward_hook(note("forward"))
+    bn.register_full_backward_pre_hook(note("backward pre"))
+    bn.register_full_backward_hook(note("backward"))
+    bn.register_state_dict_pre_hook(note("state_dict pre"))
+    bn.register_state_dict_post_hook(note("state_dict"))
+    bn.register_load_state_dict_pre_hook(note("load pre"))
+    bn.register_load_state_dict_post_hook(note("load"))
+    bn.weight.register_hook(note("weight"))
+    bn.weight.register_post_accumulate_grad_hook(note("accumulated"))
+
+    def use() -> list[str]:
+        seen.clear()
+        model(torch.randn(4, 2, 3, 3, requires_grad=True)).sum().backward()
+        model.load_state_dict(model.state_dict())
+        return list(seen)
+
+    before = use()
+    assert len(set(before)) == 10
+    fastbn.torch.convert(model)
+    assert sorted(use()) == sorted(before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_that_is_a_batch_norm(kind: str) -> None:
+    model = getattr(torch.nn, kind)(3)
+    assert type(fastbn.torch.convert(model)) is getattr(fastbn.torch, kind)
+    assert type(fastbn.torch.revert(model)) is getattr(torch.nn, kind)
+
+
+class Mine(torch.nn.BatchNorm2d):  # type: ignore[misc]
+    pass
+
+
+class OfOurs(fastbn.torch.BatchNorm2d):  # type: ignore[misc,name-defined]
+    def forward(self, input: Any) -> Any:
+        return super().forward(input) + 1
+
+
+def test_subclasses_are_left_alone_and_reported() -> None:
+    lazy = torch.nn.LazyBatchNorm2d()
+    model = torch.nn.Sequential(torch.nn.SyncBatchNorm(2), Mine(2), torch.nn.BatchNorm2d(2), lazy, torch.nn.InstanceNorm2d(2), OfOurs(2))
+    kinds = [type(m) for m in model]
+    with pytest.warns(UserWarning, match=r"left alone.*0 \(torch\.nn\..*SyncBatchNorm\), 1 \(.*Mine\), 3 \(.*LazyBatchNorm2d\)"):
+        fastbn.torch.convert(model)
+    assert [type(m) for m in model] == [*kinds[:2], fastbn.torch.BatchNorm2d, *kinds[3:]]
+    wanted = {"0": torch.nn.SyncBatchNorm, "1": Mine, "3": torch.nn.LazyBatchNorm2d, "5": OfOurs}
+    assert fastbn.torch.left_alone(model) == wanted
+    assert [type(m) for m in fastbn.torch.revert(model)] == kinds
+    x = torch.randn(4, 2, 3, 3)
+    with torch.no_grad():
+        lazy(x)
+        torch.testing.assert_close(model[5](x), torch.nn.BatchNorm2d(2)(x) + 1)
+    with pytest.warns(UserWarning, match="left alone"):  # now that it knows its size, it is one of PyTorch's three
+        assert type(fastbn.torch.convert(model)[3]) is fastbn.torch.BatchNorm2d
+    with pytest.warns(UserWarning, match="the model itself"):
+        fastbn.torch.convert(Mine(2))
+
+
+def test_pytorchs_own_conversions_still_know_them() -> None:
+    model = fastbn.torch.convert(torch.nn.Sequential(torch.nn.Conv2d(3, 2, 3), torch.nn.BatchNorm2d(2)))
+    assert type(torch.nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))[1]) is torch.nn.SyncBatchNorm
+    model.eval()
+    x = torch.randn(2, 3, 5, 5)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.nn.utils.fuse_conv_bn_eval(model[0], model[1])(x), model(x))
+
+
+def test_parametrized_and_pruned_parameters_are_used() -> None:
+    class Doubled(torch.nn.Module):  # type: ignore[misc]
+        def forward(self, weight: Any) -> Any:
+            return 2 * weight
+
+    x = torch.randn(4, 2, 3, 3)
+    for library in (torch.nn, fastbn.torch):
+        bn = library.BatchNorm2d(2)
+        torch.nn.utils.parametrize.register_parametrization(bn, "weight", Doubled())
+        torch.testing.assert_close(bn(x), 2 * torch.nn.BatchNorm2d(2)(x))
+        bn(x).sum().backward()
+        assert bn.parametrizations.weight.original.grad is not None
+
+
+def test_what_is_no_model_is_refused() -> None:
+    for call in (fastbn.torch.convert, fastbn.torch.revert, fastbn.torch.left_alone):
+        with pytest.raises(TypeError, match=r"model: given dict, want a torch\.nn\.Module"):
+            call({})
