@@ -37,7 +37,7 @@ def tensor(found: Any) -> Tensor:
     """A tensor of fastbn's result: its memory. Results on a GPU are tensors; those of (C,) are views of one, which nobody need know."""
     if isinstance(found, Tensor):
         return found.clone() if found.dim() == 1 else found
-    if found.dtype.name == "bfloat16":
+    if found.dtype.kind == "V":  # bfloat16, whose name takes 2 us to ask for
         return torch.from_numpy(found.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(found)
 

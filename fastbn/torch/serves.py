@@ -54,7 +54,7 @@ def declines(given: Call, x: Tensor, ranks: tuple[int, ...], eps: float) -> str 
     if C == 0:
         return "x has no channels"
     for value in given[:4]:
-        if value is not None and (value.dtype is not kind or value.dim() != 1 or value.shape[0] != C or value.device != device):
+        if value is not None and (value.dtype is not kind or value.shape != (C,) or value.device != device):
             return f"parameters and running statistics are not all of {kind}, shape ({C},), on {device}, as x of {x.dtype} wants them"
     if (given.running_mean is None) != (given.running_var is None):
         return "one running statistic is there without the other"
@@ -83,8 +83,9 @@ def hidden(given: Call, x: Tensor) -> str | None:
     """Why an eager call is one that only PyTorch's own kernels may serve: tensors without memory, or somebody looks at every operation."""
     if type(x) not in PLAIN or x.layout is not torch.strided or x.is_neg():
         return f"x is a {type(x).__name__}, but no plain memory"
-    if any(value is not None and type(value) not in PLAIN for value in given[:4]):
-        return "a parameter or running statistic is no plain tensor"
+    for value in given[:4]:
+        if value is not None and type(value) not in PLAIN:
+            return "a parameter or running statistic is no plain tensor"
     if torch._C._len_torch_dispatch_stack():
         return "a mode of torch.utils._python_dispatch looks at every operation"
     if torch._C._are_functorch_transforms_active():
