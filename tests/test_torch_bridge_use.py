@@ -194,6 +194,30 @@ def test_state_dict_both_ways() -> None:
         assert all(torch.equal(value, other.state_dict()[key]) for key, value in one.state_dict().items())
 
 
+def test_a_gradient_whose_sign_is_not_in_memory() -> None:
+    module, x = fastbn.torch.BatchNorm1d(5), torch.randn(6, 5, requires_grad=True)
+    dy = torch.randn(6, 5, dtype=torch.complex64).conj().imag
+    assert dy.is_neg()
+    assert torch.equal(*(torch.autograd.grad(module(x), x, given)[0] for given in (dy, dy.resolve_neg())))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # of PyTorch's own forward derivatives
+def test_batched_gradients_are_refused_by_pytorch_and_forward_ones_are_its_own() -> None:
+    module, x = fastbn.torch.BatchNorm1d(5), torch.randn(6, 5, requires_grad=True)
+    with pytest.raises(RuntimeError, match="Batching rule not implemented"):
+        torch.autograd.grad(module(x), x, torch.randn(3, 6, 5), is_grads_batched=True)
+    plain, t = torch.nn.BatchNorm1d(5).eval(), torch.randn(6, 5)
+    plain.load_state_dict(module.state_dict())
+    assert torch.equal(torch.func.jvp(module.eval(), (x,), (t,))[1], torch.func.jvp(plain, (x,), (t,))[1])
+    fresh = fastbn.torch.BatchNorm1d(5, track_running_stats=False)
+    for call in (torch.func.vmap(fresh), torch.func.vmap(torch.func.grad(lambda x: fresh(x).sin().sum()))):
+        given = torch.randn(3, 6, 5)
+        want = torch.stack([call(one[None])[0] for one in given])
+        torch.testing.assert_close(call(given), want)
+    with pytest.raises(RuntimeError, match="must override the setup_context staticmethod"):
+        torch.func.grad(lambda x: torch.ops.fastbn.batch_norm(x, None, None, 1e-5)[0].sum())(x)
+
+
 def test_saved_tensors_go_through_hooks() -> None:
     module = fastbn.torch.BatchNorm2d(5)
     x = torch.randn(4, 5, 3, 3, requires_grad=True)
