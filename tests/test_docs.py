@@ -6,7 +6,6 @@ import inspect
 import re
 import shlex
 from collections.abc import Callable, Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastbn.torch.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from fastbn.torch.sync import SyncBatchNorm
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -18,6 +19,7 @@ OURS: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm3d: BatchNorm3d,
 }
 THEIRS = {ours: theirs for theirs, ours in OURS.items()}
+SERVED = {*OURS, *THEIRS, SyncBatchNorm}
 
 
 def convert(model: Model) -> Model:
@@ -94,7 +96,7 @@ def left_alone(model: nn.Module) -> dict[str, type[nn.Module]]:
     """
     _check(model)
     named = model.named_modules()
-    return {name: type(m) for name, m in named if isinstance(m, _BatchNorm) and type(m) not in OURS and type(m) not in THEIRS}
+    return {name: type(m) for name, m in named if isinstance(m, _BatchNorm) and type(m) not in SERVED}
 
 
 def _swap(model: nn.Module, table: dict[type[nn.Module], type[nn.Module]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from fastbn.torch import functions, kernels, operator, serves
 class Served:
     """What makes one of PyTorch's batch norms call fastbn; without any state of its own, so that a module's class alone tells."""
 
-    RANKS: tuple[int, ...]
+    RANKS: Container[int]
 
     def _get_name(self) -> str:
         return f"fastbn.{type(self).__name__}"

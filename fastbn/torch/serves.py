@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Any, NamedTuple
 
 import torch
@@ -40,7 +41,7 @@ def call(module: Any) -> Call:
     return Call(weight, bias, mean, var, module.training or (mean is None and var is None))
 
 
-def declines(given: Call, x: Tensor, ranks: tuple[int, ...], eps: float) -> str | None:
+def declines(given: Call, x: Tensor, ranks: Container[int], eps: float) -> str | None:
     """Why fastbn's kernels can't serve a call; None where they do.
 
     torch.compile traces this: what it reads of x guards the compiled code.

@@ -18,16 +18,17 @@ from fastbn.distributed import Exchange
 from fastbn.errors import BackendUnavailable
 from fastbn.moments import Moments
 from fastbn.split import batch_norm_backward_reduce
+from fastbn.torch.modules import Served
 
 HALF = (torch.float16, torch.bfloat16)
 
 
-class SyncBatchNorm(_BatchNorm):
+class SyncBatchNorm(Served, _BatchNorm):
     """`torch.nn.SyncBatchNorm` with fastbn's kernels: in training, the statistics are those of the batches of all ranks together.
 
     It runs on the CPU (gloo) as on CUDA, with other numbers of values on other ranks and none on some. Same parameters, buffers and
     `state_dict` as PyTorch's; not a subclass of it, which DistributedDataParallel refuses on the CPU. In evaluation, without an initialized
-    process group, or alone in one, it is PyTorch's ordinary batch norm; on a GPU that fastbn can't serve, PyTorch's SyncBatchNorm.
+    process group, or alone in one, it is `BatchNorm2d` for any rank; on a GPU that fastbn can't serve, PyTorch's SyncBatchNorm.
 
     Every rank must call the same modules in the same order. A forward is one collective and a backward one, where x needs a gradient; the
     first is preceded by one that compares the channels. Statistics are merged in rank order in float64 on the host, and are the same bits
@@ -63,6 +64,8 @@ class SyncBatchNorm(_BatchNorm):
     ----------
     Ioffe & Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate Shift", 2015.
     """
+
+    RANKS = range(2, 65)  # of PyTorch's tensors
 
     def __init__(
         self,
