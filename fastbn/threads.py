@@ -11,11 +11,12 @@ from typing import Any
 
 from fastbn import pool
 
-__all__ = ["count", "describe", "get_num_threads", "limited", "masked", "parallel", "set_num_threads", "usable"]
+__all__ = ["count", "describe", "get_num_threads", "limited", "masked", "on_team", "parallel", "set_num_threads", "team", "usable"]
 
 
 class _Limit(threading.local):
     count: int | None = None
+    team: Any = None  # the runtime of another library, whose threads run parallel kernels
 
 
 _limit = _Limit()
@@ -86,6 +87,25 @@ def limited(num_threads: int | None) -> AbstractContextManager[None]:
     return _UNLIMITED if num_threads is None else _Limited(_checked(num_threads))
 
 
+class on_team:  # a context, entered at every call: a generator's would take 1 us
+    """Within it, parallel kernels of the calling Python thread run on another library's threads: a `kernels._team.Runtime`, or None."""
+
+    def __init__(self, runtime: Any) -> None:
+        self._runtime = runtime
+
+    def __enter__(self) -> None:
+        self._before = _limit.team
+        _limit.team = self._runtime
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        _limit.team = self._before
+
+
+def team() -> Any:
+    """Whose threads run parallel kernels of the calling Python thread: None for numba's."""
+    return _limit.team
+
+
 def count() -> int:
     """Threads of a parallel call in the calling Python thread: 1 for the serial kernel, 0 for as many as numba's mask says."""
     wanted = _limit.count
@@ -126,4 +146,5 @@ def describe() -> str:
     reason = pool.serial()
     if reason is not None:
         return f"one thread: {reason.why}" + (f"; {reason.remedy}" if reason.remedy else "")
-    return f"{get_num_threads()} threads ({pool.layer()})" if parallel() else "one thread: set_num_threads said so"
+    kept = pool.layer() if _limit.team is None else "of an OpenMP team"
+    return f"{get_num_threads()} threads ({kept})" if parallel() else "one thread: set_num_threads said so"

@@ -25,6 +25,7 @@ TIERS = {
     "kernels/__init__.py": 2.0,
     "kernels/_cache.py": 2.0,
     "kernels/_jit.py": 2.01,
+    "kernels/_team.py": 2.0,
     "kernels/_plain.py": 2.0,
     "kernels/_vector.py": 2.0,
     "kernels/blocks.py": 2.0,
@@ -102,6 +103,7 @@ TIERS = {
     "torch/serves.py": 6,
     "torch/fuse.py": 6,
     "torch/sync.py": 6,
+    "torch/team.py": 6,
 }
 
 FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
@@ -213,9 +215,9 @@ CUDA = [f"kernels/cuda/{name}.py" for name in ("_device", "_group", "_gpu", "_ji
 AT_IMPORT = {
     "numpy": FILES,
     "dask": ["dask.py"],
-    "numba": ["kernels/_cache.py", "kernels/_jit.py", "kernels/_simd.py", "kernels/_vector.py", *CUDA],
+    "numba": [f"kernels/{name}.py" for name in ("_cache", "_jit", "_simd", "_team", "_vector")] + CUDA,
     "torch": [file for file in FILES if file.startswith("torch/")],  # the bridge to it
-    "llvmlite": ["kernels/_simd.py", "kernels/_vector.py", "kernels/cuda/_device.py", "kernels/cuda/_group.py"],
+    "llvmlite": ["kernels/_simd.py", "kernels/_team.py", "kernels/_vector.py", "kernels/cuda/_device.py", "kernels/cuda/_group.py"],
 }
 IN_FUNCTIONS = {
     # These show or ask for numba's settings; pool.py also launches its threads, devices.py asks for a driver.

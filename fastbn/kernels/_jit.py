@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import FrameType, FunctionType
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 from numba import config, prange, types
 
 from fastbn import pool, threads
-from fastbn.kernels import _cache
+from fastbn.kernels import _cache, _team
 
 __all__ = ["DISABLED", "KERNELS", "Kernel", "kernel", "leaf", "prange", "routine"]
 
@@ -108,37 +108,39 @@ class Kernel:
         self.name = f"{body.__module__.rpartition('.')[2]}.{body.__name__}"
         self._body: Any = body
         self._arguments = arguments.split()
-        self._compiled: dict[tuple[Any, bool], Callable[..., Any]] = {}
+        self._compiled: dict[tuple[Any, bool, Any], Callable[..., Any]] = {}
 
     def form(self, dtype: np.dtype[Any], parallel: bool) -> Callable[..., Any]:
         """The function for arrays of `dtype` that runs here and now: the serial one where threads are unsafe or limited to one."""
         count = threads.count() if parallel and not DISABLED else 1
-        run = self.compiled(dtype, count != 1)
+        run = self.compiled(dtype, count != 1, threads.team() if count != 1 else None)
         return threads.masked(run, count) if count > 1 else run
 
-    def compiled(self, dtype: np.dtype[Any], parallel: bool) -> Callable[..., Any]:
-        """The compiled function for arrays of `dtype`, whatever the threads of this process."""
-        found = self._compiled.get((dtype, parallel))
-        return found if found is not None else self._compile(dtype, parallel)
+    def compiled(self, dtype: np.dtype[Any], parallel: bool, team: _team.Runtime | None = None) -> Callable[..., Any]:
+        """The compiled function for arrays of `dtype`, whatever the threads of this process; the parallel one on numba's, or on a team."""
+        found = self._compiled.get((dtype, parallel, team))
+        return found if found is not None else self._compile(dtype, parallel, team)
 
-    def _compile(self, dtype: np.dtype[Any], parallel: bool) -> Callable[..., Any]:
+    def _compile(self, dtype: np.dtype[Any], parallel: bool, team: _team.Runtime | None) -> Callable[..., Any]:
         if DISABLED:
             return _plainly(self._body)
         with pool.lock, _uninterrupted():
-            if (dtype, parallel) not in self._compiled:
-                self._compiled[dtype, parallel] = self._specialize(dtype, parallel)
-            return self._compiled[dtype, parallel]
+            if (dtype, parallel, team) not in self._compiled:
+                self._compiled[dtype, parallel, team] = self._specialize(dtype, parallel, team)
+            return self._compiled[dtype, parallel, team]
 
-    def _specialize(self, dtype: np.dtype[Any], parallel: bool) -> Callable[..., Any]:
-        # numba's disk cache tells functions apart by name and line, not by options: each form gets a name of its own.
-        name = f"{self._body.__name__}_{'parallel' if parallel else 'serial'}"
+    def _specialize(self, dtype: np.dtype[Any], parallel: bool, team: _team.Runtime | None) -> Callable[..., Any]:
+        # numba's disk cache tells functions apart by name and line, not by options: each form gets a name of its own. So does
+        # the same code linked to a team: LLVM takes a name for the first that has it.
+        name = f"{self._body.__name__}_{'serial' if not parallel else 'parallel' if team is None else 'team'}"
         function = FunctionType(self._body.__code__, self._body.__globals__, name, self._body.__defaults__, self._body.__closure__)
         function.__qualname__, function.__module__ = name, self._body.__module__
         if parallel:
             pool.launch()
         compiled = _njit(function, parallel)
         compiled._cache = _cache.Cache(function)  # as enable_caching would, with numba's own
-        compiled.compile(tuple(_argument(token, numba.from_dtype(dtype)) for token in self._arguments))
+        with nullcontext() if team is None else _team.linked(team):
+            compiled.compile(tuple(_argument(token, numba.from_dtype(dtype)) for token in self._arguments))
         # Called without the dispatcher, which would look at the types of all arguments first: 32 x 64 in 1.0 us instead of 1.7.
         (made,) = compiled.overloads.values()
         specialized: Callable[..., Any] = made.entry_point

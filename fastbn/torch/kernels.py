@@ -15,6 +15,7 @@ from torch import Tensor
 from fastbn import config, dtypes, functional, gradients, results, threads
 from fastbn.backends import select
 from fastbn.moments import Moments
+from fastbn.torch.team import of_pytorch
 
 Statistics: TypeAlias = "Moments | tuple[Any, Any]"
 
@@ -80,13 +81,15 @@ def _options(x: Tensor) -> dict[str, Any]:
 
 def forward(x: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float) -> tuple[Tensor, Moments]:
     """(y, moments) of `fastbn.batch_norm`."""
-    y, found = functional.batch_norm(array(x), _optional(gamma), _optional(beta), 1, eps, **_options(x))
+    with of_pytorch():
+        y, found = functional.batch_norm(array(x), _optional(gamma), _optional(beta), 1, eps, **_options(x))
     return formatted(tensor(y)), found
 
 
 def inference(x: Tensor, mean: Any, var: Any, gamma: Tensor | None, beta: Tensor | None, eps: float) -> Tensor:
     """y of `fastbn.batch_norm_inference`; mean and var are arrays."""
-    y = functional.batch_norm_inference(array(x), mean, var, _optional(gamma), _optional(beta), 1, eps, **_options(x))
+    with of_pytorch():
+        y = functional.batch_norm_inference(array(x), mean, var, _optional(gamma), _optional(beta), 1, eps, **_options(x))
     return formatted(tensor(y))
 
 
@@ -96,10 +99,11 @@ def backward(dy: Tensor, x: Tensor, statistics: Statistics, gamma: Tensor | None
     if dy.stride() != x.stride() and not (dy.is_contiguous() and x.is_contiguous()):
         dy = torch.empty_like(x).copy_(dy)  # PyTorch copies on all threads, NumPy on one
     arrays, weight, options = (array(dy), array(x)), _optional(gamma), _options(x)
-    if isinstance(statistics, tuple):
-        dx, dgamma, dbeta = gradients.batch_norm_inference_backward(*arrays, *statistics, weight, 1, eps, **options)
-    else:
-        dx, dgamma, dbeta = gradients.batch_norm_backward(*arrays, statistics, weight, 1, eps, **options)
+    with of_pytorch():
+        if isinstance(statistics, tuple):
+            dx, dgamma, dbeta = gradients.batch_norm_inference_backward(*arrays, *statistics, weight, 1, eps, **options)
+        else:
+            dx, dgamma, dbeta = gradients.batch_norm_backward(*arrays, statistics, weight, 1, eps, **options)
     return formatted(tensor(dx)), tensor(dgamma), tensor(dbeta)
 
 

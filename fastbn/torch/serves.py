@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 
 from fastbn import backends
 from fastbn.errors import BackendUnavailable
+from fastbn.torch.team import of_pytorch
 
 PARAMETERS = {  # of which dtype parameters and running statistics are, beside x
     torch.float32: torch.float32,
@@ -128,5 +129,6 @@ def explain(module: torch.nn.Module, x: Tensor) -> str:
         return f"PyTorch's own kernels: {reason}"
     dtype = str(x.dtype).removeprefix("torch.")
     last = x.stride(1) == 1 and x.shape[1] > 1
-    shown = backends.explain(tuple(x.shape), dtype, channels_last=last, backend="cuda" if x.is_cuda else None)
+    with of_pytorch():
+        shown = backends.explain(tuple(x.shape), dtype, channels_last=last, backend="cuda" if x.is_cuda else None)
     return f"fastbn's kernels, {'with the statistics of the batch' if given.batch else 'with the running statistics'}\n{shown}"

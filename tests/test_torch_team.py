@@ -1,0 +1,152 @@
+"""fastbn's kernels on PyTorch's threads: the same bits, from the disk cache too, nothing left changed, and never in a forked child."""
+
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="its threads")
+
+from llvmlite import binding  # noqa: E402
+from numba import njit, prange  # noqa: E402
+
+import fastbn  # noqa: E402
+from fastbn import pool, threads  # noqa: E402
+from fastbn.kernels import _jit, _team  # noqa: E402
+from fastbn.torch import BatchNorm2d, explain, team  # noqa: E402
+
+SHAPE = (8, 24, 40, 40)  # over the size from which kernels are parallel
+
+
+@pytest.fixture
+def runtime() -> _team.Runtime:
+    found = team._runtime()
+    if found is None or _jit.DISABLED or not pool.ready() or fastbn.get_num_threads() < 2:
+        pytest.skip("needs a PyTorch on GNU OpenMP, TBB and two processors")
+    return found
+
+
+def _calls(x: np.ndarray, dy: np.ndarray) -> list[np.ndarray]:
+    gamma, beta = np.linspace(0.5, 2.0, 24, dtype=np.float32), np.linspace(-1.0, 1.0, 24, dtype=np.float32)
+    y, m = fastbn.batch_norm(x, gamma, beta)
+    one = fastbn.batch_norm_inference(x, m.mean, m.var(), gamma, beta)
+    given = fastbn.batch_norm_inference_backward(dy, x, m.mean, m.var(), gamma)
+    return [y, m.mean, m.m2, one, *given, *fastbn.batch_norm_backward(dy, x, m, gamma), fastbn.moments(x).m2]
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("members", [2, None])
+def test_the_bits_are_those_of_numbas_threads(runtime: _team.Runtime, last: bool, members: int | None) -> None:
+    x, dy = (np.random.default_rng(seed).normal(3.0, 2.0, SHAPE).astype(np.float32) for seed in range(2))
+    if last:
+        x, dy = (np.ascontiguousarray(a.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2) for a in (x, dy))
+    want = _calls(x, dy)
+    with threads.on_team(runtime), threads.limited(members):
+        assert "OpenMP team" in threads.describe()
+        found = _calls(x, dy)
+    assert "OpenMP team" not in threads.describe()
+    for a, b in zip(found, want, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_linking_leaves_numbas_own_threads_to_everyone_else(runtime: _team.Runtime) -> None:
+    before = binding.address_of_symbol(_team.SYMBOL)
+    with _team.linked(runtime):
+        assert binding.address_of_symbol(_team.SYMBOL) not in (None, before)
+    assert binding.address_of_symbol(_team.SYMBOL) == before
+
+    @njit(parallel=True)
+    def squares(n):
+        found = np.empty(n)
+        for i in prange(n):
+            found[i] = i * i
+        return found
+
+    np.testing.assert_array_equal(squares(1000), np.arange(1000.0) ** 2)
+
+
+@pytest.mark.parametrize("size", [0, 1, 2, 3, 7, 1000])
+def test_every_step_of_a_loop_is_taken_once(runtime: _team.Runtime, size: int) -> None:
+    with _team.linked(runtime):
+
+        @njit("i8[:](i8)", parallel=True)
+        def count(n):
+            found = np.zeros(n, np.int64)
+            for i in prange(n):
+                found[i] += i + 1
+            return found
+
+    np.testing.assert_array_equal(count(size), np.arange(1, size + 1))
+
+
+def test_modules_run_on_pytorchs_threads(runtime: _team.Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    form = _jit.Kernel.form
+    monkeypatch.setattr(_jit.Kernel, "form", lambda kernel, *given: seen.append(threads.team()) or form(kernel, *given))
+    x = torch.randn(SHAPE, requires_grad=True)
+    bn = BatchNorm2d(24)
+    bn(x).sum().backward()
+    bn.eval()(x)
+    assert seen == [runtime] * 3
+    assert threads.team() is None
+    assert "OpenMP team" in explain(bn, x)
+
+
+def test_python_threads_have_teams_of_their_own(runtime: _team.Runtime) -> None:
+    bn, x = BatchNorm2d(24, track_running_stats=False), torch.randn(SHAPE)
+    want, found = bn(x), [None] * 3
+
+    def work(k: int) -> None:
+        for _ in range(20):
+            found[k] = bn(x)
+
+    workers = [threading.Thread(target=work, args=(k,)) for k in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(120)
+    assert all(torch.equal(y, want) for y in found)
+
+
+SCRIPT = f"""
+import os, sys
+import torch
+from fastbn.torch import BatchNorm2d, team
+torch.manual_seed(0)
+x = torch.randn{SHAPE}
+bn = BatchNorm2d(24)
+want = bn(x).detach().numpy()
+if sys.argv[1] == "fork":
+    child = os.fork()
+    if not child:
+        inside = team.of_pytorch()._runtime
+        same = (bn(x).detach().numpy() == want).all()  # not PyTorch's own comparison, which waits for the parent's threads
+        os._exit(0 if inside is None and same else 1)
+    assert os.waitpid(child, 0)[1] == 0
+print(abs(want.astype("f8")).sum().hex())
+"""
+
+
+def _run(path: Path, how: str) -> str:
+    done = subprocess.run([sys.executable, str(path), how], capture_output=True, text=True, timeout=300, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no forks here")
+def test_from_the_disk_cache_and_in_a_forked_child(tmp_path: Path, runtime: _team.Runtime) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(f"import sys\nsys.path.insert(0, {str(Path(__file__).parents[1])!r})\n" + SCRIPT)
+    assert _run(script, "once") == _run(script, "fork")
+
+
+def test_without_a_known_runtime_numbas_threads_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.__config__, "parallel_info", lambda: "ATen parallel backend: native thread pool")
+    assert team._runtime.__wrapped__() is None
+    monkeypatch.undo()
+    monkeypatch.setattr(team.ctypes, "CDLL", lambda path: (_ for _ in ()).throw(OSError("no such file")))
+    assert team._runtime.__wrapped__() is None
