@@ -23,7 +23,7 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
     for i, record in enumerate(records):
         for k, (norms, (dark, light)) in enumerate(COLOURS.items()):
             whole = 1.0 if norms == "PyTorch" else 1 / record["ratio"]
-            own = whole * max(0.0, record["shares"][norms])
+            own = whole * max(0.0, record["shares"].get(norms, 0.0))
             y = i + (k - 0.5) * HEIGHT
             axes.barh(y, whole - own, HEIGHT, color=light)
             axes.barh(y, own, HEIGHT, left=whole - own, color=dark)

@@ -40,10 +40,13 @@ def _run(call: Any, module: Any, x: Any, dy: Any) -> list[Any]:
 
 
 def _near(got: list[Any], want: list[Any]) -> None:
-    """To the bit, but for running statistics, which a compiled call may round otherwise."""
-    for a, b in zip(got, want, strict=True):
+    """Training to the bit, but for running statistics, which a compiled call may round otherwise; evaluation is the compiler's."""
+    for k, (a, b) in enumerate(zip(got, want, strict=True)):
         assert a.dtype == b.dtype
-        if a.shape == (5,):
+        if k >= len(got) // 2:
+            torch.testing.assert_close(a, b, rtol=8e-3 if a.dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+            assert a.stride() == b.stride()
+        elif a.shape == (5,):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
         else:
             assert torch.equal(a, b)
@@ -140,7 +143,7 @@ def test_exported(training: bool, strict: bool) -> None:
     x, plain = torch.randn(4, 3, 8, 8), copy.deepcopy(model)
     program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=2)},), strict=strict)
     targets = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
-    assert f"fastbn.batch_norm{'' if training else '_inference'}.default" in targets
+    assert ("fastbn.batch_norm.default" in targets) == training  # evaluation is ordinary operations, to be joined to others
     assert not any("batch_norm" in target and "fastbn" not in target for target in targets)
     module = program.module()
     for size in (4, 7):
