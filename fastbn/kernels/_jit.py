@@ -108,36 +108,37 @@ class Kernel:
         self.name = f"{body.__module__.rpartition('.')[2]}.{body.__name__}"
         self._body: Any = body
         self._arguments = arguments.split()
-        self._compiled: dict[tuple[Any, bool, Any], Callable[..., Any]] = {}
+        self._compiled: dict[tuple[Any, bool | _team.Runtime], Callable[..., Any]] = {}
 
     def form(self, dtype: np.dtype[Any], parallel: bool) -> Callable[..., Any]:
         """The function for arrays of `dtype` that runs here and now: the serial one where threads are unsafe or limited to one."""
         count = threads.count() if parallel and not DISABLED else 1
-        run = self.compiled(dtype, count != 1, threads.team() if count != 1 else None)
+        run = self.compiled(dtype, count != 1 and (threads.team() or True))
         return threads.masked(run, count) if count > 1 else run
 
-    def compiled(self, dtype: np.dtype[Any], parallel: bool, team: _team.Runtime | None = None) -> Callable[..., Any]:
-        """The compiled function for arrays of `dtype`, whatever the threads of this process; the parallel one on numba's, or on a team."""
-        found = self._compiled.get((dtype, parallel, team))
-        return found if found is not None else self._compile(dtype, parallel, team)
+    def compiled(self, dtype: np.dtype[Any], parallel: bool | _team.Runtime) -> Callable[..., Any]:
+        """The compiled function for arrays of `dtype`, whatever the threads of this process: serial, on numba's threads, or on a team."""
+        found = self._compiled.get((dtype, parallel))
+        return found if found is not None else self._compile(dtype, parallel)
 
-    def _compile(self, dtype: np.dtype[Any], parallel: bool, team: _team.Runtime | None) -> Callable[..., Any]:
+    def _compile(self, dtype: np.dtype[Any], parallel: bool | _team.Runtime) -> Callable[..., Any]:
         if DISABLED:
             return _plainly(self._body)
         with pool.lock, _uninterrupted():
-            if (dtype, parallel, team) not in self._compiled:
-                self._compiled[dtype, parallel, team] = self._specialize(dtype, parallel, team)
-            return self._compiled[dtype, parallel, team]
+            if (dtype, parallel) not in self._compiled:
+                self._compiled[dtype, parallel] = self._specialize(dtype, parallel)
+            return self._compiled[dtype, parallel]
 
-    def _specialize(self, dtype: np.dtype[Any], parallel: bool, team: _team.Runtime | None) -> Callable[..., Any]:
+    def _specialize(self, dtype: np.dtype[Any], parallel: bool | _team.Runtime) -> Callable[..., Any]:
         # numba's disk cache tells functions apart by name and line, not by options: each form gets a name of its own. So does
         # the same code linked to a team: LLVM takes a name for the first that has it.
+        team = parallel if isinstance(parallel, _team.Runtime) else None
         name = f"{self._body.__name__}_{'serial' if not parallel else 'parallel' if team is None else 'team'}"
         function = FunctionType(self._body.__code__, self._body.__globals__, name, self._body.__defaults__, self._body.__closure__)
         function.__qualname__, function.__module__ = name, self._body.__module__
         if parallel:
             pool.launch()
-        compiled = _njit(function, parallel)
+        compiled = _njit(function, bool(parallel))
         compiled._cache = _cache.Cache(function)  # as enable_caching would, with numba's own
         with nullcontext() if team is None else _team.linked(team):
             compiled.compile(tuple(_argument(token, numba.from_dtype(dtype)) for token in self._arguments))
