@@ -2,9 +2,13 @@
 
 import copy
 import io
+import os
 import pickle
+import subprocess
+import sys
 import threading
 import tracemalloc
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -155,7 +159,7 @@ class _Normalized(torch.utils.data.Dataset):  # type: ignore[misc,type-arg]
 
 
 @pytest.mark.filterwarnings("ignore:.*use of fork.*:DeprecationWarning")
-def test_workers_of_a_dataloader_that_are_forked_after_use() -> None:
+def workers_of_a_dataloader() -> None:
     module, x = fastbn.torch.BatchNorm2d(5), draw((8, 5, 64, 60), 1e2, 0)[0]
     module(x)
     module.eval()
@@ -164,6 +168,15 @@ def test_workers_of_a_dataloader_that_are_forked_after_use() -> None:
     for k, y in enumerate(loader):
         assert torch.equal(y, data[k])
     module.train()(x).sum().backward()
+
+
+def test_workers_of_a_dataloader_that_are_forked_after_use() -> None:
+    """In a process of its own: other libraries of this one, such as JAX, warn of any fork."""
+    here = Path(__file__).parent
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (here, here.parent)))}
+    code = f"import {Path(__file__).stem} as use; use.workers_of_a_dataloader()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr
 
 
 def test_copies_pickles_and_files() -> None:
