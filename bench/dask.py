@@ -19,8 +19,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bench import command
+from bench.memory import peak
 from fastbn import info, quickbench
-from fastbn.errors import MissingExtra
 from fastbn.stream import replacing
 
 COMMAND = "python -m bench.dask"
@@ -55,17 +56,6 @@ def synthetic(gigabytes: float, chunk_mb: float) -> Any:
     numbers = da.arange(blocks, chunks=1)
     chunks = ((images,) * blocks, (CHANNELS,), (PIXELS,), (PIXELS,))
     return numbers.map_blocks(block, images, chunks=chunks, new_axis=(1, 2, 3), dtype=np.float32, meta=np.empty((0,) * 4, np.float32))
-
-
-def peak() -> int:
-    """Bytes that this process has held at most. Not ru_maxrss on Linux: that begins with what the process that started this one held."""
-    try:
-        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
-    except (OSError, StopIteration):
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def measured(gigabytes: float, limit: float, chunk_mb: float, threads: int) -> dict[str, Any]:
@@ -162,12 +152,7 @@ def run(args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; the exit code: 0, 1 for too much memory or wrong results, 2 for bad input or a missing package."""
-    args = _parser().parse_args(argv)
-    try:
-        return run(args)
-    except (ValueError, OSError, MissingExtra) as error:
-        print(f"{COMMAND}: {error}", file=sys.stderr)
-        return 2
+    return command.main(_parser(), run, argv)
 
 
 if __name__ == "__main__":

@@ -12,14 +12,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import gpu_checks, gpu_timing
+from bench import command, gpu_checks, gpu_timing
 from bench.gpu_problem import SHAPES, Problem
 from bench.peers import RESULTS, relative, write_result
 from bench.plot import LOOK, OFFSET, ROW_INCHES
 from bench.problem import PASSES
 from fastbn import info, screen
 from fastbn.backends import devices
-from fastbn.errors import MissingExtra
 from fastbn.quickbench import replace_block
 
 COMMAND = "python -m bench.gpu"
@@ -231,12 +230,7 @@ def run(args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; the exit code: 0, 1 where a check fails, 2 for bad input or no GPU."""
-    args = _parser().parse_args(argv)
-    try:
-        return run(args)
-    except (ValueError, OSError, MissingExtra) as error:
-        print(f"{COMMAND}: {error}", file=sys.stderr)
-        return 2
+    return command.main(_parser(), run, argv)
 
 
 if __name__ == "__main__":

@@ -15,14 +15,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bench import machine, report, textbook
+from bench import command, machine, report, textbook
 from bench.contestants import disagreement
 from bench.measure import Crowd
 from bench.problem import EPS, Call, Problem, first, own
 from bench.rounds import paired, rounds
 from fastbn import config, layout, quickbench, ready, screen
 from fastbn.backends import cpu, routes, schedule
-from fastbn.errors import MissingExtra
 from fastbn.stream import check_output, replacing
 
 COMMAND = "python -m bench.ideas"
@@ -258,12 +257,7 @@ def run(args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; the exit code: 0, 1 where the README was left, 2 for bad input."""
-    args = _parser().parse_args(argv)
-    try:
-        return run(args)
-    except (ValueError, OSError, MissingExtra) as error:
-        print(f"{COMMAND}: {error}", file=sys.stderr)
-        return 2
+    return command.main(_parser(), run, argv)
 
 
 if __name__ == "__main__":

@@ -14,11 +14,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench import cases, machine, measure, plot, pytorch, report, small
+from bench import cases, command, machine, measure, plot, pytorch, report, small
 from bench.contestants import PEERS, TOLERANCE
 from bench.problem import PASSES
 from fastbn import screen
-from fastbn.errors import MissingExtra
 from fastbn.quickbench import replace_block
 from fastbn.stream import check_output, replacing
 
@@ -230,15 +229,7 @@ def show(result: dict[str, Any]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; the exit code: 0, 1 where the README was left, 2 for bad input."""
-    args = _parser().parse_args(argv)
-    try:
-        return run(args)
-    except KeyboardInterrupt:
-        print(f"{report.COMMAND}: interrupted", file=sys.stderr)
-        return 130
-    except (ValueError, OSError, MissingExtra) as error:
-        print(f"{report.COMMAND}: {error}", file=sys.stderr)
-        return 2
+    return command.main(_parser(), run, argv)
 
 
 if __name__ == "__main__":

@@ -6,19 +6,18 @@ import argparse
 import copy
 import itertools
 import json
-import re
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench import machine, resnet_plot
+from bench import command, machine, memory, resnet_plot
 from bench.peers import RESULTS, relative, write_result
 from bench.report import milliseconds
 from bench.rounds import paired, rounds
 from fastbn import quickbench, screen
-from fastbn.errors import MissingExtra
 
 COMMAND = "python -m bench.resnet"
 IMAGES, SIDE, STEPS = 32, 128, 20
@@ -88,10 +87,10 @@ def calls(name: str, layout: str, mode: str, what: str, images: int, side: int) 
         model = network(name, norms, layout)
         if what == "training":
             step = stepper(model.train(), 0.0, mode)
-            found[norms] = lambda step=step: step(x, labels)  # type: ignore[misc] # mypy sees no default
+            found[norms] = partial(step, x, labels)
         else:
             run = torch.compile(model.eval()) if mode == "compiled" else model.eval()
-            found[norms] = lambda run=run: _infer(run, x)  # type: ignore[misc] # mypy sees no default
+            found[norms] = partial(_infer, run, x)
         found[norms]()
     return found
 
@@ -132,17 +131,7 @@ def peak(name: str, norms: str, layout: str, images: int, side: int) -> float:
     step = stepper(network(name, norms, layout).train(), RATE)
     for seed in range(3):
         step(*batch(layout, images, side, seed))
-    return _high_water() / 1e6
-
-
-def _high_water() -> float:
-    """Bytes of this process' memory at most so far; not of its parent's, which getrusage counts until the first exec's pages are freed."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        return int(re.findall(r"VmHWM:\s+(\d+) kB", status.read_text())[0]) * 1024.0
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1.0 if sys.platform == "darwin" else 1024.0)
+    return memory.peak() / 1e6
 
 
 def peaks(name: str, layout: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -187,7 +176,7 @@ def table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
 def note(result: Mapping[str, Any]) -> str:
     """Losses and memory, and what the table holds."""
     apart = max(found["apart"] for found in result["losses"])
-    memory = "; ".join(
+    held = "; ".join(
         f"{m['shape']} {m['layout']} {m['megabytes'][PYTORCH]:.0f} / {m['megabytes'][FASTBN]:.0f} MB" for m in result["memory"]
     )
     ratios = [r["ratio"] for r in result["records"]]
@@ -196,7 +185,7 @@ def note(result: Mapping[str, Any]) -> str:
         f"Batches of {result['images']} x 3 x {result['side']}², float32. A step is forward, backward and SGD; the norms' share is what "
         f"the time shrinks by with none. fastbn is ahead in {sum(r >= 1 for r in ratios)} of {len(ratios)}, geometric mean "
         f"{statistics.geometric_mean(ratios):.2f}x. Losses of {steps} steps differ by {apart:.1e} at most (target {LOSS_ERROR:g}). Peak "
-        f"memory of the process, PyTorch / fastbn: {memory}. {quickbench.sentence(result['machine'])}."
+        f"memory of the process, PyTorch / fastbn: {held}. {quickbench.sentence(result['machine'])}."
     )
 
 
@@ -246,12 +235,7 @@ def run(args: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; the exit code: 0, or 2 for bad input or a package that lacks."""
-    args = _parser().parse_args(argv)
-    try:
-        return run(args)
-    except (ValueError, OSError, MissingExtra) as error:
-        print(f"{COMMAND}: {error}", file=sys.stderr)
-        return 2
+    return command.main(_parser(), run, argv)
 
 
 if __name__ == "__main__":
