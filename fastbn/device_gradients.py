@@ -55,8 +55,9 @@ def batch_norm_backward_reduce(dy: Any, x: Any, mean: Any, var: Any, axis: int, 
     """`fastbn.batch_norm_backward_reduce`."""
     dy, x = _pair(dy, x)
     plan = device.planned(x, axis)
+    checks.check_running(mean, var)
     mean, var = device.as_statistic(mean, plan.channels, "mean"), device.as_statistic(var, plan.channels, "var")
-    eps = checks.check_eps(eps, training=False)
+    eps = checks.check_eps(eps, training=True)
     device.same_device(x, dy=dy, mean=mean, var=var)
     sums = devices.empty((2, plan.channels), (0, 1), "float64", x)
     with launches.calling(x, stream) as call:
@@ -86,11 +87,12 @@ def batch_norm_backward_input(
     dy, x = _pair(dy, x)
     plan = device.planned(x, axis)
     C = plan.channels
+    checks.check_running(mean, var)
     mean, var = device.as_statistic(mean, C, "mean"), device.as_statistic(var, C, "var")
     sums = device.as_statistic(sum_dy, C, "sum_dy"), device.as_statistic(sum_dy_xhat, C, "sum_dy_xhat")
     count = checks.check_whole(count, plan.count)
     checks.check_count(x, count)
-    gamma, eps = device.as_parameter(gamma, C, device.parameters(x), "gamma"), checks.check_eps(eps, training=False)
+    gamma, eps = device.as_parameter(gamma, C, device.parameters(x), "gamma"), checks.check_eps(eps, training=True)
     target = None if out is None else device.check_out(out, x, dy)
     device.same_device(x, dy=dy, mean=mean, var=var, sum_dy=sums[0], sum_dy_xhat=sums[1], gamma=gamma, out=target)
     out = device.new(plan, x) if out is None else out

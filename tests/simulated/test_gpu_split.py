@@ -1,11 +1,15 @@
 """The backward in two halves on the simulated GPU, as `tests/test_split.py` holds it for the host's backends."""
 
+from typing import Any
+
 import gpu
 import numpy as np
 import published
 import pytest
 import test_split as split
 from shapes import Case, draw
+
+import fastbn
 
 split.fastbn = gpu  # the calls below are the same, on arrays of the GPU
 
@@ -36,6 +40,23 @@ def test_sums_and_statistics_in_either_dtype_and_out_over_dy(kind: str) -> None:
     over = dy.copy()
     assert gpu.batch_norm_backward_input(over, x, mean, var, *sums, s.count, gamma, out=over, backend="cuda") is over
     np.testing.assert_array_equal(over, want)
+
+
+def _said(call: Any, *given: Any, **options: Any) -> tuple[type[Exception], str]:
+    with pytest.raises((TypeError, ValueError)) as caught:
+        call(*given, **options)
+    return caught.type, str(caught.value)
+
+
+@pytest.mark.parametrize("wrong", [{"eps": 0.0}, {"mean": None}, {"var": None}, {"axis": 2}], ids=str)
+def test_errors_are_those_of_the_host(wrong: dict[str, Any]) -> None:
+    x, dy, _, _ = draw(CASES[0], "float32")
+    given = {"mean": np.zeros(5), "var": np.ones(5), "axis": 1, "eps": 1e-5} | wrong
+    for name, more in (("batch_norm_backward_reduce", ()), ("batch_norm_backward_input", (np.zeros(5), np.zeros(5), 9))):
+        statistics = (given["mean"], given["var"], *more)
+        where = {"axis": given["axis"], "eps": given["eps"]}
+        host = _said(getattr(fastbn, name), dy, x, *statistics, **where)
+        assert _said(getattr(gpu, name), dy, x, *statistics, **where, backend="cuda") == host
 
 
 def test_errors() -> None:
