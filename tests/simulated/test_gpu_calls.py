@@ -19,6 +19,12 @@ from fastbn.backends import cuda, devices, grids, launches, views
 from fastbn.kernels.cuda import _simulated, apply
 
 WRITING = {name: call for name, call in contract.WRITING.items() if not name.startswith("BatchNorm")}
+ONE_LAUNCH = (
+    Case((3, 2, 53), 1, "rows of odd size"),
+    Case((2, 2, 160), 1, "rows in whole groups"),
+    Case((31, 7), 1, "channels last"),
+    Case((5, 9), 1, "channels last, threads without a channel"),
+)
 LONG_PARTS = (Case((2, 2, 80), 1, "rows in whole groups"), Case((3, 2, 53), 1, "rows of odd size"), Case((43, 16), 1, "channels last"))
 
 
@@ -267,7 +273,7 @@ def test_one_launch_gives_the_bits_of_three(call: str, dtype: str, monkeypatch: 
         launches.Call, "launch", lambda self, kernel, *given, **more: seen.append(kernel.name) or launch(self, kernel, *given, **more)
     )
     monkeypatch.setattr(grids, "DEEP", 1000)  # one part to a channel, whatever its size
-    for case in (Case((3, 2, 53), 1, "rows of odd size"), Case((2, 2, 160), 1, "rows in whole groups"), Case((31, 7), 1, "channels last")):
+    for case in ONE_LAUNCH:
         i = inputs(case, dtype)
         views._sized.cache_clear()
         views._sized_for.cache_clear()
