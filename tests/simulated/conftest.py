@@ -1,8 +1,8 @@
 """Tests in a process of their own, in numba's CUDA simulator (NUMBA_ENABLE_CUDASIM=1): `tests/test_simulator.py` runs them."""
 
-import threading
 from typing import Any
 
+import greenlet
 import numpy as np
 import pytest
 from numba.cuda.simulator import kernel as simulator
@@ -10,40 +10,38 @@ from numba.cuda.simulator import kernel as simulator
 from fastbn.backends import grids, views
 from fastbn.kernels.cuda import _gpu, _simulated
 
-THREADS, WARP = 8, 4  # each thread of the simulator is one of Python's
+THREADS, WARP = 8, 4
+
+
+class Thread:
+    """What a kernel asks of its thread; barriers hand the turn on."""
+
+    def __init__(self, manager: Any, grid_point: Any, point: Any) -> None:
+        self._manager, self.blockIdx, self.threadIdx = manager, simulator.Dim3(*grid_point), simulator.Dim3(*point)
+        self.block = greenlet.getcurrent()
+
+    def syncthreads(self) -> None:
+        self.block.switch(True)
 
 
 def _run(manager: Any, grid_point: Any, *arguments: Any) -> None:
-    """A block: all threads at once, a barrier where they wait for each other; numba's own polls them, and takes thirty times as long."""
-    manager.barrier = threading.Barrier(int(np.prod(manager._block_dim)))
-    points = np.ndindex(*manager._block_dim)
-    threads = [simulator.BlockThread(lambda: manager._f(*arguments), manager, grid_point, point, manager._debug) for point in points]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    found = [thread.exception for thread in threads if thread.exception]
-    found.sort(key=lambda exception: isinstance(exception[0], threading.BrokenBarrierError))  # who broke it first
-    if found:
-        raise found[0][0].with_traceback(found[0][1])
+    """A block, its threads one after the other from barrier to barrier: numba's own poll each other, and take a hundred times as long.
 
-
-def _wait(thread: Any) -> None:
-    thread._manager.barrier.wait(60)
-
-
-_plain = simulator.BlockThread.run
-
-
-def _guarded(thread: Any) -> None:
-    _plain(thread)
-    if thread.exception:
-        thread._manager.barrier.abort()
+    Behind each barrier they go in the other order, so that no result depends on it.
+    """
+    threads = []
+    for point in np.ndindex(*manager._block_dim):
+        threads.append(greenlet.greenlet(lambda: manager._f(*arguments)))
+        threads[-1].kernel_thread = Thread(manager, grid_point, point)
+    waiting = [True]
+    while any(waiting):
+        waiting = [bool(thread.switch()) for thread in threads]
+        assert len(set(waiting)) == 1, "some threads of the block wait at a barrier, and others have ended"
+        threads.reverse()
 
 
 simulator.BlockManager.run = _run
-simulator.BlockThread.syncthreads = _wait
-simulator.BlockThread.run = _guarded
+_simulated._mine = lambda: greenlet.getcurrent().kernel_thread
 
 
 @pytest.fixture(autouse=True)

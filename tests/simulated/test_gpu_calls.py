@@ -9,6 +9,7 @@ import numpy as np
 import published
 import pytest
 import test_contract as contract
+from numba import cuda as numba_cuda
 from numba.cuda.simulator.cudadrv.devicearray import FakeCUDAArray
 from shapes import Case
 from test_contract import inputs, verify
@@ -288,3 +289,12 @@ def test_one_launch_gives_the_bits_of_three(call: str, dtype: str, monkeypatch: 
         assert len(apart) == len(fused) + 2
         for name, array in found.items():
             np.testing.assert_array_equal(array, want[name], err_msg=f"{case}: {name}")
+
+
+def test_a_barrier_that_not_every_thread_reaches_is_an_error() -> None:
+    def parted() -> None:
+        if _simulated.thread() > 0:
+            _simulated.sync()
+
+    with pytest.raises(AssertionError, match="wait at a barrier, and others have ended"):
+        numba_cuda.jit(parted)[1, 8]()
