@@ -104,6 +104,7 @@ TIERS = {
     "torch/fuse.py": 6,
     "torch/sync.py": 6,
     "torch/team.py": 6,
+    "torch/traced.py": 6,
 }
 
 FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))

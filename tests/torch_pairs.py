@@ -62,8 +62,8 @@ def served(module: Any, x: Any) -> bool:
     return fastbn.torch.explain(module, x).startswith("fastbn's kernels")
 
 
-def step(ours: Any, theirs: Any, x: Any, dy: Any) -> None:
-    """One forward and backward of both, compared: y, gradients, statistics."""
+def step(ours: Any, theirs: Any, x: Any, dy: Any, run: Any = None) -> None:
+    """One forward and backward of both, compared: y, gradients, statistics; `run` is what calls ours, where that is compiled."""
     assert served(ours, x)
     batch = ours.training or ours.running_mean is None
     if not batch:  # rounded to float32 at every training step, compared there: from here on the same numbers
@@ -72,7 +72,7 @@ def step(ours: Any, theirs: Any, x: Any, dy: Any) -> None:
     ours.zero_grad()
     theirs.zero_grad()
     given, wide = x.detach().requires_grad_(), x.detach().double().requires_grad_()
-    y, want = ours(given), theirs(wide)
+    y, want = (ours if run is None else run)(given), theirs(wide)
     y.backward(dy)
     want.backward(dy.double())
     a, dtype = array(x), array(x).dtype

@@ -86,6 +86,13 @@ def forward(x: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float) ->
     return formatted(tensor(y)), found
 
 
+def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(mean, m2) of `fastbn.moments`."""
+    with of_pytorch():
+        found = functional.moments(array(x), 1, **_options(x))
+    return tensor(found.mean), tensor(found.m2)
+
+
 def inference(x: Tensor, mean: Any, var: Any, gamma: Tensor | None, beta: Tensor | None, eps: float) -> Tensor:
     """y of `fastbn.batch_norm_inference`; mean and var are arrays."""
     with of_pytorch():

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Callable, Container
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastbn.torch import functions, kernels, operator, serves
+from fastbn.torch import functions, kernels, operator, serves, traced
+
+exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)  # of PyTorch 2.7 and later
 
 
 class Served:
@@ -81,30 +83,15 @@ def _eager(x: Tensor, given: serves.Call, eps: float, running: Any) -> Tensor:
 def _traced(x: Tensor, given: serves.Call, eps: float, running: Any) -> Tensor:
     gamma, beta, mean, var = given[:4]
     if not given.batch and mean is not None and var is not None:
-        return _affine(x, mean, var, gamma, beta, eps)
-    y: Tensor
-    y, found, m2 = operator.batch_norm(x, gamma, beta, eps)
+        return traced.inference(x, mean, var, gamma, beta, eps)
+    train = operator.batch_norm if exporting() else traced.training  # a program keeps derivatives of both orders, a compiled call takes one
+    y, found, m2 = train(x, gamma, beta, eps)
     if running is not None:
         with torch.no_grad():
             weight, *kept = running
             for old, new in zip(kept, (found, m2 / (operator.count(x) - 1)), strict=True):
                 old.copy_((1.0 - weight) * old.double() + weight * new)
     return y
-
-
-def _affine(x: Tensor, mean: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float) -> Tensor:
-    """Evaluation in ordinary operations, with the mean in two parts as in the kernels: what compiles it joins it to its neighbours.
-
-    As an operator of its own it took twice the time of PyTorch's in a compiled MobileNetV2.
-    """
-    kind, along = serves.PARAMETERS[x.dtype], [-1, *[1] * (x.dim() - 2)]
-    middle, scale = mean.double(), (var.double() + eps).rsqrt()
-    near = middle.to(kind)
-    scale = scale if gamma is None else scale * gamma.double()
-    shift = (near.double() - middle) * scale
-    shift = shift if beta is None else shift + beta.double()
-    y = (x.to(kind) - near.view(along)) * scale.to(kind).view(along) + shift.to(kind).view(along)
-    return kernels.formatted(y.to(x.dtype))
 
 
 class BatchNorm1d(Served, nn.BatchNorm1d):

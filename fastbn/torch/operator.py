@@ -1,5 +1,6 @@
-"""The operator as torch.library knows it, for torch.compile, torch.export and whatever else looks at PyTorch programs.
+"""The operators as torch.library knows them, for torch.compile, torch.export and whatever else looks at PyTorch programs.
 
+    torch.ops.fastbn.moments(x) -> (mean, m2)
     torch.ops.fastbn.batch_norm(x, gamma, beta, eps) -> (y, mean, m2)
     torch.ops.fastbn.batch_norm_inference(x, mean, var, gamma, beta, eps) -> y
     torch.ops.fastbn.batch_norm_backward(dy, x, mean, m2, gamma, eps) -> (dx, dgamma, dbeta)
@@ -11,6 +12,7 @@ neither those that go in nor those that come out. Derivatives are taken backward
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,6 +28,22 @@ Three = tuple[Tensor, Tensor, Tensor]
 def count(x: Tensor) -> int:
     """Values per channel."""
     return x.numel() // x.shape[1]
+
+
+_Library: Any = torch.library.Library
+_LIBRARY = _Library("fastbn", "FRAGMENT")
+# Flexible: in the memory order that the compiler chose for x, where else it would restore that of the eager program.
+_LIBRARY.define("moments(Tensor x) -> (Tensor, Tensor)", tags=(torch.Tag.flexible_layout, torch.Tag.pt2_compliant_tag))
+_LIBRARY.impl("moments", kernels.moments, "CPU")
+_LIBRARY.impl("moments", kernels.moments, "CUDA")
+moments: Callable[[Tensor], tuple[Tensor, Tensor]] = torch.ops.fastbn.moments.default
+
+
+def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape[1], dtype=torch.float64), x.new_empty(x.shape[1], dtype=torch.float64)
+
+
+torch.library.register_fake("fastbn::moments", _statistics, lib=_LIBRARY)
 
 
 @torch.library.custom_op("fastbn::batch_norm", mutates_args=())
@@ -59,8 +77,7 @@ def _like(x: Tensor) -> Tensor:
 
 @batch_norm.register_fake
 def _(x: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float) -> Three:
-    mean, m2 = (x.new_empty(x.shape[1], dtype=torch.float64) for _ in range(2))
-    return _like(x), mean, m2
+    return _like(x), *_statistics(x)
 
 
 @batch_norm_inference.register_fake
@@ -81,6 +98,17 @@ batch_norm_inference_backward.register_fake(_fake_gradients)
 def _needed(ctx: Any, *found: Tensor | None) -> tuple[Tensor | None, ...]:
     """The gradients that somebody asks for."""
     return tuple(grad if need else None for grad, need in zip(found, ctx.needs_input_grad, strict=True))
+
+
+def _save_nothing(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
+    ctx.mark_non_differentiable(*output)
+
+
+def _no_gradient(ctx: Any, dmean: Tensor, dm2: Tensor) -> None:
+    return None
+
+
+torch.library.register_autograd("fastbn::moments", _no_gradient, setup_context=_save_nothing, lib=_LIBRARY)
 
 
 def _save_training(ctx: Any, inputs: tuple[Any, ...], output: Three) -> None:
