@@ -72,10 +72,10 @@ def normalize(x: Array, mean: Wide, rstd: Wide, gamma: Array | None, beta: Array
 @lru_cache(maxsize=4096)
 def _normalize(given: Ints, shape: Ints, dtype: np.dtype[Any], out: Ints, x: Ints) -> Callable[..., Array]:
     """The normalization of arrays of one shape, dtype and memory order, with all decided that these decide; `given` reshapes to `shape`."""
-    route = routes.of(shape, dtype, x, out)
+    C, stream = shape[1], routes.streams(math.prod(shape) * dtype.itemsize, 2)
+    route = routes.of(shape, dtype, x, out, applied=not stream)
     bits, stored, kind, seen, _, share, first, last, none = route
     as_is = bits is None and given == seen
-    C, stream = shape[1], routes.streams(math.prod(shape) * dtype.itemsize, 2)
 
     def run(x: Array, mean: Wide, rstd: Wide, gamma: Array | None, beta: Array | None, out: Array) -> Array:
         z, y = (x, out) if as_is else (route.see(x), route.see(out))
@@ -262,13 +262,14 @@ def describe(dims: tuple[int, ...], dtype: np.dtype[Any]) -> str:
     columns = last is not None
     statistics, apply = (channels_last, channels_last_apply) if columns else (channels_first, channels_first)
     back = channels_last_backward if columns else channels_first_backward
-    fused = routes.fused(dims, dtype, one, one) is not None
-    forwards = [apply.forward] if fused else [statistics.moments, apply.normalize]
+    fused, streams = routes.fused(dims, dtype, one, one) is not None, routes.streams(math.prod(dims) * dtype.itemsize, 2)
+    rows = routes.of(dims, dtype, one, one, applied=not streams).first is not None
+    forwards = [apply.forward] if fused else [statistics.moments, (channels_first if rows else channels_last_apply).normalize]
     backwards = [back.backward] if routes.fused(dims, dtype, one, one, one) else [back.grad_reduce, back.grad_input]
     names = [" + ".join(kernel.name for kernel in kernels) for kernels in (forwards, backwards)]
     passes = "fused, x is read from memory once" if fused else "two passes over memory: moments, then normalize"
     how = threads.describe() if parallel else "one thread: too small to wake the others"
-    stores = "streaming, past the cache" if routes.streams(math.prod(dims) * dtype.itemsize, 2) else "ordinary, into the cache"
+    stores = "streaming, past the cache" if streams else "ordinary, into the cache"
     form = f"{dtype}, {'parallel' if parallel and threads.parallel() else 'serial'}"
     lines = (f"kernels: {names[0]} ({form})", f"backward: {names[1]}", f"schedule: {passes}; {units} tasks, {cut}")
     return "\n".join((*lines, f"threads: {how}", f"stores: {stores}"))

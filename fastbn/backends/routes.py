@@ -42,7 +42,7 @@ class Route(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def of(shape: Ints, dtype: np.dtype[Any], *strides: Ints) -> Route:
+def of(shape: Ints, dtype: np.dtype[Any], *strides: Ints, applied: bool = False) -> Route:
     """On columns where the kernels for that serve every array: channels last, or short rows without gaps between them."""
     bits = None if dtype in NONE else BITS[dtype.name]
     kind = DOUBLE if dtype.itemsize == 8 else SINGLE
@@ -51,7 +51,7 @@ def of(shape: Ints, dtype: np.dtype[Any], *strides: Ints) -> Route:
         last = schedule.last(*shape, 1, kind.itemsize, contiguous)
         return Route(bits, bits or dtype, kind, shape, shape[0], 1, None, last, NONE[kind])
     N, C, S = shape
-    if schedule.short(N, S, kind.itemsize) and (C == 1 or all(s[1] == S * dtype.itemsize for s in strides)):
+    if schedule.short(N, S, kind.itemsize, applied) and (C == 1 or all(s[1] == S * dtype.itemsize for s in strides)):
         contiguous = all(s[0] == C * S * dtype.itemsize for s in strides)
         last = schedule.last(N, C, S, kind.itemsize, contiguous)
         return Route(bits, bits or dtype, kind, (N, C * S), N * S, S, None, last, NONE[kind])

@@ -58,6 +58,8 @@ def scalar(x: Array, value: float) -> Any:
 
 def _span(x: Array, index: Index, count: int) -> Array:
     assert min(index) >= 0, "a vector before the beginning"
+    if index[-1] >= x.shape[-1] and x.ndim == 2 and x.strides[0] == x.shape[1] * x.itemsize:  # rows without gaps: in one of the next
+        index = (index[0] + index[1] // x.shape[1], index[1] % x.shape[1])
     where: Any = (*index[:-1], slice(index[-1], index[-1] + count))
     span: Array = x[where]
     assert span.size == count, "a vector beyond the end of its row"

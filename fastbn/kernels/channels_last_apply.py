@@ -9,6 +9,7 @@ from __future__ import annotations
 from fastbn.kernels._jit import kernel, leaf, prange, routine
 from fastbn.kernels._simd import (
     broadcast,
+    bytes_of,
     fence,
     lanes,
     load,
@@ -20,7 +21,7 @@ from fastbn.kernels._simd import (
     store_some,
     store_stream,
 )
-from fastbn.kernels.blocks import LINEAR
+from fastbn.kernels.blocks import FAR, LINEAR
 from fastbn.kernels.channels_last import part_moments, share
 from fastbn.kernels.elementwise import fill_affine, fill_forward, head
 
@@ -78,6 +79,12 @@ def affine_four(x, r, j, k, e, i, y):
     store(y, (r + 3, j), w)
 
 
+@leaf
+def gapless(x):
+    """Whether the end of a row is the beginning of the next."""
+    return x.strides[0] == x.shape[1] * bytes_of(x)
+
+
 @routine
 def affine_block(x, r0, r1, j, width, k, e, ahead, stream, y):
     """y = (x - high) * scale + shift on rows r0 .. r1 of `width` columns from j; rows e .. e + 3 of k, from column 0.
@@ -106,7 +113,19 @@ def affine_block(x, r0, r1, j, width, k, e, ahead, stream, y):
                 i += W
             r += 1
         fence()
-    while width > LINEAR and r + 4 <= r1:
+    far = x.size * bytes_of(x) >= FAR
+    if (far or width <= LINEAR) and width == x.shape[1] and width % W == 0 and gapless(x) and gapless(y):
+        # One loop over all rows: where each row is a loop of its own, fewer lines are on their way at once (9 MB of 144 columns:
+        # 478 us, row by row 545, 4 rows at a time 735; a copy 389).
+        i = n = 0
+        while n < (r1 - r) * width:
+            affine_at(x, r, n, k, e, i, y)
+            n += W
+            i += W
+            if i == width:
+                i = 0
+        r = r1
+    while not far and width > LINEAR and r + 4 <= r1:
         i = 0
         while i + W <= width:
             affine_four(x, r, j + i, k, e, i, y)
