@@ -155,6 +155,8 @@ def as_statistic(value: ArrayLike, channels: int, name: str) -> NDArray[np.float
     """mean, var: shape (C,), float32 or float64 given, float64 without gaps returned (shared where it is that already)."""
     if type(value) is np.ndarray and value.dtype is dtypes.FLOAT64 and value.shape == (channels,) and value.flags.c_contiguous:
         return value
+    if type(value) is np.ndarray and value.dtype is dtypes.FLOAT32 and value.shape == (channels,):
+        return value.astype(np.float64)
     array = _as_array(value, name)
     if array.dtype.kind != "f" or array.dtype.itemsize not in (4, 8):
         raise TypeError(f"{name}: given dtype {array.dtype}, want float32 or float64")

@@ -6,12 +6,13 @@ import operator
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
 from types import TracebackType
 from typing import Any
 
 from fastbn import pool
 
-__all__ = ["count", "describe", "get_num_threads", "limited", "masked", "on_team", "parallel", "set_num_threads", "team", "usable"]
+__all__ = ["count", "describe", "get_num_threads", "limited", "masked", "most", "on_team", "parallel", "set_num_threads", "team", "usable"]
 
 
 class _Limit(threading.local):
@@ -22,6 +23,14 @@ class _Limit(threading.local):
 _limit = _Limit()
 
 
+@lru_cache(maxsize=1)
+def most() -> int:
+    """Threads of numba's pool: no call takes more."""
+    from numba import config
+
+    return int(config.NUMBA_NUM_THREADS)
+
+
 def _checked(num_threads: int) -> int:
     try:
         wanted = operator.index(num_threads)
@@ -29,11 +38,9 @@ def _checked(num_threads: int) -> int:
         wanted = None
     if wanted is None or isinstance(num_threads, bool):
         raise TypeError(f"num_threads: given {num_threads!r}, want a whole number, or None for numba's own")
-    from numba import config
-
-    if not 1 <= wanted <= config.NUMBA_NUM_THREADS:
-        most = f"{config.NUMBA_NUM_THREADS}, the threads of numba's pool (NUMBA_NUM_THREADS, read when numba is imported, sets them)"
-        raise ValueError(f"num_threads: given {wanted}, want 1 to {most}")
+    if not 1 <= wanted <= most():
+        limit = f"{most()}, the threads of numba's pool (NUMBA_NUM_THREADS, read when numba is imported, sets them)"
+        raise ValueError(f"num_threads: given {wanted}, want 1 to {limit}")
     return wanted
 
 

@@ -71,19 +71,33 @@ def formatted(y: Tensor) -> Tensor:
 
 def _options(x: Tensor) -> dict[str, Any]:
     """PyTorch's number of threads, where a call would take more: in a worker of a DataLoader it is 1."""
-    if x.nbytes < config.SERIAL_BYTES or (wanted := torch.get_num_threads()) >= threads.get_num_threads() or not x.is_cpu:
+    if x.nbytes < config.SERIAL_BYTES or (wanted := torch.get_num_threads()) >= threads.most() or not x.is_cpu:
         return {}
-    return {"num_threads": wanted}
+    return {"num_threads": min(wanted, threads.get_num_threads())}
 
 
-# fastbn allocates the results: NumPy asks for huge pages where they are large, and `out=` must be checked (4 us of a small layer's 30).
+def _result(x: Tensor) -> tuple[Tensor | None, Any]:
+    """Memory for a result in the memory order of x, and what fastbn's functions take for it: `out=`.
+
+    None where x has gaps or is not in one of PyTorch's memory formats, and on a GPU: there fastbn allocates, and `formatted` puts in order.
+    PyTorch's memory lies on a boundary of 64 bytes. NumPy's must be cut to one, and made a tensor: 20 us in all, and 80 with empty caches.
+    """
+    if x.is_cpu and (x.is_contiguous() or memory_format(x) is not torch.contiguous_format):
+        y = torch.empty_like(x)
+        return y, array(y)
+    return None, None
+
+
+def _given(y: Tensor | None, found: Any) -> Tensor:
+    return formatted(tensor(found)) if y is None else y
 
 
 def forward(x: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float) -> tuple[Tensor, Moments]:
     """(y, moments) of `fastbn.batch_norm`."""
+    y, out = _result(x)
     with of_pytorch():
-        y, found = functional.batch_norm(array(x), _optional(gamma), _optional(beta), 1, eps, **_options(x))
-    return formatted(tensor(y)), found
+        found, m = functional.batch_norm(array(x), _optional(gamma), _optional(beta), 1, eps, out, **_options(x))
+    return _given(y, found), m
 
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -95,9 +109,10 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def inference(x: Tensor, mean: Any, var: Any, gamma: Tensor | None, beta: Tensor | None, eps: float) -> Tensor:
     """y of `fastbn.batch_norm_inference`; mean and var are arrays."""
+    y, out = _result(x)
     with of_pytorch():
-        y = functional.batch_norm_inference(array(x), mean, var, _optional(gamma), _optional(beta), 1, eps, **_options(x))
-    return formatted(tensor(y))
+        found = functional.batch_norm_inference(array(x), mean, var, _optional(gamma), _optional(beta), 1, eps, out, **_options(x))
+    return _given(y, found)
 
 
 def backward(dy: Tensor, x: Tensor, statistics: Statistics, gamma: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -106,12 +121,13 @@ def backward(dy: Tensor, x: Tensor, statistics: Statistics, gamma: Tensor | None
     if dy.stride() != x.stride() and not (dy.is_contiguous() and x.is_contiguous()):
         dy = torch.empty_like(x).copy_(dy)  # PyTorch copies on all threads, NumPy on one
     arrays, weight, options = (array(dy), array(x)), _optional(gamma), _options(x)
+    dx, out = _result(x)
     with of_pytorch():
         if isinstance(statistics, tuple):
-            dx, dgamma, dbeta = gradients.batch_norm_inference_backward(*arrays, *statistics, weight, 1, eps, **options)
+            found, dgamma, dbeta = gradients.batch_norm_inference_backward(*arrays, *statistics, weight, 1, eps, out, **options)
         else:
-            dx, dgamma, dbeta = gradients.batch_norm_backward(*arrays, statistics, weight, 1, eps, **options)
-    return formatted(tensor(dx)), tensor(dgamma), tensor(dbeta)
+            found, dgamma, dbeta = gradients.batch_norm_backward(*arrays, statistics, weight, 1, eps, out, **options)
+    return _given(dx, found), tensor(dgamma), tensor(dbeta)
 
 
 def track(found: Moments, weight: float, running_mean: Tensor, running_var: Tensor) -> None:

@@ -38,7 +38,8 @@ class Served:
         TypeError, ValueError, RuntimeError
             As PyTorch's module raises them.
         """
-        compiling = torch.compiler.is_compiling()
+        plain = type(input) in serves.PLAIN and not torch.compiler.is_dynamo_compiling()  # a third of the frames that is_compiling takes
+        compiling = not plain and torch.compiler.is_compiling()
         if not compiling and functions.followed() is not None:
             found: Tensor = functions.alone(Served.forward, self, input)
             return found
