@@ -127,7 +127,7 @@ IDEAS = (
     ),
     Idea("blocks, not Welford's update of every value", LARGE, FORWARD, instead=_images(textbook.welford), exact=False),
     Idea("explicit vectors, not plain loops", LARGE, FORWARD, instead=_images(textbook.loops), exact=False),
-    Idea("short rows as columns", SHORT, BOTH, (Patch(schedule, "short", lambda N, S, itemsize: False),), exact=False),
+    Idea("short rows as columns", SHORT, BOTH, (Patch(schedule, "short", lambda N, S, itemsize, applied: False),), exact=False),
     Idea("threads for large calls", LARGE, BOTH, (Patch(config, "SERIAL_BYTES", NEVER),)),
     Idea("no threads for small calls", SMALL, BOTH, (Patch(config, "SERIAL_BYTES", 0),)),
     Idea("each shape planned once", SMALL, BOTH, tuple(Patch(m, name, f.__wrapped__) for m, name, f in _remembering())),
