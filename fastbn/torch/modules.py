@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from fastbn.torch import functions, kernels, operator, serves, traced
 
-exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)  # of PyTorch 2.7 and later
+# An exported program is differentiated as it stands, the moments apart: there training must be one operator, and always is before
+# PyTorch 2.7, which can't tell.
+exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: True)
 
 
 class Served:
