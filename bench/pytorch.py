@@ -153,8 +153,8 @@ def _compiled(p: Problem, what: str) -> Call:
 
         arguments = (t.dy, t.x, t.gamma, t.mean, t.rstd)
     elif what == "inference":
-        function = lambda x, mean, var, gamma, beta: normalize(x, mean, var, gamma, beta, False, 0.1, EPS)  # noqa: E731  # as its siblings
-        arguments = (t.x, t.mean, t.var, t.gamma, t.beta)
+        constants = (t.x, t.mean, t.var, t.gamma, t.beta)
+        function, arguments = lambda x, mean, var, gamma, beta: normalize(x, mean, var, gamma, beta, False, 0.1, EPS), constants
     else:
         function, arguments = lambda x: torch.var_mean(x, t.axes, correction=0), (t.x,)
     compiled = torch.compile(function, fullgraph=True, dynamic=False)

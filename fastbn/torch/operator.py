@@ -30,7 +30,7 @@ def count(x: Tensor) -> int:
     return x.numel() // x.shape[1]
 
 
-_Library: Any = torch.library.Library
+_Library: Any = torch.library.Library  # whose methods are untyped
 _LIBRARY = _Library("fastbn", "FRAGMENT")
 # Flexible: in the memory order that the compiler chose for x, where else it would restore that of the eager program.
 _LIBRARY.define("moments(Tensor x) -> (Tensor, Tensor)", tags=(torch.Tag.flexible_layout, torch.Tag.pt2_compliant_tag))
