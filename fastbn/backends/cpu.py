@@ -127,9 +127,10 @@ def grad_input(
     dy: Array, x: Array, mean: Wide, rstd: Wide, gamma: Array | None, sums: tuple[Wide, Wide] | None, count: int, out: Array
 ) -> Array:
     """dx in training; with sums=None the statistics are constants, as at inference."""
-    route = routes.of(x.shape, x.dtype, x.strides, dy.strides, out.strides)
+    stream = routes.streams(out.nbytes, 3)
+    route = routes.of(x.shape, x.dtype, x.strides, dy.strides, out.strides, applied=not stream)
     training, both = sums is not None, np.zeros((2, mean.size)) if sums is None else np.stack(sums)
-    bits, bits_dy, dx, stream, C = route.see(x), route.see(dy), route.see(out), routes.streams(out.nbytes, 3), mean.size
+    bits, bits_dy, dx, C = route.see(x), route.see(dy), route.see(out), mean.size
     gamma = route.none if gamma is None else gamma
     if (plan := route.first) is not None:
         tasks = routes.tasks(x.shape[0] * C * plan.pieces, plan.parallel)

@@ -48,12 +48,12 @@ def of(shape: Ints, dtype: np.dtype[Any], *strides: Ints, applied: bool = False)
     kind = DOUBLE if dtype.itemsize == 8 else SINGLE
     if len(shape) == 2:
         contiguous = all(s[0] == shape[1] * dtype.itemsize for s in strides)
-        last = schedule.last(*shape, 1, kind.itemsize, contiguous)
+        last = schedule.last(*shape, 1, kind.itemsize, contiguous, applied)
         return Route(bits, bits or dtype, kind, shape, shape[0], 1, None, last, NONE[kind])
     N, C, S = shape
     if schedule.short(N, S, kind.itemsize, applied) and (C == 1 or all(s[1] == S * dtype.itemsize for s in strides)):
         contiguous = all(s[0] == C * S * dtype.itemsize for s in strides)
-        last = schedule.last(N, C, S, kind.itemsize, contiguous)
+        last = schedule.last(N, C, S, kind.itemsize, contiguous, applied)
         return Route(bits, bits or dtype, kind, (N, C * S), N * S, S, None, last, NONE[kind])
     return Route(bits, bits or dtype, kind, shape, N * S, 0, schedule.first(N, C, S, kind.itemsize), None, NONE[kind])
 

@@ -27,9 +27,10 @@ FOLDED = 128  # columns that rows are folded to
 NARROW = 256  # columns: in shorter runs, memory waits for the prefetcher more than it moves data
 
 SHORT_BYTES = 2048  # rows of channels first up to this are treated as columns
-# And where they are only normalized: rows in the order of memory are faster, and columns past the cache (32 x 256 x 14 x 14: 264 -> 168 us,
-# rows of 784 bytes; 32 x 384 x 8 x 8, rows of 256: 91 -> 106).
-SHORT_APPLIED = 399
+# And in passes over elements alone, where columns are runs of 4 KB from as many pages as there are rows: those of a vector and more go in
+# the order of memory (normalized in a network, 32 x 576 x 8 x 8: 850 -> 260 us in one process, 430 -> 260 in another; 12.8 MB in rows of
+# 196 bytes: 1110 -> 760).
+SHORT_APPLIED = 63
 PARTS = 64  # enough tasks for the cores of any machine that numba drives well
 TASKS = 16
 
@@ -87,8 +88,8 @@ def short(N: int, S: int, itemsize: int, applied: bool = False) -> bool:
 
 
 @lru_cache(maxsize=1024)
-def last(R: int, C: int, S: int, itemsize: int, contiguous: bool) -> Last:
-    """The schedule of (R, C * S); only rows without gaps can be folded."""
+def last(R: int, C: int, S: int, itemsize: int, contiguous: bool, applied: bool = False) -> Last:
+    """The schedule of (R, C * S); only rows without gaps can be folded. `applied`: of a pass over elements alone."""
     lanes = 64 // itemsize
     size = R * C * S * itemsize
     fold = 1
@@ -101,6 +102,8 @@ def last(R: int, C: int, S: int, itemsize: int, contiguous: bool) -> Last:
     held = BLOCK_BYTES // (rows * S * itemsize)  # channels of a unit that stay in the cache
     if fold > 1:
         parts, block = max(1, min(PARTS, -(-size // PART_BYTES), rows // 64)), C
+    elif applied:
+        parts, block = 1, min(C, widest)
     elif not parallel or held >= min(C, narrow):
         parts, block = 1, min(C, widest, max(held, narrow), max(narrow, -(-C // TASKS)) if parallel else C)
     else:

@@ -177,23 +177,50 @@ def moments(x, rows, splits, blocks, parts, lot, tasks, partial, stats):
 
 
 @leaf
-def span(x, unit, pieces):
-    """Unit of N * C * pieces, in the order of memory: row n, channel c, columns s0 .. s1, which begin on whole vectors."""
-    C, S, W = x.shape[1], x.shape[2], lanes(x)
-    row, piece = unit // pieces, unit % pieces
+def units_of(x, task, tasks, pieces):
+    """A task's share of N * C * pieces units in the order of memory: how many, and the first one's row, channel and piece."""
+    N, C = x.shape[0], x.shape[1]
+    first, last = N * C * pieces * task // tasks, N * C * pieces * (task + 1) // tasks
+    return last - first, first // pieces // C, first // pieces % C, first % pieces
+
+
+@leaf
+def ends(x, piece, pieces):
+    """Columns of a piece of a row, which begins on a whole vector."""
+    S, W = x.shape[2], lanes(x)
+    if pieces == 1:
+        return 0, S
     vectors = (S + W - 1) // W
-    return row // C, row % C, vectors * piece // pieces * W, min(S, vectors * (piece + 1) // pieces * W)
+    return vectors * piece // pieces * W, min(S, vectors * (piece + 1) // pieces * W)
+
+
+@leaf
+def onward(x, n, c, piece, pieces):
+    """The next unit; without divisions, which take longer than a row of 64 bytes."""
+    piece += 1
+    if piece == pieces:
+        piece, c = 0, c + 1
+    if c == x.shape[1]:
+        n, c = n + 1, 0
+    return n, c, piece
+
+
+@leaf
+def affine_units(x, task, tasks, pieces, k, stream, y):
+    """A task's share of y, in the order of memory; k the coefficients of all channels."""
+    more, n, c, piece = units_of(x, task, tasks, pieces)
+    for _ in range(more):
+        s0, s1 = ends(x, piece, pieces)
+        affine_row(x, n, c, s0, s1, k, c, 0, stream, y)
+        n, c, piece = onward(x, n, c, piece, pieces)
 
 
 @kernel("x3 m1 m1 p1 p1 i i b w2 y3")
 def normalize(x, mean, rstd, gamma, beta, pieces, tasks, stream, work, y):
     """y = gamma * (x - mean) * rstd + beta, in the order of memory; gamma, beta may be empty; `work` (3, C rounded up to 8)."""
     fill_affine(x, mean, rstd, gamma, beta, 0, x.shape[1], work)
-    units = x.shape[0] * x.shape[1] * pieces
     for task in prange(tasks):
-        for unit in range(units * task // tasks, units * (task + 1) // tasks):
-            n, c, s0, s1 = span(x, unit, pieces)
-            affine_row(x, n, c, s0, s1, work, c, 0, stream, y)
+        affine_units(x, task, tasks, pieces, work, stream, y)
         if stream:
             fence()
 

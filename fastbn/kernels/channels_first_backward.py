@@ -6,7 +6,7 @@ import numpy as np
 
 from fastbn.kernels._jit import kernel, leaf, prange
 from fastbn.kernels._simd import broadcast, fence, lanes, load, load_some, muladd, spread, total
-from fastbn.kernels.channels_first import SEGMENT, bounds, group_rows, span
+from fastbn.kernels.channels_first import SEGMENT, affine_units, bounds, ends, group_rows, onward, units_of
 from fastbn.kernels.elementwise import affine_row, fill_gradient, fill_standardize, gradient_row, narrow
 
 
@@ -76,18 +76,25 @@ def grad_reduce(dy, x, mean, rstd, rows, splits, blocks, parts, lot, tasks, work
             sums[i, c] = t
 
 
+@leaf
+def gradient_units(dy, x, task, tasks, pieces, k, stream, dx):
+    """A task's share of dx, in the order of memory; k the coefficients of all channels."""
+    more, n, c, piece = units_of(x, task, tasks, pieces)
+    for _ in range(more):
+        s0, s1 = ends(x, piece, pieces)
+        gradient_row(dy, x, n, c, s0, s1, k, c, 0, stream, dx)
+        n, c, piece = onward(x, n, c, piece, pieces)
+
+
 @kernel("x3 x3 m1 m1 p1 m2 f b i i b w2 y3")
 def grad_input(dy, x, mean, rstd, gamma, sums, count, training, pieces, tasks, stream, work, dx):
     """dx from the sums, in the order of memory; `training` False for constant statistics; `work` (5, C rounded up to 8)."""
     fill_gradient(x, mean, rstd, gamma, sums, count, training, 0, x.shape[1], work)
-    units = x.shape[0] * x.shape[1] * pieces
     for task in prange(tasks):
-        for unit in range(units * task // tasks, units * (task + 1) // tasks):
-            n, c, s0, s1 = span(x, unit, pieces)
-            if training:
-                gradient_row(dy, x, n, c, s0, s1, work, c, 0, stream, dx)
-            else:
-                affine_row(dy, n, c, s0, s1, work, c, 0, stream, dx)
+        if training:
+            gradient_units(dy, x, task, tasks, pieces, work, stream, dx)
+        else:
+            affine_units(dy, task, tasks, pieces, work, stream, dx)
         if stream:
             fence()
 

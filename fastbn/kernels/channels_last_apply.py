@@ -1,7 +1,7 @@
 """The elementwise passes on (R, F) arrays, F contiguous: y from x, dx from dy and x; and the forward that reads x once.
 
 Strips, folds, units and tasks as in `channels_last`. Coefficients are spread over the columns of a unit, in a workspace that stays in the
-first-level cache, and applied to 4 rows at a time; past the cache to one, since each row has its own first boundary.
+first-level cache, and applied to rows in the order of memory.
 """
 
 from __future__ import annotations
@@ -68,18 +68,6 @@ def affine_some(x, r, j, k, e, i, count, y):
 
 
 @leaf
-def affine_four(x, r, j, k, e, i, y):
-    """One vector of each of 4 rows."""
-    h, a, b = load(k, (e, i)), load(k, (e + 1, i)), load(k, (e + 2, i))
-    v, w = muladd(load_far(x, (r, j)) - h, a, b), muladd(load_far(x, (r + 1, j)) - h, a, b)
-    store(y, (r, j), v)
-    store(y, (r + 1, j), w)
-    v, w = muladd(load_far(x, (r + 2, j)) - h, a, b), muladd(load_far(x, (r + 3, j)) - h, a, b)
-    store(y, (r + 2, j), v)
-    store(y, (r + 3, j), w)
-
-
-@leaf
 def gapless(x):
     """Whether the end of a row is the beginning of the next."""
     return x.strides[0] == x.shape[1] * bytes_of(x)
@@ -125,44 +113,48 @@ def affine_block(x, r0, r1, j, width, k, e, ahead, stream, y):
             if i == width:
                 i = 0
         r = r1
-    while not far and width > LINEAR and r + 4 <= r1:
-        i = 0
-        while i + W <= width:
-            affine_four(x, r, j + i, k, e, i, y)
-            i += W
-        if i < width:
-            for n in range(4):
-                affine_some(x, r + n, j + i, k, e, i, width - i, y)
-        r += 4
     while r < r1:
         i = 0
-        while i + W <= width:
-            affine_at(x, r, j + i, k, e, i, y)
+        while i < width:
+            if i + W <= width:
+                affine_at(x, r, j + i, k, e, i, y)
+            else:
+                affine_some(x, r, j + i, k, e, i, width - i, y)
             i += W
-        if i < width:
-            affine_some(x, r, j + i, k, e, i, width - i, y)
         r += 1
+
+
+@leaf
+def affine_share(x, mean, rstd, gamma, beta, S, fold, parts, block, task, tasks, columns, stream, work, y):
+    """A task's share of the rows and channels."""
+    R, C = x.shape[0], mean.size
+    blocks = (C + block - 1) // block
+    k = share(work, task, columns)
+    for unit in range(parts * blocks * task // tasks, parts * blocks * (task + 1) // tasks):
+        p, first = unit // blocks, unit % blocks * block
+        last = min(C, first + block)
+        fill_affine(x, mean, rstd, gamma, beta, first, last, k)
+        e = spread_columns(k, 3, last - first, fold, S)
+        r0, r1 = R * p // parts, R * (p + 1) // parts
+        affine_block(x, r0, r1, first * S, (last - first) * fold * S, k, e, 0, stream, y)
+
+
+@leaf
+def affine_rest(rest_row, mean, rstd, gamma, beta, S, fold, columns, work, rest_y):
+    """The rows left over by a fold, as one."""
+    C, k = mean.size, share(work, 0, columns)
+    fill_affine(rest_row, mean, rstd, gamma, beta, 0, C, k)
+    e = spread_columns(k, 3, C, fold, S)
+    affine_block(rest_row, 0, 1, 0, rest_row.shape[1], k, e, 0, False, rest_y)
 
 
 @kernel("x2 x2 m1 m1 p1 p1 i i i i i i i b w1 y2 y2")
 def normalize(x, rest_row, mean, rstd, gamma, beta, S, fold, rest, parts, block, tasks, columns, stream, work, y, rest_y):
     """y = gamma * (x - mean) * rstd + beta; gamma, beta may be empty; `work` (tasks * WORK * columns + 64)."""
-    R, C = x.shape[0], mean.size
-    blocks = (C + block - 1) // block
     for task in prange(tasks):
-        k = share(work, task, columns)
-        for unit in range(parts * blocks * task // tasks, parts * blocks * (task + 1) // tasks):
-            p, first = unit // blocks, unit % blocks * block
-            last = min(C, first + block)
-            fill_affine(x, mean, rstd, gamma, beta, first, last, k)
-            e = spread_columns(k, 3, last - first, fold, S)
-            r0, r1 = R * p // parts, R * (p + 1) // parts
-            affine_block(x, r0, r1, first * S, (last - first) * fold * S, k, e, 0, stream, y)
+        affine_share(x, mean, rstd, gamma, beta, S, fold, parts, block, task, tasks, columns, stream, work, y)
     if rest > 0:
-        k = share(work, 0, columns)
-        fill_affine(x, mean, rstd, gamma, beta, 0, C, k)
-        e = spread_columns(k, 3, C, fold, S)
-        affine_block(rest_row, 0, 1, 0, rest * C * S, k, e, 0, False, rest_y)
+        affine_rest(rest_row, mean, rstd, gamma, beta, S, fold, columns, work, rest_y)
 
 
 @kernel("x2 p1 p1 f i i i i b w1 y2 s2")

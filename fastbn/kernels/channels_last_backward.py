@@ -183,11 +183,12 @@ def gradient_block(dy, x, r0, r1, j, width, k, e, ahead, stream, dx):
         fence()
     while r < r1:
         i = 0
-        while i + W <= width:
-            store(dx, (r, j + i), gradient_at(dy, x, r, j + i, k, e, i, True))
+        while i < width:
+            if i + W <= width:
+                store(dx, (r, j + i), gradient_at(dy, x, r, j + i, k, e, i, True))
+            else:
+                gradient_some(dy, x, r, j + i, k, e, i, width - i, dx)
             i += W
-        if i < width:
-            gradient_some(dy, x, r, j + i, k, e, i, width - i, dx)
         r += 1
 
 
