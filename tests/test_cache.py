@@ -251,6 +251,8 @@ def test_warmup_covers_every_call(monkeypatch: pytest.MonkeyPatch, dtype: str) -
                 fastbn.batch_norm(x)
                 fastbn.batch_norm_backward(x, x, m)
                 fastbn.batch_norm(x[::2, ::-1])
+        for dims in ((3000, 40), (4, 64, 4096)):
+            cpu.compact("inference", dims, dims, kind)(0, 0, 0, 0, 0, 0, 1e-5)
     assert asked - warm == set()
     assert len({name for name, *_ in asked}) == len(_jit.KERNELS)  # and each kernel is of use
 
@@ -283,4 +285,5 @@ def test_odd_arrays_compile_nothing() -> None:
         last = np.moveaxis(np.ascontiguousarray(np.moveaxis(x, 1, -1)), -1, 1)
         for odd in (frozen, shifted, x[::-1], x[:, ::-1], x[..., ::-1], np.repeat(x, 2, 0)[::2], np.broadcast_to(x[:1], shape), last[::-1]):
             everything(odd, odd)
-    assert {key[1] for key in forms() - before} <= {np.dtype(np.float32)}
+    more = {key[1] for key in forms() - before if not key[0].startswith("statistics.")}  # on statistics, which are float64
+    assert more <= {np.dtype(np.float32)}

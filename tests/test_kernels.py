@@ -41,7 +41,17 @@ LIMIT = {"float32": 2e-6, "float64": 1e-12}
 def constants(request, monkeypatch):
     for name, value in SETTINGS[request.param].items():
         monkeypatch.setattr(config if hasattr(config, name) else schedule, name, value)
-    caches = (schedule.first, schedule.last, routes.of, routes.fused, cpu._forward, cpu._backward, cpu._normalize, ready._ready)
+    caches = (
+        schedule.first,
+        schedule.last,
+        routes.of,
+        routes.fused,
+        cpu._forward,
+        cpu._backward,
+        cpu._normalize,
+        cpu._inference,
+        ready._ready,
+    )
     for cache in caches:
         cache.cache_clear()
     yield
@@ -115,6 +125,20 @@ def test_backward(data, dtype, training, offset):
     cpu.backward(dy, x, m.mean, rstd, gamma, dx, training, grads)
     assert grads.tobytes() == np.stack(sums).astype(dtype).tobytes()
     assert separate.tobytes() == dx.tobytes()
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("offset", [0, 3, 0.25], ids=["aligned", "unaligned", "between elements"])
+def test_inference_by_addresses(data, dtype, offset, affine):
+    x, _, gamma, beta = data
+    mean, var = np.linspace(49, 51, x.shape[1]).astype(dtype), np.linspace(0.5, 2, x.shape[1]).astype(dtype)
+    here, y, want = aligned(x.shape, dtype, offset), aligned(x.shape, dtype, offset), aligned(x.shape, dtype, offset)
+    here[...] = x
+    parameters = (gamma, beta) if affine else (None, None)
+    addresses = (0 if array is None else array.ctypes.data for array in (here, y, mean, var, *parameters))
+    cpu.compact("inference", x.shape, x.shape, x.dtype)(*addresses, 1e-5)
+    cpu.normalize(here, mean.astype(float), cpu.rstd(var.astype(float), 1.0, 1e-5), *parameters, want)
+    assert y.tobytes() == want.tobytes()
 
 
 def test_parameters_are_optional(data, dtype):

@@ -31,6 +31,7 @@ TIERS = {
     "kernels/blocks.py": 2.0,
     "kernels/welford.py": 2.0,
     "kernels/_simd.py": 2.1,
+    "kernels/_memory.py": 2.1,
     "kernels/elementwise.py": 2.2,
     "kernels/tiles.py": 2.2,
     "kernels/statistics.py": 2.3,
@@ -39,6 +40,7 @@ TIERS = {
     "kernels/channels_last.py": 2.4,
     "kernels/channels_last_apply.py": 2.5,
     "kernels/channels_last_backward.py": 2.6,
+    "kernels/inference.py": 2.6,
     "kernels/serial.py": 2.7,
     "kernels/cuda/__init__.py": 2.0,
     "kernels/cuda/_group.py": 2.0,
@@ -100,6 +102,7 @@ TIERS = {
     "torch/kernels.py": 6,
     "torch/modules.py": 6,
     "torch/operator.py": 6,
+    "torch/prepared.py": 6,
     "torch/serves.py": 6,
     "torch/fuse.py": 6,
     "torch/sync.py": 6,
@@ -216,7 +219,7 @@ CUDA = [f"kernels/cuda/{name}.py" for name in ("_device", "_group", "_gpu", "_ji
 AT_IMPORT = {
     "numpy": FILES,
     "dask": ["dask.py"],
-    "numba": [f"kernels/{name}.py" for name in ("_cache", "_jit", "_simd", "_team", "_vector")] + CUDA,
+    "numba": [f"kernels/{name}.py" for name in ("_cache", "_jit", "_memory", "_simd", "_team", "_vector")] + CUDA,
     "torch": [file for file in FILES if file.startswith("torch/")],  # the bridge to it
     "llvmlite": ["kernels/_simd.py", "kernels/_team.py", "kernels/_vector.py", "kernels/cuda/_device.py", "kernels/cuda/_group.py"],
 }

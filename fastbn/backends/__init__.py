@@ -66,9 +66,17 @@ class Backend(Protocol):
         """grad_reduce + grad_input, fused: (dx, dgamma, dbeta); `grads` (2, C) takes dbeta, dgamma in the dtype of parameters."""
 
     def compact(
-        self, method: Literal["forward", "backward", "normalize"], shape: tuple[int, ...], dims: tuple[int, ...], dtype: np.dtype[Any]
+        self,
+        method: Literal["forward", "backward", "normalize", "inference"],
+        shape: tuple[int, ...],
+        dims: tuple[int, ...],
+        dtype: np.dtype[Any],
     ) -> Callable[..., Any] | None:
-        """A method with all decided, for C-contiguous arrays of `shape` that reshape to `dims`; None where that saves nothing."""
+        """A method with all decided, for C-contiguous arrays of `shape` that reshape to `dims`; None where that saves nothing.
+
+        "inference" is `rstd` and `normalize` in one, of memory: addresses of x, y, mean, var, gamma and beta, and eps; perhaps a team of
+        threads (`kernels._team.Runtime`). Mean and var are of the dtype of parameters; 0 is the address of an absent gamma or beta.
+        """
 
     def describe(self, dims: tuple[int, ...], dtype: np.dtype[Any]) -> str:
         """What runs for a canonical shape, for a person to read."""

@@ -12,7 +12,15 @@ from numpy.typing import NDArray
 
 from fastbn import layout, threads
 from fastbn.backends import routes
-from fastbn.kernels import _jit, channels_first, channels_first_backward, channels_last, channels_last_apply, channels_last_backward
+from fastbn.kernels import (
+    _jit,
+    channels_first,
+    channels_first_backward,
+    channels_last,
+    channels_last_apply,
+    channels_last_backward,
+    inference,
+)
 from fastbn.kernels import statistics as per_channel
 from fastbn.moments import Moments
 
@@ -239,8 +247,35 @@ def _backward_in_two(
     return out, sums[1], sums[0]
 
 
+@lru_cache(maxsize=4096)
+def _inference(shape: Ints, dtype: np.dtype[Any]) -> Callable[..., None]:
+    """`rstd` and `normalize` of memory without gaps: addresses of x, y, mean, var, gamma and beta, 0 where absent, and eps."""
+    one, C, stream = layout.compact(shape, dtype.itemsize), shape[1], routes.streams(math.prod(shape) * dtype.itemsize, 2)
+    route = routes.of(shape, dtype, one, one, applied=not stream)
+    stored, kind, like, most = route.stored, route.kind, np.empty(0, route.stored), 4 * threads.most()
+    arguments: Ints
+    size: Ints
+    if (plan := route.first) is not None:
+        tasks = min(shape[0] * C * plan.pieces, most) if plan.parallel else 1
+        kernel, size = inference.rows, (3, C + 7 & -8)
+        arguments = (shape[0], C, shape[2], plan.pieces, tasks, stream)
+    elif (cut := route.last) is not None:
+        tasks = min(cut.runs * cut.blocks, most) if cut.parallel else 1
+        kernel, size = inference.columns, (tasks * cut.work + 64,)
+        rows = route.seen[0] // cut.fold
+        arguments = (rows, C, route.share, cut.fold, cut.rest, cut.runs, cut.block, tasks, cut.columns, stream)
+
+    def run(x: int, y: int, mean: int, var: int, gamma: int, beta: int, eps: float, team: Any = None) -> None:
+        found = kernel.form(stored, tasks > 1, team)
+        found(like, x, y, mean, var, gamma, beta, eps, *arguments, np.empty((2, C)), np.empty(size, kind))
+
+    return run
+
+
 def compact(method: str, shape: Ints, dims: Ints, dtype: np.dtype[Any]) -> Callable[..., Any] | None:
     """Of the methods that are one kernel."""
+    if method == "inference":
+        return _inference(dims, dtype)
     one = layout.compact(dims, dtype.itemsize)
     if method == "normalize":
         return _normalize(shape, dims, dtype, one, one)
@@ -266,7 +301,9 @@ def describe(dims: tuple[int, ...], dtype: np.dtype[Any]) -> str:
     fused, streams = routes.fused(dims, dtype, one, one) is not None, routes.streams(math.prod(dims) * dtype.itemsize, 2)
     rows = routes.of(dims, dtype, one, one, applied=not streams).first is not None
     forwards = [apply.forward] if fused else [statistics.moments, (channels_first if rows else channels_last_apply).normalize]
-    backwards = [back.backward] if routes.fused(dims, dtype, one, one, one) else [back.grad_reduce, back.grad_input]
+    past = routes.streams(math.prod(dims) * dtype.itemsize, 3)
+    along = channels_first_backward if routes.of(dims, dtype, one, one, one, applied=not past).first is not None else back
+    backwards = [back.backward] if routes.fused(dims, dtype, one, one, one) else [back.grad_reduce, along.grad_input]
     names = [" + ".join(kernel.name for kernel in kernels) for kernels in (forwards, backwards)]
     passes = "fused, x is read from memory once" if fused else "two passes over memory: moments, then normalize"
     how = threads.describe() if parallel else "one thread: too small to wake the others"

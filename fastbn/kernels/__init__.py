@@ -19,8 +19,9 @@ Errors
 Specializations
     Each `Kernel` has one for each dtype of x (float16, bfloat16, float32, float64), serial and parallel, compiled at its first call and
     cached on disk: `forward`, `backward`, `moments`, `normalize`, `grad_reduce` and `grad_input`, each of `channels_first` and
-    `channels_last`; and serial `statistics.rstd` and `statistics.track`. Read-only, unaligned and odd-strided arrays run in
-    the same; nothing triggers another. A first forward and backward take three, or five where each is two kernels.
+    `channels_last`; `inference.rows` and `inference.columns`, which take addresses; and serial `statistics.rstd` and `statistics.track`.
+    Read-only, unaligned and odd-strided arrays run in the same; nothing triggers another. A first forward and backward take three, or
+    five where each is two kernels.
 For the caller's own @njit functions
     `moments_channels_first`, `moments_channels_last`, and likewise `forward_`, `normalize_` and `backward_`: see `fastbn.kernels.serial`.
 """

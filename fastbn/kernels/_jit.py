@@ -110,10 +110,13 @@ class Kernel:
         self._arguments = arguments.split()
         self._compiled: dict[tuple[Any, bool | _team.Runtime], Callable[..., Any]] = {}
 
-    def form(self, dtype: np.dtype[Any], parallel: bool) -> Callable[..., Any]:
-        """The function for arrays of `dtype` that runs here and now: the serial one where threads are unsafe or limited to one."""
+    def form(self, dtype: np.dtype[Any], parallel: bool, team: _team.Runtime | None = None) -> Callable[..., Any]:
+        """The function for arrays of `dtype` that runs here and now: the serial one where threads are unsafe or limited to one.
+
+        `team`: whose threads it runs on, where `threads.on_team` would take too long.
+        """
         count = threads.count() if parallel and not DISABLED else 1
-        run = self.compiled(dtype, count != 1 and (threads.team() or True))
+        run = self.compiled(dtype, count != 1 and (team or threads.team() or True))
         return threads.masked(run, count) if count > 1 else run
 
     def compiled(self, dtype: np.dtype[Any], parallel: bool | _team.Runtime) -> Callable[..., Any]:

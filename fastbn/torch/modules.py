@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastbn.torch import functions, kernels, operator, serves, traced
+from fastbn.torch import functions, kernels, operator, prepared, serves, traced
 
 # An exported program is differentiated as it stands, the moments apart: there training must be one operator, and always is before
 # PyTorch 2.7, which can't tell.
@@ -45,6 +45,10 @@ class Served:
         if not compiling and functions.followed() is not None:
             found: Tensor = functions.alone(Served.forward, self, input)
             return found
+        if plain and not self.training:
+            again = prepared.inference(self, input)
+            if again is not None:
+                return again
         given = serves.call(self)
         reason = None if compiling else serves.hidden(given, input)
         if reason is not None or serves.declines(given, input, self.RANKS, self.eps) is not None:
@@ -55,7 +59,11 @@ class Served:
             weight = self._count(compiling)
             if given.running_mean is not None:
                 running = (weight, given.running_mean, given.running_var)
-        return (_traced if compiling else _eager)(input, given, self.eps, running)
+        if compiling:
+            return _traced(input, given, self.eps, running)
+        if not given.batch:
+            prepared.prepare(self, given)
+        return _eager(input, given, self.eps, running)
 
     def _count(self: Any, compiling: bool) -> Any:
         """Count a batch; the weight of its statistics in the running ones."""

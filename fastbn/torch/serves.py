@@ -83,11 +83,16 @@ gpu_declines._dynamo_marked_constant = True  # type: ignore[attr-defined]  # tor
 
 def hidden(given: Call, x: Tensor) -> str | None:
     """Why an eager call is one that only PyTorch's own kernels may serve: tensors without memory, or somebody looks at every operation."""
-    if type(x) not in PLAIN or x.layout is not torch.strided or x.is_neg():
+    if type(x) not in PLAIN or x.layout is not torch.strided or x.is_neg() or x._is_zerotensor():
         return f"x is a {type(x).__name__}, but no plain memory"
     for value in given[:4]:
         if value is not None and type(value) not in PLAIN:
             return "a parameter or running statistic is no plain tensor"
+    return watched()
+
+
+def watched() -> str | None:
+    """Who looks at every operation of this thread now, as only PyTorch's own kernels let them; None where nobody does."""
     if torch._C._len_torch_dispatch_stack():
         return "a mode of torch.utils._python_dispatch looks at every operation"
     if torch._C._are_functorch_transforms_active():

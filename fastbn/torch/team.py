@@ -12,7 +12,7 @@ import torch
 from fastbn import threads
 from fastbn.kernels._team import Runtime
 
-__all__ = ["of_pytorch"]
+__all__ = ["of_pytorch", "runtime"]
 
 _process = os.getpid()  # a forked child's copy of the threads is not whole, and it would wait for them for ever
 
@@ -29,6 +29,11 @@ def _runtime() -> Runtime | None:
         return None
 
 
+def runtime() -> Runtime | None:
+    """PyTorch's threads, where these are known and this process may use them."""
+    return _runtime() if os.getpid() == _process else None
+
+
 def of_pytorch() -> threads.on_team:
-    """A context in which the calling thread's kernels run on PyTorch's threads, where these are known and this process may use them."""
-    return threads.on_team(_runtime() if os.getpid() == _process else None)
+    """A context in which the calling thread's kernels run on PyTorch's threads."""
+    return threads.on_team(runtime())
