@@ -16,6 +16,7 @@ from fastbn.backends import availability
 VARIABLES = (
     "FASTBN_BACKEND",
     "FASTBN_STREAM_BYTES",
+    "FASTBN_KEEP_BYTES",
     "NUMBA_NUM_THREADS",
     "NUMBA_THREADING_LAYER",
     "NUMBA_CACHE_DIR",

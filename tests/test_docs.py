@@ -108,7 +108,7 @@ def _variables(text: str) -> set[str]:
 
 
 def test_variables_are_those_of_config() -> None:
-    assert _variables(PROSE) == _variables(config.__doc__ or "") == {"FASTBN_BACKEND", "FASTBN_STREAM_BYTES"}
+    assert _variables(PROSE) == _variables(config.__doc__ or "") == {"FASTBN_BACKEND", "FASTBN_KEEP_BYTES", "FASTBN_STREAM_BYTES"}
 
 
 def _named(value: inspect.Parameter) -> str:

@@ -100,6 +100,7 @@ TIERS = {
     "torch/derivatives.py": 6,
     "torch/functions.py": 6,
     "torch/kernels.py": 6,
+    "torch/memory.py": 6,
     "torch/modules.py": 6,
     "torch/operator.py": 6,
     "torch/prepared.py": 6,

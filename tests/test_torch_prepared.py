@@ -50,8 +50,8 @@ def fresh(module: Any, x: Any) -> Any:
 def test_the_second_call_is_prepared_and_has_the_same_bits(dtype: Any, layout: str, affine: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     module, x = called(dtype=dtype, affine=affine)
     x = LAYOUTS[layout](x)
-    for lasting in (prepared.LASTING, 0):
-        monkeypatch.setattr(prepared, "LASTING", lasting)
+    for large in (kernels.LARGE, 1):
+        monkeypatch.setattr(kernels, "LARGE", large)
         prepared._way.cache_clear()
         y = prepared.inference(module, x)
         assert y is not None
@@ -230,13 +230,3 @@ def test_python_threads_beside_each_other() -> None:
         worker.join(120)
     assert [len(ys) for ys in found] == [20] * 3
     assert all(torch.equal(y, want) for ys in found for y in ys)
-
-
-def test_fresh_large_memory_is_like_x() -> None:
-    for layout in ("contiguous", "channels_last"):
-        for dtype in (torch.float32, torch.float64, torch.bfloat16):
-            x = LAYOUTS[layout](draw(SHAPE, 0.0, 0, dtype)[0])
-            y = kernels.large(x)
-            assert (y.shape, y.stride(), y.dtype) == (x.shape, x.stride(), x.dtype)
-            assert y.data_ptr() % 64 == 0
-            assert y.copy_(x).equal(x)

@@ -13,6 +13,7 @@ except ImportError as error:
 
 from fastbn.torch.convert import convert, left_alone, revert
 from fastbn.torch.fuse import fuse
+from fastbn.torch.memory import empty_cache
 from fastbn.torch.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from fastbn.torch.serves import explain
 from fastbn.torch.sync import SyncBatchNorm, convert_sync_batchnorm
@@ -24,6 +25,7 @@ __all__ = [
     "SyncBatchNorm",
     "convert",
     "convert_sync_batchnorm",
+    "empty_cache",
     "explain",
     "fuse",
     "left_alone",

@@ -16,10 +16,8 @@ from torch import Tensor
 
 from fastbn import config, layout, threads
 from fastbn.backends import select
-from fastbn.torch import kernels, serves
+from fastbn.torch import kernels, memory, serves
 from fastbn.torch.team import runtime
-
-LASTING = 2**25  # bytes: larger memory glibc gives back to the system when it is freed, and each result would be fresh pages
 
 
 class Known(NamedTuple):
@@ -40,7 +38,7 @@ class Way(NamedTuple):
     channels: int
     kind: torch.dtype  # of parameters
     threaded: bool
-    lasting: bool
+    large: bool
 
 
 _known: WeakKeyDictionary[torch.nn.Module, Known] = WeakKeyDictionary()
@@ -75,7 +73,7 @@ def _way(shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype, backend
     run = select(backend).compact("inference", tuple(shape), plan.dims, kind)
     if run is None:
         return None
-    return Way(run, plan.channels, serves.PARAMETERS[dtype], form.nbytes >= config.SERIAL_BYTES, form.nbytes < LASTING)
+    return Way(run, plan.channels, serves.PARAMETERS[dtype], form.nbytes >= config.SERIAL_BYTES, form.nbytes >= kernels.LARGE)
 
 
 def inference(module: Any, x: Tensor) -> Tensor | None:
@@ -103,6 +101,6 @@ def inference(module: Any, x: Tensor) -> Tensor | None:
         return None
     if way.threaded and torch.get_num_threads() < threads.most():
         return None
-    y = torch.empty_like(x) if way.lasting else kernels.large(x)
+    y = memory.like(x) if way.large else torch.empty_like(x)
     way.run(begins, y.data_ptr(), *addresses, eps, runtime() if way.threaded else None)
     return y

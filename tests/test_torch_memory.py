@@ -1,0 +1,187 @@
+"""Memory of large results: taken again when they are gone and never before, bounded, and the system's when it asks."""
+
+import gc
+import mmap
+import threading
+from typing import Any
+
+import pytest
+from processes import Run, compiled, forks
+
+torch = pytest.importorskip("torch", reason="the bridge to PyTorch: pip install 'fastbn[torch]'")
+
+from torch_pairs import LAYOUTS, draw  # noqa: E402
+
+import fastbn.torch  # noqa: E402
+from fastbn import config  # noqa: E402
+from fastbn.torch import BatchNorm2d, kernels, memory  # noqa: E402
+
+MB = 2**20
+keeps = pytest.mark.skipif(not hasattr(mmap, "MADV_FREE"), reason="memory is kept where the system can take it back")
+
+
+@pytest.fixture(autouse=True)
+def nothing_kept() -> Any:
+    gc.collect()
+    fastbn.torch.empty_cache()
+    yield
+    fastbn.torch.empty_cache()
+
+
+def result(nbytes: int = 4 * MB) -> Any:
+    return memory.like(torch.empty(nbytes // 4))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_it_is_like_x(dtype: Any, layout: str) -> None:
+    x = LAYOUTS[layout](torch.zeros(3, 5, 7, 11, dtype=dtype))
+    y = memory.like(x)
+    assert (y.shape, y.stride(), y.dtype, y.device) == (x.shape, x.stride(), x.dtype, x.device)
+    assert (y.storage_offset(), y.untyped_storage().nbytes(), y._base) == (0, x.nbytes, None)
+    assert y.data_ptr() % memory.HUGE == 0
+    assert torch.equal(y.copy_(x), x)
+
+
+@keeps
+def test_memory_is_taken_again_by_a_result_of_the_same_size() -> None:
+    first = result(5 * MB)
+    address = first.data_ptr()
+    assert memory.kept() == 0
+    del first
+    assert memory.kept() == 5 * MB
+    other, same = result(6 * MB), result(5 * MB)
+    assert (same.data_ptr(), memory.kept()) == (address, 0)
+    assert other.data_ptr() != address
+
+
+@keeps
+@pytest.mark.parametrize("hold", [lambda y: y[3:5], lambda y: y.numpy(), lambda y: y.detach(), lambda y: y.untyped_storage()])
+def test_it_is_not_taken_while_anything_sees_it(hold: Any) -> None:
+    y = result()
+    address, held = y.data_ptr(), hold(y)
+    del y
+    assert memory.kept() == 0
+    assert result().data_ptr() != address
+    del held
+    assert address in {result().data_ptr() for _ in range(2)} | {y.data_ptr() for y in [result(), result()]}
+
+
+@keeps
+def test_no_more_is_kept_than_the_limit_and_the_longest_unused_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config, "KEEP_BYTES", 16 * MB)
+    for size in (4, 5, 6, 7):
+        result(size * MB)
+    assert memory.kept() == 13 * MB  # of 6 and 7
+    result(17 * MB)
+    assert memory.kept() == 13 * MB
+    monkeypatch.setattr(config, "KEEP_BYTES", 0)
+    results = [result(6 * MB), result(7 * MB)]
+    assert memory.kept() == 0
+    results.clear()
+    assert memory.kept() == 0
+
+
+@keeps
+def test_empty_cache_gives_it_back() -> None:
+    result()
+    assert memory.kept() == 4 * MB
+    fastbn.torch.empty_cache()
+    assert memory.kept() == 0
+
+
+def test_nothing_is_kept_that_the_system_could_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on Windows, where there is no such advice, and where pages are locked."""
+    for name in ("MADV_FREE", "MADV_HUGEPAGE", "MAP_PRIVATE"):
+        monkeypatch.delattr(mmap, name, raising=False)
+        y = result().fill_(2)
+        assert float(y.sum()) == 2 * y.numel()
+        del y
+        assert memory.kept() == 0
+
+
+@keeps
+def test_where_memory_is_short_what_is_kept_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    result()
+    own, asked = memory._mapped, []
+
+    def mapped(size: int) -> Any:
+        asked.append(memory.kept())
+        if asked[-1]:
+            raise OSError(12, "Cannot allocate memory")
+        return own(size)
+
+    monkeypatch.setattr(memory, "_mapped", mapped)
+    assert result(8 * MB).nbytes == 8 * MB
+    assert asked == [4 * MB, 0]
+
+
+def test_a_result_that_has_no_room_is_a_memory_error() -> None:
+    x = torch.empty(1, device="meta").expand(1 << 60)
+    with pytest.raises(MemoryError, match=f"result: {x.nbytes} bytes can't be allocated; want a smaller batch"):
+        memory._bytes(x.nbytes)
+
+
+@compiled
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_a_step_in_memory_of_the_last_has_the_same_bits(layout: str) -> None:
+    """Whatever lies in it: here what is no number."""
+    x = LAYOUTS[layout](draw((8, 6, 160, 160), 1.0, 0, torch.float32)[0])
+    assert x.nbytes >= kernels.LARGE
+    found = []
+    for _ in range(3):
+        module, leaf = BatchNorm2d(6), x.clone().requires_grad_()
+        y = module(leaf)
+        y.backward(x.cos())
+        inferred = [module.eval()(x).detach() for _ in range(2)]
+        found.append([value.clone() for value in (y.detach(), leaf.grad, *inferred, module.weight.grad, module.bias.grad)])
+        for value in (y.detach(), leaf.grad, *inferred):
+            value.fill_(torch.nan)
+        del y, leaf, value, inferred
+    assert memory.kept() > 0 or not hasattr(mmap, "MADV_FREE")
+    for others in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], others, strict=True))
+
+
+def test_threads_never_get_the_same_memory() -> None:
+    wrong = []
+
+    def work(number: int) -> None:
+        for k in range(200):
+            y = result(4 * MB + 4096 * (k % 3))
+            y[::1024] = number
+            if not bool((y[::1024] == number).all()):
+                wrong.append((number, k))
+
+    workers = [threading.Thread(target=work, args=(k,)) for k in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not wrong
+    gc.collect()
+    assert not memory._lent
+
+
+@keeps
+@forks
+def test_a_child_has_memory_of_its_own(run: Run) -> None:
+    """The parent keeps none beyond a fork; results on either side stay what they are, and the process ends in silence, with one alive."""
+    code = """
+        import torch
+        from fastbn.torch import memory
+        torch.set_num_threads(1)  # a child that uses PyTorch's threads waits for ever
+        like = torch.empty(2**20)
+        y = memory.like(like).fill_(1)
+        memory.like(like)
+        print(memory.kept())
+        def child():
+            seen = float(y.mean())
+            y.fill_(2)
+            z = memory.like(like).fill_(3)
+            return seen, float(z.mean()), float(y.mean()), memory.kept()
+        print(in_child(child), float(y.mean()), memory.kept())
+        """
+    out, err = run(code, "tbb")
+    assert out == f"{4 * MB}\n(1.0, 3.0, 2.0, 0) 1.0 0\n"
+    assert not err
