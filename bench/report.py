@@ -24,7 +24,9 @@ def block(result: Result) -> str:
 
 
 def milliseconds(seconds: float) -> str:
-    """Three digits, with its unit."""
+    """Three digits, with its unit; no power of ten."""
+    if seconds >= 0.1:
+        return f"{seconds * 1e3:.0f} ms"
     return f"{seconds * 1e3:.3g} ms" if seconds >= 1e-4 else f"{seconds * 1e6:.3g} µs"
 
 

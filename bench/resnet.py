@@ -163,7 +163,7 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
 def cells(record: Mapping[str, Any]) -> list[str]:
     """Both times, their ratio, and the shares of the batch norms."""
     times = [milliseconds(record["seconds"][norms]) for norms in (PYTORCH, FASTBN)]
-    return [*times, f"{record['ratio']:.2f}x", *(f"{share * 100:.0f} %" for share in record["shares"].values())]
+    return [*times, f"{record['ratio']:.2f}x", *(f"{round(share * 100)} %" for share in record["shares"].values())]
 
 
 def table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
