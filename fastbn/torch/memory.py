@@ -38,7 +38,7 @@ _lent: dict[int, tuple[weakref.ref[Any], Room]] = {}  # by the identity of the r
 
 
 def like(x: Tensor) -> Tensor:
-    """Memory in the order of dense x on the CPU, on a boundary of a huge page: what is in it is left over from other results."""
+    """Memory in the order of dense x on the CPU, on a boundary of a huge page; it can't be resized. Other results' values are in it."""
     memory = torch.from_numpy(_bytes(x.nbytes)).view(x.dtype)
     return torch.empty(0, dtype=x.dtype, device="cpu").set_(memory.untyped_storage(), 0, x.shape, x.stride())
 
