@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from bench import cases, pytorch
 from bench.problem import Problem
-from fastbn.kernels._simd import fence, load, load_far, store, store_stream, total
+from fastbn.kernels._memory import fence
+from fastbn.kernels._simd import load, load_far, store, store_stream, total
 
 Array = NDArray[Any]
 

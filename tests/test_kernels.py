@@ -67,6 +67,20 @@ def aligned(shape, dtype, offset=0):
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
+def apart(array, offset):
+    """The same values with a row or channel of ones between any two of them, and all that memory."""
+    N, C = array.shape[:2]
+    memory = aligned((N, C + 1, *array.shape[2:]), array.dtype, offset)
+    memory[...] = 1
+    memory[:, :C] = array
+    return memory[:, :C], memory
+
+
+def placed(shape, dtype, where):
+    """A result to be: with gaps, or so many elements behind a 64-byte boundary."""
+    return apart(np.zeros(shape, dtype), 3)[0] if where == "gaps" else aligned(shape, dtype, where)
+
+
 @pytest.fixture(params=SHAPES, ids=str)
 def shape(request):
     return request.param
@@ -85,17 +99,17 @@ def data(shape, dtype):
     return x, rng.normal(size=shape).astype(dtype), rng.normal(size=C).astype(dtype), rng.normal(size=C).astype(dtype)
 
 
-@pytest.mark.parametrize("offset", [0, 3, 0.25], ids=["aligned", "unaligned", "between elements"])
-def test_forward(data, dtype, offset):
+@pytest.mark.parametrize("where", [0, 3, 0.25, "gaps"], ids=["aligned", "unaligned", "between elements", "gaps"])
+def test_forward(data, dtype, where):
     x, _, gamma, beta = data
-    y, expected = aligned(x.shape, dtype, offset), np.empty(x.shape)
+    y, expected = placed(x.shape, dtype, where), np.empty(x.shape)
     m = cpu.forward(x, gamma, beta, 1e-5, y)[1]
     truth = reference.forward(x, gamma, beta, 1e-5, expected)[1]
     assert m.count == truth.count
     np.testing.assert_allclose(m.mean, truth.mean, rtol=1e-7 if dtype == "float32" else 1e-14)
     np.testing.assert_allclose(m.m2, truth.m2, rtol=1e-6 if dtype == "float32" else 1e-11)
     np.testing.assert_allclose(y, expected, rtol=0, atol=5 * LIMIT[dtype])
-    separate = aligned(x.shape, dtype, offset)
+    separate = placed(x.shape, dtype, where)
     again = cpu.moments(x)
     cpu.normalize(x, again.mean, again.rstd(1e-5), gamma, beta, separate)
     assert again.mean.tobytes() == m.mean.tobytes()
@@ -104,12 +118,12 @@ def test_forward(data, dtype, offset):
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("offset", [0, 3, 0.25], ids=["aligned", "unaligned", "between elements"])
-def test_backward(data, dtype, training, offset):
+@pytest.mark.parametrize("where", [0, 3, 0.25, "gaps"], ids=["aligned", "unaligned", "between elements", "gaps"])
+def test_backward(data, dtype, training, where):
     x, dy, gamma, _ = data
     m = reference.moments(x)
     rstd = m.rstd(1e-5)
-    dx, expected = aligned(x.shape, dtype, offset), np.empty(x.shape)
+    dx, expected = placed(x.shape, dtype, where), np.empty(x.shape)
     _, dgamma, dbeta = cpu.backward(dy, x, m.mean, rstd, gamma, dx, training)
     truth = reference.backward(dy, x, m.mean, rstd, gamma, expected, training)
     scale = np.sqrt(m.count)
@@ -117,7 +131,7 @@ def test_backward(data, dtype, training, offset):
     np.testing.assert_allclose(dgamma / scale, truth[1] / scale, rtol=0, atol=5 * LIMIT[dtype])
     np.testing.assert_allclose(dbeta / scale, truth[2] / scale, rtol=0, atol=LIMIT[dtype])
     sums = cpu.grad_reduce(dy, x, m.mean, rstd)
-    separate = aligned(x.shape, dtype, offset)
+    separate = placed(x.shape, dtype, where)
     cpu.grad_input(dy, x, m.mean, rstd, gamma, sums if training else None, m.count, separate)
     assert sums[0].tobytes() == dbeta.tobytes()
     assert sums[1].tobytes() == dgamma.tobytes()
@@ -125,6 +139,29 @@ def test_backward(data, dtype, training, offset):
     cpu.backward(dy, x, m.mean, rstd, gamma, dx, training, grads)
     assert grads.tobytes() == np.stack(sums).astype(dtype).tobytes()
     assert separate.tobytes() == dx.tobytes()
+
+
+@pytest.mark.parametrize("gaps", [("x",), ("out",), ("x", "dy", "out")], ids="+".join)
+@pytest.mark.parametrize("offset", [0, 3], ids=["aligned", "unaligned"])
+def test_gaps_change_no_bit_and_stay_as_they_are(data, dtype, offset, gaps):
+    x, dy, gamma, beta = data
+    m = reference.moments(x)
+    rstd, sums = m.rstd(1e-5), (np.ones(x.shape[1]), np.full(x.shape[1], 2.0))
+    some = {"x": x, "dy": dy, "out": np.zeros_like(x)}
+    seen = {name: apart(array, offset) if name in gaps else (array, array) for name, array in some.items()}
+    near_x, near_dy, out = (array for array, _ in seen.values())
+    want = aligned(x.shape, dtype)
+    calls = (
+        lambda x, dy, out: cpu.normalize(x, m.mean, rstd, gamma, beta, out),
+        lambda x, dy, out: cpu.grad_input(dy, x, m.mean, rstd, gamma, sums, m.count, out),
+        lambda x, dy, out: cpu.grad_input(dy, x, m.mean, rstd, gamma, None, m.count, out),
+    )
+    for call in calls:
+        call(x, dy, want)
+        call(near_x, near_dy, out)
+        np.testing.assert_array_equal(out, want)
+        for name in gaps:
+            assert (seen[name][1][:, x.shape[1] :] == 1).all()
 
 
 @pytest.mark.parametrize("affine", [True, False])

@@ -222,7 +222,14 @@ AT_IMPORT = {
     "dask": ["dask.py"],
     "numba": [f"kernels/{name}.py" for name in ("_cache", "_jit", "_memory", "_simd", "_team", "_vector")] + CUDA,
     "torch": [file for file in FILES if file.startswith("torch/")],  # the bridge to it
-    "llvmlite": ["kernels/_simd.py", "kernels/_team.py", "kernels/_vector.py", "kernels/cuda/_device.py", "kernels/cuda/_group.py"],
+    "llvmlite": [
+        "kernels/_memory.py",
+        "kernels/_simd.py",
+        "kernels/_team.py",
+        "kernels/_vector.py",
+        "kernels/cuda/_device.py",
+        "kernels/cuda/_group.py",
+    ],
 }
 IN_FUNCTIONS = {
     # These show or ask for numba's settings; pool.py also launches its threads, devices.py asks for a driver.

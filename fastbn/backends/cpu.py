@@ -81,7 +81,7 @@ def normalize(x: Array, mean: Wide, rstd: Wide, gamma: Array | None, beta: Array
 def _normalize(given: Ints, shape: Ints, dtype: np.dtype[Any], out: Ints, x: Ints) -> Callable[..., Array]:
     """The normalization of arrays of one shape, dtype and memory order, with all decided that these decide; `given` reshapes to `shape`."""
     C, stream = shape[1], routes.streams(math.prod(shape) * dtype.itemsize, 2)
-    route = routes.of(shape, dtype, x, out, applied=not stream)
+    route = routes.of(shape, dtype, x, out, applied=True)
     bits, stored, kind, seen, _, share, first, last, none = route
     as_is = bits is None and given == seen
 
@@ -136,7 +136,7 @@ def grad_input(
 ) -> Array:
     """dx in training; with sums=None the statistics are constants, as at inference."""
     stream = routes.streams(out.nbytes, 3)
-    route = routes.of(x.shape, x.dtype, x.strides, dy.strides, out.strides, applied=not stream)
+    route = routes.of(x.shape, x.dtype, x.strides, dy.strides, out.strides, applied=True)
     training, both = sums is not None, np.zeros((2, mean.size)) if sums is None else np.stack(sums)
     bits, bits_dy, dx, C = route.see(x), route.see(dy), route.see(out), mean.size
     gamma = route.none if gamma is None else gamma
@@ -251,7 +251,7 @@ def _backward_in_two(
 def _inference(shape: Ints, dtype: np.dtype[Any]) -> Callable[..., None]:
     """`rstd` and `normalize` of memory without gaps: addresses of x, y, mean, var, gamma and beta, 0 where absent, and eps."""
     one, C, stream = layout.compact(shape, dtype.itemsize), shape[1], routes.streams(math.prod(shape) * dtype.itemsize, 2)
-    route = routes.of(shape, dtype, one, one, applied=not stream)
+    route = routes.of(shape, dtype, one, one, applied=True)
     stored, kind, like, most = route.stored, route.kind, np.empty(0, route.stored), 4 * threads.most()
     arguments: Ints
     size: Ints
@@ -299,10 +299,9 @@ def describe(dims: tuple[int, ...], dtype: np.dtype[Any]) -> str:
     statistics, apply = (channels_last, channels_last_apply) if columns else (channels_first, channels_first)
     back = channels_last_backward if columns else channels_first_backward
     fused, streams = routes.fused(dims, dtype, one, one) is not None, routes.streams(math.prod(dims) * dtype.itemsize, 2)
-    rows = routes.of(dims, dtype, one, one, applied=not streams).first is not None
+    rows = routes.of(dims, dtype, one, one, applied=True).first is not None
     forwards = [apply.forward] if fused else [statistics.moments, (channels_first if rows else channels_last_apply).normalize]
-    past = routes.streams(math.prod(dims) * dtype.itemsize, 3)
-    along = channels_first_backward if routes.of(dims, dtype, one, one, one, applied=not past).first is not None else back
+    along = channels_first_backward if routes.of(dims, dtype, one, one, one, applied=True).first is not None else back
     backwards = [back.backward] if routes.fused(dims, dtype, one, one, one) else [back.grad_reduce, along.grad_input]
     names = [" + ".join(kernel.name for kernel in kernels) for kernels in (forwards, backwards)]
     passes = "fused, x is read from memory once" if fused else "two passes over memory: moments, then normalize"

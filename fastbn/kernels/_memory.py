@@ -1,4 +1,4 @@
-"""Arrays on memory that is known by its address: for callers whose arrays NumPy would first have to describe."""
+"""Memory itself: addresses and the arrays on them, what is fetched ahead, and when streaming stores arrive."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ import math
 from typing import Any
 
 import numpy as np
+from llvmlite import ir
 from numba import carray, types
 from numba.extending import intrinsic
 
 from fastbn.kernels._jit import DISABLED, leaf
+from fastbn.kernels._vector import I32, I64, call, pointer
 
 
 @intrinsic
@@ -36,5 +38,41 @@ def at(like, address, shape):
     return carray(_pointer(like, address), shape)
 
 
+@intrinsic
+def address(typingctx, x, index):
+    """Address of x[index], in bytes."""
+
+    def codegen(context, builder, sig, args):
+        return builder.ptrtoint(pointer(context, builder, sig, args), I64)
+
+    return types.intp(x, index), codegen
+
+
+@intrinsic
+def prefetch(typingctx, x, index):
+    """Bring x[index] into the second-level cache; any address will do."""
+
+    def codegen(context, builder, sig, args):
+        place = builder.bitcast(pointer(context, builder, sig, args), ir.IntType(8).as_pointer())
+        hints = [ir.Constant(I32, hint) for hint in (0, 2, 1)]  # to read, second level, data
+        call(builder, ir.VoidType(), "llvm.prefetch.p0", [place, *hints])
+        return context.get_dummy_value()
+
+    return types.void(x, index), codegen
+
+
+@intrinsic
+def fence(typingctx):
+    """Make this thread's streaming stores visible before anything that follows."""
+
+    def codegen(context, builder, sig, args):
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
 if DISABLED:
+    from fastbn.kernels._plain import address, fence, prefetch
+
     at = _described

@@ -112,6 +112,11 @@ def broadcast(x: Array, index: Index) -> Array:
     return spread(x, x[index])
 
 
+def splice(a: Array, count: int, b: Array) -> Array:
+    """The first `count` lanes of a, the others of b."""
+    return np.concatenate([a[:count], b[count:]])
+
+
 def muladd(a: Array, b: Array, c: Array) -> Array:
     """The vector a * b + c."""
     result: Array = a * b + c

@@ -29,7 +29,6 @@ from fastbn.kernels._vector import (
     load_first,
     load_halves,
     mask,
-    pointer,
     splat,
     store_elements,
     store_first,
@@ -173,6 +172,16 @@ def broadcast(typingctx, x, index):
 
 
 @intrinsic
+def splice(typingctx, a, count, b):
+    """The first `count` lanes of the vector a, the others of b."""
+
+    def codegen(context, builder, sig, args):
+        return builder.select(mask(builder, args[1], a.lanes), args[0], args[2])
+
+    return a(a, types.intp, a), codegen
+
+
+@intrinsic
 def muladd(typingctx, a, b, c):
     """The vector a * b + c, fused where the machine can."""
 
@@ -284,48 +293,12 @@ def choose(typingctx, a, low, high, inside, outside):
     return WIDE(WIDE, types.float64, types.float64, WIDE, WIDE), codegen
 
 
-@intrinsic
-def address(typingctx, x, index):
-    """Address of x[index], in bytes."""
-
-    def codegen(context, builder, sig, args):
-        return builder.ptrtoint(pointer(context, builder, sig, args), I64)
-
-    return types.intp(x, index), codegen
-
-
-@intrinsic
-def prefetch(typingctx, x, index):
-    """Bring x[index] into the second-level cache; any address will do."""
-
-    def codegen(context, builder, sig, args):
-        place = builder.bitcast(pointer(context, builder, sig, args), ir.IntType(8).as_pointer())
-        hints = [ir.Constant(I32, hint) for hint in (0, 2, 1)]  # to read, second level, data
-        call(builder, ir.VoidType(), "llvm.prefetch.p0", [place, *hints])
-        return context.get_dummy_value()
-
-    return types.void(x, index), codegen
-
-
-@intrinsic
-def fence(typingctx):
-    """Make this thread's streaming stores visible before anything that follows."""
-
-    def codegen(context, builder, sig, args):
-        builder.fence("seq_cst")
-        return context.get_dummy_value()
-
-    return types.void(), codegen
-
-
 if DISABLED:
     from fastbn.kernels._plain import (
-        address,
         broadcast,
         bytes_of,
         choose,
         element,
-        fence,
         lanes,
         load,
         load_far,
@@ -333,10 +306,10 @@ if DISABLED:
         load_wide,
         muladd,
         not_negative,
-        prefetch,
         root,
         rounded,
         scalar,
+        splice,
         spread,
         store,
         store_some,

@@ -13,8 +13,9 @@ import numpy as np
 
 from fastbn.kernels import welford
 from fastbn.kernels._jit import kernel, leaf, prange, routine
-from fastbn.kernels._simd import element, fence, lanes, load, load_some, load_wide, muladd, scalar, spread, total, wide
-from fastbn.kernels.elementwise import affine_row, fill_affine, fill_forward
+from fastbn.kernels._memory import fence
+from fastbn.kernels._simd import element, lanes, load, load_some, load_wide, muladd, scalar, spread, total, wide
+from fastbn.kernels.elementwise import affine_row, affine_stream, fill_affine, fill_forward, one_stream
 
 merge = leaf(welford.merge)
 finish_block = leaf(welford.block)
@@ -209,6 +210,10 @@ def onward(x, n, c, piece, pieces):
 def affine_units(x, task, tasks, pieces, k, stream, y):
     """A task's share of y, in the order of memory; k the coefficients of all channels."""
     more, n, c, piece = units_of(x, task, tasks, pieces)
+    if stream and pieces == 1 and one_stream(x, y):
+        row = n * x.shape[1] + c
+        affine_stream(x, row, row + more, k, c, 0, y)
+        more = 0
     for _ in range(more):
         s0, s1 = ends(x, piece, pieces)
         affine_row(x, n, c, s0, s1, k, c, 0, stream, y)
@@ -233,7 +238,7 @@ def forward(x, gamma, beta, eps, rows, splits, blocks, lot, tasks, ahead, stream
     """
     N, C, S = x.shape
     mean, m2 = stats[0], stats[1]
-    units = (C + lot - 1) // lot
+    units, whole = (C + lot - 1) // lot, stream and one_stream(x, y)
     for task in prange(tasks):
         k = work[task]
         for unit in range(units * task // tasks, units * (task + 1) // tasks):
@@ -242,7 +247,10 @@ def forward(x, gamma, beta, eps, rows, splits, blocks, lot, tasks, ahead, stream
             count = part_moments(x, c0, c1, 0, blocks, rows, splits, mean, m2)
             fill_forward(x, mean, m2, count, eps, gamma, beta, c0, c1, k)
             for n in range(N - 1, -1, -1):  # what was read last is the hottest
-                for c in range(c0, c1):
-                    affine_row(x, n, c, 0, S, k, c - c0, ahead, stream, y)
+                if whole:
+                    affine_stream(x, n * C + c0, n * C + c1, k, 0, ahead, y)
+                else:
+                    for c in range(c0, c1):
+                        affine_row(x, n, c, 0, S, k, c - c0, ahead, stream, y)
         if stream:
             fence()

@@ -5,9 +5,20 @@ from __future__ import annotations
 import numpy as np
 
 from fastbn.kernels._jit import kernel, leaf, prange
-from fastbn.kernels._simd import broadcast, fence, lanes, load, load_some, muladd, spread, total
+from fastbn.kernels._memory import fence
+from fastbn.kernels._simd import broadcast, lanes, load, load_some, muladd, spread, total
 from fastbn.kernels.channels_first import SEGMENT, affine_units, bounds, ends, group_rows, onward, units_of
-from fastbn.kernels.elementwise import affine_row, fill_gradient, fill_standardize, gradient_row, narrow
+from fastbn.kernels.elementwise import (
+    affine_row,
+    affine_stream,
+    fill_gradient,
+    fill_standardize,
+    gradient_row,
+    gradient_stream,
+    joined,
+    narrow,
+    one_stream,
+)
 
 
 @leaf
@@ -80,6 +91,10 @@ def grad_reduce(dy, x, mean, rstd, rows, splits, blocks, parts, lot, tasks, work
 def gradient_units(dy, x, task, tasks, pieces, k, stream, dx):
     """A task's share of dx, in the order of memory; k the coefficients of all channels."""
     more, n, c, piece = units_of(x, task, tasks, pieces)
+    if stream and pieces == 1 and joined(dy) and one_stream(x, dx):
+        row = n * x.shape[1] + c
+        gradient_stream(dy, x, row, row + more, k, c, 0, dx)
+        more = 0
     for _ in range(more):
         s0, s1 = ends(x, piece, pieces)
         gradient_row(dy, x, n, c, s0, s1, k, c, 0, stream, dx)
@@ -103,7 +118,7 @@ def grad_input(dy, x, mean, rstd, gamma, sums, count, training, pieces, tasks, s
 def backward(dy, x, mean, rstd, gamma, training, rows, splits, blocks, lot, tasks, ahead, stream, work, dx, sums, grads):
     """grad_reduce and grad_input, `lot` channels (up to 8) at a time, still in the cache; `work` (tasks, 5, 8), sums, grads (2, C)."""
     N, C, S = x.shape
-    count, units = float(N * S), (C + lot - 1) // lot
+    count, units, whole = float(N * S), (C + lot - 1) // lot, stream and joined(dy) and one_stream(x, dx)
     for task in prange(tasks):
         k = work[task]
         for unit in range(units * task // tasks, units * (task + 1) // tasks):
@@ -113,7 +128,11 @@ def backward(dy, x, mean, rstd, gamma, training, rows, splits, blocks, lot, task
             narrow(sums, c0, c1, grads)
             fill_gradient(x, mean, rstd, gamma, sums, count, training, c0, c1, k)
             for n in range(N - 1, -1, -1):
-                for c in range(c0, c1):
+                if whole and training:
+                    gradient_stream(dy, x, n * C + c0, n * C + c1, k, 0, ahead, dx)
+                elif whole:
+                    affine_stream(dy, n * C + c0, n * C + c1, k, 0, ahead, dx)
+                for c in range(c0, c0 if whole else c1):
                     if training:
                         gradient_row(dy, x, n, c, 0, S, k, c - c0, ahead, stream, dx)
                     else:

@@ -15,8 +15,8 @@ and folds show in the result.
 from __future__ import annotations
 
 from fastbn.kernels._jit import kernel, leaf, prange, routine
+from fastbn.kernels._memory import address
 from fastbn.kernels._simd import (
-    address,
     bytes_of,
     choose,
     element,

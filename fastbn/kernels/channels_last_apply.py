@@ -7,20 +7,8 @@ first-level cache, and applied to rows in the order of memory.
 from __future__ import annotations
 
 from fastbn.kernels._jit import kernel, leaf, prange, routine
-from fastbn.kernels._simd import (
-    broadcast,
-    bytes_of,
-    fence,
-    lanes,
-    load,
-    load_far,
-    load_some,
-    muladd,
-    prefetch,
-    store,
-    store_some,
-    store_stream,
-)
+from fastbn.kernels._memory import address, at, fence, prefetch
+from fastbn.kernels._simd import broadcast, bytes_of, lanes, load, load_far, load_some, muladd, store, store_some, store_stream
 from fastbn.kernels.blocks import FAR, LINEAR
 from fastbn.kernels.channels_last import part_moments, share
 from fastbn.kernels.elementwise import fill_affine, fill_forward, head
@@ -73,6 +61,25 @@ def gapless(x):
     return x.strides[0] == x.shape[1] * bytes_of(x)
 
 
+@leaf
+def whole_rows(x, width):
+    """Whether so many columns are all of rows without gaps, a vector at least."""
+    return width == x.shape[1] and width >= lanes(x) and gapless(x)
+
+
+@leaf
+def as_row(x, r, size):
+    """`size` elements from row r, without gaps, as one row."""
+    return at(x, address(x, (r, 0)), (1, size))
+
+
+@leaf
+def around(k, e, rows, width):
+    """The first columns again behind the last, for vectors on the end of a row and the beginning of the next."""
+    for row in range(e, e + rows):
+        store(k, (row, width), load(k, (row, 0)))
+
+
 @routine
 def affine_block(x, r0, r1, j, width, k, e, ahead, stream, y):
     """y = (x - high) * scale + shift on rows r0 .. r1 of `width` columns from j; rows e .. e + 3 of k, from column 0.
@@ -82,7 +89,26 @@ def affine_block(x, r0, r1, j, width, k, e, ahead, stream, y):
     """
     W = lanes(x)
     r = r0
-    if stream:
+    if stream and whole_rows(x, width) and whole_rows(y, width) and head(y, (r0, 0), width) < W:
+        size = (r1 - r0) * width
+        z, out = as_row(x, r0, size), as_row(y, r0, size)
+        around(k, e, 3, width)
+        n = head(out, (0, 0), width)
+        i = n
+        if n > 0:
+            affine_some(z, 0, 0, k, e, 0, n, out)
+        while n + W <= size:
+            if ahead > 0:
+                prefetch(z, (0, n + ahead))
+            h, a, b = load(k, (e, i)), load(k, (e + 1, i)), load(k, (e + 2, i))
+            store_stream(out, (0, n), muladd(load(z, (0, n)) - h, a, b))
+            n += W
+            i = i + W if i + W < width else i + W - width
+        if n < size:
+            affine_some(z, 0, n, k, e, i, size - n, out)
+        fence()
+        r = r1
+    elif stream:
         while r < r1:
             i = 0
             first = head(y, (r, j), width)

@@ -3,24 +3,11 @@
 from __future__ import annotations
 
 from fastbn.kernels._jit import kernel, leaf, prange, routine
-from fastbn.kernels._simd import (
-    fence,
-    lanes,
-    load,
-    load_far,
-    load_some,
-    load_wide,
-    muladd,
-    prefetch,
-    spread,
-    store,
-    store_some,
-    store_stream,
-    store_wide,
-)
+from fastbn.kernels._memory import fence, prefetch
+from fastbn.kernels._simd import lanes, load, load_far, load_some, load_wide, muladd, spread, store, store_some, store_stream, store_wide
 from fastbn.kernels.blocks import PANELS
 from fastbn.kernels.channels_last import run_total, share
-from fastbn.kernels.channels_last_apply import affine_block, spread_columns
+from fastbn.kernels.channels_last_apply import affine_block, around, as_row, spread_columns, whole_rows
 from fastbn.kernels.elementwise import fill_gradient, fill_standardize, head, narrow
 
 ROWS = 64  # of a tile: as many values as a lane's float32 sum may take within 1e-6
@@ -162,7 +149,26 @@ def gradient_block(dy, x, r0, r1, j, width, k, e, ahead, stream, dx):
     """
     W = lanes(x)
     r = r0
-    if stream:
+    if stream and whole_rows(dy, width) and whole_rows(x, width) and whole_rows(dx, width) and head(dx, (r0, 0), width) < W:
+        size = (r1 - r0) * width
+        dz, z, out = as_row(dy, r0, size), as_row(x, r0, size), as_row(dx, r0, size)
+        around(k, e, 5, width)
+        n = head(out, (0, 0), width)
+        i = n
+        if n > 0:
+            gradient_some(dz, z, 0, 0, k, e, 0, n, out)
+        while n + W <= size:
+            if ahead > 0:
+                prefetch(z, (0, n + ahead))
+                prefetch(dz, (0, n + ahead))
+            store_stream(out, (0, n), gradient_at(dz, z, 0, n, k, e, i, False))
+            n += W
+            i = i + W if i + W < width else i + W - width
+        if n < size:
+            gradient_some(dz, z, 0, n, k, e, i, size - n, out)
+        fence()
+        r = r1
+    elif stream:
         while r < r1:
             i = 0
             first = head(dx, (r, j), width)

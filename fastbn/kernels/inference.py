@@ -8,8 +8,8 @@ The loops are those of `channels_first.normalize` and `channels_last_apply.norma
 from __future__ import annotations
 
 from fastbn.kernels._jit import kernel, leaf, prange
-from fastbn.kernels._memory import at
-from fastbn.kernels._simd import fence, load_wide, store_wide
+from fastbn.kernels._memory import at, fence
+from fastbn.kernels._simd import load_wide, store_wide
 from fastbn.kernels.channels_first import affine_units
 from fastbn.kernels.channels_last_apply import affine_rest, affine_share
 from fastbn.kernels.elementwise import deviation, fill_affine
