@@ -15,6 +15,7 @@ PACKAGE = ROOT / "fastbn"
 TIERS = {
     "config.py": 0.0,
     "errors.py": 0.0,
+    "interrupts.py": 0.0,
     "dtypes.py": 0.1,
     "checks.py": 0.2,
     "layout.py": 0.3,

@@ -133,6 +133,26 @@ def test_beside_pytorch(run: Run, layer: str, first: str) -> None:
     assert once(err, layer)
 
 
+def test_an_interrupt_leaves_no_library_half_imported(run: Run) -> None:
+    """One whenever a module of numba's registers a type while a first call imports it: it can't do so again."""
+    code = """
+        import signal
+        from numba.core import pythonapi
+        class Registry(dict):
+            def __setitem__(self, kind, function):
+                super().__setitem__(kind, function)
+                interrupts.append(signal.raise_signal(signal.SIGINT))
+        interrupts, registry = [], pythonapi._unboxers
+        registry.functions = Registry(registry.functions)
+        try:
+            call()
+        except KeyboardInterrupt:
+            registry.functions = dict(registry.functions)
+        print(right(), len(interrupts) > 0)
+        """
+    assert run(code, "tbb")[0] == "True True\n"
+
+
 def test_an_interrupt_leaves_all_as_it_was(run: Run, layer: str) -> None:
     """While kernels run, on all threads and on fewer, and while they are loaded, which is where numba can't take one."""
     code = """

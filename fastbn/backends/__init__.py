@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple, Protocol, cast
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from fastbn import checks, config, layout
+from fastbn import checks, config, interrupts, layout
 from fastbn.errors import BackendUnavailable
 from fastbn.moments import Moments
 
@@ -162,7 +162,8 @@ def _load(wanted: str, given: bool) -> Backend:
                 raise BackendUnavailable(
                     f"{_request(wanted, given)} takes arrays on a GPU, and this one lives on the host: copy it there first"
                 )
-            backend = cast(Backend, importlib.import_module(entry.module))
+            with interrupts.deferred():  # numba can't be imported again where that was broken off
+                backend = cast(Backend, importlib.import_module(entry.module))
             _loaded[wanted] = backend
             return backend
     raise BackendUnavailable(f"{_request(wanted, given)} can't be served. Registered: {'; '.join(availability())}.")

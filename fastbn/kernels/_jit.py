@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import signal
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from types import FrameType, FunctionType
+from collections.abc import Callable
+from contextlib import nullcontext
+from types import FunctionType
 from typing import Any
 
 import numba
 import numpy as np
 from numba import config, prange, types
 
-from fastbn import pool, threads
+from fastbn import interrupts, pool, threads
 from fastbn.kernels import _cache, _team
 
 __all__ = ["DISABLED", "KERNELS", "Kernel", "kernel", "leaf", "prange", "routine"]
@@ -69,26 +67,6 @@ def _argument(token: str, dtype: Any) -> Any:
     return {"i": types.intp, "f": types.float64, "b": types.boolean}[kind]
 
 
-@contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Put off Ctrl-C for the seconds of a compilation: it can leave a lock of llvmlite's held there, and the next call hangs."""
-    interrupts: list[int] = []
-
-    def later(number: int, frame: FrameType | None) -> None:
-        interrupts.append(number)
-
-    mine = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if mine:
-        signal.signal(signal.SIGINT, later)
-    try:
-        yield
-    finally:
-        if mine:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-    if interrupts:
-        raise KeyboardInterrupt
-
-
 class Kernel:
     """One body, compiled for (dtype, parallel or serial) at its first use and cached on disk.
 
@@ -127,7 +105,7 @@ class Kernel:
     def _compile(self, dtype: np.dtype[Any], parallel: bool | _team.Runtime) -> Callable[..., Any]:
         if DISABLED:
             return _plainly(self._body)
-        with pool.lock, _uninterrupted():
+        with pool.lock, interrupts.deferred():  # it can leave a lock of llvmlite's held, and the next call hangs
             if (dtype, parallel) not in self._compiled:
                 self._compiled[dtype, parallel] = self._specialize(dtype, parallel)
             return self._compiled[dtype, parallel]
