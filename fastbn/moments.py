@@ -2,24 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
+from fastbn.kernels.welford import merge
+
 Statistics = NDArray[np.float64]
-
-
-def merge(count_a: Any, mean_a: Any, m2_a: Any, count_b: Any, mean_b: Any, m2_b: Any) -> Any:
-    """Merge two groups' (count, mean, m2); scalars or arrays alike, and jitted by the kernels.
-
-    The pairwise update of Chan, Golub & LeVeque (1979). At least one count is positive. Written in the shift from a to b,
-    so that equal means leave the mean untouched to the last bit.
-    """
-    count = count_a + count_b
-    delta = mean_b - mean_a
-    weight = count_b / count
-    return count, mean_a + delta * weight, m2_a + m2_b + delta * delta * (count_a * weight)
 
 
 def inverse_deviation(var: Statistics, eps: float) -> Statistics:

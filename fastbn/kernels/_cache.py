@@ -14,27 +14,33 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import llvmlite
+import numba
 from numba import config
 from numba.core import caching
 from numba.misc.appdirs import AppDirs
 
-__all__ = ["Cache", "directories", "writable"]
+__all__ = ["Cache", "directories", "stamp", "writable"]
 
 _HERE = Path(__file__).parent
 
 
 @lru_cache(maxsize=1)
-def _stamp() -> str:
-    """A digest of every kernel file, for a kernel is compiled together with leaves of other files; empty where they can't be read."""
+def stamp() -> str:
+    """A digest of what kernels are compiled from and by: every file of this directory, numba and llvmlite. Empty where no file can be read.
+
+    A kernel is compiled together with leaves of other files, all of which lie here (a rule that tests/test_layering.py holds).
+    """
     sources = [path.read_bytes() for path in sorted(_HERE.glob("*.py"))]
-    return hashlib.sha256(b"".join(sources)).hexdigest() if sources else ""
+    versions = f"numba {numba.__version__}, llvmlite {llvmlite.__version__}"
+    return hashlib.sha256(b"".join([*sources, versions.encode()])).hexdigest() if sources else ""
 
 
 def directories() -> list[Path]:
     """Where compiled kernels are looked for, in order; the first that can be written keeps new ones. None in a zip or a frozen program."""
-    if not _stamp():
+    if not stamp():
         return []
-    name = f"fastbn-{_stamp()[:16]}"
+    name = f"fastbn-{stamp()[:16]}"
     if config.CACHE_DIR:
         return [Path(config.CACHE_DIR, name)]
     return [_HERE / "__pycache__", Path(AppDirs(appname="numba", appauthor=False).user_cache_dir, name)]
@@ -69,7 +75,7 @@ class _Locator:
 
     def get_source_stamp(self) -> str:
         """What the files were compiled from."""
-        return _stamp()
+        return stamp()
 
     def get_disambiguator(self) -> str:
         """Nothing to tell apart."""
