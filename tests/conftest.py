@@ -1,29 +1,39 @@
-"""What every test shares: a fresh numba cache, the hypothesis profile, the backends, and processes to run scripts in."""
+"""What every test shares: kernels compiled once, the hypothesis profile, backends, processes to run scripts in, turns for what measures.
 
-import atexit
+Importing it decides where kernels are kept; the hooks compile them before the first test and say at the end what a run left out.
+"""
+
 import os
 import shutil
 import signal
+import subprocess
 import sys
-import tempfile
 import types
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numba
 import pytest
 from hypothesis import settings
-from shapes import BACKENDS
+
+from fastbn.kernels import _cache
+
+for _helper in ("processes", "published", "rank_checks", "shapes", "tolerances", "torch_pairs", "torch_ranks"):
+    pytest.register_assert_rewrite(_helper)
+from shapes import BACKENDS  # noqa: E402 # asserts of the modules above hold under `python -O` too
 
 if TYPE_CHECKING:
     import processes
 
-# numba's disk cache does not see edits in another file (a kernel keeps the old leaf): every run starts without one.
-if os.environ.get("FASTBN_TEST_CACHE") != "keep":
-    if "numba" in sys.modules:
-        raise RuntimeError("numba was imported before tests/conftest.py could give it a fresh NUMBA_CACHE_DIR")
-    os.environ["NUMBA_CACHE_DIR"] = tempfile.mkdtemp(prefix="fastbn-numba-")
-    atexit.register(shutil.rmtree, os.environ["NUMBA_CACHE_DIR"], ignore_errors=True)
+ROOT = Path(__file__).parents[1]
+
+# Kernels are kept between runs, all in one directory of their sources' stamp; other stamps' go. Functions of the tests' own that are cached
+# and compiled together with fastbn's lie there too: numba alone would not see an edit of fastbn's.
+if not os.environ.get("NUMBA_CACHE_DIR"):
+    os.environ["NUMBA_CACHE_DIR"] = numba.config.CACHE_DIR = str(ROOT / ".pytest_cache" / "kernels" / _cache.stamp()[:16])
+KERNELS = Path(os.environ["NUMBA_CACHE_DIR"])
 
 # What runs in numba's CUDA simulator has a process of its own: see test_simulator.py.
 collect_ignore = [] if os.environ.get("NUMBA_ENABLE_CUDASIM") == "1" else ["simulated"]
@@ -35,6 +45,90 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # A first call compiles for seconds, so there is no deadline; the same examples in every run, so that a failure repeats.
 settings.register_profile("fastbn", deadline=None, derandomize=True, max_examples=40, database=None, print_blob=True)
 settings.load_profile("fastbn")
+
+
+# Kernels, compiled by two processes at a time: 60 to 100 s for the 59 forms of float32 and float64, once for a version of their sources.
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Compile what nearly every test needs; whoever names files or tests waits for those kernels only that they use."""
+    config = session.config
+    everything = config.args_source is not pytest.Config.ArgsSource.ARGS and not config.option.collectonly
+    done = KERNELS / "complete"
+    if hasattr(config, "workerinput") or not everything or numba.config.DISABLE_JIT or numba.config.ENABLE_CUDASIM or done.exists():
+        return
+    for other in KERNELS.parent.glob("*") if KERNELS.is_relative_to(ROOT) else ():
+        if other != KERNELS:
+            shutil.rmtree(other, ignore_errors=True)
+    print("compiling the kernels of float32 and float64, once for this version of their sources", flush=True)
+    commands = [[sys.executable, "-m", "fastbn", "warmup", dtype] for dtype in ("float32", "float64")]
+    started = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) for command in commands]
+    if any([process.wait() for process in started]):
+        pytest.exit("the kernels could not be compiled: run `python -m fastbn warmup`", 1)
+    done.touch()
+
+
+# Tests that measure time or memory are marked `alone`: where several processes run tests, they wait until no other test runs.
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Two locks, so that who waits to be alone is not overtaken for ever: a turn, taken by all for a moment, and the right to run."""
+    if not hasattr(item.config, "workerinput") or sys.platform == "win32":
+        return (yield)
+    import fcntl
+
+    run = item.config.workerinput["testrunuid"]
+    alone = item.get_closest_marker("alone") is not None
+    with (KERNELS / f"{run}.turn").open("w") as turn, (KERNELS / f"{run}.run").open("w") as running:
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        fcntl.flock(running, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        if not alone:
+            fcntl.flock(turn, fcntl.LOCK_UN)
+        return (yield)
+
+
+# The closing line.
+
+_LEFT_OUT = pytest.StashKey["Counter[str]"]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Begin to count."""
+    config.stash[_LEFT_OUT] = Counter()
+    KERNELS.mkdir(parents=True, exist_ok=True)
+
+
+def pytest_deselected(items: list[pytest.Item]) -> None:
+    """Count by the first of the markers that leave tests out, in the order of pyproject.toml."""
+    for item in items:
+        names = {marker.name for marker in item.iter_markers()}
+        kind = next((line.partition(":")[0] for line in item.config.getini("markers") if line.partition(":")[0] in names), None)
+        if kind is not None:
+            item.config.stash[_LEFT_OUT][kind] += 1
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A worker tells its controller; the controller, or the only process, takes the locks away."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["left out"] = dict(session.config.stash[_LEFT_OUT])
+        return
+    for lock in [*KERNELS.glob("*.turn"), *KERNELS.glob("*.run")]:
+        lock.unlink(missing_ok=True)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """All workers collect the same tests."""
+    node.config.stash[_LEFT_OUT] = Counter(getattr(node, "workeroutput", {}).get("left out", {}))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Say what was left out, and how to run it."""
+    counts = config.stash[_LEFT_OUT]
+    if counts:
+        kinds = ", ".join(f"{kind} {count}" for kind, count in counts.most_common())
+        terminalreporter.write_line(f'{sum(counts.values())} tests left out ({kinds}): `pytest -m KIND` runs one kind, `pytest -m ""` all')
 
 
 @pytest.fixture(params=BACKENDS)
