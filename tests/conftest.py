@@ -150,6 +150,29 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     ready._ready.cache_clear()
 
 
+@pytest.fixture
+def replan(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """A function that gives constants of the schedule other values; plans made before are forgotten, and those made with them."""
+    from fastbn import config, ready
+    from fastbn.backends import cpu, routes, schedule
+
+    plans = (schedule.first, schedule.last, routes.of, routes.fused)
+    plans += (cpu._forward, cpu._backward, cpu._normalize, cpu._inference, ready._ready)
+
+    def forget() -> None:
+        for plan in plans:
+            plan.cache_clear()
+
+    def patch(**constants: int) -> None:
+        for name, value in constants.items():
+            monkeypatch.setattr(config if hasattr(config, name) else schedule, name, value)
+        forget()
+
+    yield patch
+    monkeypatch.undo()
+    forget()
+
+
 @pytest.fixture(scope="session")
 def want() -> str:
     """What child.py's call gives; the kernels that its processes need are then in their cache, serial and parallel."""

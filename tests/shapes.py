@@ -14,8 +14,16 @@ HALF = (np.dtype(np.float16).name, np.dtype(ml_dtypes.bfloat16).name)
 DTYPES = (*HALF, "float32", "float64")
 SERVED = tuple((dtype, backend) for dtype in DTYPES for backend in (HALF_BACKENDS if dtype in HALF else BACKENDS))
 CPU_DTYPES = tuple(dtype for dtype, backend in SERVED if backend == "cpu")
-every_dtype_and_backend = pytest.mark.parametrize(("dtype", "backend"), SERVED)
-every_half_and_backend = pytest.mark.parametrize(("dtype", "backend"), [served for served in SERVED if served[0] in HALF])
+
+
+def _served(dtypes: tuple[str, ...]) -> pytest.MarkDecorator:
+    """Kernels of half precision, which compile as long again, are for a full run: test_half.py has one shape of each in the default run."""
+    marked = [pytest.param(d, b, marks=pytest.mark.full if d in HALF and b == "cpu" else ()) for d, b in SERVED if d in dtypes]
+    return pytest.mark.parametrize(("dtype", "backend"), marked)
+
+
+every_dtype_and_backend = _served(DTYPES)
+every_half_and_backend = _served(HALF)
 
 
 def parameter_dtype(dtype: Any) -> str:

@@ -181,11 +181,12 @@ def test_describe_is_a_text_for_both_kinds(backend: str) -> None:
             assert len(select(backend).describe(dims, np.dtype(dtype))) > 20
 
 
+@pytest.mark.process
 def test_the_contract_holds_with_streaming_stores_too() -> None:
     """The same tests with every store past the cache; in a process of their own, since a wrong alignment ends it."""
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "cpu and out_", "test_contract.py"],
-        env=os.environ | {"FASTBN_STREAM_BYTES": "0", "FASTBN_TEST_CACHE": "keep"},
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n0", "-k", "cpu and out_", "test_contract.py"],
+        env=os.environ | {"FASTBN_STREAM_BYTES": "0"},
         cwd=Path(__file__).parent,
         capture_output=True,
         text=True,

@@ -26,9 +26,11 @@ def failing(capsys):
     return {line[:30].strip() for line in lines if line.endswith("FAILED")}
 
 
+@pytest.mark.parametrize("dtypes", [("float32", "float64"), pytest.param(DTYPES, marks=pytest.mark.full)], ids=["wide", "every dtype"])
 @pytest.mark.parametrize("shapes", [SMALL, ((8, 16, 28, 28),)], ids=["serial", "parallel"])
-def test_every_backend_passes(shapes, backend, capsys, monkeypatch):
+def test_every_backend_passes(shapes, dtypes, backend, capsys, monkeypatch):
     monkeypatch.setattr(check, "SHAPES", shapes)
+    monkeypatch.setattr(check, "DTYPES", dtypes)
     assert main(["check", "--backend", backend]) == 0
     captured = capsys.readouterr()
     assert captured.out.count("  ok\n") == len(check.CHECKS) == 8

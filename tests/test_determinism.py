@@ -1,17 +1,19 @@
 """The same input gives the same bits: on any number of threads, in every run, wherever its memory lies, through fused or separate calls."""
 
 import hashlib
+import itertools
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numba
 import numpy as np
 import pytest
-from shapes import COMPACT, CPU_DTYPES, every_dtype_and_backend, parameter_dtype
+from shapes import COMPACT, CPU_DTYPES, HALF, every_dtype_and_backend, parameter_dtype
 
 import fastbn
 from fastbn.backends import select
@@ -28,10 +30,20 @@ LARGE = (
 compiled = pytest.mark.skipif(
     bool(numba.config.DISABLE_JIT), reason="plain Python takes minutes for arrays large enough for several threads"
 )
-every_shape = pytest.mark.parametrize("shape", [*SMALL, *(pytest.param(shape, marks=compiled) for shape in LARGE)], ids=str)
-large_shape = pytest.mark.parametrize("shape", [pytest.param(shape, marks=compiled) for shape in LARGE], ids=str)
-every_layout = pytest.mark.parametrize("layout", COMPACT)
-every_dtype = pytest.mark.parametrize("dtype", CPU_DTYPES)
+WHOLE = ((3, 5, 7), (4, 16, 64, 64), (6000, 70))  # in every dtype and layout: a small one, and both kinds of kernels on threads
+
+
+def _given(shape: tuple[int, ...], dtype: str, layout: str) -> Any:
+    """All are of a full run; by default the shapes above in float32 and float64, the others in float32 and the two common layouts."""
+    covered = dtype not in HALF and (shape in WHOLE or (dtype == "float32" and layout in ("C", "channels_last")))
+    marks = [*([compiled] if shape in LARGE else []), *([] if covered else [pytest.mark.full])]
+    return pytest.param(shape, dtype, layout, marks=marks)
+
+
+every_case = pytest.mark.parametrize(
+    ("shape", "dtype", "layout"), [_given(*case) for case in itertools.product(SMALL + LARGE, CPU_DTYPES, COMPACT)], ids=str
+)
+every_dtype = pytest.mark.parametrize("dtype", [pytest.param(dtype, marks=[pytest.mark.full] * (dtype in HALF)) for dtype in CPU_DTYPES])
 
 Arrays = dict[str, np.ndarray]
 
@@ -72,9 +84,7 @@ def threads() -> Iterator[None]:
     numba.set_num_threads(before)
 
 
-@every_layout
-@every_dtype
-@every_shape
+@every_case
 @pytest.mark.usefixtures("threads")
 def test_one_and_two_threads(shape: tuple[int, ...], dtype: str, layout: str) -> None:
     if numba.config.NUMBA_NUM_THREADS < 2:
@@ -87,9 +97,7 @@ def test_one_and_two_threads(shape: tuple[int, ...], dtype: str, layout: str) ->
         _same(_results(*given), one)
 
 
-@every_layout
-@every_dtype
-@every_shape
+@every_case
 def test_run_to_run(shape: tuple[int, ...], dtype: str, layout: str) -> None:
     first = _results(*_draw(shape, dtype, layout))
     for _ in range(3):
@@ -145,9 +153,7 @@ def one_thread() -> dict[str, dict[str, str]]:
     return _reported(NUMBA_NUM_THREADS="1")
 
 
-@every_layout
-@every_dtype
-@every_shape
+@every_case
 def test_out_gives_the_same_bits(shape: tuple[int, ...], dtype: str, layout: str) -> None:
     """In place, in the other input's place, in memory of another order, between gaps."""
     x, dy, gamma, beta = _draw(shape, dtype, layout)
@@ -192,9 +198,7 @@ def _placed(array: np.ndarray, offset: int) -> np.ndarray:
     return copy
 
 
-@every_layout
-@every_dtype
-@every_shape
+@every_case
 def test_memory_anywhere(shape: tuple[int, ...], dtype: str, layout: str) -> None:
     """Vectors begin at the row, not at a boundary: alignment, even of less than an element, changes no bit."""
     x, dy, gamma, beta = _draw(shape, dtype, layout)

@@ -41,22 +41,32 @@ def _results(x: np.ndarray, dy: np.ndarray, gamma: Any, beta: Any, backend: str)
     return found | {"running mean": bn.running_mean, "running var": bn.running_var}
 
 
+def _bit_for_bit(case: Case, dtype: str, layout: str, affine: bool, backend: str) -> None:
+    x, dy, gamma, beta = draw(case, dtype)
+    x, dy = COMPACT[layout](x, 1), COMPACT[layout](dy, 1)
+    parameters = (gamma, beta) if affine else (None, None)
+    half = _results(x, dy, *parameters, backend)
+    wide = _results(x.astype(np.float32), dy.astype(np.float32), *parameters, backend)
+    assert half.keys() == wide.keys()
+    for name, want in wide.items():
+        if name.partition(" ")[0] in ("y", "dx"):
+            want = want.astype(dtype)
+        assert half[name].dtype == want.dtype, name
+        assert half[name].tobytes() == want.tobytes(), f"{case}: {name}"
+
+
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("layout", COMPACT)
 @every_half_and_backend
 def test_bit_for_bit_the_float32_result_converted(dtype: str, layout: str, affine: bool, backend: str) -> None:
     for case in SHAPES:
-        x, dy, gamma, beta = draw(case, dtype)
-        x, dy = COMPACT[layout](x, 1), COMPACT[layout](dy, 1)
-        parameters = (gamma, beta) if affine else (None, None)
-        half = _results(x, dy, *parameters, backend)
-        wide = _results(x.astype(np.float32), dy.astype(np.float32), *parameters, backend)
-        assert half.keys() == wide.keys()
-        for name, want in wide.items():
-            if name.partition(" ")[0] in ("y", "dx"):
-                want = want.astype(dtype)
-            assert half[name].dtype == want.dtype, name
-            assert half[name].tobytes() == want.tobytes(), f"{case}: {name}"
+        _bit_for_bit(case, dtype, layout, affine, backend)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_one_shape_bit_for_bit(dtype: str) -> None:
+    """What the default run has of each half type's kernels."""
+    _bit_for_bit(Case((9, 21), 1, "a vector and a tail"), dtype, "C", True, "cpu")
 
 
 def _float32(bits: Any) -> np.ndarray:

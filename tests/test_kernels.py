@@ -10,8 +10,8 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 
-from fastbn import config, ready, reference
-from fastbn.backends import cpu, routes, schedule
+from fastbn import reference
+from fastbn.backends import cpu
 from fastbn.kernels import welford
 
 SHAPES = {
@@ -67,25 +67,9 @@ CELLS = [Cell(*cell) for cell in itertools.product(SETTINGS, SHAPES, LIMIT)]
 
 
 @pytest.fixture(params=[pytest.param(cell, marks=() if cell.covered else pytest.mark.full) for cell in CELLS], ids=str)
-def cell(request, monkeypatch):
-    for name, value in SETTINGS[request.param.setting].items():
-        monkeypatch.setattr(config if hasattr(config, name) else schedule, name, value)
-    caches = (
-        schedule.first,
-        schedule.last,
-        routes.of,
-        routes.fused,
-        cpu._forward,
-        cpu._backward,
-        cpu._normalize,
-        cpu._inference,
-        ready._ready,
-    )
-    for cache in caches:
-        cache.cache_clear()
-    yield request.param
-    for cache in caches:
-        cache.cache_clear()
+def cell(request, replan):
+    replan(**SETTINGS[request.param.setting])
+    return request.param
 
 
 def aligned(shape, dtype, offset=0):

@@ -19,7 +19,7 @@ from fastbn.kernels import (
 EPS = 1e-5
 
 
-@njit(parallel=True)
+@njit(parallel=True, cache=True)
 def whitened(groups, y, mean, m2):
     """Each group of samples by its own statistics, one group per thread: what no single call of fastbn does."""
     for g in prange(groups.shape[0]):
@@ -29,7 +29,7 @@ def whitened(groups, y, mean, m2):
         normalize_channels_last(groups[g], mean[g], rstd, none, none, y[g])
 
 
-@njit
+@njit(cache=True)
 def step(x, dy, gamma, beta, last):
     """A training step of a network whose loop is compiled as a whole."""
     C = gamma.size
