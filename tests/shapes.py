@@ -24,6 +24,9 @@ def _served(dtypes: tuple[str, ...]) -> pytest.MarkDecorator:
 
 every_dtype_and_backend = _served(DTYPES)
 every_half_and_backend = _served(HALF)
+every_half_backend = pytest.mark.parametrize(
+    "backend", [pytest.param(b, marks=pytest.mark.full if b == "cpu" else ()) for b in HALF_BACKENDS]
+)
 
 
 def parameter_dtype(dtype: Any) -> str:

@@ -264,9 +264,8 @@ def test_what_cannot_be_served_is_refused_with_all_there_is(name: str) -> None:
 
 
 def _python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-W", "error", "-c", code], env=os.environ | environment, capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-W", "error", "-c", code]
+    return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)
 
 
 NAME = "import fastbn.backends as b; print(b.select().__name__, b.select('cpu').__name__, b.explain((4, 3)).backend)"

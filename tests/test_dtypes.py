@@ -8,7 +8,7 @@ import sys
 import ml_dtypes
 import numpy as np
 import pytest
-from shapes import DTYPES, HALF, HALF_BACKENDS, every_half_and_backend, parameter_dtype
+from shapes import DTYPES, HALF, every_half_and_backend, every_half_backend, parameter_dtype
 
 import fastbn
 from fastbn import dtypes
@@ -61,7 +61,7 @@ def test_swapped_bytes_are_values_as_any(dtype: str, backend: str) -> None:
         assert (dx.dtype.isnative, dx.tobytes()) == (True, fastbn.batch_norm_backward(x, x, m, backend=backend)[0].tobytes())
 
 
-@pytest.mark.parametrize("backend", HALF_BACKENDS)
+@every_half_backend
 def test_one_layer_sees_them_all(backend: str) -> None:
     """float32 parameters go with float16, bfloat16 and float32 x, in turn; the running statistics keep what half would lose."""
     bn = fastbn.BatchNorm(3, momentum=None, backend=backend)

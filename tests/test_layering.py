@@ -324,6 +324,19 @@ def test_no_exec_eval_or_globals() -> None:
     assert not found
 
 
+def test_asserts_guard_nothing() -> None:
+    """`python -O` leaves them out: they may tell the type checker that something is there, no more."""
+    stand_ins = ("kernels/_plain.py", "kernels/cuda/_simulated.py")  # for the kernels' tests
+
+    def narrows(test: ast.expr) -> bool:
+        parts = test.values if isinstance(test, ast.BoolOp) else [test]
+        return all(isinstance(part, ast.Compare) and isinstance(part.ops[0], ast.IsNot) for part in parts)
+
+    found = [(file, node) for file in FILES if file not in stand_ins for node in ast.walk(_parse(file)) if isinstance(node, ast.Assert)]
+    assert found
+    assert not [f"fastbn/{file}:{node.lineno}" for file, node in found if not narrows(node.test)]
+
+
 def test_no_file_over_350_lines() -> None:
     every = [path for folder in ("fastbn", "tests", "bench") for path in (ROOT / folder).rglob("*.py")]
     assert len(every) > len(FILES)

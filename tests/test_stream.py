@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from shapes import HALF_BACKENDS
+from shapes import every_half_backend
 
 import fastbn
 from fastbn import config, functional, stream
@@ -64,7 +64,7 @@ def test_every_order_axis_and_chunk(tmp_path, dtype, order, axis, chunk_bytes):
     assert left(tmp_path) == ["s.npz", "x.npy", "y.npy"]
 
 
-@pytest.mark.parametrize("backend", HALF_BACKENDS)
+@every_half_backend
 @pytest.mark.parametrize("order", ["C", "F"])
 @pytest.mark.parametrize("dtype", ["<f2", ">f2", "bfloat16"])
 def test_half_files(tmp_path, dtype, order, backend, capsys, monkeypatch):

@@ -106,11 +106,10 @@ def columns(R: int, C: int, S: int, lanes: int, contiguous: bool) -> Columns:
         fold = 1 if R < 16 * fold else fold
     W, folded = fold * width, R // fold
     across = _across(W, lanes)
-    units, down = -(-W // (across * lanes)), THREADS // across
+    units = -(-W // (across * lanes))
     parts = parts_of(units, folded * across, folded)
     chunk = -(-folded // parts)
     parts = -(-folded // chunk)  # no part without rows
-    assert chunk >= 1 and down >= 1
     return Columns(fold, folded, W, (R - fold * folded) * width, across, parts, chunk)
 
 

@@ -46,7 +46,8 @@ class _Work:
         """(address, pointer) of the same."""
         low, nbytes = self._begin + self._used, count * dtype.itemsize
         self._used += -(-nbytes // ALIGNED) * ALIGNED
-        assert self._used <= self._size
+        if self._used > self._size:  # a kernel would write where another stream's workspace lies
+            raise RuntimeError(f"a workspace of {self._size} bytes was reserved, and {self._used} are taken: please report this")
         return low, _jit.pointer(low, low, low + nbytes, dtype)
 
 

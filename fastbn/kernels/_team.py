@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import numba
 from llvmlite import binding
 from numba.core.compiler_lock import global_compiler_lock
 
@@ -124,7 +125,8 @@ def linked(runtime: Runtime) -> Iterator[None]:
     """What numba links inside runs on this runtime's threads; numba's pool is launched already, and no other thread links meanwhile."""
     with global_compiler_lock:
         before = binding.address_of_symbol(SYMBOL)
-        assert before is not None and struct.calcsize("P") == 8
+        if before is None or struct.calcsize("P") != 8:
+            raise RuntimeError(f"numba {numba.__version__} has no {SYMBOL} of 64 bits to replace: please report this")
         binding.add_symbol(SYMBOL, _address(runtime))
         try:
             yield
