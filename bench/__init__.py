@@ -1,1 +1,1 @@
-"""The asv suite: `asv run --quick --python=same`. Every class checks its result before it times it."""
+"""Benchmarks: `python -m bench.peers`, and resnet, gpu, dask, ideas alike; asv's are in bench/suite/."""

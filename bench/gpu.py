@@ -14,7 +14,7 @@ from typing import Any
 
 from bench import command, gpu_checks, gpu_timing
 from bench.gpu_problem import SHAPES, Problem
-from bench.peers import RESULTS, relative, write_result
+from bench.peers import RESULTS, relative, rounded, write_result
 from bench.plot import LOOK, OFFSET, ROW_INCHES
 from bench.problem import PASSES
 from fastbn import info, screen
@@ -213,6 +213,7 @@ def run(args: argparse.Namespace) -> int:
         write_result(path, result)
         result["host"] = host()
         result["records"], result["left"] = timed(args.seconds, args.quick)
+        result = rounded(result)
         write_result(path, result)
         draw(result, path.with_suffix(".png"))
         print(f"wrote {path} and {path.with_suffix('.png')}")

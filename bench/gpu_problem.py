@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import fastbn
-from bench.cases import CASES, Case, _name
+from bench.suite.cases import CASES, Case, name_of
 from fastbn.backends import model
 
 EPS = 1e-5
@@ -15,8 +15,8 @@ CACHED_BYTES = 256 * 2**20  # of all sets of x: several times the cache of any G
 LARGE: tuple[tuple[int, ...], ...] = ((256, 64, 112, 112), (256, 256, 56, 56), (64, 64, 224, 224), (16, 32, 64, 128, 128))
 SHAPES: dict[str, Case] = {
     **CASES,
-    **{_name(shape): Case(shape, "first") for shape in LARGE},
-    **{f"{_name(shape)} last": Case(shape, "last") for shape in LARGE},
+    **{name_of(shape): Case(shape, "first") for shape in LARGE},
+    **{f"{name_of(shape)} last": Case(shape, "last") for shape in LARGE},
 }
 Call = Callable[[int], Any]
 

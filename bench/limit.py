@@ -14,8 +14,9 @@ import numpy as np
 from numba import prange
 from numpy.typing import NDArray
 
-from bench import cases, pytorch
+from bench import pytorch
 from bench.problem import Problem
+from bench.suite import cases
 from fastbn.kernels._memory import fence
 from fastbn.kernels._simd import load, load_far, store, store_stream, total
 

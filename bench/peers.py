@@ -14,9 +14,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench import cases, command, machine, measure, plot, pytorch, report, small
+from bench import command, machine, measure, plot, pytorch, report, small
 from bench.contestants import PEERS, TOLERANCE
 from bench.problem import PASSES
+from bench.suite import cases
 from fastbn import screen
 from fastbn.quickbench import replace_block
 from fastbn.stream import check_output, replacing
@@ -118,20 +119,20 @@ def measured(args: argparse.Namespace, shapes: Sequence[str], kept: bool, save: 
     return result
 
 
-def _rounded(value: Any) -> Any:
-    """Five digits of every measured number: more are noise."""
+def rounded(value: Any) -> Any:
+    """Five digits of every measured number: more are noise, and tables say the same from a result and from its file."""
     if isinstance(value, float):
         return float(f"{value:.5g}")
     if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
-    return [_rounded(item) for item in value] if isinstance(value, list) else value
+        return {key: rounded(item) for key, item in value.items()}
+    return [rounded(item) for item in value] if isinstance(value, list) else value
 
 
 def write_result(path: Path | None, result: dict[str, Any]) -> None:
     """Write a result as JSON, whole or not at all; nothing where there is no path."""
     if path is None:
         return
-    text = json.dumps(_rounded(result), separators=(",", ":"), ensure_ascii=False)
+    text = json.dumps(rounded(result), separators=(",", ":"), ensure_ascii=False)
     with replacing(path.resolve()) as file:
         file.write((text.replace('{"shape"', '\n{"shape"') + "\n").encode())  # a line per record, for git
 
@@ -191,7 +192,7 @@ def run(args: argparse.Namespace) -> int:
     shapes = chosen(args.shapes, args.quick)
     data, picture = _paths(args, kind)
     if result is None:
-        result = measured(args, shapes, kept, partial(write_result, data))
+        result = rounded(measured(args, shapes, kept, partial(write_result, data)))
     show(result)
     if picture:
         plot.draw(result, picture)

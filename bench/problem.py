@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from numpy.typing import NDArray
 
 import fastbn
-from bench import cases
+from bench.suite import cases
 from fastbn import config
 
 Array = NDArray[Any]

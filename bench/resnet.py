@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import command, machine, memory, resnet_plot
-from bench.peers import RESULTS, relative, write_result
+from bench.peers import RESULTS, relative, rounded, write_result
 from bench.report import milliseconds
 from bench.rounds import paired, rounds
 from fastbn import quickbench, screen
@@ -217,7 +217,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         import fastbn.torch  # noqa: F401 # says so where PyTorch lacks
 
-        result = measured(args)
+        result = rounded(measured(args))
         path = args.json or RESULTS / f"resnet-{machine.slug(result['machine'])}.json"
         write_result(path, result)
         resnet_plot.draw(copy.deepcopy(result), path.with_suffix(".png"))

@@ -1,4 +1,4 @@
-"""Micro-benchmarks: `pytest tests/test_micro.py --benchmark-enable` times them; a plain run only checks that they work."""
+"""Micro-benchmarks: `pytest tests/test_micro.py -n 0 --benchmark-enable` times them, a plain run checks them."""
 
 import numpy as np
 import pytest

@@ -12,7 +12,8 @@ from typing import ClassVar
 import numpy as np
 
 import fastbn
-from bench.cases import array, check, names
+
+from .cases import array, check, names
 
 
 class CallOverhead:
@@ -64,7 +65,7 @@ class ColdStart:
 
     params: ClassVar[list[str]] = ["import only", "warm cache", "empty cache"]
     param_names: ClassVar[list[str]] = ["state"]
-    timeout = 300
+    timeout = 600
     unit = "s"
 
     def setup(self, state: str) -> None:
