@@ -105,7 +105,7 @@ IMAGES = idx(arrays()[0])  # 7 x 3 x 2: 16 bytes of header, 42 of pixels
         (b"\0\0\r" + IMAGES[3:], "begins with 00000d03, want 00000803, an IDX file of unsigned bytes with 3 axes"),
         (b"\0\0\x08\x03" + b"\xff" * 12, f"cut short: 0 bytes after the header, want the {(2**32 - 1) ** 3:,} bytes of shape "
          "4294967295 x 4294967295 x 4294967295; fetch it again"),
-        (gzip.compress(IMAGES[:-1]), "cut short: 41 bytes after the header, want the 42 bytes of shape 7 x 3 x 2; fetch it again"),
+        (gzip.compress(IMAGES[:-1], mtime=0), "cut short: 41 bytes after the header, want the 42 bytes of shape 7 x 3 x 2; fetch it again"),
         (idx(np.zeros((0, 3, 2))), "holds no pixels (shape (0, 3, 2)); want at least one image"),
         (idx(np.zeros((7, 0, 2))), "holds no pixels (shape (7, 0, 2)); want at least one image"),
     ],
@@ -120,14 +120,14 @@ def test_bad_idx_file(directory: Path, content: bytes, message: str) -> None:
 @pytest.mark.parametrize("cut", [2, 9, 12, -9, -3])
 def test_gzip_cut_short(directory: Path, cut: int) -> None:
     path = directory / NAMES[0]
-    path.write_bytes(gzip.compress(IMAGES)[:cut])
+    path.write_bytes(gzip.compress(IMAGES, mtime=0)[:cut])
     with pytest.raises(DataError, match=rf"^{re.escape(str(path))}: corrupt gzip file \(.+\); fetch it again$"):
         load_idx(directory)
 
 
 @pytest.mark.parametrize("at", [2, 15, -6], ids=["method", "data", "checksum"])
 def test_gzip_corrupt(directory: Path, at: int) -> None:
-    path, content = directory / NAMES[0], bytearray(gzip.compress(IMAGES))
+    path, content = directory / NAMES[0], bytearray(gzip.compress(IMAGES, mtime=0))
     content[at] ^= 0xFF
     path.write_bytes(content)
     with pytest.raises(DataError, match=rf"^{re.escape(str(path))}: corrupt gzip file \(.+\); fetch it again$"):
