@@ -5,7 +5,9 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import hidden  # noqa: F401 # before fastbn
 import numpy as np
@@ -38,28 +40,60 @@ def right(times: int = 3, threads: int = 0) -> bool:
     def work() -> None:
         results.extend(call() == WANT for _ in range(times))
 
-    if not threads:
+    if threads:
+        at_once([work] * threads)
+    else:
         work()
-        return all(results)
-    barrier = threading.Barrier(threads)
-    workers = [threading.Thread(target=lambda: (barrier.wait(), work())) for _ in range(threads)]
+    return all(results) and len(results) == times * max(1, threads)
+
+
+def how() -> str:
+    """The layer, and which kernels run."""
+    return f"{pool.layer()} {'parallel' if threads.parallel() else 'serial'}"
+
+
+def at_once(works: list[Callable[[], None]]) -> None:
+    """Each in a thread of its own; they begin together."""
+    barrier = threading.Barrier(len(works))
+    workers = [threading.Thread(target=lambda work=work: (barrier.wait(), work())) for work in works]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
-    return all(results) and len(results) == threads * times
+
+
+@contextmanager
+def beside(work: Callable[[], object], threads: int = 1) -> Iterator[None]:
+    """Within it, other threads do some work again and again."""
+    ended = threading.Event()
+
+    def busy() -> None:
+        while not ended.is_set():
+            work()
+
+    workers = [threading.Thread(target=busy) for _ in range(threads)]
+    for worker in workers:
+        worker.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        for worker in workers:
+            worker.join()
 
 
 def in_child(work: Callable[[], object]) -> str:
-    """What a forked child's `work` returns, or how it ended; it has 20 s."""
+    """What a forked child's `work` returns, as text, or how it ended; it has 100 s."""
     reading, writing = os.pipe()
     sys.stdout.flush()
     child = os.fork()
     if child == 0:
         os.close(reading)
-        signal.alarm(20)
+        signal.alarm(100)
         try:
             os.write(writing, str(work()).encode())
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(0)
     os.close(writing)
@@ -67,8 +101,3 @@ def in_child(work: Callable[[], object]) -> str:
         answer = said.read()
     status = os.waitpid(child, 0)[1]
     return answer if os.WIFEXITED(status) else f"killed by {signal.Signals(os.WTERMSIG(status)).name}"
-
-
-def how() -> str:
-    """The layer, and which kernels run."""
-    return f"{pool.layer()} {'parallel' if threads.parallel() else 'serial'}"

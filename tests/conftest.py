@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import types
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -94,9 +95,11 @@ _LEFT_OUT = pytest.StashKey["Counter[str]"]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Begin to count."""
+    """Begin to count, and name the run before its workers start."""
     config.stash[_LEFT_OUT] = Counter()
     KERNELS.mkdir(parents=True, exist_ok=True)
+    if not hasattr(config, "workerinput"):
+        config.option.testrunuid = uuid.uuid4().hex
 
 
 def pytest_deselected(items: list[pytest.Item]) -> None:
@@ -113,8 +116,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     if hasattr(session.config, "workeroutput"):
         session.config.workeroutput["left out"] = dict(session.config.stash[_LEFT_OUT])
         return
-    for lock in [*KERNELS.glob("*.turn"), *KERNELS.glob("*.run")]:
-        lock.unlink(missing_ok=True)
+    for lock in KERNELS.glob(f"{session.config.option.testrunuid}.*"):
+        lock.unlink()
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -126,7 +129,7 @@ def pytest_testnodedown(node: Any) -> None:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """Say what was left out, and how to run it."""
     counts = config.stash[_LEFT_OUT]
-    if counts:
+    if counts and not config.option.keyword:
         kinds = ", ".join(f"{kind} {count}" for kind, count in counts.most_common())
         terminalreporter.write_line(f'{sum(counts.values())} tests left out ({kinds}): `pytest -m KIND` runs one kind, `pytest -m ""` all')
 
@@ -205,6 +208,6 @@ def run(tmp_path: Path, want: str) -> "processes.Run":
     import processes
 
     def start(code: str, layer: str, **environment: str) -> tuple[str, str]:
-        return processes.run(tmp_path / "script.py", code, {"HIDE": processes.LAYERS[layer].hide, "WANT": want} | environment)
+        return processes.run(tmp_path / "script.py", code, processes.LAYERS[layer].variables() | {"WANT": want} | environment)
 
     return start

@@ -1,6 +1,8 @@
 """Scripts in processes of their own, which may hang or abort without harm to the tests."""
 
 import os
+import re
+import signal
 import subprocess
 import sys
 import textwrap
@@ -10,10 +12,12 @@ from typing import NamedTuple
 
 import numba
 import pytest
+import scenes
 
 import fastbn
 
 HERE = Path(__file__).parent
+PATIENCE = 600  # seconds that a script may take: five, and tenfold on a machine that is busy
 
 compiled = pytest.mark.skipif(bool(numba.config.DISABLE_JIT), reason="without the JIT there are no threads")
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
@@ -25,30 +29,53 @@ class Layer(NamedTuple):
     hide: str  # the layers whose libraries are not there
     how: str
 
+    def variables(self) -> dict[str, str]:
+        """The same, for the process."""
+        return {"HIDE": self.hide, "HOW": self.how}
 
-LAYERS = {"tbb": Layer("", "tbb parallel"), "omp": Layer("tbb", "omp serial"), "workqueue": Layer("tbb omp", "workqueue serial")}
+
+LAYERS = {
+    "tbb": Layer("", "tbb parallel"),
+    "omp": Layer("tbb", "omp serial"),
+    "workqueue": Layer("tbb omp", "workqueue serial"),
+}
 
 Run = Callable[..., tuple[str, str]]  # code, layer and environment to (stdout, stderr)
 
 
 def run(script: Path, code: str, environment: dict[str, str]) -> tuple[str, str]:
-    """Run a script that begins as child.py; its stdout and stderr. It must end by itself, with nobody's word about termination."""
+    """Run a script that begins as child.py; its stdout and stderr. It must end by itself, and terminate nothing."""
     body = textwrap.indent(textwrap.dedent(code), "    ")
     script.write_text(f"import child\nfrom child import *\nif __name__ == '__main__':\n{body}")
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("FASTBN_", "NUMBA_THREADING"))}
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("FASTBN_", "NUMBA_THREADING"))}
     places = [str(HERE), str(Path(fastbn.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    done = subprocess.run(
-        [sys.executable, "-W", "always::RuntimeWarning", str(script)],
-        env=clean | {"NUMBA_NUM_THREADS": "2", "PYTHONPATH": os.pathsep.join(places)} | environment,
-        capture_output=True,
-        text=True,
-        timeout=100,
-        check=False,
-    )
-    assert done.returncode == 0, f"{done.returncode}: {done.stdout}{done.stderr}"
-    assert "Traceback" not in done.stderr
-    assert "erminat" not in done.stderr
-    return done.stdout, done.stderr
+    clean |= {"NUMBA_NUM_THREADS": "2", "PYTHONPATH": os.pathsep.join(places), "PYTHONFAULTHANDLER": "1"}
+    said = script.with_suffix(".out"), script.with_suffix(".err")  # a pipe would wait for children of one that hangs
+    with said[0].open("w") as out, said[1].open("w") as err:
+        command = [sys.executable, "-W", "always::RuntimeWarning", str(script)]
+        process = subprocess.Popen(command, env=clean | environment, stdout=out, stderr=err)
+        try:
+            process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGABRT)  # it says where every thread of it stands
+        finally:
+            process.wait()
+    out, err = (path.read_text() for path in said)
+    assert process.returncode == 0, f"{process.returncode}: {out}{err}"
+    assert "Traceback" not in err, err
+    assert "erminat" not in err, err
+    return out, err
+
+
+def play(run: Run, life: str, layer: str, **environment: str) -> None:
+    """Run all scenes of a life in one process. Each must be right, and warn as often as it should."""
+    acts = scenes.LIVES[life]
+    _, err = run(f"import scenes, {acts[0].run.__module__}; scenes.play({life!r})", layer, **environment)
+    begun = re.split(r"^scene: (.*)\n", err, flags=re.MULTILINE)[1:]
+    counts = dict(zip(begun[::2], map(warned, begun[1::2]), strict=True))
+    assert list(counts) == [act.name for act in acts]
+    assert [act for act in acts if counts[act.name] not in (act.warnings if layer != "tbb" else (0,))] == [], err
+    assert ("pip install tbb" in err) == (warned(err) > 0)
 
 
 def warned(stderr: str) -> int:

@@ -108,6 +108,7 @@ def test_it_does_not_grow_with_the_batch(shape: tuple[int, ...], channels_last: 
         assert _peak(call) <= _peak(small[name]) * more / parts + 2048, name
 
 
+@pytest.mark.process
 def test_nothing_is_kept(run: Run) -> None:
     """After 50 calls of each pass, of layers too, Python holds what it held; after 10000 the process has the memory that it had."""
     code = """

@@ -1,12 +1,13 @@
-"""set_num_threads and the limit of one call: for one Python thread, restored, the same bits, numba's own number untouched."""
+"""set_num_threads and limits of a call: for one Python thread, restored, the same bits, numba's own number untouched."""
 
 import threading
 import time
 
+import limits  # noqa: F401 # the scenes of four threads
 import numba
 import numpy as np
 import pytest
-from processes import Run, compiled
+from processes import Run, compiled, play
 
 import fastbn
 from fastbn.threads import limited
@@ -80,101 +81,15 @@ def test_each_python_thread_has_its_own() -> None:
     assert fastbn.get_num_threads() == MOST
 
 
-SPY = """
-    import numba
-    from fastbn.kernels import _jit
-    from fastbn.threads import limited
-    seen = set()
-    def spied(form, run):
-        def call(*arguments):
-            seen.add((form, numba.get_num_threads()))
-            run(*arguments)
-        return call
-    def spy():
-        for kernel in filter(lambda kernel: kernel.parallel, _jit.KERNELS):  # the others never are
-            for key, run in kernel._compiled.items():
-                if run.__name__ != "call":
-                    kernel._compiled[key] = spied("parallel" if key[-1] else "serial", run)
-    def ran(times=2):
-        right(1), spy(), seen.clear()
-        return right(times), seen, numba.get_num_threads()
-    """
-
-
 @compiled
-def test_it_takes_effect_and_leaves_numbas_number(run: Run) -> None:
-    code = f"""{SPY}
-    print(ran())
-    for n in (1, 2, 3, 4, None):
-        with limited(n):
-            print(n, *ran())
-    numba.set_num_threads(3)
-    print(fastbn.get_num_threads(), *ran())
-    with limited(2):
-        print(fastbn.get_num_threads(), *ran())
-    with limited(4):
-        print(fastbn.get_num_threads(), *ran())
-    numba.set_num_threads(1)
-    print(fastbn.get_num_threads(), *ran())
-    """
-    out, _ = run(code, "tbb", NUMBA_NUM_THREADS="4")
-    if "omp" in out or "workqueue" in out:
-        pytest.skip("TBB has no wheel for this machine")
-    assert out.splitlines() == [
-        "(True, {('parallel', 4)}, 4)",
-        "1 True {('serial', 4)} 4",
-        "2 True {('parallel', 2)} 4",
-        "3 True {('parallel', 3)} 4",
-        "4 True {('parallel', 4)} 4",
-        "None True {('parallel', 4)} 4",
-        "3 True {('parallel', 3)} 3",
-        "2 True {('parallel', 2)} 3",
-        "4 True {('parallel', 4)} 3",
-        "1 True {('serial', 1)} 1",
-    ]
+@pytest.mark.process
+@pytest.mark.parametrize("layer", ["tbb"], indirect=True)
+def test_limits_of_four_threads(run: Run, layer: str) -> None:
+    """They take effect, and leave numba's own number as it was."""
+    play(run, "four threads", layer, NUMBA_NUM_THREADS="4")
 
 
-@compiled
-def test_numbas_number_is_restored_after_an_error_in_a_kernel(run: Run) -> None:
-    code = """
-    import numba
-    from fastbn.kernels import _jit
-    call()
-    def broken(*arguments):
-        raise MemoryError(numba.get_num_threads())
-    for kernel in _jit.KERNELS:
-        kernel._compiled = dict.fromkeys(kernel._compiled, broken)
-    fastbn.set_num_threads(3)
-    try:
-        call()
-    except MemoryError as error:
-        print(error, numba.get_num_threads(), fastbn.get_num_threads())
-    """
-    assert run(code, "tbb", NUMBA_NUM_THREADS="4")[0] == "3 4 3\n"
-
-
-@compiled
-def test_limits_in_several_threads_at_once(run: Run) -> None:
-    code = """
-    import numba
-    import threading
-    results = []
-    barrier = threading.Barrier(4)
-    def work(n):
-        fastbn.set_num_threads(n)
-        barrier.wait()
-        for _ in range(20):
-            results.append((call() == WANT, fastbn.get_num_threads() == n, numba.get_num_threads()))
-    workers = [threading.Thread(target=work, args=(n,)) for n in (1, 2, 3, 4)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    print(set(results), len(results), fastbn.get_num_threads())
-    """
-    assert run(code, "tbb", NUMBA_NUM_THREADS="4")[0] == "{(True, True, 4)} 80 4\n"
-
-
+@pytest.mark.alone
 def test_asking_is_cheap() -> None:
     """Below half a microsecond by far, of a parallel call's ten: what is bounded here is a wrong order of magnitude."""
     from fastbn import threads
