@@ -10,6 +10,8 @@ from functools import lru_cache
 from types import TracebackType
 from typing import Any
 
+import numpy as np
+
 from fastbn import pool
 
 __all__ = ["count", "describe", "get_num_threads", "limited", "masked", "most", "on_team", "parallel", "set_num_threads", "team", "usable"]
@@ -33,10 +35,10 @@ def most() -> int:
 
 def _checked(num_threads: int) -> int:
     try:
-        wanted = operator.index(num_threads)
+        wanted = None if isinstance(num_threads, bool | np.bool_) else operator.index(num_threads)
     except TypeError:
         wanted = None
-    if wanted is None or isinstance(num_threads, bool):
+    if wanted is None:
         raise TypeError(f"num_threads: given {num_threads!r}, want a whole number, or None for numba's own")
     if not 1 <= wanted <= most():
         limit = f"{most()}, the threads of numba's pool (NUMBA_NUM_THREADS, read when numba is imported, sets them)"
