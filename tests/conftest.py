@@ -8,6 +8,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
+import time
 import types
 import uuid
 from collections import Counter
@@ -15,6 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import llvmlite.binding
 import numba
 import pytest
 from hypothesis import settings
@@ -30,11 +33,23 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[1]
 
-# Kernels are kept between runs, all in one directory of their sources' stamp; other stamps' go. Functions of the tests' own that are cached
-# and compiled together with fastbn's lie there too: numba alone would not see an edit of fastbn's.
-if not os.environ.get("NUMBA_CACHE_DIR"):
-    os.environ["NUMBA_CACHE_DIR"] = numba.config.CACHE_DIR = str(ROOT / ".pytest_cache" / "kernels" / _cache.stamp()[:16])
-KERNELS = Path(os.environ["NUMBA_CACHE_DIR"])
+# Kernels are kept between runs in a directory of their sources' stamp, which processes that tests start find too. Functions of the tests'
+# own that are cached and compiled together with fastbn's lie there as well: numba alone would not see an edit of fastbn's.
+OWN = ROOT / ".pytest_cache" / "kernels"
+
+
+def _kernels() -> Path:
+    """The directory: of the run that this one is a part of, or under the user's own, or ours; elsewhere where that can't be written."""
+    if "FASTBN_TEST_KERNELS" in os.environ:
+        return Path(os.environ["FASTBN_TEST_KERNELS"])
+    base = Path(os.environ.get("NUMBA_CACHE_DIR") or OWN)
+    base = base if _cache.writable(base) else Path(tempfile.gettempdir(), "fastbn-kernels")
+    return base / _cache.stamp()[:16]
+
+
+KERNELS = _kernels()
+KERNELS.mkdir(parents=True, exist_ok=True)
+os.environ["FASTBN_TEST_KERNELS"] = os.environ["NUMBA_CACHE_DIR"] = numba.config.CACHE_DIR = str(KERNELS)
 
 # What runs in numba's CUDA simulator has a process of its own: see test_simulator.py.
 collect_ignore = [] if os.environ.get("NUMBA_ENABLE_CUDASIM") == "1" else ["simulated"]
@@ -52,24 +67,36 @@ settings.load_profile("fastbn")
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """Compile what nearly every test needs; whoever names files or tests waits for those kernels only that they use."""
+    """Compile what nearly every test needs; whoever names files or words waits for those kernels only that they use."""
     config = session.config
-    everything = config.args_source is not pytest.Config.ArgsSource.ARGS and not config.option.collectonly
-    done = KERNELS / "complete"
-    if hasattr(config, "workerinput") or not everything or numba.config.DISABLE_JIT or numba.config.ENABLE_CUDASIM or done.exists():
+    chosen = not all(Path(arg).is_dir() for arg in config.args) or config.option.keyword or config.option.collectonly
+    done = KERNELS / f"complete {sys.implementation.cache_tag} {llvmlite.binding.get_host_cpu_name()}"
+    if hasattr(config, "workerinput") or chosen or numba.config.DISABLE_JIT or numba.config.ENABLE_CUDASIM:
         return
-    for other in KERNELS.parent.glob("*") if KERNELS.is_relative_to(ROOT) else ():
-        if other != KERNELS:
+    os.utime(KERNELS)
+    for other in OWN.glob("[0-9a-f]" * 16):
+        if time.time() - other.stat().st_mtime > 7 * 24 * 3600:  # no run has used it for a week
             shutil.rmtree(other, ignore_errors=True)
+    if done.exists():
+        return
     print("compiling the kernels of float32 and float64, once for this version of their sources", flush=True)
     commands = [[sys.executable, "-m", "fastbn", "warmup", dtype] for dtype in ("float32", "float64")]
     started = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL) for command in commands]
-    if any([process.wait() for process in started]):
+    try:
+        failed = any([process.wait() for process in started])
+    finally:
+        for process in started:
+            process.kill()  # nothing where it has ended
+    if failed:
         pytest.exit("the kernels could not be compiled: run `python -m fastbn warmup`", 1)
     done.touch()
 
 
 # Tests that measure time or memory are marked `alone`: where several processes run tests, they wait until no other test runs.
+
+
+def _lock(run: str, name: str) -> Path:
+    return Path(tempfile.gettempdir(), f"fastbn-{run}.{name}")
 
 
 @pytest.hookimpl(wrapper=True)
@@ -79,9 +106,9 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
         return (yield)
     import fcntl
 
-    run = item.config.workerinput["testrunuid"]
     alone = item.get_closest_marker("alone") is not None
-    with (KERNELS / f"{run}.turn").open("w") as turn, (KERNELS / f"{run}.run").open("w") as running:
+    turn_file, run_file = (_lock(item.config.workerinput["testrunuid"], name) for name in ("turn", "run"))
+    with turn_file.open("w") as turn, run_file.open("w") as running:
         fcntl.flock(turn, fcntl.LOCK_EX)
         fcntl.flock(running, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
         if not alone:
@@ -97,7 +124,6 @@ _LEFT_OUT = pytest.StashKey["Counter[str]"]()
 def pytest_configure(config: pytest.Config) -> None:
     """Begin to count, and name the run before its workers start."""
     config.stash[_LEFT_OUT] = Counter()
-    KERNELS.mkdir(parents=True, exist_ok=True)
     if not hasattr(config, "workerinput"):
         config.option.testrunuid = uuid.uuid4().hex
 
@@ -116,20 +142,21 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     if hasattr(session.config, "workeroutput"):
         session.config.workeroutput["left out"] = dict(session.config.stash[_LEFT_OUT])
         return
-    for lock in KERNELS.glob(f"{session.config.option.testrunuid}.*"):
-        lock.unlink()
+    for name in ("turn", "run"):
+        _lock(session.config.option.testrunuid, name).unlink(missing_ok=True)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
     """All workers collect the same tests."""
-    node.config.stash[_LEFT_OUT] = Counter(getattr(node, "workeroutput", {}).get("left out", {}))
+    if counts := getattr(node, "workeroutput", {}).get("left out"):  # nothing from one that crashed
+        node.config.stash[_LEFT_OUT] = Counter(counts)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """Say what was left out, and how to run it."""
     counts = config.stash[_LEFT_OUT]
-    if counts and not config.option.keyword:
+    if counts and not config.option.keyword and config.option.markexpr.startswith("not "):  # as pyproject.toml has it
         kinds = ", ".join(f"{kind} {count}" for kind, count in counts.most_common())
         terminalreporter.write_line(f'{sum(counts.values())} tests left out ({kinds}): `pytest -m KIND` runs one kind, `pytest -m ""` all')
 

@@ -198,6 +198,7 @@ def test_nan_and_inf_stay_in_their_channel(shape: tuple[int, ...], layout: str, 
                 np.testing.assert_array_equal(own, before, err_msg=name)
 
 
+@pytest.mark.peers
 @pytest.mark.parametrize("memory", ["contiguous", "channels_last"])
 def test_beside_torch(memory: str) -> None:
     """No worse than PyTorch's float32 beyond the limit, and right where PyTorch's is wrong."""
@@ -215,6 +216,7 @@ def test_beside_torch(memory: str) -> None:
     assert {"offset 1e4", "offset 1e6", "constant 1e7/3"} <= {name for name in NAMES if theirs[name] > 10 and ours[name] <= 1}
 
 
+@pytest.mark.peers
 def test_torch_channels_last_at_offset_1e5() -> None:
     """The case that the project quotes: a variance of 1 around a mean of 1e5. Once PyTorch has it right, quote another."""
     torch = pytest.importorskip("torch", reason="compares with PyTorch: pip install 'fastbn[peers]'")

@@ -185,7 +185,7 @@ def test_the_contract_holds_with_streaming_stores_too() -> None:
     """The same tests with every store past the cache; in a process of their own, since a wrong alignment ends it."""
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-n", "0", "-m", "", "-k", "cpu and out_", "-p", "no:cacheprovider", "test_contract.py"],
-        env=os.environ | {"FASTBN_STREAM_BYTES": "0"},
+        env=os.environ | {"FASTBN_STREAM_BYTES": "0", "PYTEST_ADDOPTS": ""},
         cwd=Path(__file__).parent,
         capture_output=True,
         text=True,

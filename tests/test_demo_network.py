@@ -154,6 +154,7 @@ def test_two_steps_by_hand(optimizer: str, want: float) -> None:
     assert steps_of(optimizer, [3.0, 3.0]) == pytest.approx(want, rel=1e-7)
 
 
+@pytest.mark.peers
 @pytest.mark.parametrize("optimizer", nets.OPTIMIZERS)
 def test_optimizers_agree_with_torch(optimizer: str) -> None:
     torch = pytest.importorskip("torch", reason="PyTorch is a peer to compare with, not a dependency")

@@ -52,6 +52,7 @@ def test_python_blocks_run_in_order_in_one_namespace(capsys: pytest.CaptureFixtu
     np.testing.assert_allclose(namespace["seen"].var(), whole.var((0, 2, 3)), rtol=1e-6)
 
 
+@pytest.mark.peers
 def test_blocks_with_dask_run(capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("dask.array", reason="the README's blocks with dask: pip install 'fastbn[dask]'")
     pytest.importorskip("distributed", reason="the README's blocks with dask: pip install 'fastbn[dask]'")
@@ -62,6 +63,7 @@ def test_blocks_with_dask_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert namespace["y"].shape == namespace["x"].shape
 
 
+@pytest.mark.peers
 def test_blocks_with_torch_run() -> None:
     torch = pytest.importorskip("torch", reason="the README's blocks with PyTorch: pip install 'fastbn[torch]'")
     namespace = _run("torch")

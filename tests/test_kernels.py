@@ -37,11 +37,12 @@ SETTINGS = {
     "fused": {"SERIAL_BYTES": 0, "SLAB_BYTES": 2**30, "PART_BYTES": 2048, "TASKS": 1, "BLOCK": 4},
     "stream": {"SERIAL_BYTES": 0, "STREAM_BYTES": 0, "TASKS": 1, "BLOCK": 8},
 }
-# Which shapes each setting walks in a way of its own: other flags in the schedules of the passes. What is not here walks as under "parts".
+# Which shapes each setting walks in a way of its own: other flags in the schedules of the passes. What is not here differs from "parts" in
+# how many blocks or channels go together at most.
 WALKS = {
     "default": tuple(SHAPES),
     "parts": tuple(SHAPES),
-    "along": ((2, 2, 150), (5, 1, 33), (1, 20, 64), (300, 9, 8), (131, 200), (600, 64)),
+    "along": ((2, 2, 150), (5, 1, 33), (1, 20, 64), (700, 2, 5), (300, 9, 8), (2300, 3), (131, 200), (600, 64)),
     "fused": ((2, 2, 150), (5, 1, 33)),
     "stream": tuple(SHAPES),
 }

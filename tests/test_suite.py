@@ -23,7 +23,7 @@ def work(name, seconds):
 
 @pytest.mark.parametrize("n", range(12))
 def test_beside(n):
-    work("beside", 0.05)
+    work("beside", 0.3)
 
 @pytest.mark.alone
 @pytest.mark.parametrize("n", range(4))
@@ -61,7 +61,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[tuple[str, 
         str(TESTS.parent / "pyproject.toml"),
     ]
     places = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"INTERVALS": str(place / "intervals"), "PYTHONPATH": places}
+    environment = os.environ | {"PYTEST_ADDOPTS": "", "INTERVALS": str(place / "intervals"), "PYTHONPATH": places}
     done = subprocess.run([*command, str(place)], env=environment, capture_output=True, text=True, check=False, cwd=place)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = [line.split() for line in (place / "intervals").read_text().splitlines()]

@@ -108,6 +108,8 @@ class Cache:
         for directory, cache in self._caches.items():
             try:
                 found = cache.load_overload(signature, context)
+                if found is not None and found.signature.args != tuple(signature):  # numba's index is of two processes that saved at once
+                    raise ValueError("another function's code")
             except Exception:  # a damaged file, whatever pickle says of it, or one that may not be read: it is compiled anew
                 self._damaged.add(directory)
                 continue
