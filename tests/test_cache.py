@@ -46,6 +46,18 @@ def test_a_damaged_file_is_compiled_anew(cache: Path, kind: str) -> None:
     assert tiny.compiled() == []
 
 
+def test_code_that_another_index_left_is_compiled_anew(cache: Path) -> None:
+    """Two processes that save forms of one kernel at once may leave an index that gives one's code for the other's dtype."""
+    assert tiny.compiled("float32")
+    assert tiny.compiled("float64")
+    one, other = cache.rglob("*.nbc")
+    one_code, other_code = one.read_bytes(), other.read_bytes()
+    one.write_bytes(other_code), other.write_bytes(one_code)
+    for dtype in ("float32", "float64"):
+        assert tiny.compiled(dtype)
+        assert tiny.compiled(dtype) == []
+
+
 def test_a_full_disk_is_no_error(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*arguments: Any) -> None:
         raise OSError(errno.ENOSPC, "no space left on device")
