@@ -8,33 +8,16 @@ Each rank writes what it did, and digests of what must be the same bits on all o
 
 import faulthandler
 import json
-import os
 import sys
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-
-@contextmanager
-def measured() -> Iterator[None]:
-    """Coverage of this process too, where the tests run under it: to be combined with theirs."""
-    if not os.environ.get("COVERAGE_RUN"):
-        yield
-        return
-    import coverage
-
-    root = Path(__file__).parents[1]
-    found = coverage.Coverage(root / ".coverage", data_suffix=True, config_file=root / "pyproject.toml")
-    with found.collect():
-        yield
-    found.save()
+import launch
+import rank_checks
+from across import Ranks
 
 
 def main(folder: str, *place: str) -> None:
-    import rank_checks
-    from across import Ranks
-
     checks = rank_checks.CHECKS
     if place:
         import torch_ranks
@@ -54,6 +37,5 @@ def main(folder: str, *place: str) -> None:
 
 
 if __name__ == "__main__":
-    faulthandler.dump_traceback_later(120, exit=True)
-    with measured():
-        main(*sys.argv[1:])
+    faulthandler.dump_traceback_later(launch.SECONDS / 2, exit=True)
+    main(*sys.argv[1:])

@@ -20,6 +20,8 @@ onnx = pytest.importorskip("onnx", reason="runs ONNX's own test cases: pip insta
 from onnx.backend.test import loader  # noqa: E402
 from onnx.backend.test.case import node as node_cases  # noqa: E402
 
+pytestmark = pytest.mark.peers
+
 NODE = {
     "test_batchnorm_example",
     "test_batchnorm_epsilon",

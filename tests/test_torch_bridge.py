@@ -1,6 +1,7 @@
 """fastbn.torch's modules beside torch.nn's: results, gradients, running statistics, strides."""
 
 import copy
+import itertools
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch_pairs import LAYOUTS, channels_last, draw, pair, step  # noqa: E402
 
 import fastbn.torch  # noqa: E402
 
-OFFSETS = (0.0, 1e2, 1e4, 1e6)
+pytestmark = pytest.mark.peers
 SHAPES = {
     "1d, rank 2": ("BatchNorm1d", (33, 5)),
     "1d, rank 3": ("BatchNorm1d", (6, 5, 9)),
@@ -20,11 +21,12 @@ SHAPES = {
     "2d, two threads": ("BatchNorm2d", (8, 5, 64, 60)),
     "3d": ("BatchNorm3d", (2, 5, 3, 4, 5)),
 }
+# Every shape in every layout; an offset in turn, so that each meets every layout.
+OFFSETS = itertools.cycle((0.0, 1e2, 1e4, 1e6))
+STEPS = [(*case, next(OFFSETS)) for case in itertools.product(("contiguous", "channels_last", "crop"), SHAPES)]
 
 
-@pytest.mark.parametrize("offset", OFFSETS)
-@pytest.mark.parametrize("name", SHAPES)
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "crop"])
+@pytest.mark.parametrize(("layout", "name", "offset"), STEPS)
 def test_training_then_evaluation(layout: str, name: str, offset: float) -> None:
     kind, shape = SHAPES[name]
     ours, theirs = pair(kind)
@@ -35,16 +37,26 @@ def test_training_then_evaluation(layout: str, name: str, offset: float) -> None
     assert ours.num_batches_tracked == 2
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("momentum", [0.1, 0.0, 1.0, None])
-@pytest.mark.parametrize("eps", [1e-5, 0.7])
-def test_momentum_eps_and_dtype(eps: float, momentum: float | None, dtype: Any) -> None:
+MOMENTA = (0.1, 0.0, 1.0, None)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "momentum", "eps"),
+    [
+        *itertools.product([torch.float32], MOMENTA, (1e-5, 0.7)),
+        (torch.float64, None, 0.7),
+        (torch.float16, 0.1, 1e-5),
+        (torch.bfloat16, 0.1, 1e-5),
+    ],
+    ids=str,
+)
+def test_momentum_eps_and_dtype(dtype: Any, momentum: float | None, eps: float) -> None:
     parameters = torch.float64 if dtype == torch.float64 else torch.float32
-    ours, theirs = pair("BatchNorm2d", parameters, momentum=momentum, eps=eps)
+    ours, theirs = pair("BatchNorm1d", parameters, momentum=momentum, eps=eps)
     for seed in range(3):
-        step(ours, theirs, *draw((4, 5, 3, 3), 3.0, seed, dtype))
+        step(ours, theirs, *draw((36, 5), 3.0, seed, dtype))
     before = ours.running_mean.clone()
-    step(ours.eval(), theirs.eval(), *draw((4, 5, 3, 3), 3.0, 3, dtype))
+    step(ours.eval(), theirs.eval(), *draw((36, 5), 3.0, 3, dtype))
     assert torch.equal(ours.running_mean, before)
     assert bool((before == 0).all()) == (momentum == 0.0)
 

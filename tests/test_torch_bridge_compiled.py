@@ -16,9 +16,11 @@ from fastbn import functional  # noqa: E402
 from fastbn.torch import operator, serves  # noqa: E402
 
 # Inductor imports and Dynamo uses what PyTorch deprecates.
-pytestmark = [pytest.mark.filterwarnings(f"ignore:.*{said}.*:DeprecationWarning") for said in ("torch.jit", "should not be instantiated")]
+DEPRECATED = ("ignore:.*torch.jit.*:DeprecationWarning", "ignore:.*should not be instantiated.*:DeprecationWarning")
+pytestmark = [pytest.mark.peers, *map(pytest.mark.filterwarnings, DEPRECATED)]
 
 KINDS = {"BatchNorm1d": (6, 5, 9), "BatchNorm2d": (4, 5, 6, 7), "BatchNorm3d": (2, 5, 3, 4, 5)}
+long = pytest.mark.compile  # one of each kind of test is left to the default run
 
 
 @pytest.fixture(autouse=True)
@@ -28,9 +30,18 @@ def _fresh() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("options", [{}, {"momentum": None}, {"affine": False}, {"bias": False}, {"track_running_stats": False}], ids=str)
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "layout", "options"),
+    [
+        ("BatchNorm2d", "channels_last", {}),
+        pytest.param("BatchNorm2d", "contiguous", {"momentum": None}, marks=long),
+        pytest.param("BatchNorm1d", "contiguous", {"affine": False}, marks=long),
+        pytest.param("BatchNorm1d", "channels_last", {"track_running_stats": False}, marks=long),
+        pytest.param("BatchNorm3d", "channels_last", {"bias": False}, marks=long),
+        pytest.param("BatchNorm3d", "contiguous", {}, marks=long),
+    ],
+    ids=str,
+)
 def test_compiled_without_a_graph_break(kind: str, layout: str, options: dict[str, Any]) -> None:
     ours, theirs = pair(kind, **options)
     compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
@@ -42,9 +53,13 @@ def test_compiled_without_a_graph_break(kind: str, layout: str, options: dict[st
             theirs.load_state_dict(ours.state_dict())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_inductor_holds_the_tolerances(layout: str, dtype: Any) -> None:
+@long
+@pytest.mark.parametrize(
+    ("dtype", "layout"),
+    [(torch.float32, "contiguous"), (torch.float64, "channels_last"), (torch.bfloat16, "channels_last")],
+    ids=str,
+)
+def test_inductor_holds_the_tolerances(dtype: Any, layout: str) -> None:
     ours, theirs = pair("BatchNorm2d", torch.float64 if dtype == torch.float64 else torch.float32)
     compiled = torch.compile(ours, fullgraph=True)
     for seed, offset in enumerate((0.0, 1e2 if dtype == torch.bfloat16 else 1e6)):
@@ -54,6 +69,7 @@ def test_inductor_holds_the_tolerances(layout: str, dtype: Any) -> None:
             theirs.load_state_dict(ours.state_dict())
 
 
+@long
 def test_between_neighbours_the_compiler_lays_channels_last(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a convolution gives reaches the kernel in the memory order that the compiler chose for it, and all of it gives eager's step."""
     torch.manual_seed(0)
@@ -72,6 +88,7 @@ def test_between_neighbours_the_compiler_lays_channels_last(monkeypatch: pytest.
         torch.testing.assert_close(got.grad, want.grad, rtol=1e-4, atol=1e-4 * float(want.grad.abs().max()))
 
 
+@long
 def test_one_compilation_serves_every_batch_size() -> None:
     ours = fastbn.torch.BatchNorm2d(5)
     compiled = torch.compile(copy.deepcopy(ours), backend="aot_eager", fullgraph=True, dynamic=True)
@@ -99,6 +116,7 @@ def test_compiled_calls_that_pytorch_refuses_or_serves_are_pytorchs() -> None:
     assert compiled[fastbn.torch](torch.empty(0, 5, 3, 3)).shape == (0, 5, 3, 3)
 
 
+@long
 def test_around_a_graph_break_eager_calls_are_not_followed() -> None:
     """A hook that prints, and a backward in the compiled function: Dynamo would trace NumPy's calls as PyTorch's."""
     module = fastbn.torch.BatchNorm2d(5)
@@ -135,8 +153,8 @@ def test_what_a_gpu_can_do_is_a_constant_of_the_compiled_code(monkeypatch: pytes
     assert torch.compile(call, backend="eager", fullgraph=True)(torch.ones(1)) == 0
 
 
-@pytest.mark.parametrize("strict", [True, False])
-@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("strict", [True, pytest.param(False, marks=long)])
+@pytest.mark.parametrize("training", [True, pytest.param(False, marks=long)])
 def test_exported(training: bool, strict: bool) -> None:
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 5, 3), fastbn.torch.BatchNorm2d(5), torch.nn.ReLU()).train(training)
     x, plain = torch.randn(4, 3, 8, 8), copy.deepcopy(model)
@@ -155,7 +173,7 @@ def test_exported(training: bool, strict: bool) -> None:
     assert int(plain[1].num_batches_tracked) == 2 * training
 
 
-@pytest.mark.parametrize("compile_it", [False, True])
+@pytest.mark.parametrize("compile_it", [False, pytest.param(True, marks=long)])
 def test_autocast(compile_it: bool) -> None:
     """A convolution gives bfloat16, parameters stay float32, and so do their gradients."""
     torch.manual_seed(0)
@@ -186,11 +204,10 @@ def _optional(values: Any, kind: str) -> Any:
     ("dtype", "layout", "gamma"),
     [
         (torch.float32, "contiguous", "trained"),
-        (torch.float32, "channels_last", "frozen"),
-        (torch.float64, "channels outermost", "trained"),
-        (torch.float64, "crop", "absent"),
-        (torch.bfloat16, "channels_last", "trained"),
-        (torch.bfloat16, "contiguous", "absent"),
+        pytest.param(torch.float32, "channels_last", "frozen", marks=long),
+        pytest.param(torch.float64, "channels outermost", "trained", marks=long),
+        pytest.param(torch.float64, "crop", "absent", marks=long),
+        pytest.param(torch.bfloat16, "channels_last", "trained", marks=long),
     ],
     ids=str,
 )

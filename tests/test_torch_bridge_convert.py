@@ -9,6 +9,8 @@ torch = pytest.importorskip("torch", reason="the bridge to PyTorch: pip install 
 
 import fastbn.torch  # noqa: E402
 
+pytestmark = pytest.mark.peers
+
 KINDS = ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d")
 
 

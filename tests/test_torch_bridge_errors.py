@@ -11,6 +11,8 @@ torch = pytest.importorskip("torch", reason="the bridge to PyTorch: pip install 
 import fastbn.torch  # noqa: E402
 from fastbn.torch import kernels, serves  # noqa: E402
 
+pytestmark = pytest.mark.peers
+
 
 def _outcome(call: Callable[[], Any]) -> Any:
     try:

@@ -19,18 +19,21 @@ from fastbn.torch import operator  # noqa: E402
 
 MODULES = [module for module in module_db if module.name in {"nn.BatchNorm1d", "nn.BatchNorm2d", "nn.BatchNorm3d"}]
 
+pytestmark = pytest.mark.peers
 
-def _samples() -> Iterator[Any]:
-    for info, dtype, training in itertools.product(MODULES, (torch.float32, torch.float64), (True, False)):
+
+def _samples(dtype: Any) -> Iterator[Any]:
+    for info, training in itertools.product(MODULES, (True, False)):
         torch.manual_seed(0)
         for number, sample in enumerate(info.module_inputs_func(info, "cpu", dtype, True, training)):
-            for layout in ("contiguous", "channels_last"):
-                label = f"{info.name}-{number}-{sample.desc}-{str(dtype)[6:]}-{'train' if training else 'eval'}-{layout}"
+            rank = sample.forward_input.args[0].ndim
+            for layout in ("contiguous", "channels_last")[: rank - 1]:  # of rank 2 there is one
+                label = f"{info.name}-{number}-{sample.desc}-{'train' if training else 'eval'}-{layout}"
                 yield pytest.param(info, sample, dtype, training, layout, id=label)
 
 
-SAMPLES = list(_samples())
-every_sample = pytest.mark.parametrize(("info", "sample", "dtype", "training", "layout"), SAMPLES)
+SAMPLES, WIDE = (list(_samples(dtype)) for dtype in (torch.float32, torch.float64))
+fields = ("info", "sample", "dtype", "training", "layout")
 
 
 def _pair(info: Any, sample: Any, dtype: Any, training: bool) -> tuple[Any, Any]:
@@ -47,7 +50,7 @@ def _pair(info: Any, sample: Any, dtype: Any, training: bool) -> tuple[Any, Any]
     return ours, theirs
 
 
-@every_sample
+@pytest.mark.parametrize(fields, SAMPLES)
 def test_forward_backward_and_state(info: Any, sample: Any, dtype: Any, training: bool, layout: str) -> None:
     ours, theirs = _pair(info, sample, dtype, training)
     (given,) = sample.forward_input.args
@@ -67,7 +70,8 @@ def test_forward_backward_and_state(info: Any, sample: Any, dtype: Any, training
     assert all(torch.equal(value, state[key]) for key, value in fresh.state_dict().items())
 
 
-@pytest.mark.parametrize(("info", "sample", "dtype", "training", "layout"), [p for p in SAMPLES if p.values[2] == torch.float64])
+@pytest.mark.compile
+@pytest.mark.parametrize(fields, WIDE)
 def test_derivatives(info: Any, sample: Any, dtype: Any, training: bool, layout: str) -> None:
     ours, _ = _pair(info, sample, dtype, training)
     (given,) = sample.forward_input.args
@@ -80,16 +84,16 @@ def test_derivatives(info: Any, sample: Any, dtype: Any, training: bool, layout:
         return torch.func.functional_call(ours, {**fresh, **dict(zip(names, parameters, strict=True))}, (x,))
 
     arguments = (x, *(p.detach().clone().requires_grad_() for p in ours.parameters()))
-    fast = layout != "contiguous"  # one random projection of the Jacobian
+    fast = x.numel() > 100  # one random projection of the Jacobian
     assert torch.autograd.gradcheck(call, arguments, fast_mode=fast)
     assert torch.autograd.gradgradcheck(call, arguments, fast_mode=fast)
 
 
 def test_samples_were_collected() -> None:
     assert {module.name for module in MODULES} == {"nn.BatchNorm1d", "nn.BatchNorm2d", "nn.BatchNorm3d"}
-    found = Counter((p.values[0].name, *p.values[2:]) for p in SAMPLES)
+    found = Counter((p.values[0].name, *p.values[2:]) for p in [*SAMPLES, *WIDE])
     assert len(found) == len(MODULES) * 2 * 2 * 2
-    assert min(found.values()) >= 4
+    assert min(found.values()) >= 3
 
 
 def _leaves(case: tuple[bool | None, ...]) -> list[Any]:
@@ -103,7 +107,7 @@ CASES = [case for case in itertools.product((True, False), (True, False, None), 
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [pytest.param(c, marks=() if all(c) else pytest.mark.compile) for c in CASES], ids=str)
 @pytest.mark.parametrize("way", ["module", "operator"])
 def test_any_combination_of_what_is_trained(way: str, case: tuple[bool | None, ...], training: bool) -> None:
     x, gamma, beta = _leaves(case)
@@ -141,12 +145,15 @@ def test_third_derivatives(training: bool) -> None:
     assert torch.autograd.gradgradcheck(slope, (x, gamma))
 
 
-@pytest.mark.parametrize("offset", [0.0, 1e2, 1e4, 1e6])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "offset"),
+    [*itertools.product([torch.float32], (0.0, 1e2, 1e4, 1e6)), (torch.bfloat16, 0.0)],
+    ids=str,
+)
 @pytest.mark.parametrize("training", [True, False])
 def test_second_derivatives_keep_their_digits(training: bool, dtype: Any, offset: float) -> None:
     """Against float64 on the same data; x of float32 alone would lose them far from zero."""
-    x, dy = draw((16, 3, 5), offset if dtype == torch.float32 else 0.0, 0, dtype)
+    x, dy = draw((16, 3, 5), offset, 0, dtype)
     found = []
     for kind, module in ((dtype, fastbn.torch.BatchNorm1d(3)), (torch.float64, torch.nn.BatchNorm1d(3, dtype=torch.float64))):
         module.train(training)

@@ -21,6 +21,8 @@ from torch_pairs import CHANNELS, LAYOUTS, draw  # noqa: E402
 import fastbn.torch  # noqa: E402
 from fastbn.torch import functions, kernels  # noqa: E402
 
+pytestmark = pytest.mark.peers
+
 
 def test_kernels_see_the_memory_of_the_tensors_and_pytorch_that_of_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
@@ -43,11 +45,11 @@ def test_kernels_see_the_memory_of_the_tensors_and_pytorch_that_of_the_results(m
     def address(array: Any) -> int:
         return int(array.__array_interface__["data"][0])
 
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype, shape in ((torch.float32, (4, 5, 6, 7)), (torch.bfloat16, (36, 5, 1, 1))):
         for layout in ("contiguous", "channels_last"):
             for training in (True, False):
                 module = fastbn.torch.BatchNorm2d(CHANNELS).train(training)
-                x, dy = (LAYOUTS[layout](t) for t in draw((4, 5, 6, 7), 0.0, 0, dtype))
+                x, dy = (LAYOUTS[layout](t) for t in draw(shape, 0.0, 0, dtype))
                 x.requires_grad_()
                 y = module(x)
                 (inputs, result) = seen.pop()
@@ -170,6 +172,7 @@ def workers_of_a_dataloader() -> None:
     module.train()(x).sum().backward()
 
 
+@pytest.mark.process
 def test_workers_of_a_dataloader_that_are_forked_after_use() -> None:
     """In a process of its own: other libraries of this one, such as JAX, warn of any fork."""
     here = Path(__file__).parent

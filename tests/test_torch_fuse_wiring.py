@@ -11,6 +11,8 @@ from torch import nn
 
 from fastbn.torch import fuse
 
+pytestmark = pytest.mark.peers
+
 
 class Wired(nn.Module):
     """A convolution and a batch norm, used in one of several ways."""

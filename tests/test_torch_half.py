@@ -8,12 +8,14 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from shapes import COMPACT, Case, draw, every_half_and_backend
+from shapes import COMPACT, HALF, Case, draw, every_half_and_backend
 from tolerances import TOLERANCE, check, rounding, scales
 
 import fastbn
 
 torch = pytest.importorskip("torch", reason="compares with PyTorch: pip install 'fastbn[peers]'")
+
+pytestmark = pytest.mark.peers
 
 CASES = (
     Case((33, 5), 1, "rank 2"),
@@ -46,11 +48,22 @@ def _near(quantity: str, ours: np.ndarray, theirs: np.ndarray, scale: np.ndarray
 
 
 @pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("dtype", HALF)
+def test_one_shape_beside_torch(dtype: str, training: bool) -> None:
+    _beside_torch(CASES[:1], dtype, "C", 3.0, training, "cpu")
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("offset", [0.0, 3.0, 30.0])
 @pytest.mark.parametrize("layout", ["C", "channels_last"])
 @every_half_and_backend
 def test_beside_torch(dtype: str, layout: str, offset: float, training: bool, backend: str) -> None:
-    for case in CASES:
+    _beside_torch(CASES, dtype, layout, offset, training, backend)
+
+
+def _beside_torch(cases: Any, dtype: str, layout: str, offset: float, training: bool, backend: str) -> None:
+    for case in cases:
         x, dy, gamma, beta = draw(case, dtype, offset=offset)
         x, dy = COMPACT[layout](x, 1), COMPACT[layout](dy, 1)
         bn = fastbn.BatchNorm(case.shape[1], EPS, backend=backend).train(training)

@@ -16,13 +16,20 @@ import fastbn.torch  # noqa: E402
 from fastbn import config  # noqa: E402
 from fastbn.torch import BatchNorm2d, kernels, memory  # noqa: E402
 
+pytestmark = pytest.mark.peers
+
 MB = 2**20
 keeps = pytest.mark.skipif(not hasattr(mmap, "MADV_FREE"), reason="memory is kept where the system can take it back")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def no_garbage() -> None:
+    """What other modules' tests left could come back in the midst of these. Once: beside all of PyTorch it takes 0.5 s."""
+    gc.collect()
+
+
 @pytest.fixture(autouse=True)
 def nothing_kept() -> Any:
-    gc.collect()
     fastbn.torch.empty_cache()
     yield
     fastbn.torch.empty_cache()
@@ -165,6 +172,7 @@ def test_threads_never_get_the_same_memory() -> None:
 
 @keeps
 @forks
+@pytest.mark.process
 def test_a_child_has_memory_of_its_own(run: Run) -> None:
     """The parent keeps none beyond a fork; results on either side stay what they are, and the process ends in silence, with one alive."""
     code = """

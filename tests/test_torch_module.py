@@ -12,6 +12,8 @@ import fastbn
 
 torch = pytest.importorskip("torch", reason="compares with PyTorch: pip install 'fastbn[peers]'")
 
+pytestmark = pytest.mark.peers
+
 SHAPES = {  # the module, and one shape of each rank it takes
     "1d, rank 2": (torch.nn.BatchNorm1d, (33, 5)),
     "1d, rank 3": (torch.nn.BatchNorm1d, (6, 5, 9)),
@@ -21,6 +23,8 @@ SHAPES = {  # the module, and one shape of each rank it takes
 }
 CHANNELS = 5
 OFFSETS = (0.0, 1e2, 1e4, 1e6)
+LAYOUTS = ("C", "channels_last")
+STEPS = [(name, at, LAYOUTS[(i + k) % 2]) for i, name in enumerate(SHAPES) for k, at in enumerate(OFFSETS)]
 
 
 def _draw(shape: tuple[int, ...], offset: float, seed: int, dtype: Any = np.float32) -> tuple[np.ndarray, np.ndarray]:
@@ -67,10 +71,8 @@ def _step(ours: fastbn.BatchNorm, theirs: Any, x: np.ndarray, dy: np.ndarray) ->
         assert ours.num_batches_tracked == int(theirs.num_batches_tracked)
 
 
-@pytest.mark.parametrize("offset", OFFSETS)
-@pytest.mark.parametrize("name", SHAPES)
-@pytest.mark.parametrize("layout", ["C", "channels_last"])
-def test_training_then_evaluation(layout: str, name: str, offset: float) -> None:
+@pytest.mark.parametrize(("name", "offset", "layout"), STEPS)
+def test_training_then_evaluation(name: str, offset: float, layout: str) -> None:
     module, shape = SHAPES[name]
     ours, theirs = _pair(module)
     steps = [[COMPACT[layout](array, 1) for array in _draw(shape, offset, seed)] for seed in range(4)]

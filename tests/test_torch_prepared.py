@@ -18,7 +18,10 @@ from torch_pairs import CHANNELS, LAYOUTS, draw  # noqa: E402
 from fastbn import config  # noqa: E402
 from fastbn.torch import BatchNorm1d, BatchNorm2d, kernels, prepared  # noqa: E402
 
+pytestmark = pytest.mark.peers
+
 SHAPE = (4, CHANNELS, 6, 7)
+HALF = [pytest.param(dtype, marks=pytest.mark.full) for dtype in (torch.float16, torch.bfloat16)]
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +49,7 @@ def fresh(module: Any, x: Any) -> Any:
 
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALF])
 def test_the_second_call_is_prepared_and_has_the_same_bits(dtype: Any, layout: str, affine: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     module, x = called(dtype=dtype, affine=affine)
     x = LAYOUTS[layout](x)

@@ -16,6 +16,8 @@ pytest.importorskip("expecttest", reason="torch.testing._internal needs expectte
 from torch.testing._internal.common_methods_invocations import op_db  # noqa: E402
 from torch.testing._internal.common_modules import ModuleErrorEnum, module_db  # noqa: E402
 
+pytestmark = pytest.mark.peers
+
 DTYPES = (torch.float32, torch.float64)
 MEMORY = ("contiguous", "channels_last")
 
@@ -41,42 +43,20 @@ def _native(x: Any, w: Any, b: Any, rm: Any, rv: Any, training: bool, momentum: 
     return Arguments(x, rm, rv, w, b, training, momentum, eps)
 
 
-def _legit(x: Any, w: Any, b: Any, *rest: Any) -> Arguments:
-    return _native(x, w, b, *(rest if len(rest) == 5 else (None, None, *rest)))
-
-
-def _with_update(x: Any, w: Any, b: Any, rm: Any, rv: Any, momentum: float, eps: float) -> Arguments:
-    return Arguments(x, rm, rv, w, b, True, momentum, eps)
-
-
-class Signature(NamedTuple):
+class Operator(NamedTuple):
     parse: Callable[..., Arguments]
-    arrange: Callable[[Arguments], tuple[Any, ...]]  # the inverse: the operator's arguments
-    modes: tuple[bool, ...]
+    arrange: Callable[[Arguments], tuple[Any, ...]]  # the inverse
 
 
-def _legit_order(a: Arguments) -> tuple[Any, ...]:
-    statistics = () if a.running_mean is None else (a.running_mean, a.running_var)
-    return (a.x, a.weight, a.bias, *statistics, a.training, a.momentum, a.eps)
-
-
-SIGNATURES = {
-    "nn.functional.batch_norm": Signature(_functional, lambda a: tuple(a), (True, False)),
-    "native_batch_norm": Signature(
-        _native, lambda a: (a.x, a.weight, a.bias, a.running_mean, a.running_var, a.training, a.momentum, a.eps), (True, False)
-    ),
-    "_native_batch_norm_legit": Signature(_legit, _legit_order, (True, False)),
-    "_batch_norm_with_update": Signature(
-        _with_update, lambda a: (a.x, a.weight, a.bias, a.running_mean, a.running_var, a.momentum, a.eps), (True,)
-    ),
+# PyTorch has the same samples for every name of the operator; the native one gives mean and rstd too, the rest nothing.
+OPERATORS = {
+    "nn.functional.batch_norm": Operator(_functional, tuple),
+    "native_batch_norm": Operator(_native, lambda a: (a.x, *a[3:5], *a[1:3], *a[5:])),
 }
+SAME = {"_native_batch_norm_legit", "_batch_norm_with_update"}
 
-OPERATORS = [op for op in op_db if "batch_norm" in op.name]
+KNOWN = {op.name: op for op in op_db if op.name in OPERATORS and not op.variant_test_name}
 MODULES = [module for module in module_db if module.name in {"nn.BatchNorm1d", "nn.BatchNorm2d", "nn.BatchNorm3d"}]
-
-
-def _name(op: Any) -> str:
-    return f"{op.name}{'.' if op.variant_test_name else ''}{op.variant_test_name}"
 
 
 class Sample(NamedTuple):
@@ -93,19 +73,17 @@ def _formats(rank: int) -> tuple[str, ...]:
 
 def _samples() -> Iterator[Any]:
     """Each sample in each memory format, as it stands and in the other mode where it has running statistics for it."""
-    for op in OPERATORS:
+    for name, op in KNOWN.items():
+        marks = () if name == "nn.functional.batch_norm" else pytest.mark.full
         for dtype in DTYPES:
             torch.manual_seed(0)
             for number, sample in enumerate(op.sample_inputs("cpu", dtype, requires_grad=True)):
-                given = SIGNATURES[op.name].parse(sample.input, *sample.args, **sample.kwargs)
-                modes = [given.training]
-                if (not given.training) in SIGNATURES[op.name].modes and given.running_mean is not None:
-                    modes.append(not given.training)
-                for training in modes:
+                given = OPERATORS[name].parse(sample.input, *sample.args, **sample.kwargs)
+                for training in (True, False) if given.running_mean is not None else (given.training,):
                     for memory in _formats(given.x.ndim):
-                        label = f"{_name(op)}-{number}-{str(dtype)[6:]}-{'train' if training else 'eval'}-{memory}"
+                        label = f"{name}-{number}-{str(dtype)[6:]}-{'train' if training else 'eval'}-{memory}"
                         case = Sample(op, given._replace(training=training), dtype, memory, given.x.ndim < 2)
-                        yield pytest.param(case, id=label)
+                        yield pytest.param(case, id=label, marks=marks)
 
 
 SAMPLES = list(_samples())
@@ -168,7 +146,7 @@ def test_operator_sample(sample: Sample) -> None:
         return
 
     theirs, ours = _copied(a, sample.memory), _copied(a, sample.memory)
-    results = sample.op.op(*SIGNATURES[sample.op.name].arrange(theirs))
+    results = sample.op.op(*OPERATORS[sample.op.name].arrange(theirs))
     y = results if isinstance(results, torch.Tensor) else results[0]
     dy = torch.randn(y.shape, dtype=sample.dtype, generator=torch.Generator().manual_seed(1))
     y.backward(dy)
@@ -188,7 +166,7 @@ def test_operator_sample(sample: Sample) -> None:
     grads = [_array(None if leaf is None else leaf.grad) for leaf in (theirs.x, theirs.weight, theirs.bias)]
     _compare(dtype, (got, dx, layer.dgamma, layer.dbeta), (_array(y), *grads), natural, slack)
 
-    if a.training and not isinstance(results, torch.Tensor):  # the native operators give the batch's mean and rstd too
+    if a.training and not isinstance(results, torch.Tensor):  # the native operator gives the batch's mean and rstd too
         check("mean", dtype, m.mean, _array(results[1]), natural.mean, slack)
         check("y", dtype, m.rstd(a.eps), _array(results[2]), m.rstd(a.eps), slack)
     if a.running_mean is not None:
@@ -204,15 +182,18 @@ def test_operator_sample(sample: Sample) -> None:
 
 def test_operator_samples_were_collected() -> None:
     """Every operator that the wheel has is known here, and each gave samples in every dtype, mode and memory format."""
-    assert {"nn.functional.batch_norm", "native_batch_norm"} <= {op.name for op in OPERATORS} <= set(SIGNATURES)
-    found = Counter((_name(c.op), c.dtype, c.arguments.training, c.memory) for (c,) in (p.values for p in SAMPLES) if not c.refused)
-    for op in OPERATORS:
+    assert {op.name for op in op_db if "batch_norm" in op.name} <= OPERATORS.keys() | SAME
+    assert KNOWN.keys() == OPERATORS.keys()
+    cases = [p.values[0] for p in SAMPLES]
+    found = Counter((c.op.name, c.dtype, c.arguments.training, c.memory) for c in cases if not c.refused)
+    for name, op in KNOWN.items():
         for dtype in DTYPES:
             whole = [s for s in op.sample_inputs("cpu", dtype, requires_grad=True) if s.input.ndim > 1]
-            for training in SIGNATURES[op.name].modes:
-                assert 0 < found[_name(op), dtype, training, "channels_last"] < found[_name(op), dtype, training, "contiguous"]
-                assert found[_name(op), dtype, training, "contiguous"] >= len(whole) - 1  # one has no statistics to evaluate with
-    assert sum(found.values()) + sum(p.values[0].refused for p in SAMPLES) == len(SAMPLES)
+            for training in (True, False):
+                last, contiguous = (found[name, dtype, training, memory] for memory in MEMORY[::-1])
+                assert 0 < last < contiguous
+                assert contiguous >= len(whole) - 1  # one has no statistics to evaluate with
+    assert sum(found.values()) + sum(c.refused for c in cases) == len(cases)
 
 
 def _module_samples() -> Iterator[Any]:
@@ -314,4 +295,4 @@ def test_module_error_sample(module: Any, error: Any, dtype: Any) -> None:
 def test_error_samples_were_collected() -> None:
     """The modules carry error samples; the operators have none, and this fails when a wheel brings some."""
     assert {p.values[0].name for p in MODULE_ERRORS} == {module.name for module in MODULES}
-    assert [_name(op) for op in OPERATORS if op.error_inputs_func is not None] == []
+    assert [op.name for op in KNOWN.values() if op.error_inputs_func is not None] == []

@@ -13,6 +13,8 @@ from torch import nn  # noqa: E402 # behind the question whether it is there
 
 from fastbn.torch import SyncBatchNorm, convert_sync_batchnorm, explain  # noqa: E402
 
+pytestmark = pytest.mark.peers
+
 MODULES = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 
 
