@@ -161,6 +161,13 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.write_line(f'{sum(counts.values())} tests left out ({kinds}): `pytest -m KIND` runs one kind, `pytest -m ""` all')
 
 
+@pytest.fixture(autouse=True)
+def same_numbers() -> None:
+    """PyTorch's generator begins each test alike, in whatever order: a failure repeats."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
+
+
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
     """The name of each backend that serves host arrays."""
