@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import llvmlite.binding
 import numba
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from fastbn.kernels import _cache
 
@@ -58,8 +58,17 @@ collect_ignore = [] if os.environ.get("NUMBA_ENABLE_CUDASIM") == "1" else ["simu
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# A first call compiles for seconds, so there is no deadline; the same examples in every run, so that a failure repeats.
-settings.register_profile("fastbn", deadline=None, derandomize=True, max_examples=40, database=None, print_blob=True)
+# A first call compiles for seconds, so there is no deadline, and a busy machine draws slowly; the same examples in every run, so that a
+# failure repeats.
+settings.register_profile(
+    "fastbn",
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+    derandomize=True,
+    max_examples=40,
+    database=None,
+    print_blob=True,
+)
 settings.load_profile("fastbn")
 
 
