@@ -1,11 +1,14 @@
 """float16 and bfloat16: the bits are those of the float32 result rounded to nearest even, the statistics are float32's own."""
 
+import platform
+from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import published
 import pytest
+from processes import compiled, run
 from shapes import COMPACT, HALF, Case, draw, every_half_and_backend
 from tolerances import check, rounding, scales
 
@@ -205,3 +208,53 @@ def test_running_moments_of_half_chunks_are_those_of_the_whole(dtype: str, backe
     assert r.count == whole.count
     check("mean", dtype, r.mean, whole.mean, np.maximum(np.abs(whole.mean), np.sqrt(whole.var)))
     check("var", dtype, r.var(), whole.var, whole.var)
+
+
+ALL_BITS = """
+    import numpy as np, fastbn
+    x = np.arange(65536, dtype=np.uint16).view(np.float16)
+    wrong = 0
+    for shape in ((64, 1024), (1, 4, 16384)):  # on columns, on rows
+        z, one = x.reshape(shape), np.ones(shape[1])
+        for gamma in (1.0, 0.5, 3.0, 1e-3, 1e4, -2.0, 1 / 3, 6e-8):
+            y = fastbn.batch_norm_inference(z, 0 * one, one, np.full(shape[1], gamma, "f4"), eps=0.0)
+            with np.errstate(all="ignore"):
+                want = (z.astype("f4") * np.float32(gamma) + np.float32(0)).astype("f2")
+            number = ~np.isnan(want)
+            wrong += int((y.view("u2")[number] != want.view("u2")[number]).sum() + (~np.isnan(y[~number])).sum())
+    print(wrong)
+    rng = np.random.default_rng(0)
+    x, dy = rng.standard_normal((2, 6, 10, 7, 7)).astype("f2")
+    y, m = fastbn.batch_norm(x)
+    found = [y, m.mean, m.m2, *fastbn.batch_norm_backward(dy, x, m)]
+    y, m = fastbn.batch_norm(x.astype("f4"))
+    wanted = [y.astype("f2"), m.mean, m.m2, *fastbn.batch_norm_backward(dy.astype("f4"), x.astype("f4"), m)]
+    wanted[3] = wanted[3].astype("f2")
+    print([bool((a == b).all()) for a, b in zip(found, wanted)])
+    """
+
+
+@compiled
+@pytest.mark.process
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the names are of x86 processors")
+@pytest.mark.parametrize("cpu", ["generic", "nehalem"])
+def test_every_half_on_processors_without_a_conversion(cpu: str, tmp_path: Path) -> None:
+    """65,536 patterns, 8 factors: the bits of NumPy's conversion. LLVM's own would abort the process."""
+    environment = {"NUMBA_CPU_NAME": cpu, "NUMBA_CPU_FEATURES": "", "NUMBA_NUM_THREADS": "1", "NUMBA_CACHE_DIR": str(tmp_path / "kernels")}
+    out, _ = run(tmp_path / "script.py", ALL_BITS, environment)
+    assert out == f"0\n{[True] * 6}\n"
+
+
+@compiled
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the names are of x86 processors")
+def test_which_processors_convert() -> None:
+    from numba.core.registry import cpu_target
+
+    from fastbn.kernels import _half
+
+    assert cpu_target.target_context.codegen().magic_tuple()  # LLVM's targets are registered with numba's
+    names = {"generic": False, "nehalem": False, "sandybridge": False, "ivybridge": True, "haswell": True, "znver4": True}
+    triple = "x86_64-unknown-linux-gnu"
+    assert {name: _half.converts(triple, name, "") for name in names} == names
+    assert _half.converts(triple, "generic", "+f16c")
+    assert not _half.converts(triple, "haswell", "-f16c")

@@ -16,6 +16,8 @@ from numba.core.imputils import lower_builtin
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 from numba.np.arrayobj import make_array
 
+from fastbn.kernels._half import converts, from_half, to_half
+
 VECTOR_BYTES = 64  # of arithmetic: 16 float32 or 8 float64
 I16, I32, I64 = (ir.IntType(bits) for bits in (16, 32, 64))
 FLOAT, DOUBLE = ir.FloatType(), ir.DoubleType()
@@ -115,10 +117,12 @@ def convert(builder: Any, vector: Any, element: Any) -> Any:
     return change(vector, ir.VectorType(element, vector.type.count))
 
 
-def widen(builder: Any, vector: Any, dtype: Any) -> Any:
+def widen(context: Any, builder: Any, vector: Any, dtype: Any) -> Any:
     """Elements as loaded from an array of `dtype` -> what they are computed in."""
     lanes = vector.type.count
     if dtype == types.uint16:
+        if not converts(*context.codegen().magic_tuple()):
+            return from_half(builder, vector)
         return builder.fpext(builder.bitcast(vector, ir.VectorType(ir.HalfType(), lanes)), ir.VectorType(FLOAT, lanes))
     if dtype == types.int16:
         wide = ir.VectorType(I32, lanes)
@@ -127,13 +131,15 @@ def widen(builder: Any, vector: Any, dtype: Any) -> Any:
     return vector
 
 
-def narrow(builder: Any, vector: Any, dtype: Any) -> Any:
+def narrow(context: Any, builder: Any, vector: Any, dtype: Any) -> Any:
     """The inverse, rounding to nearest even.
 
     bfloat16 by integer arithmetic: the machine's own instruction takes subnormal numbers for zero.
     """
     lanes = vector.type.count
     if dtype == types.uint16:
+        if not converts(*context.codegen().magic_tuple()):
+            return to_half(builder, vector)
         return builder.bitcast(builder.fptrunc(vector, ir.VectorType(ir.HalfType(), lanes)), ir.VectorType(I16, lanes))
     if dtype == types.int16:
         wide = ir.VectorType(I32, lanes)
@@ -155,7 +161,8 @@ WIDE = Vector(types.float64)
 
 def load_elements(context: Any, builder: Any, sig: Any, args: Any, lanes: int) -> Any:
     """So many elements from x[index], as they are computed."""
-    return widen(builder, _load(builder, pointer(context, builder, sig, args), stored(sig.args[0].dtype, lanes)), sig.args[0].dtype)
+    dtype = sig.args[0].dtype
+    return widen(context, builder, _load(builder, pointer(context, builder, sig, args), stored(dtype, lanes)), dtype)
 
 
 def load_halves(context: Any, builder: Any, sig: Any, args: Any, lanes: int) -> Any:
@@ -190,12 +197,12 @@ def load_first(context: Any, builder: Any, sig: Any, args: Any, lanes: int) -> A
     kind, some = stored(sig.args[0].dtype, lanes), mask(builder, args[2], lanes)
     place = builder.bitcast(pointer(context, builder, sig, args), kind.as_pointer())
     arguments = [place, ir.Constant(I32, 1), some, ir.Constant(kind, None)]
-    return widen(builder, call(builder, kind, f"llvm.masked.load.{suffix(kind)}.p0", arguments), sig.args[0].dtype), some
+    return widen(context, builder, call(builder, kind, f"llvm.masked.load.{suffix(kind)}.p0", arguments), sig.args[0].dtype), some
 
 
 def store_elements(context: Any, builder: Any, sig: Any, args: Any, value: Any, align: int) -> Any:
     """Store `value` to x[index] onwards; the instruction."""
-    kept = narrow(builder, value, sig.args[0].dtype)
+    kept = narrow(context, builder, value, sig.args[0].dtype)
     instruction = builder.store(kept, builder.bitcast(pointer(context, builder, sig, args), kept.type.as_pointer()))
     instruction.align = align
     return instruction
@@ -203,7 +210,7 @@ def store_elements(context: Any, builder: Any, sig: Any, args: Any, value: Any, 
 
 def store_first(context: Any, builder: Any, sig: Any, args: Any, value: Any) -> None:
     """Store the first args[2] lanes of `value` to x[index] onwards."""
-    kept = narrow(builder, value, sig.args[0].dtype)
+    kept = narrow(context, builder, value, sig.args[0].dtype)
     place = builder.bitcast(pointer(context, builder, sig, args), kept.type.as_pointer())
     arguments = [kept, place, ir.Constant(I32, 1), mask(builder, args[2], kept.type.count)]
     call(builder, ir.VoidType(), f"llvm.masked.store.{suffix(kept.type)}.p0", arguments)
