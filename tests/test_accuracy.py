@@ -169,6 +169,80 @@ def test_exact_data_to_the_last_bit(shape: tuple[int, ...], layout: str, dtype: 
         np.testing.assert_array_equal(m.var(), var)
 
 
+def _sums_exactly(shape: tuple[int, ...], seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(x, mean, std) in float32: pairs m * (1 +- k / 2^b) in any order, and m where there is an odd one; x sums exactly in any order."""
+    rng, channels = np.random.default_rng(seed), shape[1]
+    count = int(np.prod(shape)) // channels
+    bits = min(20, max(1, 22 - int(np.ceil(np.log2(count)))))
+    mean = rng.choice([-3.0, -1.0, 0.5, 1.0, 2.0, 5.0], channels)
+    k = rng.integers(0, 2**bits, (channels, count // 2)) / 2**bits
+    values = rng.permuted(np.concatenate([1 + k, 1 - k, np.ones((channels, count % 2))], 1), axis=1) * mean[:, None]
+    x = np.moveaxis(values.reshape(channels, shape[0], *shape[2:]), 0, 1)
+    assert (x == x.astype(np.float32)).all()
+    return np.ascontiguousarray(x, np.float32), mean, values.std(1)
+
+
+ROWS = tuple((n, 9, s) for n in (2, 7) for s in range(1, 131))
+LARGER = ((2, 80, 73, 73), (17, 27, 7), (16, 96, 35, 35), (2, 16, 147, 147), (10007, 33), (300, 40, 3, 3), (1, 5, 301, 307))
+
+
+@pytest.mark.parametrize("layout", COMPACT)
+@pytest.mark.parametrize("shapes", [ROWS, *((shape,) for shape in LARGER)], ids=lambda shapes: "rows" if shapes is ROWS else str(shapes[0]))
+def test_the_mean_is_exact_where_the_data_sum_exactly(shapes: tuple[tuple[int, ...], ...], layout: str) -> None:
+    """Rows of every length, blocks of odd sizes: within the last bits of float64."""
+    for seed, shape in enumerate(shapes):
+        values, mean, std = _sums_exactly(shape, seed)
+        x = COMPACT[layout](values, 1)
+        for m in (fastbn.moments(x), fastbn.batch_norm(x)[1]):
+            error = np.abs(m.mean - mean) / np.maximum(np.abs(mean), std)
+            assert error.max() < 1e-15, shape
+
+
+@pytest.mark.parametrize("layout", ["C", "channels_last"])
+@pytest.mark.parametrize("gamma", [1.0, 1e3, 1e6])
+def test_one_limit_for_every_gamma(gamma: float, layout: str) -> None:
+    """|y - want| <= 1e-6 max(1, |gamma|) max(1, |xhat|); where the data sum exactly, near the mean too: 1e-6 max(1, |gamma xhat|)."""
+    for shape in ((2, 8, 73, 73), (17, 27, 7), (16, 9, 35, 35)):
+        for exact in (True, False):
+            values = _sums_exactly(shape, 0)[0] if exact else np.random.default_rng(0).normal(1e3, 1.0, shape).astype(np.float32)
+            x, stats = COMPACT[layout](values, 1), published.statistics(values, 1)
+            y = fastbn.batch_norm(x, np.full(shape[1], gamma, np.float32), eps=EPS)[0]
+            hat = published.xhat(values, stats.mean, stats.var, 1, EPS)
+            unit = np.maximum(1.0, np.abs(gamma * hat)) if exact else gamma * np.maximum(1.0, np.abs(hat))
+            assert (np.abs(y - gamma * hat) / unit).max() < 1e-6, shape
+
+
+BULKS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "zeros": lambda z: 0 * z,
+    "all alike": lambda z: 0 * z + 1 / 3,
+    "a few values": lambda z: np.round(2 * z) / 2,
+    "normal": lambda z: z + 10,
+}
+
+
+@pytest.mark.parametrize("bulk", BULKS)
+@pytest.mark.parametrize(("shape", "size"), [((256, 70), 1e5), ((130, 33), 1e2), ((64, 5, 3, 3), 10.0), ((24, 3, 20, 20), 1e5)], ids=str)
+@pytest.mark.parametrize("along", [False, True])
+def test_an_outlier_in_every_row(shape: tuple[int, ...], size: float, bulk: str, along: bool, replan: Callable[..., None]) -> None:
+    """Wherever the values that a shift is made of are taken: one row far from the others, which round alike."""
+    if along:
+        replan(SERIAL_BYTES=0, BLOCK_BYTES=0, ALONG_BYTES=0, LINEAR=0)
+    rng, channels = np.random.default_rng(0), shape[1]
+    usual = BULKS[bulk](rng.standard_normal(shape)).astype(np.float32)
+    for row in range(shape[0]):
+        values = usual.copy()
+        values[row] = rng.uniform(size, 2 * size, shape[1:])
+        stats = published.statistics(values, 1)
+        for layout in ("C", "channels_last"):
+            x = COMPACT[layout](values, 1)
+            y, m = fastbn.batch_norm(x, eps=EPS)
+            for found in (m, fastbn.moments(x)):
+                assert (np.abs(found.var() / stats.var - 1) < 1e-6).all(), (row, layout)
+                assert found.mean.shape == (channels,)
+            hat = published.xhat(values, stats.mean, stats.var, 1, EPS)
+            assert (np.abs(y - hat) <= 1e-6 * np.maximum(1.0, np.abs(hat))).all(), (row, layout)
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("layout", COMPACT)
 @pytest.mark.parametrize("shape", [(6, 5, 7, 3), (40, 5), (4, 70), (2, 3, 160, 160)], ids=str)

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -205,6 +205,32 @@ def test_memory_anywhere(shape: tuple[int, ...], dtype: str, layout: str) -> Non
         assert _bits(fastbn.batch_norm(_placed(x, there), gamma, beta, out=out)[0]) == _bits(want["y"])
         m = fastbn.moments(x)
         assert _bits(fastbn.batch_norm_backward(dy, _placed(x, there), m, gamma, out=out)[0]) == _bits(want["dx"])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", pytest.param("float16", marks=pytest.mark.full)])
+@pytest.mark.parametrize("layout", ["C", "channels_last"])
+@pytest.mark.parametrize("shape", [(3, 6, 17, 17), (40, 33), (64, 3), (6, 3, 8, 8)], ids=str)
+def test_not_a_number_at_every_alignment_of_out(shape: tuple[int, ...], layout: str, dtype: str, replan: Callable[..., None]) -> None:
+    """NaN of both signs in x and dy: the same bits at every place of `out` in a vector: 16 of float32, past the cache or into it."""
+    rng = np.random.default_rng(0)
+    x, dy = (COMPACT[layout](rng.standard_normal(shape).astype(dtype), 1) for _ in range(2))
+    for array in (x, dy):
+        sick = rng.random(shape) < 0.2
+        sick[:, 0] = False
+        array[sick] = np.where(rng.random(sick.sum()) < 0.5, np.nan, -np.nan)
+    constants = np.zeros(shape[1]), np.ones(shape[1])
+    found: dict[str, set[bytes]] = {}
+    for nbytes in (0, 2**60):
+        replan(STREAM_BYTES=nbytes)
+        for offset in range(0, 64, x.itemsize):
+            out = _placed(np.empty_like(x), offset)
+            m = fastbn.batch_norm(x, out=out)[1]
+            found.setdefault("y", set()).add(_bits(out))
+            found.setdefault("dx", set()).add(_bits(fastbn.batch_norm_backward(dy, x, m, out=out)[0]))
+            found.setdefault("y at inference", set()).add(_bits(fastbn.batch_norm_inference(x, *constants, out=out)))
+            constant = fastbn.batch_norm_inference_backward(dy, x, *constants, out=out)[0]
+            found.setdefault("dx at inference", set()).add(_bits(constant))
+    assert {name: len(bits) for name, bits in found.items()} == dict.fromkeys(found, 1)
 
 
 STRIDED = {

@@ -90,6 +90,32 @@ def test_the_halves_of_a_forward(dtype):
     check("y", dtype, y, expected, np.maximum(1.0, np.abs(expected).max()))
 
 
+@np.errstate(all="ignore")  # as the compiled ones are
+@pytest.mark.parametrize("last", [False, True])
+def test_a_training_step_whose_coefficients_leave_float32(last):
+    rng = np.random.default_rng(1)
+    x, dy = rng.normal(50.0, 0.2, (3, 4, 130)).astype("f4"), rng.normal(size=(3, 4, 130)).astype("f4") * np.float32(1e-3)
+    C = 130 if last else 4
+    gamma, beta = np.full(C, 3e38, "f4"), rng.normal(size=C).astype("f4")
+    y, dx, *_ = step(x, dy, gamma, beta, last)
+    axis = 2 if last else 1
+    expected, m = fastbn.batch_norm(x, gamma, beta, axis, EPS)
+    np.testing.assert_allclose(y, expected, rtol=1e-6)
+    np.testing.assert_allclose(dx, fastbn.batch_norm_backward(dy, x, m, gamma, axis, EPS)[0], rtol=1e-4, atol=1e30)
+    assert np.isfinite(y).any()
+    tiny, slope = x[0] * np.float32(1e-43), dy[0]
+    if last:
+        z, dz, normalize, back = tiny.reshape(-1, 4), slope.reshape(-1, 4), kernels.normalize_channels_last, backward_channels_last
+    else:
+        z, dz, normalize, back = tiny[None], slope[None], kernels.normalize_channels_first, backward_channels_first
+    y, dx, sums, none, constants = np.empty_like(z), np.empty_like(z), np.empty((2, 4)), np.empty(0, "f4"), (np.zeros(4), np.full(4, 1e40))
+    normalize(z, *constants, none, none, y)
+    np.testing.assert_array_equal(y, (z.astype("f8") * 1e40).astype("f4"))
+    back(dz, z, *constants, none, dx, sums)
+    others = tuple(a for a in range(z.ndim) if a != 1)
+    np.testing.assert_allclose(sums[1], (dz * (z.astype("f8") * 1e40)).sum(others), rtol=1e-12)
+
+
 def test_names():
     assert kernels.normalize_channels_first is kernels.serial.normalize_channels_first
     with pytest.raises(AttributeError, match="no attribute 'moments_channels_middle'"):

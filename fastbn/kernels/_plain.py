@@ -123,6 +123,11 @@ def muladd(a: Array, b: Array, c: Array) -> Array:
     return result
 
 
+def quiet(a: Array) -> Array:
+    """The vector with one NaN for all."""
+    return np.where(np.isnan(a), a.dtype.type(np.nan), a)
+
+
 def total(a: Array) -> Any:
     """Sum of the lanes."""
     return a.sum()
@@ -154,6 +159,13 @@ def root(a: Array) -> Array:
     """Square root of each lane."""
     result: Array = np.sqrt(a)
     return result
+
+
+def rough_root(a: Array) -> Array:
+    """The same within 7 %, by halving the exponent."""
+    word, one = (np.uint32, 0x3F800000) if a.dtype == np.float32 else (np.uint64, 0x3FF0000000000000)
+    bits: Array = (a.view(word) >> word(1)) + word(one // 2)
+    return cast(Array, bits.view(a.dtype))
 
 
 def not_negative(a: Array) -> Array:

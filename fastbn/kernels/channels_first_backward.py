@@ -7,6 +7,7 @@ import numpy as np
 from fastbn.kernels._jit import kernel, leaf, prange
 from fastbn.kernels._memory import fence
 from fastbn.kernels._simd import broadcast, lanes, load, load_some, muladd, spread, total
+from fastbn.kernels.beyond import gradient_rows, row, wide_sums
 from fastbn.kernels.channels_first import SEGMENT, affine_units, bounds, ends, group_rows, onward, units_of
 from fastbn.kernels.elementwise import (
     affine_row,
@@ -55,11 +56,17 @@ def block_sums(dy, x, c, n0, n1, s0, s1, k, e):
 @leaf
 def part_sums(dy, x, c0, c1, first, last, rows, splits, mean, rstd, k, sums):
     """sums (2, C): sum of dy, sum of dy * xhat over blocks first .. last of channels c0 .. c1, blocks added in float64."""
-    fill_standardize(x, mean, rstd, c0, c1, k)
+    fit = fill_standardize(x, mean, rstd, c0, c1, k)
     for c in range(c0, c1):
         sums[0, c], sums[1, c] = 0.0, 0.0
     for block in range(first, last):
         n0, n1, s0, s1 = bounds(x, block, rows, splits)
+        if not fit:
+            for c in range(c0, c1):
+                for n in range(n0, n1):
+                    more_t, more_q = wide_sums(row(dy, (n, c, s0), s1 - s0), row(x, (n, c, s0), s1 - s0), mean[c], rstd[c])
+                    sums[0, c], sums[1, c] = sums[0, c] + more_t, sums[1, c] + more_q
+            continue
         for c in range(c0, c1):
             t, q = block_sums(dy, x, c, n0, n1, s0, s1, k, c - c0)
             sums[0, c] += np.float64(t)
@@ -104,9 +111,13 @@ def gradient_units(dy, x, task, tasks, pieces, k, stream, dx):
 @kernel("x3 x3 m1 m1 p1 m2 f b i i b w2 y3")
 def grad_input(dy, x, mean, rstd, gamma, sums, count, training, pieces, tasks, stream, work, dx):
     """dx from the sums, in the order of memory; `training` False for constant statistics; `work` (5, C rounded up to 8)."""
-    fill_gradient(x, mean, rstd, gamma, sums, count, training, 0, x.shape[1], work)
+    C = x.shape[1]
+    fit = fill_gradient(x, mean, rstd, gamma, sums, count, training, 0, C, work)
     for task in prange(tasks):
-        if training:
+        if not fit:
+            for c in range(C * task // tasks, C * (task + 1) // tasks):
+                gradient_rows(dy, x, c, mean, rstd, gamma, sums, count, training, dx)
+        elif training:
             gradient_units(dy, x, task, tasks, pieces, work, stream, dx)
         else:
             affine_units(dy, task, tasks, pieces, work, stream, dx)
@@ -126,7 +137,10 @@ def backward(dy, x, mean, rstd, gamma, training, rows, splits, blocks, lot, task
             c1 = min(C, c0 + lot)
             part_sums(dy, x, c0, c1, 0, blocks, rows, splits, mean, rstd, k, sums)
             narrow(sums, c0, c1, grads)
-            fill_gradient(x, mean, rstd, gamma, sums, count, training, c0, c1, k)
+            if not fill_gradient(x, mean, rstd, gamma, sums, count, training, c0, c1, k):
+                for c in range(c0, c1):
+                    gradient_rows(dy, x, c, mean, rstd, gamma, sums, count, training, dx)
+                continue
             for n in range(N - 1, -1, -1):
                 if whole and training:
                     gradient_stream(dy, x, n * C + c0, n * C + c1, k, 0, ahead, dx)

@@ -14,6 +14,8 @@ and folds show in the result.
 
 from __future__ import annotations
 
+import numpy as np
+
 from fastbn.kernels._jit import kernel, leaf, prange, routine
 from fastbn.kernels._memory import address
 from fastbn.kernels._simd import (
@@ -26,6 +28,7 @@ from fastbn.kernels._simd import (
     load_wide,
     muladd,
     not_negative,
+    rough_root,
     scalar,
     spread,
     store,
@@ -36,10 +39,11 @@ from fastbn.kernels._simd import (
     within,
 )
 from fastbn.kernels.blocks import WORK
-from fastbn.kernels.channels_first import HIGH, LOW, finish_block, merge
+from fastbn.kernels.channels_first import HIGH, LOW, coarse, distance, finish_block, merge
 from fastbn.kernels.tiles import along_sums, tile_sums
 
-TILE = 128  # rows: a lane adds up 32 sums of 4, which keeps a variance within 1e-6
+BELOW = -1e-300  # just less than 0
+TILE, ALONG_TILE = 128, 64  # rows
 
 
 @leaf
@@ -87,51 +91,94 @@ def few_mean(x, r0, r1, few, j, S):
 
 @leaf
 def centre(x, r0, r1, j, strips, S, k):
-    """k = the mean of a few rows of each strip, spread over the tile so that odd first rows do not decide alone."""
-    W, few = lanes(x), min(8 if S < 16 else 2, r1 - r0)
+    """k = about the mean of a few rows of each strip (see `coarse`), spread over the tile so that odd first rows do not decide alone."""
+    W, few, zero = lanes(x), min(8 if S < 16 else 2, r1 - r0), spread(x, 0.0)
     if S > 1:
+        middle = (r0 + r1) // 2
         for s in range(strips):
-            fill(k, s * S, S, few_mean(x, r0, r1, few, j + s * S, S))
+            i = j + s * S
+            mean = np.float64(few_mean(x, r0, r1, few, i, S))
+            near = distance(x, (r0, i), mean) + distance(x, (r0, i + S - 1), mean) + distance(x, (middle, i + S // 2), mean)
+            fill(k, s * S, S, coarse(x, mean, near))
     else:
+        step = spread(x, 2.0**14 if W == 16 else 2.0**43)
         for i in range(0, strips, W):
-            t = spread(x, 0.0)
+            lot, t, q = min(W, strips - i), zero, zero
             for f in range(few):
-                t = t + load_some(x, (r0 + (r1 - r0) * f // few, j + i), min(W, strips - i), spread(x, 0.0))
-            store(k, (i,), t / spread(x, float(few)))
+                t = t + load_some(x, (r0 + (r1 - r0) * f // few, j + i), lot, zero)
+            t = t / spread(x, float(few))
+            for f in range(few):
+                d = load_some(x, (r0 + (r1 - r0) * f // few, j + i), lot, t) - t
+                q = muladd(d, d, q)
+            step_i = rough_root(q) * step
+            store(k, (i,), (t + step_i) - step_i)
 
 
 @leaf
 def merge_columns(k, t, q, width, before, size, first, mean, m2):
-    """Merge a tile of `size` rows into mean, m2, from `first` on, of `before` rows; k = the new mean."""
-    weight = size / (before + size)
-    n, w, spacing = wide(size), wide(weight), wide(before * weight)
+    """Merge a tile of `size` rows into mean, m2, from `first` on, of `before` rows.
+
+    In the first tile k may lie more than a standard deviation off, which costs digits: there it becomes about the mean, to take the sums
+    again. Whether it did nowhere. A column's result does not depend on others'.
+    """
+    n, w, spacing = wide(size), wide(size / (before + size)), wide(before * (size / (before + size)))
+    near = True
     for i in range(0, width, 8):
         lot = min(8, width - i)
-        sums = load_wide(t, (i,), lot)
+        sums, shift = load_wide(t, (i,), lot), load_wide(k, (i,), lot)
         offset = sums / n
-        tile_mean = load_wide(k, (i,), lot) + offset
+        tile_mean = shift + offset
         tile_m2 = not_negative(load_wide(q, (i,), lot) - offset * sums)
         if before > 0.0:
             old = load_wide(mean, (first + i,), lot)
             delta = tile_mean - old
             tile_mean = muladd(delta, w, old)
             tile_m2 = load_wide(m2, (first + i,), lot) + tile_m2 + delta * delta * spacing
+        else:
+            excess = tile_m2 - offset * sums
+            if not within(excess, lot, BELOW, np.inf):
+                near = False
+                store_wide(k, (i,), lot, choose(excess, BELOW, np.inf, shift, coarse_wide(tile_mean, tile_m2 / n)))
         store_wide(mean, (first + i,), lot, tile_mean)
         store_wide(m2, (first + i,), lot, tile_m2)
-        store_wide(k, (i,), lot, tile_mean)
+    return near
 
 
 @leaf
-def merge_strips(k, t, q, strips, S, before, size, last, first, mean, m2):
-    """The same for strips of S columns; k stays as it is after the last tile."""
+def merge_strips(k, t, q, strips, S, before, size, first, mean, m2):
+    """The same for strips of S columns."""
+    near, n = True, size * S
     for s in range(strips):
         i, c = s * S, first + s
-        tile_mean, tile_m2 = finish_block(size * S, element(k, (i,)), run_total(t, i, S), run_total(q, i, S))
+        sums = run_total(t, i, S)
+        tile_mean, tile_m2 = finish_block(n, element(k, (i,)), sums, run_total(q, i, S))
         if before > 0.0:
-            _, tile_mean, tile_m2 = merge(before * S, mean[c], m2[c], size * S, tile_mean, tile_m2)
+            _, tile_mean, tile_m2 = merge(before * S, mean[c], m2[c], n, tile_mean, tile_m2)
+        elif not sums * sums / n <= tile_m2:
+            near = False
+            fill(k, i, S, coarse(k, tile_mean, np.sqrt(tile_m2 / n)))
         mean[c], m2[c] = tile_mean, tile_m2
-        if not last:
-            fill(k, i, S, tile_mean)
+    return near
+
+
+@leaf
+def coarse_wide(mean, var):
+    """`coarse` of wide vectors, to be rounded to what x is computed in."""
+    grid = rough_root(var) * wide(2.0**43)
+    return (mean + grid) - grid
+
+
+@leaf
+def recentre(k, mean, m2, first, strips, S, rows):
+    """k = about the means of so many rows."""
+    if S == 1:
+        share_of_one = wide(1.0 / rows)
+        for i in range(0, strips, 8):
+            lot = min(8, strips - i)
+            store_wide(k, (i,), lot, coarse_wide(load_wide(mean, (first + i,), lot), load_wide(m2, (first + i,), lot) * share_of_one))
+    else:
+        for s in range(strips):
+            fill(k, s * S, S, coarse(k, mean[first + s], np.sqrt(m2[first + s] / (rows * S))))
 
 
 @routine
@@ -171,19 +218,26 @@ def wide_strip(x, r0, r1, j, S):
 @routine
 def part_moments(x, r0, r1, first, last, S, along, work, mean, m2):
     """mean, m2 of strips first .. last over rows r0 .. r1, row by row if `along`; `work` (5, columns rounded up to whole vectors)."""
-    k, t, q = work[0], work[1], work[2]
+    k, t, q, u, v = work[0], work[1], work[2], work[3], work[4]
     j, strips = first * S, last - first
-    centre(x, r0, min(r1, r0 + TILE), j, strips, S, k)
-    for row in range(r0, r1, TILE):
-        stop = min(r1, row + TILE)
-        if along:
-            along_sums(x, row, stop, j, strips * S, k, t, q, work[3], work[4])
-        else:
-            tile_sums(x, row, stop, j, strips * S, k, t, q)
-        if S == 1:
-            merge_columns(k, t, q, strips, float(row - r0), float(stop - row), first, mean, m2)
-        else:
-            merge_strips(k, t, q, strips, S, float(row - r0), float(stop - row), stop == r1, first, mean, m2)
+    tile = ALONG_TILE if along else TILE
+    centre(x, r0, min(r1, r0 + tile), j, strips, S, k)
+    for row in range(r0, r1, tile):
+        stop = min(r1, row + tile)
+        before, size, near = float(row - r0), float(stop - row), False
+        for _ in range(2):
+            if near:
+                break
+            if along:
+                along_sums(x, row, stop, j, strips * S, k, t, q, u, v)
+            else:
+                tile_sums(x, row, stop, j, strips * S, k, t, q, u, v)
+            if S == 1:
+                near = merge_columns(k, t, q, strips, before, size, first, mean, m2)
+            else:
+                near = merge_strips(k, t, q, strips, S, before, size, first, mean, m2)
+        if stop < r1:
+            recentre(k, mean, m2, first, strips, S, float(stop - r0))
     if lanes(x) == 16:
         for c in range(first, last, 8):
             lot = min(8, last - c)

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from fastbn.kernels._jit import kernel, leaf, prange, routine
 from fastbn.kernels._memory import address, at, fence, prefetch
-from fastbn.kernels._simd import broadcast, bytes_of, lanes, load, load_far, load_some, muladd, store, store_some, store_stream
+from fastbn.kernels._simd import broadcast, bytes_of, lanes, load, load_far, load_some, store, store_some, store_stream
+from fastbn.kernels.beyond import affine_columns
 from fastbn.kernels.blocks import FAR, LINEAR
 from fastbn.kernels.channels_last import part_moments, share
-from fastbn.kernels.elementwise import fill_affine, fill_forward, head
+from fastbn.kernels.elementwise import affine, fill_affine, fill_forward, head
 
 SPREAD = 5  # row of a workspace where the coefficients of columns begin; those of channels begin at 0
 
@@ -45,14 +46,14 @@ def spread_columns(k, rows, channels, fold, S):
 @leaf
 def affine_at(x, r, j, k, e, i, y):
     """One vector."""
-    store(y, (r, j), muladd(load_far(x, (r, j)) - load(k, (e, i)), load(k, (e + 1, i)), load(k, (e + 2, i))))
+    store(y, (r, j), affine(load_far(x, (r, j)), load(k, (e, i)), load(k, (e + 1, i)), load(k, (e + 2, i))))
 
 
 @leaf
 def affine_some(x, r, j, k, e, i, count, y):
     """The first `count` lanes of one vector."""
     h = load(k, (e, i))
-    store_some(y, (r, j), count, muladd(load_some(x, (r, j), count, h) - h, load(k, (e + 1, i)), load(k, (e + 2, i))))
+    store_some(y, (r, j), count, affine(load_some(x, (r, j), count, h), h, load(k, (e + 1, i)), load(k, (e + 2, i))))
 
 
 @leaf
@@ -101,7 +102,7 @@ def affine_block(x, r0, r1, j, width, k, e, ahead, stream, y):
             if ahead > 0:
                 prefetch(z, (0, n + ahead))
             h, a, b = load(k, (e, i)), load(k, (e + 1, i)), load(k, (e + 2, i))
-            store_stream(out, (0, n), muladd(load(z, (0, n)) - h, a, b))
+            store_stream(out, (0, n), affine(load(z, (0, n)), h, a, b))
             n += W
             i = i + W if i + W < width else i + W - width
         if n < size:
@@ -120,7 +121,7 @@ def affine_block(x, r0, r1, j, width, k, e, ahead, stream, y):
                     h, a, b = load(k, (e, i)), load(k, (e + 1, i)), load(k, (e + 2, i))
                     if ahead > 0:
                         prefetch(x, (r, j + i + ahead))
-                    store_stream(y, (r, j + i), muladd(load(x, (r, j + i)) - h, a, b))
+                    store_stream(y, (r, j + i), affine(load(x, (r, j + i)), h, a, b))
                     i += W
             while i < width:
                 affine_some(x, r, j + i, k, e, i, min(W, width - i), y)
@@ -159,9 +160,11 @@ def affine_share(x, mean, rstd, gamma, beta, S, fold, parts, block, task, tasks,
     for unit in range(parts * blocks * task // tasks, parts * blocks * (task + 1) // tasks):
         p, first = unit // blocks, unit % blocks * block
         last = min(C, first + block)
-        fill_affine(x, mean, rstd, gamma, beta, first, last, k)
-        e = spread_columns(k, 3, last - first, fold, S)
         r0, r1 = R * p // parts, R * (p + 1) // parts
+        if not fill_affine(x, mean, rstd, gamma, beta, first, last, k):
+            affine_columns(x, r0, r1, first, last, S, fold, mean, rstd, 0.0, 0.0, gamma, beta, y)
+            continue
+        e = spread_columns(k, 3, last - first, fold, S)
         affine_block(x, r0, r1, first * S, (last - first) * fold * S, k, e, 0, stream, y)
 
 
@@ -169,9 +172,11 @@ def affine_share(x, mean, rstd, gamma, beta, S, fold, parts, block, task, tasks,
 def affine_rest(rest_row, mean, rstd, gamma, beta, S, fold, columns, work, rest_y):
     """The rows left over by a fold, as one."""
     C, k = mean.size, share(work, 0, columns)
-    fill_affine(rest_row, mean, rstd, gamma, beta, 0, C, k)
-    e = spread_columns(k, 3, C, fold, S)
-    affine_block(rest_row, 0, 1, 0, rest_row.shape[1], k, e, 0, False, rest_y)
+    if fill_affine(rest_row, mean, rstd, gamma, beta, 0, C, k):
+        e = spread_columns(k, 3, C, fold, S)
+        affine_block(rest_row, 0, 1, 0, rest_row.shape[1], k, e, 0, False, rest_y)
+    else:
+        affine_columns(rest_row, 0, 1, 0, C, S, fold, mean, rstd, 0.0, 0.0, gamma, beta, rest_y)
 
 
 @kernel("x2 x2 m1 m1 p1 p1 i i i i i i i b w1 y2 y2")
@@ -195,6 +200,8 @@ def forward(x, gamma, beta, eps, S, block, tasks, columns, stream, work, y, stat
             first = unit * block
             last = min(C, first + block)
             part_moments(x, 0, R, first, last, S, False, k, mean, m2)
-            fill_forward(x, mean, m2, count, eps, gamma, beta, first, last, k)
+            if not fill_forward(x, mean, m2, count, eps, gamma, beta, first, last, k):
+                affine_columns(x, 0, R, first, last, S, 1, mean, m2, count, eps, gamma, beta, y)
+                continue
             e = spread_columns(k, 3, last - first, 1, S)
             affine_block(x, 0, R, first * S, (last - first) * S, k, e, block * S, stream, y)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from fastbn.kernels._jit import kernel, leaf, prange, routine
 from fastbn.kernels._memory import fence, prefetch
 from fastbn.kernels._simd import lanes, load, load_far, load_some, load_wide, muladd, spread, store, store_some, store_stream, store_wide
+from fastbn.kernels.beyond import gradient_columns, sum_columns
 from fastbn.kernels.blocks import PANELS
 from fastbn.kernels.channels_last import run_total, share
 from fastbn.kernels.channels_last_apply import affine_block, around, as_row, spread_columns, whole_rows
-from fastbn.kernels.elementwise import fill_gradient, fill_standardize, head, narrow
+from fastbn.kernels.elementwise import fill_gradient, fill_standardize, gradient, head, narrow
 
 ROWS = 64  # of a tile: as many values as a lane's float32 sum may take within 1e-6
 T, Q = 10, 11  # rows of a workspace that sum dy and dy * xhat
@@ -128,17 +129,15 @@ def part_sums(dy, x, r0, r1, first, last, S, along, k, e, sums):
 def gradient_at(dy, x, r, j, k, e, i, far):
     """One vector of dx; `far` is a constant wherever this is inlined."""
     g, d = (load_far(dy, (r, j)), load_far(x, (r, j))) if far else (load(dy, (r, j)), load(x, (r, j)))
-    tilt = muladd(d - load(k, (e, i)), load(k, (e + 1, i)), load(k, (e + 2, i)))
-    return ((g - load(k, (e + 3, i))) + tilt) * load(k, (e + 4, i))
+    return gradient(g, d, load(k, (e, i)), load(k, (e + 1, i)), load(k, (e + 2, i)), load(k, (e + 3, i)), load(k, (e + 4, i)))
 
 
 @leaf
 def gradient_some(dy, x, r, j, k, e, i, count, dx):
     """The first `count` lanes of one vector."""
     h, m = load(k, (e, i)), load(k, (e + 3, i))
-    g = load_some(dy, (r, j), count, m) - m
-    d = load_some(x, (r, j), count, h) - h
-    store_some(dx, (r, j), count, (g + muladd(d, load(k, (e + 1, i)), load(k, (e + 2, i)))) * load(k, (e + 4, i)))
+    g, d = load_some(dy, (r, j), count, m), load_some(x, (r, j), count, h)
+    store_some(dx, (r, j), count, gradient(g, d, h, load(k, (e + 1, i)), load(k, (e + 2, i)), m, load(k, (e + 4, i))))
 
 
 @routine
@@ -201,7 +200,9 @@ def gradient_block(dy, x, r0, r1, j, width, k, e, ahead, stream, dx):
 @routine
 def block_gradient(dy, x, r0, r1, first, last, mean, rstd, gamma, sums, count, training, S, fold, ahead, stream, k, dx):
     """dx on rows r0 .. r1 of channels first .. last: coefficients, then `gradient_block`, or `affine_block` on dy."""
-    fill_gradient(x, mean, rstd, gamma, sums, count, training, first, last, k)
+    if not fill_gradient(x, mean, rstd, gamma, sums, count, training, first, last, k):
+        gradient_columns(dy, x, r0, r1, first, last, S, fold, mean, rstd, gamma, sums, count, training, dx)
+        return
     e = spread_columns(k, 5 if training else 3, last - first, fold, S)
     width = min(x.shape[1] - first * S, (last - first) * fold * S)  # less in a row that is left over
     if training:
@@ -220,15 +221,19 @@ def grad_reduce(dy, rest_dy, x, rest_x, mean, rstd, S, fold, rest, parts, block,
         for unit in range(parts * blocks * task // tasks, parts * blocks * (task + 1) // tasks):
             p, first = unit // blocks, unit % blocks * block
             last = min(C, first + block)
-            fill_standardize(x, mean, rstd, first, last, k)
-            e = spread_columns(k, 3, last - first, fold, S)
-            strips = fold * C if fold > 1 else last
-            part_sums(dy, x, R * p // parts, R * (p + 1) // parts, first, strips, S, along, k, e, partial[p])
+            r0, r1, strips = R * p // parts, R * (p + 1) // parts, fold * C if fold > 1 else last
+            if fill_standardize(x, mean, rstd, first, last, k):
+                e = spread_columns(k, 3, last - first, fold, S)
+                part_sums(dy, x, r0, r1, first, strips, S, along, k, e, partial[p])
+            else:
+                sum_columns(dy, x, r0, r1, first, strips - first, C, S, mean, rstd, partial[p])
     if rest > 0:
         k = share(work, 0, columns)
-        fill_standardize(x, mean, rstd, 0, C, k)
-        e = spread_columns(k, 3, C, fold, S)
-        part_sums(rest_dy, rest_x, 0, 1, 0, rest * C, S, False, k, e, partial[parts])
+        if fill_standardize(x, mean, rstd, 0, C, k):
+            e = spread_columns(k, 3, C, fold, S)
+            part_sums(rest_dy, rest_x, 0, 1, 0, rest * C, S, False, k, e, partial[parts])
+        else:
+            sum_columns(rest_dy, rest_x, 0, 1, 0, rest * C, C, S, mean, rstd, partial[parts])
     for i in range(2):
         for p in range(1, parts):
             for s in range(0, fold * C, 8):
@@ -272,8 +277,10 @@ def backward(dy, x, mean, rstd, gamma, training, S, block, tasks, columns, strea
         for unit in range(blocks * task // tasks, blocks * (task + 1) // tasks):
             first = unit * block
             last = min(C, first + block)
-            fill_standardize(x, mean, rstd, first, last, k)
-            e = spread_columns(k, 3, last - first, 1, S)
-            part_sums(dy, x, 0, R, first, last, S, False, k, e, sums)
+            if fill_standardize(x, mean, rstd, first, last, k):
+                e = spread_columns(k, 3, last - first, 1, S)
+                part_sums(dy, x, 0, R, first, last, S, False, k, e, sums)
+            else:
+                sum_columns(dy, x, 0, R, first, last - first, C, S, mean, rstd, sums)
             narrow(sums, first, last, grads)
             block_gradient(dy, x, 0, R, first, last, mean, rstd, gamma, sums, float(R * S), training, S, 1, block * S, stream, k, dx)

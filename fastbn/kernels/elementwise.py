@@ -12,12 +12,14 @@ from fastbn.kernels._memory import address, at, prefetch
 from fastbn.kernels._simd import (
     broadcast,
     bytes_of,
+    choose,
     lanes,
     load,
     load_far,
     load_some,
     load_wide,
     muladd,
+    quiet,
     root,
     rounded,
     splice,
@@ -27,6 +29,9 @@ from fastbn.kernels._simd import (
     store_wide,
     wide,
 )
+from fastbn.kernels.beyond import centred, fits, keeps
+
+TINY = 5e-324  # the least number above 0
 
 
 @leaf
@@ -37,41 +42,53 @@ def deviation(m2, c, n, count, eps):
 
 @leaf
 def put_affine(x, mean, rstd, gamma, beta, c, n, k, i):
-    """Columns i .. i + n of k = (high, scale, shift) of channels c .. c + n: y = (x - high) * scale + shift."""
+    """Columns i .. i + n of k = (high, scale, shift) of channels c .. c + n: y = (x - high) * scale + shift; whether they fit."""
     g = load_wide(gamma, (c,), n) if gamma.size else wide(1.0)
     b = load_wide(beta, (c,), n) if beta.size else wide(0.0)
     high, scale = rounded(x, mean), rounded(x, g * rstd)
+    tail = mean - high
+    shift = b - choose(tail, -TINY, TINY, tail, tail * scale)  # an infinite scale would make NaN of a remainder of 0
     store_wide(k, (0, i), n, high)
     store_wide(k, (1, i), n, scale)
-    store_wide(k, (2, i), n, b - (mean - high) * scale)
+    store_wide(k, (2, i), n, shift)
+    scale = g * rstd
+    return centred(x, mean, n) and fits(x, scale, n) and fits(x, shift, n) and keeps(x, scale, g, n)
 
 
 @leaf
 def fill_affine(x, mean, rstd, gamma, beta, c0, c1, k):
-    """The coefficients of channels c0 .. c1 from column 0 of k."""
+    """The coefficients of channels c0 .. c1 from column 0 of k; False where one leaves the range of float32: see `beyond`."""
+    fit = True
     for c in range(c0, c1, 8):
         n = min(8, c1 - c)
-        put_affine(x, load_wide(mean, (c,), n), load_wide(rstd, (c,), n), gamma, beta, c, n, k, c - c0)
+        fit = put_affine(x, load_wide(mean, (c,), n), load_wide(rstd, (c,), n), gamma, beta, c, n, k, c - c0) and fit
+    return fit
 
 
 @leaf
 def fill_forward(x, mean, m2, count, eps, gamma, beta, c0, c1, k):
     """The same from m2."""
+    fit = True
     for c in range(c0, c1, 8):
         n = min(8, c1 - c)
-        put_affine(x, load_wide(mean, (c,), n), deviation(m2, c, n, count, eps), gamma, beta, c, n, k, c - c0)
+        fit = put_affine(x, load_wide(mean, (c,), n), deviation(m2, c, n, count, eps), gamma, beta, c, n, k, c - c0) and fit
+    return fit
 
 
 @leaf
 def fill_standardize(x, mean, rstd, c0, c1, k):
-    """Columns from 0 of k = (high, scale, shift) of channels c0 .. c1: xhat = (x - high) * scale + shift."""
+    """Columns from 0 of k = (high, scale, shift) of channels c0 .. c1: xhat = (x - high) * scale + shift; whether they fit."""
+    fit = True
     for c in range(c0, c1, 8):
         n = min(8, c1 - c)
-        m = load_wide(mean, (c,), n)
-        high, scale = rounded(x, m), rounded(x, load_wide(rstd, (c,), n))
+        m, r = load_wide(mean, (c,), n), load_wide(rstd, (c,), n)
+        high, scale = rounded(x, m), rounded(x, r)
+        shift = wide(0.0) - (m - high) * scale
         store_wide(k, (0, c - c0), n, high)
         store_wide(k, (1, c - c0), n, scale)
-        store_wide(k, (2, c - c0), n, wide(0.0) - (m - high) * scale)
+        store_wide(k, (2, c - c0), n, shift)
+        fit = centred(x, m, n) and fits(x, r, n) and fits(x, shift, n) and fit
+    return fit
 
 
 @leaf
@@ -79,25 +96,32 @@ def fill_gradient(x, mean, rstd, gamma, sums, count, training, c0, c1, k):
     """Columns from 0 of k = (high, slope, offset, mean_dy, scale): dx = ((dy - mean_dy) + ((x - high) * slope + offset)) * scale.
 
     The slope is rstd times the mean of dy * xhat; times gamma * rstd too, it would underflow for data near 1e30.
-    Where the statistics are constants: (0, gamma * rstd, 0) of `affine_row` on dy.
+    Where the statistics are constants: (0, gamma * rstd, 0) of `affine_row` on dy. False where one leaves the range of float32.
     """
+    fit = True
     for c in range(c0, c1, 8):
         n, i = min(8, c1 - c), c - c0
         m, r = load_wide(mean, (c,), n), load_wide(rstd, (c,), n)
-        scale = r * load_wide(gamma, (c,), n) if gamma.size else r
+        g = load_wide(gamma, (c,), n) if gamma.size else wide(1.0)
+        scale = r * g
+        fit = fits(x, scale, n) and keeps(x, scale, g, n) and fit
         if training:
-            mean_dy = load_wide(sums, (0, c), n) / wide(count)
-            high, centre = rounded(x, m), rounded(x, mean_dy)
-            slope = rounded(x, (wide(0.0) - r) * (load_wide(sums, (1, c), n) / wide(count)))
+            mean_dy, mean_dy_xhat = load_wide(sums, (0, c), n) / wide(count), load_wide(sums, (1, c), n) / wide(count)
+            high, centre, exact = rounded(x, m), rounded(x, mean_dy), (wide(0.0) - r) * mean_dy_xhat
+            slope = rounded(x, exact)
+            offset = (wide(0.0) - (m - high)) * slope - (mean_dy - centre)
             store_wide(k, (0, i), n, high)
             store_wide(k, (1, i), n, slope)
-            store_wide(k, (2, i), n, (wide(0.0) - (m - high)) * slope - (mean_dy - centre))
+            store_wide(k, (2, i), n, offset)
             store_wide(k, (3, i), n, centre)
             store_wide(k, (4, i), n, scale)
+            fit = centred(x, m, n) and centred(x, mean_dy, n) and fits(x, offset, n) and fit
+            fit = fits(x, exact, n) and keeps(x, exact, mean_dy_xhat, n) and fit
         else:
             store_wide(k, (0, i), n, wide(0.0))
             store_wide(k, (1, i), n, scale)
             store_wide(k, (2, i), n, wide(0.0))
+    return fit
 
 
 @leaf
@@ -118,6 +142,18 @@ def head(y, index, size):
 
 
 @leaf
+def affine(v, h, a, b):
+    """y of the vector v."""
+    return quiet(muladd(v - h, a, b))
+
+
+@leaf
+def gradient(g, v, h, p, o, m, a):
+    """dx of the vectors g of dy and v of x."""
+    return quiet(((g - m) + muladd(v - h, p, o)) * a)
+
+
+@leaf
 def affine_row(x, n, c, s0, s1, k, i, ahead, stream, y):
     """y = (x - high) * scale + shift on columns s0 .. s1 of row n of channel c, coefficients k[:, i]; past the cache where `stream`.
 
@@ -129,20 +165,20 @@ def affine_row(x, n, c, s0, s1, k, i, ahead, stream, y):
     if stream:
         first = head(y, (n, c, s), s1 - s)
         if 0 < first < W:
-            store_some(y, (n, c, s), first, muladd(load_some(x, (n, c, s), first, h) - h, a, b))
+            store_some(y, (n, c, s), first, affine(load_some(x, (n, c, s), first, h), h, a, b))
             s += first
         while first < W and s + W <= s1:
             if ahead > 0:
                 prefetch(x, (n, c + ahead, s))
-            store_stream(y, (n, c, s), muladd(load(x, (n, c, s)) - h, a, b))
+            store_stream(y, (n, c, s), affine(load(x, (n, c, s)), h, a, b))
             s += W
     # One loop: with two vectors a turn and the end of the row behind it, rows of 64 bytes took 5 times as long, 1.6 MB in rows of 196
     # 3 times, 4 to 20 MB in rows of 1 KB and more 1.1 to 1.4 times.
     while s < s1:
         if s + W <= s1:
-            store(y, (n, c, s), muladd(load_far(x, (n, c, s)) - h, a, b))
+            store(y, (n, c, s), affine(load_far(x, (n, c, s)), h, a, b))
         else:
-            store_some(y, (n, c, s), s1 - s, muladd(load_some(x, (n, c, s), s1 - s, h) - h, a, b))
+            store_some(y, (n, c, s), s1 - s, affine(load_some(x, (n, c, s), s1 - s, h), h, a, b))
         s += W
 
 
@@ -156,23 +192,21 @@ def gradient_row(dy, x, n, c, s0, s1, k, i, ahead, stream, dx):
     if stream:
         first = head(dx, (n, c, s), s1 - s)
         if 0 < first < W:
-            g = load_some(dy, (n, c, s), first, m) - m
-            store_some(dx, (n, c, s), first, (g + muladd(load_some(x, (n, c, s), first, h) - h, p, o)) * a)
+            g = load_some(dy, (n, c, s), first, m)
+            store_some(dx, (n, c, s), first, gradient(g, load_some(x, (n, c, s), first, h), h, p, o, m, a))
             s += first
         while first < W and s + W <= s1:
             if ahead > 0:
                 prefetch(x, (n, c + ahead, s))
                 prefetch(dy, (n, c + ahead, s))
-            g = load(dy, (n, c, s)) - m
-            store_stream(dx, (n, c, s), (g + muladd(load(x, (n, c, s)) - h, p, o)) * a)
+            store_stream(dx, (n, c, s), gradient(load(dy, (n, c, s)), load(x, (n, c, s)), h, p, o, m, a))
             s += W
     while s < s1:
         if s + W <= s1:
-            g = load_far(dy, (n, c, s)) - m
-            store(dx, (n, c, s), (g + muladd(load_far(x, (n, c, s)) - h, p, o)) * a)
+            store(dx, (n, c, s), gradient(load_far(dy, (n, c, s)), load_far(x, (n, c, s)), h, p, o, m, a))
         else:
-            g = load_some(dy, (n, c, s), s1 - s, m) - m
-            store_some(dx, (n, c, s), s1 - s, (g + muladd(load_some(x, (n, c, s), s1 - s, h) - h, p, o)) * a)
+            g = load_some(dy, (n, c, s), s1 - s, m)
+            store_some(dx, (n, c, s), s1 - s, gradient(g, load_some(x, (n, c, s), s1 - s, h), h, p, o, m, a))
         s += W
 
 
@@ -211,25 +245,25 @@ def affine_stream(x, first, last, k, i, ahead, y):
     h, a, b = broadcast(k, (0, i)), broadcast(k, (1, i)), broadcast(k, (2, i))
     some = head(out, (j,), S)
     if some > 0:
-        store_some(out, (j,), some, muladd(load_some(z, (j,), some, h) - h, a, b))
+        store_some(out, (j,), some, affine(load_some(z, (j,), some, h), h, a, b))
         j += some
     while j < stop:
         while j + W <= end:
             if ahead > 0:
                 prefetch(z, (j + ahead * S,))
-            store_stream(out, (j,), muladd(load(z, (j,)) - h, a, b))
+            store_stream(out, (j,), affine(load(z, (j,)), h, a, b))
             j += W
         some = end - j
         if end < stop:
             i = i + 1 if i + 1 < C else 0
             h1, a1, b1 = broadcast(k, (0, i)), broadcast(k, (1, i)), broadcast(k, (2, i))
             if some > 0:
-                store_stream(out, (j,), muladd(load(z, (j,)) - splice(h, some, h1), splice(a, some, a1), splice(b, some, b1)))
+                store_stream(out, (j,), affine(load(z, (j,)), splice(h, some, h1), splice(a, some, a1), splice(b, some, b1)))
                 j += W
             h, a, b = h1, a1, b1
             end += S
         elif some > 0:
-            store_some(out, (j,), some, muladd(load_some(z, (j,), some, h) - h, a, b))
+            store_some(out, (j,), some, affine(load_some(z, (j,), some, h), h, a, b))
             j = stop
 
 
@@ -244,16 +278,15 @@ def gradient_stream(dy, x, first, last, k, i, ahead, dx):
     m, a = broadcast(k, (3, i)), broadcast(k, (4, i))
     some = head(out, (j,), S)
     if some > 0:
-        g = load_some(dz, (j,), some, m) - m
-        store_some(out, (j,), some, (g + muladd(load_some(z, (j,), some, h) - h, p, o)) * a)
+        g = load_some(dz, (j,), some, m)
+        store_some(out, (j,), some, gradient(g, load_some(z, (j,), some, h), h, p, o, m, a))
         j += some
     while j < stop:
         while j + W <= end:
             if ahead > 0:
                 prefetch(z, (j + ahead * S,))
                 prefetch(dz, (j + ahead * S,))
-            g = load(dz, (j,)) - m
-            store_stream(out, (j,), (g + muladd(load(z, (j,)) - h, p, o)) * a)
+            store_stream(out, (j,), gradient(load(dz, (j,)), load(z, (j,)), h, p, o, m, a))
             j += W
         some = end - j
         if end < stop:
@@ -261,12 +294,12 @@ def gradient_stream(dy, x, first, last, k, i, ahead, dx):
             h1, p1, o1 = broadcast(k, (0, i)), broadcast(k, (1, i)), broadcast(k, (2, i))
             m1, a1 = broadcast(k, (3, i)), broadcast(k, (4, i))
             if some > 0:
-                tilt = muladd(load(z, (j,)) - splice(h, some, h1), splice(p, some, p1), splice(o, some, o1))
-                store_stream(out, (j,), ((load(dz, (j,)) - splice(m, some, m1)) + tilt) * splice(a, some, a1))
+                h, p, o, m, a = splice(h, some, h1), splice(p, some, p1), splice(o, some, o1), splice(m, some, m1), splice(a, some, a1)
+                store_stream(out, (j,), gradient(load(dz, (j,)), load(z, (j,)), h, p, o, m, a))
                 j += W
             h, p, o, m, a = h1, p1, o1, m1, a1
             end += S
         elif some > 0:
-            g = load_some(dz, (j,), some, m) - m
-            store_some(out, (j,), some, (g + muladd(load_some(z, (j,), some, h) - h, p, o)) * a)
+            g = load_some(dz, (j,), some, m)
+            store_some(out, (j,), some, gradient(g, load_some(z, (j,), some, h), h, p, o, m, a))
             j = stop

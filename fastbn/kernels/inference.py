@@ -10,6 +10,7 @@ from __future__ import annotations
 from fastbn.kernels._jit import kernel, leaf, prange
 from fastbn.kernels._memory import at, fence
 from fastbn.kernels._simd import load_wide, store_wide
+from fastbn.kernels.beyond import affine_rows
 from fastbn.kernels.channels_first import affine_units
 from fastbn.kernels.channels_last_apply import affine_rest, affine_share
 from fastbn.kernels.elementwise import deviation, fill_affine
@@ -35,11 +36,16 @@ def rows(like, x_at, y_at, mean_at, var_at, gamma_at, beta_at, eps, N, C, S, pie
     """y of (N, C, S), its elements of `like`; workspaces `stats` (2, C) and `work` (3, C rounded up to 8)."""
     x, y = at(like, x_at, (N, C, S)), at(like, y_at, (N, C, S))
     constants(at(work, mean_at, (C,)), at(work, var_at, (C,)), eps, stats)
-    fill_affine(x, stats[0], stats[1], parameter(work, gamma_at, C), parameter(work, beta_at, C), 0, C, work)
+    gamma, beta = parameter(work, gamma_at, C), parameter(work, beta_at, C)
+    fit = fill_affine(x, stats[0], stats[1], gamma, beta, 0, C, work)
     for task in prange(tasks):
-        affine_units(x, task, tasks, pieces, work, stream, y)
-        if stream:
-            fence()
+        if fit:
+            affine_units(x, task, tasks, pieces, work, stream, y)
+            if stream:
+                fence()
+        else:
+            for c in range(C * task // tasks, C * (task + 1) // tasks):
+                affine_rows(x, c, stats[0], stats[1], 0.0, 0.0, gamma, beta, y)
 
 
 @kernel("x1 i i i i i i f i i i i i i i i i b s2 w1")

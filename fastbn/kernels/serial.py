@@ -10,7 +10,15 @@ from __future__ import annotations
 
 import numpy as np
 
-from fastbn.kernels import blocks, channels_first, channels_first_backward, channels_last, channels_last_apply, channels_last_backward
+from fastbn.kernels import (
+    beyond,
+    blocks,
+    channels_first,
+    channels_first_backward,
+    channels_last,
+    channels_last_apply,
+    channels_last_backward,
+)
 from fastbn.kernels._jit import leaf, routine
 from fastbn.kernels._simd import lanes
 from fastbn.kernels.elementwise import affine_row, fill_affine, fill_forward, fill_gradient, fill_standardize, gradient_row
@@ -42,7 +50,7 @@ def moments_channels_first(x, mean, m2):
 def moments_channels_last(x, mean, m2):
     """mean and m2, the sum of squared deviations, of each column of x (R, C)."""
     R, C = x.shape
-    work = np.empty((3, min(C, COLUMNS) + 16), x.dtype)
+    work = np.empty((5, min(C, COLUMNS) + 16), x.dtype)
     for first in range(0, C, COLUMNS):
         channels_last.part_moments(x, 0, R, first, min(C, first + COLUMNS), 1, False, work, mean, m2)
 
@@ -52,8 +60,11 @@ def normalize_channels_first(x, mean, rstd, gamma, beta, y):
     """y = gamma * (x - mean) * rstd + beta on (N, C, S) arrays."""
     N, C, S = x.shape
     k = np.empty((3, C + 8), x.dtype)
-    fill_affine(x, mean, rstd, gamma, beta, 0, C, k)
-    for n in range(N):
+    fit = fill_affine(x, mean, rstd, gamma, beta, 0, C, k)
+    if not fit:
+        for c in range(C):
+            beyond.affine_rows(x, c, mean, rstd, 0.0, 0.0, gamma, beta, y)
+    for n in range(N if fit else 0):
         for c in range(C):
             affine_row(x, n, c, 0, S, k, c, 0, False, y)
 
@@ -65,8 +76,10 @@ def normalize_channels_last(x, mean, rstd, gamma, beta, y):
     k = np.zeros((3, min(C, COLUMNS) + 16), x.dtype)
     for first in range(0, C, COLUMNS):
         last = min(C, first + COLUMNS)
-        fill_affine(x, mean, rstd, gamma, beta, first, last, k)
-        channels_last_apply.affine_block(x, 0, R, first, last - first, k, 0, 0, False, y)
+        if fill_affine(x, mean, rstd, gamma, beta, first, last, k):
+            channels_last_apply.affine_block(x, 0, R, first, last - first, k, 0, 0, False, y)
+        else:
+            beyond.affine_columns(x, 0, R, first, last, 1, 1, mean, rstd, 0.0, 0.0, gamma, beta, y)
 
 
 @routine
@@ -77,8 +90,10 @@ def forward_channels_first(x, gamma, beta, eps, y, mean, m2):
     rows, splits, count = cut(N, S, lanes(x), BLOCK)
     for c in range(C):
         values = channels_first.part_moments(x, c, c + 1, 0, count, rows, splits, mean, m2)
-        fill_forward(x, mean, m2, values, eps, gamma, beta, c, c + 1, k)
-        for n in range(N - 1, -1, -1):
+        fit = fill_forward(x, mean, m2, values, eps, gamma, beta, c, c + 1, k)
+        if not fit:
+            beyond.affine_rows(x, c, mean, m2, values, eps, gamma, beta, y)
+        for n in range(N - 1 if fit else -1, -1, -1):
             affine_row(x, n, c, 0, S, k, 0, 0, False, y)
 
 
@@ -86,12 +101,14 @@ def forward_channels_first(x, gamma, beta, eps, y, mean, m2):
 def forward_channels_last(x, gamma, beta, eps, y, mean, m2):
     """Moments and normalize on (R, C) arrays; writes y, mean and m2."""
     R, C = x.shape
-    k = np.zeros((3, min(C, COLUMNS) + 16), x.dtype)
+    k = np.zeros((5, min(C, COLUMNS) + 16), x.dtype)
     for first in range(0, C, COLUMNS):
         last = min(C, first + COLUMNS)
         channels_last.part_moments(x, 0, R, first, last, 1, False, k, mean, m2)
-        fill_forward(x, mean, m2, float(R), eps, gamma, beta, first, last, k)
-        channels_last_apply.affine_block(x, 0, R, first, last - first, k, 0, 0, False, y)
+        if fill_forward(x, mean, m2, float(R), eps, gamma, beta, first, last, k):
+            channels_last_apply.affine_block(x, 0, R, first, last - first, k, 0, 0, False, y)
+        else:
+            beyond.affine_columns(x, 0, R, first, last, 1, 1, mean, m2, float(R), eps, gamma, beta, y)
 
 
 @routine
@@ -102,8 +119,10 @@ def backward_channels_first(dy, x, mean, rstd, gamma, dx, sums):
     rows, splits, count = cut(N, S, lanes(x), BLOCK)
     for c in range(C):
         channels_first_backward.part_sums(dy, x, c, c + 1, 0, count, rows, splits, mean, rstd, k, sums)
-        fill_gradient(x, mean, rstd, gamma, sums, float(N * S), True, c, c + 1, k)
-        for n in range(N - 1, -1, -1):
+        fit = fill_gradient(x, mean, rstd, gamma, sums, float(N * S), True, c, c + 1, k)
+        if not fit:
+            beyond.gradient_rows(dy, x, c, mean, rstd, gamma, sums, float(N * S), True, dx)
+        for n in range(N - 1 if fit else -1, -1, -1):
             gradient_row(dy, x, n, c, 0, S, k, 0, 0, False, dx)
 
 
@@ -114,7 +133,11 @@ def backward_channels_last(dy, x, mean, rstd, gamma, dx, sums):
     k = np.zeros((blocks.WORK, min(C, COLUMNS) + 16), x.dtype)
     for first in range(0, C, COLUMNS):
         last = min(C, first + COLUMNS)
-        fill_standardize(x, mean, rstd, first, last, k)
-        channels_last_backward.part_sums(dy, x, 0, R, first, last, 1, False, k, 0, sums)
-        fill_gradient(x, mean, rstd, gamma, sums, float(R), True, first, last, k)
-        channels_last_backward.gradient_block(dy, x, 0, R, first, last - first, k, 0, 0, False, dx)
+        if fill_standardize(x, mean, rstd, first, last, k):
+            channels_last_backward.part_sums(dy, x, 0, R, first, last, 1, False, k, 0, sums)
+        else:
+            beyond.sum_columns(dy, x, 0, R, first, last - first, C, 1, mean, rstd, sums)
+        if fill_gradient(x, mean, rstd, gamma, sums, float(R), True, first, last, k):
+            channels_last_backward.gradient_block(dy, x, 0, R, first, last - first, k, 0, 0, False, dx)
+        else:
+            beyond.gradient_columns(dy, x, 0, R, first, last, 1, 1, mean, rstd, gamma, sums, float(R), True, dx)
