@@ -17,12 +17,28 @@ Array = NDArray[Any]
 
 
 class _Saved(NamedTuple):
-    """What backward needs of the last forward."""
+    """What backward needs of the last forward, as it was then."""
 
-    x: Any
-    statistics: Moments | tuple[Array, Array]  # of the batch, or the constants (mean, var) of inference as they were then
-    overwritten: bool
+    x: Any  # not a copy
+    statistics: Moments | tuple[Array, Array]  # of the batch, or the constants (mean, var) of inference
+    gamma: Any  # a copy: optimizers change it in place
+    shifted: bool  # there was a beta
+    axis: int
+    eps: float
     across: distributed.Exchange | None  # the statistics are of the batch of all ranks
+
+
+class _Gone(NamedTuple):
+    """Why the last forward has no backward."""
+
+    why: str
+    across: distributed.Exchange | None
+
+
+_BEFORE = "backward before forward: call the layer on x first, y = bn(x)"
+_OVERWRITTEN = "backward needs the x of the forward, which was overwritten by out=x: give another out, or none"
+_EVALUATION = "backward after a forward in evaluation, which keeps no x unless asked to: bn.eval(backward=True), then y = bn(x)"
+_FAILED = "backward after a forward that raised an error: call the layer again, y = bn(x)"
 
 
 class BatchNorm(State):
@@ -69,6 +85,10 @@ class BatchNorm(State):
     num_batches_tracked : int
     training : bool
 
+    Notes
+    -----
+    Pickles and copies of a layer hold all of it but its last forward.
+
     Raises
     ------
     TypeError, ValueError
@@ -105,7 +125,7 @@ class BatchNorm(State):
         self.affine = bool(affine)
         self.track_running_stats = bool(track_running_stats)
         self.unbiased_running_var = bool(unbiased_running_var)
-        self.training = True
+        self.train()
         self.gamma: Array | None = None
         self.beta: Array | None = None
         self.dgamma: Array | None = None
@@ -113,7 +133,7 @@ class BatchNorm(State):
         self.running_mean: Array | None = None
         self.running_var: Array | None = None
         self.num_batches_tracked = 0
-        self._saved: _Saved | None = None
+        self._saved: _Saved | _Gone | None = None
         self._exchange = None if comm is None else distributed.Exchange(comm, self.num_features)
         self.reset_parameters()
 
@@ -143,13 +163,22 @@ class BatchNorm(State):
             self.beta = residence.renewed(self.beta, np.zeros(self.num_features, self.dtype))
 
     def train(self, mode: bool = True) -> BatchNorm:
-        """Use batch statistics from here on (mode=False: running statistics); returns self."""
+        """Use batch statistics from here on (mode=False: `eval`); returns self."""
         self.training = bool(mode)
+        self._backward_in_eval = False
         return self
 
-    def eval(self) -> BatchNorm:
-        """Use running statistics from here on; returns self."""
-        return self.train(False)
+    def eval(self, *, backward: bool = False) -> BatchNorm:
+        """Use running statistics from here on; returns self.
+
+        Parameters
+        ----------
+        backward : bool
+            Whether a forward keeps its x for `backward`, as in training: for layers that are frozen in a network that trains.
+        """
+        self.train(False)
+        self._backward_in_eval = bool(backward)
+        return self
 
     def __call__(self, x: ArrayLike, out: Array | None = None) -> Array:
         """Forward: see `forward`."""
@@ -161,7 +190,7 @@ class BatchNorm(State):
         Parameters
         ----------
         x : array_like, shape (..., C, ...), of a dtype that goes with this layer's
-            Kept by reference for `backward`: leave it as it is until then.
+            Kept by reference for `backward`, until the next forward, in training and after `eval(backward=True)`: leave it as it is.
         out : ndarray, shape and dtype of x, optional
             Takes y; may be x itself, but then there is no backward.
 
@@ -187,18 +216,29 @@ class BatchNorm(State):
                 across.decline("forward")
             raise
         running_mean, running_var = self.running_mean, self.running_var
+        statistics: Moments | tuple[Array, Array]
         if self.training or running_mean is None or running_var is None:
             run = functional.batch_norm if across is None else across.batch_norm
             y, m = run(x, self.gamma, self.beta, self.axis, self.eps, out, backend=self.backend, num_threads=self.num_threads)
+            statistics = m
             if self.training and running_mean is not None and running_var is not None and m.count:
+                self._saved = _Gone(_FAILED, across)  # should that raise, y is lost, and the forward before is not the last
                 self._track(running_mean, running_var, m, gpu or select(self.backend))
-            self._saved = _Saved(x, m, overwritten, across)
-            return y
-        mean, var = (values.astype(np.float64) if gpu is None else gpu.widened(values) for values in (running_mean, running_var))
-        y = functional.batch_norm_inference(
-            x, mean, var, self.gamma, self.beta, self.axis, self.eps, out, backend=self.backend, num_threads=self.num_threads
-        )
-        self._saved = _Saved(x, (mean, var), overwritten, None)
+        else:
+            mean, var = (values.astype(np.float64) if gpu is None else gpu.widened(values) for values in (running_mean, running_var))
+            statistics = mean, var
+            y = functional.batch_norm_inference(
+                x, mean, var, self.gamma, self.beta, self.axis, self.eps, out, backend=self.backend, num_threads=self.num_threads
+            )
+        if overwritten:
+            self._saved = _Gone(_OVERWRITTEN, across)
+        elif not (self.training or self._backward_in_eval):  # a server would keep its last request
+            self._saved = _Gone(_EVALUATION, None)
+        else:
+            gamma = self.gamma
+            if gamma is not None:
+                gamma = np.array(gamma, self.dtype) if gpu is None else gpu.copied(gamma)
+            self._saved = _Saved(x, statistics, gamma, self.beta is not None, self.axis, self.eps, across)
         return y
 
     def _checked(self, x: Any, out: Array | None) -> tuple[Any, Any, bool]:
@@ -218,15 +258,17 @@ class BatchNorm(State):
         return x, gpu, overwritten
 
     def _track(self, running_mean: Array, running_var: Array, m: Moments, served: Any) -> None:
-        self.num_batches_tracked += 1
-        weight = 1.0 / self.num_batches_tracked if self.momentum is None else self.momentum
+        batches = self.num_batches_tracked + 1
+        weight = 1.0 / batches if self.momentum is None else self.momentum
         freedom = m.count - 1 if self.unbiased_running_var else m.count
         served.track(m, freedom, weight, running_mean, running_var)
+        self.num_batches_tracked = batches
 
     def backward(self, dy: ArrayLike, out: Array | None = None) -> Array:
         """Gradient with respect to the input of the last forward; sets `dgamma` and `dbeta` too.
 
-        After a forward in training the statistics depend on x; after one in evaluation they are constants.
+        After a forward in training the statistics depend on x; after one in evaluation they are constants. gamma, eps, axis and the
+        statistics are those of the forward, whatever has become of them since.
 
         Parameters
         ----------
@@ -243,32 +285,31 @@ class BatchNorm(State):
         Raises
         ------
         RuntimeError
-            There was no forward, or it (or an earlier backward) overwrote x; another rank of this layer's communicator failed.
+            There was no forward, or one in evaluation without `eval(backward=True)`, or it (or an earlier backward) overwrote x; another
+            rank of this layer's communicator failed.
         TypeError, ValueError
             dy or out unlike x.
         """
         saved = self._saved
-        if saved is None or saved.overwritten:
+        if not isinstance(saved, _Saved):
             across = (self._exchange if self.training else None) if saved is None else saved.across
             if across is not None:
                 across.decline("backward")
-            gone = "backward needs the x of the forward, which was overwritten by out=x: give another out, or none"
-            raise RuntimeError("backward before forward: call the layer on x first, y = bn(x)" if saved is None else gone)
-        if isinstance(saved.statistics, Moments):
-            run = gradients.batch_norm_backward if saved.across is None else saved.across.batch_norm_backward
-            result = run(
-                dy, saved.x, saved.statistics, self.gamma, self.axis, self.eps, out, backend=self.backend, num_threads=self.num_threads
-            )
+            raise RuntimeError(_BEFORE if saved is None else saved.why)
+        x, statistics, gamma, shifted, axis, eps, across = saved
+        if isinstance(statistics, Moments):
+            run = gradients.batch_norm_backward if across is None else across.batch_norm_backward
+            result = run(dy, x, statistics, gamma, axis, eps, out, backend=self.backend, num_threads=self.num_threads)
         else:
             result = gradients.batch_norm_inference_backward(
-                dy, saved.x, *saved.statistics, self.gamma, self.axis, self.eps, out, backend=self.backend, num_threads=self.num_threads
+                dy, x, *statistics, gamma, axis, eps, out, backend=self.backend, num_threads=self.num_threads
             )
-        same = checks.same_memory if isinstance(saved.x, np.ndarray) else results.on_gpu(self.backend).same_memory
-        if out is not None and same(out, saved.x):
-            self._saved = saved._replace(overwritten=True)
+        same = checks.same_memory if isinstance(x, np.ndarray) else results.on_gpu(self.backend).same_memory
+        if out is not None and same(out, x):
+            self._saved = _Gone(_OVERWRITTEN, across)
         dx, dgamma, dbeta = result
-        self.dgamma = dgamma if self.gamma is not None else None
-        self.dbeta = dbeta if self.beta is not None else None
+        self.dgamma = dgamma if gamma is not None else None
+        self.dbeta = dbeta if shifted else None
         return dx
 
     def recalibrate(self, batches: Iterable[ArrayLike], progress: bool = True) -> BatchNorm:

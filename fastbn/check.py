@@ -168,7 +168,7 @@ def _training(case: Case, backend: str | None) -> Findings:
 
 
 def _evaluation(case: Case, backend: str | None) -> Findings:
-    bn = _layer(case, backend).eval()
+    bn = _layer(case, backend).eval(backward=True)
     assert bn.running_mean is not None and bn.running_var is not None
     bn.running_mean[...], bn.running_var[...] = case.moments.mean, case.moments.var()
     mean, var = bn.running_mean.astype(np.float64), bn.running_var.astype(np.float64)  # as rounded to the layer's dtype

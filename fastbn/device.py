@@ -213,6 +213,15 @@ def widened(values: Any) -> Any:
     return found
 
 
+def copied(values: Any) -> Any:
+    """A copy of (C,) parameters, queued before what changes them next."""
+    buffer = devices.view(values, "parameters")
+    found = devices.empty(buffer.shape, (0,), buffer.dtype, buffer)
+    with launches.calling(buffer, None) as call:
+        launches.copy(call, buffer, devices.view(found, "copy"))
+    return found
+
+
 def track(m: Moments, freedom: float, weight: float, running_mean: Any, running_var: Any) -> None:
     """Running statistics move towards m.mean and m.m2 / freedom by `weight`, in place, on the GPU."""
     mean, m2 = devices.view(m.mean, "mean"), devices.view(m.m2, "m2")

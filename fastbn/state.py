@@ -24,7 +24,11 @@ class State:
     running_mean: Array | None
     running_var: Array | None
     num_batches_tracked: int
-    _saved: Any  # of the last forward
+    _saved: Any  # of the last forward: None where there is none
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the last forward, whose x is a call's: pickles and copies of a layer would carry a batch of data."""
+        return self.__dict__ | {"_saved": None}
 
     def to(self: Layer, device: str, kind: str | None = None) -> Layer:
         """Move parameters, their gradients and running statistics to a GPU or back; returns self. Forgets the last forward.

@@ -26,6 +26,11 @@ def _layer(backend: str, channels: int = 3, **options: Any) -> fastbn.BatchNorm:
     return bn
 
 
+def _mode(bn: fastbn.BatchNorm, training: bool) -> fastbn.BatchNorm:
+    """Training, or evaluation with a backward."""
+    return bn.train() if training else bn.eval(backward=True)
+
+
 def _check_y(y: np.ndarray, x: np.ndarray, mean: Any, var: Any, bn: fastbn.BatchNorm) -> None:
     want = published.normalized(x, mean, var, bn.gamma, bn.beta, bn.axis, bn.eps)
     check("y", x.dtype, y, want, scales(x, x, mean, var, bn.gamma, bn.beta, bn.axis, bn.eps, True).y)
@@ -101,7 +106,7 @@ def test_call_is_forward(backend: str) -> None:
 @pytest.mark.parametrize("axis", [1, -1, 0])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_backward_in_both_modes(dtype: str, axis: int, training: bool, backend: str) -> None:
-    bn = _layer(backend, SHAPE[axis], dtype=dtype, axis=axis).train(training)
+    bn = _mode(_layer(backend, SHAPE[axis], dtype=dtype, axis=axis), training)
     x, dy = _batch(1, dtype), _batch(2, dtype)
     s = published.statistics(x, axis)
     mean, var = (s.mean, s.var) if training else (bn.running_mean, bn.running_var)
@@ -116,15 +121,18 @@ def test_backward_in_both_modes(dtype: str, axis: int, training: bool, backend: 
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_backward_uses_the_statistics_and_the_mode_of_its_forward(training: bool, backend: str) -> None:
-    bn, x, dy = _layer(backend).train(training), _batch(1), _batch(2)
+def test_backward_is_that_of_its_forward_whatever_changes_since(training: bool, backend: str) -> None:
+    bn, x, dy = _mode(_layer(backend), training), _batch(1), _batch(2)
     bn(x)
     want = bn.backward(dy).copy(), np.copy(bn.dgamma), np.copy(bn.dbeta)
     bn(x)
     assert bn.running_mean is not None
     assert bn.running_var is not None
+    assert bn.gamma is not None
     bn.running_mean += 100
     bn.running_var *= 100
+    bn.gamma *= 10
+    bn.beta, bn.eps, bn.axis = None, 1.0, -1
     bn.train(not training)
     found = bn.backward(dy), bn.dgamma, bn.dbeta
     for got, was in zip(found, want, strict=True):
@@ -227,7 +235,7 @@ def test_one_parameter_taken_away(absent: str, backend: str) -> None:
 
 @pytest.mark.parametrize("training", [True, False])
 def test_without_running_statistics_the_batch_is_used_in_both_modes(training: bool, backend: str) -> None:
-    bn, x, dy = _layer(backend, track_running_stats=False).train(training), _batch(1), _batch(2)
+    bn, x, dy = _mode(_layer(backend, track_running_stats=False), training), _batch(1), _batch(2)
     assert bn.running_mean is None
     assert bn.running_var is None
     s = published.statistics(x, 1)
@@ -239,7 +247,7 @@ def test_without_running_statistics_the_batch_is_used_in_both_modes(training: bo
 
 @pytest.mark.parametrize("training", [True, False])
 def test_an_empty_batch_moves_nothing(training: bool, backend: str) -> None:
-    bn = _layer(backend).train(training)
+    bn = _mode(_layer(backend), training)
     before = bn.state_dict()
     for shape in ((0, 3), (0, 3, 4), (2, 3, 0)):
         x = np.empty(shape, np.float32)

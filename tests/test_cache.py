@@ -113,7 +113,7 @@ def test_warmup_covers_every_call(monkeypatch: pytest.MonkeyPatch, dtype: str) -
                 x = np.moveaxis(np.ascontiguousarray(np.moveaxis(x, 1, -1)), -1, 1) if last else x
                 layer = fastbn.BatchNorm(shape[1], dtype=np.float64 if kind.itemsize == 8 else np.float32)
                 layer.backward(layer(x))
-                layer.eval().backward(layer(x))
+                layer.eval(backward=True).backward(layer(x))
                 m = fastbn.moments(x)
                 fastbn.batch_norm(x)
                 fastbn.batch_norm_backward(x, x, m)

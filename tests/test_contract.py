@@ -67,7 +67,8 @@ def _inference_backward(i: Inputs, backend: str, out: Any = None) -> Results:
 
 def _layer(i: Inputs, backend: str, out: Any, mode: str) -> Results:
     dtype = parameter_dtype(np.asarray(i.x).dtype)
-    bn = fastbn.BatchNorm(np.shape(i.x)[i.axis], EPS, axis=i.axis, dtype=dtype, backend=backend).train(not mode)
+    bn = fastbn.BatchNorm(np.shape(i.x)[i.axis], EPS, axis=i.axis, dtype=dtype, backend=backend)
+    bn = bn.eval(backward=True) if mode else bn.train()
     bn.gamma, bn.beta = i.gamma, i.beta
     bn.running_mean, bn.running_var = np.array(i.mean, dtype), np.array(i.var, dtype)
     y = bn(i.x)

@@ -100,11 +100,13 @@ def test_layer_options(options: dict[str, Any], error: type[Exception], message:
 
 BEFORE_FORWARD = "backward before forward: call the layer on x first, y = bn(x)"
 OVERWRITTEN = "backward needs the x of the forward, which was overwritten by out=x: give another out, or none"
+EVALUATION = "backward after a forward in evaluation, which keeps no x unless asked to: bn.eval(backward=True), then y = bn(x)"
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_backward_at_the_wrong_time(training: bool, backend: str) -> None:
-    bn, x = _layer(backend).train(training), np.arange(60, dtype=np.float32).reshape(SHAPE)
+    bn, x = _layer(backend), np.arange(60, dtype=np.float32).reshape(SHAPE)
+    bn = bn.train() if training else bn.eval(backward=True)
     with pytest.raises(RuntimeError, match=f"^{re.escape(BEFORE_FORWARD)}$"):
         bn.backward(x)
     bn(x, out=x)

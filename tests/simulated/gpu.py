@@ -78,6 +78,10 @@ class BatchNorm:
         self.layer.train(mode)
         return self
 
+    def eval(self, *, backward: bool) -> "BatchNorm":
+        self.layer.eval(backward=backward)
+        return self
+
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self.layer, name, on_gpu(value))
 

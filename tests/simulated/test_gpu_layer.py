@@ -39,13 +39,21 @@ def test_training_and_evaluation_as_on_the_host(options: dict[str, Any]) -> None
     np.testing.assert_allclose(gpu.on_host(device.eval()(gpu.on_gpu(X))), y, rtol=1e-5, atol=1e-6)
 
 
-def test_statistics_of_evaluation_are_those_of_the_forward() -> None:
+def test_backward_has_the_parameters_and_statistics_of_its_forward() -> None:
     _, device = _pair()
-    device.eval()(gpu.on_gpu(X))
+    device.eval(backward=True)(gpu.on_gpu(X))
     want = gpu.on_host(device.backward(gpu.on_gpu(DY))).copy()
     device(gpu.on_gpu(X))
+    gpu.on_host(device.gamma)[...] *= 10
     fastbn.device.track(fastbn.moments(gpu.on_gpu(X)), 1.0, 1.0, device.running_mean, device.running_var)
     np.testing.assert_array_equal(gpu.on_host(device.backward(gpu.on_gpu(DY))), want)
+
+
+def test_evaluation_keeps_x_only_where_asked() -> None:
+    _, device = _pair()
+    device.eval()(gpu.on_gpu(X))
+    with pytest.raises(RuntimeError, match=r"keeps no x unless asked to: bn.eval\(backward=True\)"):
+        device.backward(gpu.on_gpu(DY))
 
 
 def test_recalibrate_and_folded_affine_as_on_the_host() -> None:

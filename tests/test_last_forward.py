@@ -1,0 +1,127 @@
+"""What a layer holds of its last forward, and for how long."""
+
+import copy
+import pickle
+import re
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+import fastbn
+from fastbn.backends import select
+
+rng = np.random.default_rng(0)
+X, DY = rng.normal(3, 2, (2, 6, 3, 5)).astype(np.float32)
+BEFORE = "backward before forward: call the layer on x first, y = bn(x)"
+FAILED = "backward after a forward that raised an error: call the layer again, y = bn(x)"
+EVALUATION = "backward after a forward in evaluation, which keeps no x unless asked to: bn.eval(backward=True), then y = bn(x)"
+
+
+def _no_backward(bn: fastbn.BatchNorm, why: str) -> None:
+    with pytest.raises(RuntimeError, match=f"^{re.escape(why)}$"):
+        bn.backward(DY)
+
+
+COPIES: dict[str, Callable[[Any], Any]] = {
+    "pickle": lambda bn: pickle.loads(pickle.dumps(bn)),
+    "deepcopy": copy.deepcopy,
+    "copy": copy.copy,
+}
+
+
+@pytest.mark.parametrize("how", COPIES)
+def test_copies_are_of_the_layer_without_its_last_batch(how: str, backend: str) -> None:
+    bn = fastbn.BatchNorm(3, momentum=None, backend=backend).eval(backward=True)
+    size = len(pickle.dumps(bn))
+    large = np.repeat(X, 1000, 0)
+    for forward in (bn, bn.train()):
+        forward(large)
+        assert len(pickle.dumps(bn)) < size + 100
+    other = COPIES[how](bn)
+    _no_backward(other, BEFORE)
+    assert bn.backward(large).shape == large.shape  # the layer itself has it still
+    for key, value in bn.state_dict().items():
+        np.testing.assert_array_equal(other.state_dict()[key], value)
+    assert (other.training, other.momentum, other.backend) == (True, None, backend)
+    np.testing.assert_array_equal(other(X), bn(X))
+
+
+def _assigned(bn: fastbn.BatchNorm) -> fastbn.BatchNorm:
+    bn.training = False
+    return bn
+
+
+HELD: dict[str, tuple[Callable[[fastbn.BatchNorm], Any], bool]] = {  # after this, which takes what the layer held before: is x held?
+    "training": (lambda bn: bn.train(), True),
+    "eval(backward=True)": (lambda bn: bn.eval(backward=True), True),
+    "eval": (lambda bn: bn.eval(), False),
+    "eval again": (lambda bn: bn.eval(backward=True).eval(), False),
+    "train(False)": (lambda bn: bn.eval(backward=True).train(False), False),
+    "training = False": (_assigned, False),
+}
+
+
+@pytest.mark.parametrize("mode", HELD)
+@pytest.mark.parametrize("track", [True, False])
+def test_evaluation_keeps_x_only_where_asked(mode: str, track: bool, backend: str) -> None:
+    bn, set_mode, (before, x) = fastbn.BatchNorm(3, track_running_stats=track, backend=backend), HELD[mode], (X.copy(), X.copy())
+    bn(before)
+    first, last = weakref.ref(before), weakref.ref(x)
+    del before
+    assert first() is not None
+    set_mode[0](bn)(x)
+    del x
+    assert first() is None
+    assert (last() is not None) == set_mode[1]
+    if set_mode[1]:
+        assert bn.backward(DY).shape == DY.shape
+    else:
+        _no_backward(bn, EVALUATION)
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_an_x_that_was_overwritten_is_let_go(backward: bool, backend: str) -> None:
+    bn, x = fastbn.BatchNorm(3, backend=backend), X.copy()
+    bn(x, out=None if backward else x)
+    if backward:
+        bn.backward(DY, out=x)
+    held = weakref.ref(x)
+    del x
+    assert held() is None
+
+
+def test_a_forward_that_fails_is_never_taken_for_the_one_before(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that refuses its input has changed nothing; one that fails after y has changed no statistics, and says so."""
+    bn = fastbn.BatchNorm(3, momentum=None, backend=backend)
+    bn(X)
+    want, state = bn.backward(DY), bn.state_dict()
+    for wrong in ({"x": X[:, :2]}, {"x": X.astype(int)}, {"x": X, "out": np.empty(3, np.float32)}):
+        with pytest.raises((TypeError, ValueError)):
+            bn(**wrong)
+        np.testing.assert_array_equal(bn.backward(DY), want)
+
+    def fails(*arguments: Any) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(select(backend), "track", fails)
+        with pytest.raises(MemoryError):
+            bn(2 * X)
+    _no_backward(bn, FAILED)
+    for key, value in bn.state_dict().items():
+        np.testing.assert_array_equal(value, state[key])
+    bn(X)
+    np.testing.assert_array_equal(bn.backward(DY), want)
+
+
+def test_parameters_that_are_lists_are_the_forwards_too(backend: str) -> None:
+    bn = fastbn.BatchNorm(3, backend=backend)
+    want = fastbn.BatchNorm(3, backend=backend)
+    want.gamma, bn.gamma = np.arange(3, dtype=np.float32), [0, 1, 2]  # type: ignore[assignment] # an array_like
+    want(X), bn(X)
+    bn.gamma[:] = [9, 9, 9]  # type: ignore[index]
+    np.testing.assert_array_equal(bn.backward(DY), want.backward(DY))
+    np.testing.assert_array_equal(bn.dgamma, want.dgamma)
