@@ -58,7 +58,7 @@ class BatchNorm(State):
     affine : bool
         Whether there are parameters gamma (ones) and beta (zeros); either may be set to None later.
     track_running_stats : bool
-        Whether running statistics are kept; without them evaluation uses the batch's.
+        Whether running statistics are kept; without them evaluation uses the batch's. Set to False later, training leaves them as they are.
     axis : int
         The channel axis.
     dtype : dtype
@@ -221,7 +221,7 @@ class BatchNorm(State):
             run = functional.batch_norm if across is None else across.batch_norm
             y, m = run(x, self.gamma, self.beta, self.axis, self.eps, out, backend=self.backend, num_threads=self.num_threads)
             statistics = m
-            if self.training and running_mean is not None and running_var is not None and m.count:
+            if self.training and self.track_running_stats and running_mean is not None and running_var is not None and m.count:
                 self._saved = _Gone(_FAILED, across)  # should that raise, y is lost, and the forward before is not the last
                 self._track(running_mean, running_var, m, gpu or select(self.backend))
         else:

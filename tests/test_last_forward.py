@@ -1,4 +1,4 @@
-"""What a layer holds of its last forward, and for how long."""
+"""What a layer holds of its last forward, and for how long; which forwards move the running statistics."""
 
 import copy
 import pickle
@@ -125,3 +125,42 @@ def test_parameters_that_are_lists_are_the_forwards_too(backend: str) -> None:
     bn.gamma[:] = [9, 9, 9]  # type: ignore[index]
     np.testing.assert_array_equal(bn.backward(DY), want.backward(DY))
     np.testing.assert_array_equal(bn.dgamma, want.dgamma)
+
+
+SEQUENCES = (
+    "call eval call",
+    "off call eval call train on call eval call",
+    "call off call call eval call reset call on reset call train call",
+    "call eval off call train call on call",
+    "off reset call eval call",
+)  # fmt: skip
+
+
+@pytest.mark.peers
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("made", [True, False])
+@pytest.mark.parametrize("sequence", SEQUENCES)
+def test_tracking_is_switched_as_pytorch_has_it(sequence: str, made: bool, momentum: float | None, backend: str) -> None:
+    """`track_running_stats` of a living layer: training moves what there is, or leaves it; evaluation uses what there is."""
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    options: dict[str, Any] = {"momentum": momentum, "track_running_stats": made}
+    theirs = torch.nn.BatchNorm1d(3, dtype=torch.float64, **options)
+    bn = fastbn.BatchNorm(3, dtype="float64", backend=backend, **options)
+    for step, word in enumerate(sequence.split()):
+        if word == "call":
+            x = (step + 1) * X.astype(np.float64) + step
+            np.testing.assert_allclose(bn(x), theirs(torch.from_numpy(x)).detach().numpy(), rtol=1e-9, atol=1e-9, err_msg=f"step {step}")
+        elif word == "reset":
+            if made or not theirs.track_running_stats:  # PyTorch's fails where there is nothing to reset
+                bn.reset_running_stats(), theirs.reset_running_stats()
+        elif word in ("on", "off"):
+            bn.track_running_stats = theirs.track_running_stats = word == "on"
+        else:
+            getattr(bn, word)(), getattr(theirs, word)()
+        state, want = bn.state_dict(), theirs.state_dict()
+        assert list(state) == list(want)
+        for key, value in want.items():
+            np.testing.assert_allclose(state[key], value.numpy(), rtol=1e-12, err_msg=f"{key}, step {step}")
+    other = fastbn.BatchNorm(3, dtype="float64", backend=backend, track_running_stats=made)
+    other.load_state_dict(state)
+    np.testing.assert_array_equal(other.eval()(x), bn.eval()(x))
