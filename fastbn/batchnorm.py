@@ -321,14 +321,15 @@ class BatchNorm(State):
         Parameters
         ----------
         batches : iterable of array_like
-            Inputs of this layer, as `forward` takes them.
+            Inputs of this layer, as `forward` takes them. Of a tuple or list that begins with an array, as a loader's (input, target),
+            the first is taken, as PyTorch's `update_bn` does; nested lists of numbers are an input.
         progress : bool
             Show a bar on stderr, where that is a terminal; needs rich, MissingExtra without.
 
         Raises
         ------
         TypeError, ValueError
-            No batch, or one that `forward` would refuse; one value per channel in all; a layer without running statistics.
+            No batch, a dict, or one that `forward` would refuse; one value per channel in all; a layer without running statistics.
         """
         recalibration.recalibrate(self, batches, progress)
         return self

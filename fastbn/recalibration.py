@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -21,6 +21,8 @@ def recalibrate(layer: Any, batches: Any, progress: bool) -> None:
         raise ValueError("recalibrate: this layer keeps no running statistics; make it with track_running_stats=True")
     if hasattr(batches, "dtype") or devices.on_device(batches):  # iterating would take its first axis away
         raise TypeError(f"batches: given one {type(batches).__name__}, want an iterable of arrays: [x] for a single batch")
+    if isinstance(batches, Mapping):
+        raise TypeError(f"batches: given {_keys(batches)}, want an iterable of arrays: its values()?")
     if not isinstance(batches, Iterable) and not hasattr(batches, "__getitem__"):
         raise TypeError(f"batches: given {type(batches).__name__}, want an iterable of arrays")
     seen = RunningMoments(layer.num_features, layer.axis, layer.backend, num_threads=layer.num_threads)
@@ -28,7 +30,7 @@ def recalibrate(layer: Any, batches: Any, progress: bool) -> None:
     with screen.tracked(batches, "recalibrate") if progress else nullcontext(batches) as shown:
         for x in shown:
             before = seen.count
-            seen.update(_checked(layer, x))
+            seen.update(_checked(layer, _input(x)))
             tracked += seen.count > before
     freedom = seen.count - 1 if layer.unbiased_running_var else seen.count
     if not seen.count:
@@ -41,6 +43,20 @@ def recalibrate(layer: Any, batches: Any, progress: bool) -> None:
     residence.overwrite(running_mean, mean)
     residence.overwrite(running_var, var)
     layer.num_batches_tracked = tracked
+
+
+def _input(batch: Any) -> Any:
+    """The array of a batch: the first of a loader's (input, target), which is no list of rows to be stacked."""
+    first = batch
+    while isinstance(first, tuple | list) and first:
+        first = first[0]
+    if isinstance(first, Mapping):
+        raise TypeError(f"batches: given {_keys(first)}, want arrays: (batch[key] for batch in loader), with the key of the input")
+    return first if getattr(first, "ndim", 0) or devices.on_device(first) else batch  # nested lists of numbers are an array
+
+
+def _keys(given: Mapping[Any, Any]) -> str:
+    return f"{type(given).__name__} with keys {', '.join(map(repr, list(given)[:5]))}"
 
 
 def _checked(layer: Any, x: Any) -> Any:

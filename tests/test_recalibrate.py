@@ -3,7 +3,7 @@
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -66,6 +66,25 @@ def test_other_axes_dtypes_and_array_likes() -> None:
     np.testing.assert_array_equal(lists.running_var, [2.0, 8.0])
 
 
+LOADERS: dict[str, Callable[[np.ndarray], Any]] = {
+    "(input, target)": lambda x: (x, x + 100),
+    "[input, target]": lambda x: [x, x + 100],
+    "labels": lambda x: (x, np.arange(len(x))),
+    "ragged labels": lambda x: [x, [[1], [2, 3]]],
+    "(input,)": lambda x: (x,),
+    "((input, mask), target)": lambda x: ((x, x > 0), [1]),
+    "a list of numbers": lambda x: x.tolist(),
+}
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_of_what_a_loader_gives_the_first_array_is_taken(loader: str) -> None:
+    batches = _batches(dtype=np.float64)
+    want = fastbn.BatchNorm(4, dtype="float64").recalibrate(batches, progress=False)
+    found = fastbn.BatchNorm(4, dtype="float64").recalibrate((LOADERS[loader](x) for x in batches if len(x)), progress=False)
+    assert _state(found) == _state(want)
+
+
 def test_parameters_mode_and_saved_forward_are_left_alone() -> None:
     layer = fastbn.BatchNorm(4)
     layer.gamma[:] = 2.0
@@ -102,6 +121,11 @@ REFUSED: list[tuple[Any, type[Exception], str]] = [
     ([ONE[:0]], ValueError, "batches: given no values, want at least one batch that has some (an iterator gives its batches only once)"),
     ([ONE], ValueError, "batches: given one value per channel in all, want two or more: one has no unbiased variance"),
     (ONE, TypeError, "batches: given one ndarray, want an iterable of arrays: [x] for a single batch"),
+    ([ONE, {"x": ONE, "y": ONE}], TypeError, "batches: given dict with keys 'x', 'y', want arrays: (batch[key] for batch in loader), with "
+     "the key of the input"),
+    ([({"x": ONE}, ONE)], TypeError, "batches: given dict with keys 'x', want arrays: (batch[key] for batch in loader), with the key of "
+     "the input"),
+    ({"a": ONE}, TypeError, "batches: given dict with keys 'a', want an iterable of arrays: its values()?"),
     (7, TypeError, "batches: given int, want an iterable of arrays"),
     (_fails_at_the_end(), OSError, "the disk is gone"),
     ([ONE, ONE[:, :2]], ValueError, "x: given 2 channels along axis 1 of shape (1, 2, 1, 1), want 4, as this layer has"),
