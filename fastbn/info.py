@@ -57,11 +57,14 @@ def cache_directory() -> str:
     if config.DISABLE_JIT:
         return "nowhere: NUMBA_DISABLE_JIT is set"
     places = _cache.directories()
+    if not places:
+        return "nowhere: this program's importer does not show fastbn's modules, so old kernels could not be told from new ones"
+    partly = "; most are compiled anew at each start, since NUMBA_OPT=0 leaves addresses in them" if config.OPT == 0 else ""
     for place in places:
         if _cache.writable(place):
-            return str(place)
+            return f"{place}{partly}"
         if any(place.glob("*.nbi")):
-            return f"{place} (read-only)"
+            return f"{place} (read-only){partly}"
     return "nowhere: no directory can be written; set NUMBA_CACHE_DIR to one"
 
 

@@ -1,7 +1,10 @@
 """Compiled kernels on disk: found again, but only where they still fit. Between processes: test_cache_processes.py."""
 
 import errno
+import pkgutil
 import shutil
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +13,17 @@ import numba
 import numpy as np
 import pytest
 import tiny
-from numba.core import caching
+from numba.core import caching, codegen
 
 import fastbn
-from fastbn import dtypes
+from fastbn import dtypes, info
 from fastbn.backends import cpu
 from fastbn.kernels import _cache, _jit
 
 pytestmark = pytest.mark.skipif(bool(numba.config.DISABLE_JIT), reason="without the JIT nothing is compiled")
+
+
+KERNELS = Path(_cache.__file__).parent
 
 
 def files(place: Path) -> set[str]:
@@ -67,21 +73,89 @@ def test_a_full_disk_is_no_error(cache: Path, monkeypatch: pytest.MonkeyPatch) -
     assert files(cache) == set()
 
 
-def test_every_source_and_both_compilers_count(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+SETTINGS = {"OPT": 2, "BOUNDSCHECK": 1, "DEBUGINFO_DEFAULT": 1, "LOOP_VECTORIZE": 0, "SLP_VECTORIZE": 1}
+
+
+def test_every_source_setting_and_both_compilers_count(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A directory for each version of what kernels are compiled from and by; numba sees a kernel's own file only."""
-    sources = shutil.copytree(Path(fastbn.__file__).parent / "kernels", tmp_path / "kernels")
+    sources = shutil.copytree(KERNELS, tmp_path / "kernels")
     known = _cache.directories()[-1].name
     monkeypatch.setattr(_cache, "_HERE", sources)
-    monkeypatch.setattr(_cache, "stamp", _cache.stamp.__wrapped__)  # read again every time
+    monkeypatch.setattr(_cache, "_sources", _cache._sources.__wrapped__)  # read again every time
     seen = [_cache.directories()[-1].name]
     assert seen == [known]
-    for path in sorted(sources.glob("*.py")):
+    modules = sorted(set(sources.glob("*.py")) - {sources / "__init__.py"})
+    assert sources / "welford.py" in modules
+    for path in modules:
         path.write_text(f"{path.read_text()}# the next version\n")
         seen.append(_cache.directories()[-1].name)
     for compiler in (numba, llvmlite):
         monkeypatch.setattr(compiler, "__version__", "0.0.0")
         seen.append(_cache.directories()[-1].name)
-    assert len(set(seen)) == len(seen) > len([numba, llvmlite]) + 1
+    for name, value in SETTINGS.items():
+        monkeypatch.setattr(numba.config, name, value)
+        seen.append(_cache.directories()[-1].name)
+    assert len(set(seen)) == len(seen) == 1 + len(modules) + 2 + len(SETTINGS)
+
+
+def test_settings_are_numbas() -> None:
+    """A name that numba no longer has would count for nothing."""
+    assert [name for name in _cache._SETTINGS if not hasattr(numba.config, name)] == []
+
+
+def test_a_frozen_program_without_files_counts_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same digest in every process and on every line, another one after an edit; without code, kernels are kept nowhere."""
+    sources = {path.stem: path.read_text() for path in KERNELS.glob("*.py")}
+
+    class Importer:
+        def find_spec(self, name: str, path: None) -> Any:
+            return types.SimpleNamespace(loader=self, origin=None)
+
+        def get_code(self, name: str) -> types.CodeType:
+            return compile(sources[name.rpartition(".")[2]], "nowhere", "exec")
+
+    def digest() -> str:
+        return _cache._sources.__wrapped__()
+
+    monkeypatch.setattr(_cache.pkgutil, "iter_modules", lambda *_: [pkgutil.ModuleInfo(Importer(), name, False) for name in sources])
+    seen = [digest()]
+    sources["welford"] = "# a line above\n" + sources["welford"]
+    assert digest() == seen[0]
+    for before, after in (("count_b / count", "count_b * count"), ("0.0 if m2 < 0.0", "1.0 if m2 < 0.0"), ("(mean, m2)", "(m2, mean)")):
+        assert before in sources["welford"]
+        sources["welford"] = sources["welford"].replace(before, after)
+        seen.append(digest())
+    assert len(set(seen)) == 4
+    assert _cache._text(frozenset("abcdef")) == "('a', 'b', 'c', 'd', 'e', 'f')"
+    sources.clear()
+    monkeypatch.setattr(_cache, "_sources", _cache._sources.__wrapped__)
+    assert (_cache.stamp(), _cache.directories()) == ("", [])
+    assert info.cache_directory().startswith("nowhere: this program's importer does not show fastbn's modules")
+
+
+def test_a_program_that_unpacks_itself_keeps_kernels_with_the_user(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own directory is there for one process only."""
+    monkeypatch.setattr(numba.config, "CACHE_DIR", "")
+    assert len(_cache.directories()) == 2
+    monkeypatch.setattr(sys, "frozen", True, raising=False)
+    assert [place.name[:7] for place in _cache.directories()] == ["fastbn-"]
+
+
+def test_numbas_own_choice_of_directories_is_not_asked(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They know nothing of an edit of a leaf."""
+    monkeypatch.setenv("NUMBA_CACHE_LOCATOR_CLASSES", "InTreeCacheLocator")
+    monkeypatch.setattr(numba.config, "CACHE_LOCATOR_CLASSES", "InTreeCacheLocator")
+    assert tiny.compiled() == ["double_serial"]
+    assert len(files(cache)) == 2
+
+
+def test_code_that_holds_addresses_is_not_kept(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As most does with NUMBA_OPT=0: numba would warn of it, and ask for a file that fastbn's cache does not know."""
+    monkeypatch.setattr(codegen.CodeLibrary, "has_dynamic_globals", True)
+    assert tiny.compiled() == ["double_serial"]
+    assert files(cache) == set()
+    monkeypatch.setattr(numba.config, "OPT", 0)
+    assert "most are compiled anew at each start, since NUMBA_OPT=0" in info.cache_directory()
 
 
 SHAPES = (

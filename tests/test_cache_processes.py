@@ -1,10 +1,13 @@
 """Compiled kernels on disk, between processes and installations, also in directories that can't be written."""
 
+import compileall
 import json
 import os
+import py_compile
 import shutil
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -45,6 +48,8 @@ print(json.dumps({"file": fastbn.__file__, "sealed": sealed, "compiled": compile
 class Machine:
     """An installation and a home of their own."""
 
+    suffix = ".py"  # of its modules
+
     def __init__(self, place: Path) -> None:
         self.site, self.home, self.cache = place / "site", place / "home", place / "cache"
         for path in (self.home, self.cache):
@@ -75,7 +80,7 @@ class Machine:
     def call(self, *sealed: Path, **environment: str) -> dict[str, Any]:
         """What one small call compiled, and where it is kept; `sealed` can't be written, or this fails."""
         said: dict[str, Any] = json.loads(self.python("-c", CALL, *map(str, sealed), **environment))
-        assert said["file"] == str(self.site / "fastbn" / "__init__.py")
+        assert said["file"] == str(self.site / "fastbn" / "__init__") + self.suffix
         assert said["sealed"] == [True] * len(sealed)
         return said
 
@@ -190,6 +195,49 @@ def test_a_public_call_follows_an_upgrade_of_a_leaf(machine: Machine) -> None:
     assert "moments_serial" in names
     assert (np.array(m2) > 1.5 * want).all()
     assert call() == ([], m2)
+
+
+def test_settings_that_change_code_have_directories_of_their_own(machine: Machine, kept: Path) -> None:
+    """Checks of bounds, or code without optimization, were taken by later runs. With NUMBA_OPT=0 most can't be kept at all, nor need be."""
+    shutil.copytree(kept, machine.own)
+    cache = {"NUMBA_CACHE_DIR": str(machine.cache)}
+    for settings in ({}, {"NUMBA_BOUNDSCHECK": "1"}, {"NUMBA_OPT": "1"}):
+        assert [bool(machine.call(**cache, **settings)["compiled"]) for _ in range(2)] == [True, False]
+    names, _ = json.loads(machine.python("-W", "error", "-c", MOMENTS, NUMBA_OPT="0"))
+    assert "moments_serial" in names
+
+
+def pack(machine: Machine, how: str) -> None:
+    """Leave the installation in a zip, or as bytecode without sources, or both."""
+    home = machine.site / "fastbn"
+    if "bytecode" in how:
+        machine.suffix = ".pyc"
+        compileall.compile_dir(home, quiet=2, legacy=True, invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)
+        for path in home.rglob("*.py"):
+            path.unlink()
+    if "zip" in how:
+        whole = machine.site.parent / "lib.zip"
+        with zipfile.ZipFile(whole, "w") as packed:
+            for path in home.rglob(f"*{machine.suffix}"):
+                packed.write(path, path.relative_to(machine.site))
+        machine.site = whole
+
+
+@pytest.mark.parametrize("how", ["zip", "zip of bytecode", "bytecode"])
+def test_an_installation_without_source_files(tmp_path: Path, how: str) -> None:
+    """Kernels are kept, beside it or else in the home, and follow an upgrade."""
+    machine, upgraded = Machine(tmp_path), Machine(tmp_path / "next")
+    leaf = upgraded.kernels / "welford.py"
+    leaf.write_text(leaf.read_text().replace("m2_a + m2_b", "2 * (m2_a + m2_b)"))
+    pack(machine, how), pack(upgraded, how)
+    first = machine.call()
+    assert first["compiled"]
+    assert Path(first["kept"]).is_relative_to(machine.home if "zip" in how else machine.kernels)
+    assert machine.call()["compiled"] == []
+    if "zip" not in how:
+        shutil.copytree(machine.own, upgraded.own)
+    upgraded.home = machine.home
+    assert upgraded.call()["compiled"]
 
 
 WARMUP = """

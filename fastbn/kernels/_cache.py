@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import os
+import pkgutil
+import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 import llvmlite
@@ -24,26 +27,72 @@ __all__ = ["Cache", "directories", "stamp", "writable"]
 
 _HERE = Path(__file__).parent
 
+# What changes compiled code and is not in the key of numba's files, which has the processor and its features.
+_SETTINGS = (
+    "OPT",
+    "BOUNDSCHECK",
+    "DEBUGINFO_DEFAULT",
+    "EXTEND_VARIABLE_LIFETIMES",
+    "LOOP_VECTORIZE",
+    "SLP_VECTORIZE",
+    "USING_SVML",
+    "LLVM_REFPRUNE_PASS",
+    "LLVM_REFPRUNE_FLAGS",
+)
+
+
+def _modules() -> Iterator[bytes]:
+    """What each module of this directory is made from: its file, in a zip too, or its code where a frozen program has no file of it."""
+    for module in sorted(pkgutil.iter_modules([str(_HERE)], "fastbn.kernels."), key=lambda module: module.name):
+        spec = None if module.ispkg else module.module_finder.find_spec(module.name, None)
+        if spec is None:
+            continue
+        loader: Any = spec.loader
+        try:
+            yield loader.get_data(spec.origin)
+        except (AttributeError, OSError):
+            yield _text(loader.get_code(module.name)).encode()
+
+
+def _text(value: Any) -> str:
+    """A constant, or all that a function is made of but its lines: the same text in every process."""
+    if isinstance(value, CodeType):
+        return f"{value.co_code!r} {value.co_names} {value.co_varnames} {value.co_freevars} {value.co_cellvars} {_text(value.co_consts)}"
+    if isinstance(value, tuple | frozenset):
+        found = map(_text, value)
+        return f"({', '.join(found if isinstance(value, tuple) else sorted(found))})"
+    return repr(value)
+
 
 @lru_cache(maxsize=1)
-def stamp() -> str:
-    """A digest of what kernels are compiled from and by: every file of this directory, numba and llvmlite. Empty where no file can be read.
+def _sources() -> str:
+    """A digest of what kernels are compiled from. Empty where that can't be read.
 
     A kernel is compiled together with leaves of other files, all of which lie here (a rule that tests/test_layering.py holds).
     """
-    sources = [path.read_bytes() for path in sorted(_HERE.glob("*.py"))]
-    versions = f"numba {numba.__version__}, llvmlite {llvmlite.__version__}"
-    return hashlib.sha256(b"".join([*sources, versions.encode()])).hexdigest() if sources else ""
+    modules = list(_modules())
+    return hashlib.sha256(b"".join(modules)).hexdigest() if modules else ""
+
+
+def stamp() -> str:
+    """A digest of what kernels are compiled from and by: modules of this directory, numba, llvmlite, settings. Empty without modules."""
+    settings = {name: getattr(config, name, None) for name in _SETTINGS}
+    made = f"{_sources()}, numba {numba.__version__}, llvmlite {llvmlite.__version__}, {settings}"
+    return hashlib.sha256(made.encode()).hexdigest() if _sources() else ""
 
 
 def directories() -> list[Path]:
-    """Where compiled kernels are looked for, in order; the first that can be written keeps new ones. None in a zip or a frozen program."""
+    """Where compiled kernels are looked for, in order; the first that can be written keeps new ones.
+
+    None where a program is frozen in such a way that stale ones could not be told.
+    """
     if not stamp():
         return []
     name = f"fastbn-{stamp()[:16]}"
     if config.CACHE_DIR:
         return [Path(config.CACHE_DIR, name)]
-    return [_HERE / "__pycache__", Path(AppDirs(appname="numba", appauthor=False).user_cache_dir, name)]
+    installed = os.path.exists(__file__) and not getattr(sys, "frozen", False)  # else in a zip, or unpacked for this process alone
+    return [*([_HERE / "__pycache__"] if installed else []), Path(AppDirs(appname="numba", appauthor=False).user_cache_dir, name)]
 
 
 def writable(directory: Path) -> bool:
@@ -59,19 +108,15 @@ def writable(directory: Path) -> bool:
 class _Locator:
     """What numba asks about the place of a function's files."""
 
-    directory: Path
-
-    @classmethod
-    def from_function(cls, function: Callable[..., Any], file: str) -> _Locator:
-        """Of whatever function: its name tells its files apart."""
-        return cls()
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
 
     def ensure_cache_path(self) -> None:
         """Nothing: `Cache` has seen to it."""
 
     def get_cache_path(self) -> str:
         """The directory."""
-        return str(self.directory)
+        return str(self._directory)
 
     def get_source_stamp(self) -> str:
         """What the files were compiled from."""
@@ -82,11 +127,27 @@ class _Locator:
         return "0"
 
 
+class _Files(caching.CompileResultCacheImpl):  # type: ignore[misc] # numba's is untyped
+    """The names of a function's files, and what goes into them."""
+
+    directory: Path
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        # numba's own would ask NUMBA_CACHE_LOCATOR_CLASSES, whose directories know nothing of a leaf's edit.
+        self._lineno = function.__code__.co_firstlineno
+        self._locator = _Locator(self.directory)
+        module = os.path.splitext(os.path.basename(function.__code__.co_filename))[0]
+        self._filename_base = self.get_filename_base(f"{module}.{function.__qualname__}", getattr(sys, "abiflags", ""))
+
+    def check_cachable(self, compiled: Any) -> bool:
+        """Not where the code holds addresses of this process, as some of it does with NUMBA_OPT=0; numba's own warns then."""
+        return not compiled.library.has_dynamic_globals
+
+
 @lru_cache(maxsize=8)
 def _kind(directory: Path) -> Callable[[Callable[..., Any]], Any]:
     """numba's cache, of functions kept in one directory."""
-    locator = type("Locator", (_Locator,), {"directory": directory})
-    files = type("Files", (caching.CompileResultCacheImpl,), {"_locator_classes": [locator]})
+    files = type("Files", (_Files,), {"directory": directory})
     kind: Callable[[Callable[..., Any]], Any] = type("FunctionCache", (caching.FunctionCache,), {"_impl_class": files})
     return kind
 
@@ -125,6 +186,6 @@ class Cache:
                     if directory in self._damaged:
                         cache.flush()
                     cache.save_overload(signature, compiled)
-                except OSError:
+                except Exception:  # as above: what was compiled serves without a file
                     continue
                 return
