@@ -13,7 +13,7 @@ __all__ = ["deferred"]
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """Put off Ctrl-C for a moment. Not where the program takes it in its own way, nor in other threads, which never get one."""
+    """Put off Ctrl-C for a moment, whatever else is raised in it. Not where the program takes it in its own way, nor in other threads."""
     interrupts: list[int] = []
 
     def later(number: int, frame: FrameType | None) -> None:
@@ -27,5 +27,5 @@ def deferred() -> Iterator[None]:
     finally:
         if mine:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-    if interrupts:
-        raise KeyboardInterrupt
+        if interrupts:
+            raise KeyboardInterrupt  # what the body raised is its context
