@@ -48,7 +48,7 @@ _safe = False  # decided, at the first parallel call: the parallel kernels run
 _serial: Serial | None = None  # or decided: the serial ones, and why
 _warned = False
 _launcher: int | None = None  # the thread that launched the pool, where that was here
-_held = False  # at a fork: the lock, by this thread
+_fork = threading.local()  # `held`: at a fork, the lock, by the thread that forks
 _whole = False  # at a fork: the child's copy of TBB is whole
 _broken = False  # this is such a child, and its copy of the pool is not
 
@@ -226,13 +226,36 @@ def _after_fork_in_child() -> None:
 
 
 def _hold() -> None:
-    global _held
-    _held = lock.acquire(timeout=_PATIENCE)
+    _fork.held = lock.acquire(timeout=_PATIENCE)
 
 
 def _let_go() -> None:
-    if _held:
+    if _fork.held:
         lock.release()
+
+
+def _let_go_in_child() -> None:
+    if _fork.held:
+        lock.release()
+    else:
+        _renew()
+
+
+def _renew() -> None:
+    """New locks in a child of a fork that gave up waiting: the old ones are held by a thread that is not here, which was compiling."""
+    global lock
+    lock = threading.RLock()
+    modules = ("numba.core.compiler_lock", "numba.core.registry", "llvmlite.binding.ffi", "fastbn.kernels._team")
+    compiler, registry, llvm, team = map(sys.modules.get, modules)
+    # Private: numba's lock, that of its type inference with the calls that were being inferred, LLVM's.
+    for holder, name, new in (
+        (getattr(compiler, "global_compiler_lock", None), "_lock", threading.RLock),
+        (getattr(getattr(registry, "cpu_target", None), "typing_context", None), "callstack", None),
+        (getattr(getattr(llvm, "lib", None), "_lock", None), "_lock", threading.RLock),
+        (team, "_lock", threading.Lock),
+    ):
+        if hasattr(holder, name):
+            setattr(holder, name, (new or type(getattr(holder, name)))())
 
 
 if hasattr(os, "register_at_fork"):
@@ -242,4 +265,4 @@ if hasattr(os, "register_at_fork"):
 def guard_forks() -> None:
     """Let forks wait for compilations from now on: what is registered last holds first, and a compilation needs logging's lock."""
     if hasattr(os, "register_at_fork"):
-        os.register_at_fork(before=_hold, after_in_parent=_let_go, after_in_child=_let_go)
+        os.register_at_fork(before=_hold, after_in_parent=_let_go, after_in_child=_let_go_in_child)

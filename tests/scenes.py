@@ -129,6 +129,45 @@ def fork_in_another_thread() -> None:
     expect(said(), (True, HOW))
 
 
+def compiling(stage: str, nth: int) -> tuple[str, list[str]]:
+    """What a child compiles that is forked while another thread is at the nth event of a stage, and what the parent then does."""
+    import tiny
+    from numba.core import event
+    from numba.core.registry import cpu_target
+
+    inferring = cpu_target.typing_context.callstack._lock  # of numba's, while it infers the types of a function that calls another
+    begun, forked, passed = threading.Event(), threading.Event(), iter(range(1, 10**6))
+
+    class Listener(event.Listener):
+        def on_start(self, event: event.Event) -> None:
+            if threading.current_thread() is thread and next(passed) == nth:
+                with inferring:
+                    begun.set()
+                    forked.wait(100)
+
+        def on_end(self, event: event.Event) -> None:
+            pass
+
+    thread = threading.Thread(target=tiny.compiled)
+    with event.install_listener(stage, Listener()):
+        thread.start()
+        expect(begun.wait(100), True)
+        child = in_child(lambda: [tiny.compiled(), tiny.compiled("float64")])
+        forked.set()
+        thread.join()
+    return child, tiny.compiled()
+
+
+@scene("main thread")
+def fork_that_gives_up_waiting_for_a_compilation() -> None:
+    """Locks of fastbn, numba and LLVM are held by a thread that the child has not: its own first compilation must not wait for it."""
+    from fastbn.kernels import _cache
+
+    with mock.patch.object(_cache, "directories", list), mock.patch.object(pool, "_PATIENCE", 0.1):
+        for stage in (("numba:compile", 1), ("numba:run_pass", 20), ("numba:llvm_lock", 1), ("numba:llvm_lock", 400)):
+            expect((stage, compiling(*stage)), (stage, ("[['double_serial'], ['double_serial']]", ["double_serial"])))
+
+
 @scene("main thread")
 def fork_while_another_thread_compiles() -> None:
     """A fork waits for it: numba's lock, held in the child by a thread that is not there, would never be free."""
