@@ -115,9 +115,15 @@ def layer() -> str:
 
 
 def _remedy(name: str) -> str:
-    from numba import config
+    from numba import __version__, config
 
-    steps = [] if _importable("tbb") else ["install TBB (pip install tbb; where pip has no wheel: conda install tbb)"]
+    steps = []
+    if not _importable("tbb"):
+        steps = ["install TBB (pip install tbb; where pip has no wheel: conda install tbb)"]
+        if _load_from_elsewhere():  # TBB is there
+            steps = [
+                f"install a numba with its TBB layer, which this {__version__} lacks (pip install -U numba, or conda install numba tbb)"
+            ]
     if name == "omp" and steps and _asked() == "default":
         steps[0] += ", or, in a program that does not fork, set NUMBA_THREADING_LAYER=omp"
     if _asked() != "default" or config.THREADING_LAYER_PRIORITY[0] != "tbb":
@@ -184,8 +190,22 @@ def ready() -> bool:
         with lock:
             first, _warned = not _warned, True
         if first:
-            warnings.warn(f"fastbn runs on one thread: {_serial.why}. To use them all, {_serial.remedy}.", RuntimeWarning, stacklevel=2)
+            message = f"fastbn runs on one thread: {_serial.why}. To use them all, {_serial.remedy}."
+            warnings.warn(message, RuntimeWarning, stacklevel=_users_level())
     return _safe
+
+
+_OURS = str(Path(__file__).parent) + os.sep
+
+
+def _users_level() -> int:
+    """The `stacklevel` that points a warning of the caller at the user's line: past fastbn's files, and PyTorch's that call a module."""
+    level, frame = 0, sys._getframe(1)
+    torch = getattr(sys.modules.get("torch"), "__file__", None)
+    others = (_OURS, os.path.dirname(torch) + os.sep) if torch else (_OURS,)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(others):
+        level, frame = level + 1, frame.f_back
+    return level + 1
 
 
 def mask() -> int:

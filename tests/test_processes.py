@@ -81,6 +81,28 @@ def test_layers_asked_for_that_are_unsafe_or_not_there(run: Run, asked: str) -> 
 
 
 @process
+def test_a_numba_without_its_tbb_layer_is_told_from_a_missing_tbb(run: Run) -> None:
+    """As the wheels of 0.62.0 were, and as those of some systems are."""
+    out, err = run("sys.modules['numba.np.ufunc.tbbpool'] = None; print(right(), how().split()[1])", "tbb")
+    assert out == "True serial\n"
+    assert "install a numba with its TBB layer, which this " in err
+    assert "(pip install -U numba, or conda install numba tbb)" in err
+    assert "pip install tbb" not in err
+
+
+@process
+@pytest.mark.parametrize("call", ["fastbn.moments(x)", "fastbn.BatchNorm(16)(x)", "bn.backward(bn(x))", "seen.update(x)"])
+def test_the_warning_points_at_the_users_line(run: Run, call: str) -> None:
+    code = f"""
+        x, bn, seen = np.ones((4, 16, 64, 64), np.float32), fastbn.BatchNorm(16), fastbn.RunningMoments(16)
+        {call}  # mine
+        """
+    _, err = run(code, "workqueue")
+    assert warned(err) == 1
+    assert err.splitlines()[1].strip() == f"{call}  # mine"
+
+
+@process
 def test_one_processor_needs_no_threads_and_no_warning(run: Run, layer: str) -> None:
     out, err = run("print(right(times=2, threads=4), how(), threads.describe())", layer, NUMBA_NUM_THREADS="1")
     assert out == f"True {layer} serial one thread: numba has only one\n"

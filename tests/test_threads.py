@@ -1,7 +1,11 @@
 """set_num_threads and limits of a call: for one Python thread, restored, the same bits, numba's own number untouched."""
 
+import os
+import sys
 import threading
 import time
+import types
+from importlib import metadata
 
 import limits  # noqa: F401 # the scenes of four threads
 import numba
@@ -10,6 +14,7 @@ import pytest
 from processes import Run, compiled, play
 
 import fastbn
+from fastbn import pool
 from fastbn.threads import limited
 
 MOST = numba.config.NUMBA_NUM_THREADS
@@ -79,6 +84,31 @@ def test_each_python_thread_has_its_own() -> None:
     thread.start()
     thread.join()
     assert fastbn.get_num_threads() == MOST
+
+
+def test_a_warning_points_past_fastbns_files_and_pytorchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two frames of fastbn's, two of PyTorch's that call a module, and then the user's: this one."""
+    call = pool._users_level
+    monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(__file__="/site/torch/__init__.py"))
+    ours = f"{pool._OURS}torch{os.sep}modules.py"
+    for level, file in ((2, ours), (3, ours), (4, "/site/torch/nn/modules/module.py"), (5, "/site/torch/nn/modules/module.py")):
+        names = {"call": call}
+        exec(compile("def outer(): return call()", file, "exec"), names)
+        call = names["outer"]
+        assert call() == level
+    assert pool._users_level() == 1
+
+
+@pytest.mark.parametrize(
+    ("found", "remedy"), [(False, "install TBB (pip install tbb; "), (True, "install a numba with its TBB layer, which ")]
+)
+def test_the_remedy_tells_a_missing_tbb_from_a_numba_without_it(found: bool, remedy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool, "_importable", lambda name: False)
+    monkeypatch.setattr(pool, "_loaded", False)
+    monkeypatch.setattr(pool, "_load", lambda path: found)
+    monkeypatch.setattr(metadata, "files", lambda name: [metadata.PackagePath(f"lib/{pool._TBB}")])
+    monkeypatch.setattr(metadata.PackagePath, "locate", lambda self: "/lib/here", raising=False)
+    assert pool._remedy("workqueue").startswith(remedy)
 
 
 @compiled
