@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastbn import checks, residence
+from fastbn import residence
 from fastbn.moments import inverse_deviation
 
 Array = NDArray[Any]
@@ -28,9 +28,8 @@ def affine_of(
 
 def folded(layer: Any) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """(scale, shift) of a BatchNorm in evaluation; float64 in any layer: where the mean is large the two terms nearly cancel."""
-    checks.check_running(layer.running_mean, layer.running_var)
+    kept = layer._kept()
     if layer.running_mean is None:
         raise ValueError("folded_affine: this layer keeps no running statistics, and so has no fixed map")
-    mean, var = residence.to_host(layer.running_mean), residence.to_host(layer.running_var)
-    gamma, beta = (None if array is None else residence.to_host(array) for array in (layer.gamma, layer.beta))
-    return affine_of(mean, var, gamma, beta, layer.eps)
+    host = {name: residence.to_host(array) for name, array in kept.items()}
+    return affine_of(host["running_mean"], host["running_var"], host.get("gamma"), host.get("beta"), layer.eps)

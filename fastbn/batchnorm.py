@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from fastbn import affine, checks, config, distributed, functional, gradients, recalibration, residence, results, threads
+from fastbn import affine, checks, config, distributed, functional, gradients, overlap, recalibration, residence, results, threads
 from fastbn.backends import devices, select
 from fastbn.moments import Moments
 from fastbn.state import State
@@ -247,14 +247,18 @@ class BatchNorm(State):
         if gpu is None:
             x = checks.as_input(x)
             checks.check_features(x, self.axis, self.num_features, self.dtype)
-            overwritten = out is not None and checks.same_memory(out, x)
+            overwritten = out is not None and overlap.same_memory(out, x)
         else:
             gpu.check_features(x, self.axis, self.num_features, self.dtype.name)
             overwritten = out is not None and gpu.same_memory(out, x)
-        running_mean, running_var = self.running_mean, self.running_var
-        checks.check_running(running_mean, running_var)
-        if gpu is not None or type(running_mean) is not np.ndarray:
-            residence.check(gpu is not None, gamma=self.gamma, beta=self.beta, running_mean=running_mean, running_var=running_var)
+        mean, var, gamma, beta = self.running_mean, self.running_var, self.gamma, self.beta
+        if gpu is not None or not checks.well_kept(mean, var, gamma, beta, self.num_features, self.dtype, self.training):
+            checks.check_running(mean, var)
+            statistics = {"running_mean": mean, "running_var": var}
+            residence.check(gpu is not None, gamma=gamma, beta=beta, **statistics)
+            residence.check_kept(statistics, self.num_features, self.dtype, self.training, gamma=gamma, beta=beta)
+        if out is not None:
+            residence.check_apart(out, running_mean=mean, running_var=var)
         return x, gpu, overwritten
 
     def _track(self, running_mean: Array, running_var: Array, m: Moments, served: Any) -> None:
@@ -297,6 +301,12 @@ class BatchNorm(State):
                 across.decline("backward")
             raise RuntimeError(_BEFORE if saved is None else saved.why)
         x, statistics, gamma, shifted, axis, eps, across = saved
+        try:
+            residence.check_apart(out, gamma=self.gamma, beta=self.beta, running_mean=self.running_mean, running_var=self.running_var)
+        except Exception:
+            if across is not None:
+                across.decline("backward")
+            raise
         if isinstance(statistics, Moments):
             run = gradients.batch_norm_backward if across is None else across.batch_norm_backward
             result = run(dy, x, statistics, gamma, axis, eps, out, backend=self.backend, num_threads=self.num_threads)
@@ -304,7 +314,7 @@ class BatchNorm(State):
             result = gradients.batch_norm_inference_backward(
                 dy, x, *statistics, gamma, axis, eps, out, backend=self.backend, num_threads=self.num_threads
             )
-        same = checks.same_memory if isinstance(x, np.ndarray) else results.on_gpu(self.backend).same_memory
+        same = overlap.same_memory if isinstance(x, np.ndarray) else results.on_gpu(self.backend).same_memory
         if out is not None and same(out, x):
             self._saved = _Gone(_OVERWRITTEN, across)
         dx, dgamma, dbeta = result

@@ -8,12 +8,12 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from fastbn import dtypes
+from fastbn import dtypes, overlap
 from fastbn.moments import Moments
 
 Array = NDArray[Any]
@@ -81,25 +81,36 @@ def check_like(array: ArrayLike, x: Array, name: str) -> Array:
     return array
 
 
-def check_out(out: Any, x: Array, *inputs: Array) -> None:
-    """An `out` that can take the result: x's shape and dtype, writeable, and each input either itself or apart from it."""
-    if not (type(out) is np.ndarray and out.dtype is x.dtype and out.shape == x.shape):
+def check_out(out: Any, x: Array, *inputs: Array, **others: Any) -> None:
+    """An `out` that can take the result: x's shape and dtype, writeable, each input either itself or apart from it, the others apart."""
+    if not (type(out) is np.ndarray and out.dtype is x.dtype and out.dtype.isnative and out.shape == x.shape):
         _check_kind(out, x)
     if not out.flags.writeable:
         raise ValueError("out: given a read-only array, want one that can be written")
     check_place(out, x, *inputs)
+    check_apart(out, **others)
 
 
 def check_place(out: Array, *inputs: Array) -> None:
     """Memory that a result may take: its elements apart from each other, and each input either itself or apart from it."""
     flags = out.flags
-    if not flags.c_contiguous and _repeats(out):
+    if not flags.c_contiguous and overlap.repeats(out):
         raise ValueError(f"out: given an array whose elements share memory (strides {out.strides}), want one of its own memory")
     for array in inputs:
         if out is array or (flags.owndata and array.flags.owndata):  # the second in a third of the time that bounds of memory take
             continue
-        if np.may_share_memory(out, array) and not same_memory(out, array) and _overlap(out, array):
+        if overlap.shared(out, array) and not overlap.same_memory(out, array):
             raise ValueError("out: given an array that overlaps an input in part; want the input itself, or memory apart from it")
+
+
+def check_apart(out: Array, **others: Any) -> None:
+    """Memory that a result may take beside parameters and statistics as they were given: those of a channel are read after another's y."""
+    owned = out.flags.owndata
+    for name, value in others.items():
+        if value is None or (owned and type(value) is np.ndarray and value.flags.owndata):
+            continue
+        if overlap.shared(out, value if isinstance(value, np.ndarray) else _as_array(value, name)):
+            raise ValueError(f"out: given an array that overlaps {name}; want memory apart from it")
 
 
 def _check_kind(out: Any, x: Array) -> None:
@@ -111,30 +122,6 @@ def _check_kind(out: Any, x: Array) -> None:
         raise TypeError(f"out: given dtype {out.dtype}{order}, want {wanted}, the dtype of x")
     if out.shape != x.shape:
         raise ValueError(f"out: given shape {out.shape}, want {x.shape}, the shape of x")
-
-
-def _repeats(array: Array) -> bool:
-    """Whether elements may share memory: an axis that steps by less than the axes within it reach."""
-    reach = array.itemsize
-    for stride, n in sorted((abs(stride), n) for stride, n in zip(array.strides, array.shape, strict=True)):
-        if n > 1 and stride < reach:
-            return array.size > 0
-        reach += stride * (n - 1)
-    return False
-
-
-def same_memory(a: Any, b: Array) -> bool:
-    """Whether two arrays are element for element the same memory."""
-    if a is b or not isinstance(a, np.ndarray):
-        return a is b
-    return a.ctypes.data == b.ctypes.data and a.strides == b.strides and a.shape == b.shape
-
-
-def _overlap(a: Array, b: Array) -> bool:
-    try:
-        return bool(np.shares_memory(a, b, max_work=cast(Any, 100_000)))
-    except np.exceptions.TooHardError:
-        return True  # can't be told in reasonable time: refuse rather than corrupt
 
 
 def as_parameter(value: ArrayLike | None, channels: int, dtype: dtypes.Dtype, name: str) -> Array | None:
@@ -163,6 +150,53 @@ def as_statistic(value: ArrayLike, channels: int, name: str) -> NDArray[np.float
     if array.shape != (channels,):
         raise ValueError(f"{name}: given shape {array.shape}, want ({channels},), one value per channel of x")
     return np.ascontiguousarray(array, np.float64)
+
+
+def well_kept(mean: Any, var: Any, gamma: Any, beta: Any, channels: int, dtype: dtypes.Dtype, written: bool) -> bool:
+    """Whether a layer's running statistics are as almost all are, so that `check_kept` need not look at them: in 0.3 us."""
+    if mean is None and var is None:
+        return True
+    if not (type(mean) is type(var) is np.ndarray and mean.shape == var.shape == (channels,)):
+        return False
+    if (mean.dtype is not dtype and mean.dtype != dtype) or (var.dtype is not dtype and var.dtype != dtype):  # a pickle's is another
+        return False
+    if not written:
+        return True
+    if not (mean.flags.carray and var.flags.carray and mean.base is None and var.base is None and mean is not var):
+        return False  # an array without a base shares memory with its views alone
+    if gamma is not None and not (type(gamma) is np.ndarray and gamma.base is None and gamma is not mean and gamma is not var):
+        return False
+    return beta is None or (type(beta) is np.ndarray and beta.base is None and beta is not mean and beta is not var)
+
+
+def check_kept(arrays: Mapping[str, Any], channels: int, dtype: dtypes.Dtype, written: bool, **beside: Any) -> None:
+    """Arrays that a layer keeps: (C,) of its dtype; where they will be written, each in memory of its own, apart from those beside too."""
+    for name, array in arrays.items():
+        if not isinstance(array, np.ndarray):
+            raise TypeError(f"{name}: given {type(array).__name__}, want a numpy.ndarray of shape ({channels},) and dtype {dtype}")
+        if isinstance(array, np.ma.MaskedArray):
+            raise TypeError(f"{name}: given a masked array, whose mask would be ignored; want a plain array: bn.{name}.filled(...)")
+        if array.dtype != dtype:
+            order = "" if array.dtype.isnative else " in swapped byte order"
+            raise TypeError(
+                f"{name}: given dtype {array.dtype}{order}, want {dtype}, this layer's: bn.{name} = bn.{name}.astype('{dtype}')"
+            )
+        if array.shape != (channels,):
+            raise ValueError(f"{name}: given shape {array.shape}, want ({channels},), one value per channel of this layer")
+        if written and not array.flags.writeable:
+            raise ValueError(f"{name}: given a read-only array, want one that can be written: give it a copy")
+        if written and overlap.repeats(array):
+            raise ValueError(f"{name}: given an array whose elements share memory (strides {array.strides}): give it a copy")
+    if written:
+        check_disjoint(arrays, **beside)
+
+
+def check_disjoint(arrays: Mapping[str, Array], **beside: Any) -> None:
+    """Arrays that will be written, in memory apart from each other and from those beside."""
+    for name, array in arrays.items():
+        for other, value in (*arrays.items(), *beside.items()):
+            if other != name and isinstance(value, np.ndarray) and overlap.shared(array, value):
+                raise ValueError(f"{name}: given an array that overlaps {other}, want memory apart from it: give it a copy")
 
 
 def check_running(mean: ArrayLike | None, var: ArrayLike | None) -> None:

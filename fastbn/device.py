@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
-from fastbn import checks, layout
+from fastbn import checks, layout, overlap
 from fastbn.backends import cuda, devices, launches, views
 from fastbn.backends.devices import Buffer
 from fastbn.kernels.cuda import finish
@@ -19,7 +21,7 @@ class DeviceMoments(Moments):
     """Moments whose mean and m2 are arrays on a GPU, of the kind of x, float64; so is what its methods return."""
 
     def _spread(self, ddof: int, root: bool) -> Any:
-        m2 = devices.view(self.m2, "moments.m2")
+        m2 = _wide(self.m2, "moments.m2")
         found = devices.empty(m2.shape, (0,), "float64", m2)
         freedom = float(self.count - ddof) if self.count > ddof else np.nan
         with launches.calling(m2, None) as call:
@@ -36,7 +38,7 @@ class DeviceMoments(Moments):
 
     def rstd(self, eps: float) -> Any:
         """1 / sqrt(var + eps) of each channel: see `Moments.rstd`."""
-        m2 = devices.view(self.m2, "moments.m2")
+        m2 = _wide(self.m2, "moments.m2")
         found = devices.empty(m2.shape, (0,), "float64", m2)
         with launches.calling(m2, None) as call:
             _per_channel(call, finish.rstd, m2, float(self.count or np.nan), eps, m2.size, found)
@@ -46,11 +48,11 @@ class DeviceMoments(Moments):
         """Moments of both groups of values together, on the same GPU; neither is changed: see `Moments.merge`."""
         if not isinstance(other, DeviceMoments):
             raise TypeError(f"merge: given {type(other).__name__}, want moments that are on the GPU too")
-        mean, m2 = devices.view(self.mean, "moments.mean"), devices.view(self.m2, "moments.m2")
-        theirs = devices.view(other.mean, "other.mean"), devices.view(other.m2, "other.m2")
-        if mean.shape != theirs[0].shape:
+        mean, m2 = _wide(self.mean, "moments.mean"), _wide(self.m2, "moments.m2")
+        theirs = _wide(other.mean, "other.mean"), _wide(other.m2, "other.m2")
+        if not mean.shape == m2.shape == theirs[0].shape == theirs[1].shape:
             raise ValueError(f"merge: given {theirs[0].size} channels, want {mean.size}, as many as on the left")
-        same_device(mean, other=theirs[0])
+        same_device(mean, m2=m2, other=theirs[0], other_m2=theirs[1])
         found, found_m2 = (devices.empty(m2.shape, (0,), "float64", m2) for _ in range(2))
         with launches.calling(m2, None) as call:
             _per_channel(call, finish.join_moments, float(self.count), mean, m2, float(other.count), *theirs, m2.size, found, found_m2)
@@ -112,6 +114,14 @@ def as_statistic(value: Any, channels: int, name: str) -> Buffer:
     return _row(buffer, channels, name)
 
 
+def _wide(value: Any, name: str) -> Buffer:
+    """mean, m2 of moments: (C,) in float64, without gaps."""
+    buffer = as_input(value, name)
+    if buffer.dtype != "float64":
+        raise TypeError(f"{name}: given dtype {buffer.dtype}, want float64")
+    return _row(buffer, buffer.size, name)
+
+
 def _row(buffer: Buffer, channels: int, name: str) -> Buffer:
     if buffer.shape != (channels,):
         raise ValueError(f"{name}: given shape {buffer.shape}, want ({channels},), one value per channel of x")
@@ -120,7 +130,7 @@ def _row(buffer: Buffer, channels: int, name: str) -> Buffer:
     return buffer
 
 
-def check_out(out: Any, x: Buffer, *inputs: Buffer) -> Buffer:
+def check_out(out: Any, x: Buffer, *inputs: Buffer, **others: Any) -> Buffer:
     """An `out` that can take the result, as `checks.check_out` has it for the host."""
     buffer = as_input(out, "out")
     if buffer.dtype != x.dtype:
@@ -131,7 +141,25 @@ def check_out(out: Any, x: Buffer, *inputs: Buffer) -> Buffer:
     if buffer.readonly:
         raise ValueError("out: given a read-only array, want one that can be written")
     checks.check_place(shadow, *(_shadow(array) for array in (x, *inputs)))
+    checks.check_apart(shadow, **_shadows(others))
     return buffer
+
+
+def check_apart(out: Any, **others: Any) -> None:
+    """Memory that a result may take beside what a layer keeps, as `checks.check_apart` has it for the host."""
+    checks.check_apart(_shadow(as_input(out, "out")), **_shadows(others))
+
+
+def check_kept(arrays: Mapping[str, Any], channels: int, dtype: np.dtype[Any], written: bool, **beside: Any) -> None:
+    """Arrays that a layer keeps, as `checks.check_kept` has it for the host; none has gaps."""
+    places = []
+    for name, value in (*arrays.items(), *beside.items()):
+        if (buffer := as_parameter(value, channels, dtype.name, name)) is not None:
+            places.append((buffer.address, buffer.address + channels * buffer.itemsize))
+            if written and name in arrays and buffer.readonly:
+                raise ValueError(f"{name}: given a read-only array, want one that can be written: give it a copy")
+    if written and any(begins < end for (_, end), (begins, _) in pairwise(sorted(places))):
+        checks.check_disjoint(_shadows(arrays), **_shadows(beside))
 
 
 class _Interface:
@@ -146,6 +174,11 @@ class _Interface:
 
 def _shadow(buffer: Buffer) -> Any:
     return np.empty(buffer.shape, f"|V{buffer.itemsize}") if not buffer.size else np.asarray(_Interface(buffer))
+
+
+def _shadows(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    given = {name: value for name, value in arrays.items() if value is not None}
+    return {name: _shadow(value if isinstance(value, Buffer) else as_input(value, name)) for name, value in given.items()}
 
 
 def planned(x: Buffer, axis: int) -> layout.Plan:
@@ -198,12 +231,12 @@ def check_features(x: Any, axis: int, channels: int, dtype: str) -> None:
 
 def same_memory(a: Any, b: Any) -> bool:
     """Whether two arrays on a GPU are element for element the same memory."""
-    return a is b or (devices.on_device(a) and devices.view(a, "out")[:3] == devices.view(b, "x")[:3])
+    return a is b or (devices.on_device(a) and overlap.same_memory(_shadow(devices.view(a, "out")), _shadow(devices.view(b, "x"))))
 
 
 def widened(values: Any) -> Any:
     """A copy of (C,) statistics in float64, queued before what changes them next."""
-    buffer = devices.view(values, "statistics")
+    buffer = as_statistic(values, devices.view(values, "statistics").size, "statistics")
     found = devices.empty(buffer.shape, (0,), "float64", buffer)
     with launches.calling(buffer, None) as call:
         call.launch(
@@ -224,13 +257,15 @@ def copied(values: Any) -> Any:
 
 def track(m: Moments, freedom: float, weight: float, running_mean: Any, running_var: Any) -> None:
     """Running statistics move towards m.mean and m.m2 / freedom by `weight`, in place, on the GPU."""
-    mean, m2 = devices.view(m.mean, "mean"), devices.view(m.m2, "m2")
-    running = devices.view(running_mean, "running_mean"), devices.view(running_var, "running_var")
-    same_device(mean, running_mean=running[0], running_var=running[1])
+    mean, m2 = _wide(m.mean, "moments.mean"), _wide(m.m2, "moments.m2")
+    first = as_statistic(running_mean, mean.size, "running_mean")
+    second = as_parameter(running_var, mean.size, first.dtype, "running_var")
+    assert second is not None
+    same_device(mean, m2=m2, running_mean=first, running_var=second)
     with launches.calling(mean, None) as call:
         call.launch(
-            finish.track, devices.STORED[running[0].dtype], launches.threads(mean.size), launches.pointer(mean), launches.pointer(m2),
-            freedom, weight, mean.size, *map(launches.pointer, running),
+            finish.track, devices.STORED[first.dtype], launches.threads(mean.size), launches.pointer(mean), launches.pointer(m2),
+            freedom, weight, mean.size, launches.pointer(first), launches.pointer(second),
         )  # fmt: skip
 
 
@@ -257,7 +292,7 @@ def batch_norm(x: Any, gamma: Any, beta: Any, axis: int, eps: float, out: Any, s
     gamma, beta = as_parameter(gamma, plan.channels, kind, "gamma"), as_parameter(beta, plan.channels, kind, "beta")
     eps = checks.check_eps(eps, training=True)
     checks.check_count(x, plan.count)
-    target = None if out is None else check_out(out, x)
+    target = None if out is None else check_out(out, x, gamma=gamma, beta=beta)
     same_device(x, gamma=gamma, beta=beta, out=target)
     out = new(plan, x) if out is None else out
     target = target or devices.view(out, "out")
@@ -293,7 +328,7 @@ def batch_norm_inference(x: Any, mean: Any, var: Any, gamma: Any, beta: Any, axi
     mean, var = as_statistic(mean, plan.channels, "mean"), as_statistic(var, plan.channels, "var")
     gamma, beta = as_parameter(gamma, plan.channels, kind, "gamma"), as_parameter(beta, plan.channels, kind, "beta")
     eps = checks.check_eps(eps, training=False)
-    target = None if out is None else check_out(out, x)
+    target = None if out is None else check_out(out, x, mean=mean, var=var, gamma=gamma, beta=beta)
     same_device(x, mean=mean, var=var, gamma=gamma, beta=beta, out=target)
     out = new(plan, x) if out is None else out
     target = target or devices.view(out, "out")

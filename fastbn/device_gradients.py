@@ -33,7 +33,8 @@ def backward(
         mean, spread = device.as_statistic(m.mean, C, "moments.mean"), device.as_statistic(m.m2, C, "moments.m2")
     else:
         mean, spread = device.as_statistic(constant[0], C, "mean"), device.as_statistic(constant[1], C, "var")
-    target = None if out is None else device.check_out(out, x, dy)
+    names = ("moments.mean", "moments.m2") if constant is None else ("mean", "var")
+    target = None if out is None else device.check_out(out, x, dy, gamma=gamma, **dict(zip(names, (mean, spread), strict=True)))
     device.same_device(x, dy=dy, mean=mean, var=spread, gamma=gamma, out=target)
     out = device.new(plan, x) if out is None else out
     target = target or devices.view(out, "out")
@@ -93,7 +94,8 @@ def batch_norm_backward_input(
     count = checks.check_whole(count, plan.count)
     checks.check_count(x, count)
     gamma, eps = device.as_parameter(gamma, C, device.parameters(x), "gamma"), checks.check_eps(eps, training=True)
-    target = None if out is None else device.check_out(out, x, dy)
+    kept = {"mean": mean, "var": var, "sum_dy": sums[0], "sum_dy_xhat": sums[1], "gamma": gamma}
+    target = None if out is None else device.check_out(out, x, dy, **kept)
     device.same_device(x, dy=dy, mean=mean, var=var, sum_dy=sums[0], sum_dy_xhat=sums[1], gamma=gamma, out=target)
     out = device.new(plan, x) if out is None else out
     target = target or devices.view(out, "out")

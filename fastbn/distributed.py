@@ -7,7 +7,9 @@ every rank's row at every rank, so that all compute the same bits of them, and a
 from __future__ import annotations
 
 import pickle
+from collections.abc import Mapping
 from functools import reduce
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -173,7 +175,8 @@ class Exchange:
         how: Any = {"backend": backend, "num_threads": num_threads}
         try:
             mean, var = moments.mean, moments.var()
-            kind = _check(self.channels, backend, axis, eps, out, x, dy, gamma=gamma)
+            statistics = {"moments.mean": mean, "moments.m2": moments.m2}
+            kind = _check(self.channels, backend, axis, eps, out, x, dy, statistics=statistics, gamma=gamma)
             dbeta, dgamma = split.batch_norm_backward_reduce(dy, x, mean, var, axis, eps, **how)
             sums = np.stack((residence.to_host(dbeta), residence.to_host(dgamma)))
         except Exception:
@@ -195,7 +198,17 @@ def _named(ranks: NDArray[np.bool_]) -> str:
     return f"rank{'s' if len(found) > 1 else ''} {', '.join(map(str, found[:8]))}{more}"
 
 
-def _check(channels: int, backend: str | None, axis: int, eps: float, out: Any, x: Any, *inputs: Any, **parameters: Any) -> np.dtype[Any]:
+def _check(
+    channels: int,
+    backend: str | None,
+    axis: int,
+    eps: float,
+    out: Any,
+    x: Any,
+    *inputs: Any,
+    statistics: Mapping[str, Any] = MappingProxyType({}),
+    **parameters: Any,
+) -> np.dtype[Any]:
     """Raise before the exchange what would be raised behind it, on this rank alone; the dtype of parameters."""
     checks.check_eps(eps, training=True)
     if devices.on_device(x):
@@ -205,7 +218,7 @@ def _check(channels: int, backend: str | None, axis: int, eps: float, out: Any, 
         for name, value in parameters.items():
             gpu.as_parameter(value, given, kind, name)
         if out is not None:
-            gpu.check_out(out, buffer, *map(gpu.as_input, inputs))
+            gpu.check_out(out, buffer, *map(gpu.as_input, inputs), **parameters, **statistics)
     else:
         x = checks.as_input(x)
         way = ready(x, axis, backend)
@@ -213,7 +226,7 @@ def _check(channels: int, backend: str | None, axis: int, eps: float, out: Any, 
         for name, value in parameters.items():
             checks.as_parameter(value, given, kind, name)
         if out is not None:
-            checks.check_out(out, x, *map(checks.as_input, inputs))
+            checks.check_out(out, x, *map(checks.as_input, inputs), **parameters, **statistics)
     if given != channels:
         raise ValueError(f"x: given {given} channels along axis {axis}, want {channels}")
     found: np.dtype[Any] = np.dtype(kind)

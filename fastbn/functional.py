@@ -111,7 +111,7 @@ def batch_norm(
     TypeError
         x is not of float16, bfloat16, float32 or float64; a parameter or `out` of a dtype that does not go with x.
     ValueError
-        A shape, axis or eps out of range; one value per channel; an `out` that overlaps x in part.
+        A shape, axis or eps out of range; one value per channel; an `out` that overlaps x in part, or a parameter.
     """
     if type(x) is not np.ndarray and devices.on_device(x):
         found: tuple[Array, Moments] = results.on_gpu(backend).batch_norm(x, gamma, beta, axis, eps, out, stream)
@@ -123,13 +123,13 @@ def batch_norm(
             return batch_norm(x, gamma, beta, axis, eps, out, backend=backend)
     x = checks.as_input(x)
     way = ready(x, axis, backend)
-    channels, kind = way.channels, way.kind
+    channels, kind, given = way.channels, way.kind, (gamma, beta)
     gamma = checks.as_parameter(gamma, channels, kind, "gamma")
     beta = checks.as_parameter(beta, channels, kind, "beta")
     eps = checks.check_eps(eps, training=True)
     checks.check_count(x, way.values)
     if out is not None:
-        checks.check_out(out, x)
+        checks.check_out(out, x, gamma=given[0], beta=given[1])
     if way.forward is not None and (out is None or out.flags.c_contiguous):
         y = way.plan.empty(x.dtype)[0] if out is None else out
         return y, way.forward(x, gamma, beta, eps, y)[1]
@@ -189,14 +189,14 @@ def batch_norm_inference(
     x = checks.as_input(x)
     way = ready(x, axis, backend)
     checks.check_running(mean, var)
-    channels, kind = way.channels, way.kind
+    channels, kind, given = way.channels, way.kind, (mean, var, gamma, beta)
     mean = checks.as_statistic(mean, channels, "mean")
     var = checks.as_statistic(var, channels, "var")
     gamma = checks.as_parameter(gamma, channels, kind, "gamma")
     beta = checks.as_parameter(beta, channels, kind, "beta")
     eps = checks.check_eps(eps, training=False)
     if out is not None:
-        checks.check_out(out, x)
+        checks.check_out(out, x, mean=given[0], var=given[1], gamma=given[2], beta=given[3])
     if not way.values:
         return results.empty(x, out)
     rstd = way.served.rstd(var, 1.0, eps)

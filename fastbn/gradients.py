@@ -135,7 +135,7 @@ def _backward(
     x = checks.as_input(x)
     dy = checks.check_like(dy, x, "dy")
     way = ready(x, axis, backend)
-    channels, kind = way.channels, way.kind
+    channels, kind, given = way.channels, way.kind, gamma
     gamma = checks.as_parameter(gamma, channels, kind, "gamma")
     eps = checks.check_eps(eps, training=constant is None)
     if constant is None:
@@ -147,7 +147,9 @@ def _backward(
         mean, count = checks.as_statistic(constant[0], channels, "mean"), 1
         spread = checks.as_statistic(constant[1], channels, "var")
     if out is not None:
-        checks.check_out(out, x, dy)
+        names = ("moments.mean", "moments.m2") if constant is None else ("mean", "var")
+        statistics = (m.mean, m.m2) if constant is None else constant
+        checks.check_out(out, x, dy, gamma=given, **dict(zip(names, statistics, strict=True)))
     if not way.values:
         zeros = np.zeros((2, channels), kind)
         return results.empty(x, out), zeros[0], zeros[1]

@@ -19,6 +19,8 @@ def recalibrate(layer: Any, batches: Any, progress: bool) -> None:
     checks.check_running(running_mean, running_var)
     if running_mean is None:
         raise ValueError("recalibrate: this layer keeps no running statistics; make it with track_running_stats=True")
+    kept = {"running_mean": running_mean, "running_var": running_var}
+    residence.check_kept(kept, layer.num_features, layer.dtype, True, gamma=layer.gamma, beta=layer.beta)
     if hasattr(batches, "dtype") or devices.on_device(batches):  # iterating would take its first axis away
         raise TypeError(f"batches: given one {type(batches).__name__}, want an iterable of arrays: [x] for a single batch")
     if isinstance(batches, Mapping):

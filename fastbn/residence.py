@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fastbn import checks, results
 from fastbn.backends import devices, select_device
 
 Array = NDArray[Any]
@@ -79,6 +81,8 @@ def to_host(array: Any) -> Array:
     if isinstance(array, np.ndarray):
         own: Array = array.copy()
         return own
+    if not devices.on_device(array):
+        return np.array(array)
     root = type(array).__module__.partition(".")[0]
     found: Any = array.cpu().numpy() if root == "torch" else array.get() if root == "cupy" else array.copy_to_host()
     host: Array = np.asarray(found)
@@ -115,3 +119,24 @@ def check(x_on_gpu: bool, **arrays: Any) -> None:
         if array is not None and devices.on_device(array) != x_on_gpu:
             here, there, to = ("the host", "a GPU", "cuda") if x_on_gpu else ("a GPU", "the host", "cpu")
             raise TypeError(f"{name}: this layer's is on {here}, x on {there}: move the layer, bn.to('{to}')")
+
+
+def check_kept(arrays: Mapping[str, Any], channels: int, dtype: np.dtype[Any], written: bool, **beside: Any) -> None:
+    """Arrays that a layer keeps, on either side: see `checks.check_kept`."""
+    sides: list[tuple[dict[str, Any], dict[str, Any]]] = [({}, {}), ({}, {})]
+    for place, group in enumerate((arrays, beside)):
+        for name, array in group.items():
+            if array is not None:
+                sides[devices.on_device(array)][place][name] = array
+    (host, host_beside), (device, device_beside) = sides
+    checks.check_kept(host, channels, dtype, written, **host_beside)
+    if device:
+        results.on_gpu(None).check_kept(device, channels, dtype, written, **device_beside)
+
+
+def check_apart(out: Any, **others: Any) -> None:
+    """An `out`, on either side, apart from what a layer keeps; what else it may be, the function that takes it will say."""
+    if isinstance(out, np.ndarray):
+        checks.check_apart(out, **{name: array for name, array in others.items() if not devices.on_device(array)})
+    elif out is not None and devices.on_device(out):
+        results.on_gpu(None).check_apart(out, **{name: array for name, array in others.items() if devices.on_device(array)})

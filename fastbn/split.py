@@ -137,13 +137,14 @@ def batch_norm_backward_input(
     if num_threads is not None:
         with threads.limited(num_threads):
             return batch_norm_backward_input(dy, x, mean, var, sum_dy, sum_dy_xhat, count, gamma, axis, eps, out, backend=backend)
+    kept = {"mean": mean, "var": var, "sum_dy": sum_dy, "sum_dy_xhat": sum_dy_xhat, "gamma": gamma}
     dy, x, mean, var, eps, way = _prepared(dy, x, mean, var, axis, eps, backend)
     sums = checks.as_statistic(sum_dy, way.channels, "sum_dy"), checks.as_statistic(sum_dy_xhat, way.channels, "sum_dy_xhat")
     count = checks.check_whole(count, way.values)
     checks.check_count(x, count)
     gamma = checks.as_parameter(gamma, way.channels, way.kind, "gamma")
     if out is not None:
-        checks.check_out(out, x, dy)
+        checks.check_out(out, x, dy, **kept)
     if not way.values:
         return results.empty(x, out)
     plan, view = layout.view_of(way.plan, x)

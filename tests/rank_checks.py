@@ -134,6 +134,19 @@ def errors(r: Ranks) -> None:
             bn(wrong if r.rank == on else x)
     with r.fails(ValueError, "out: given shape", on=1):
         bn(x, out=np.empty((9, 5, 7), np.float32) if r.rank == 1 else np.empty_like(x))
+    inside = np.ones(x.size, np.float32)
+    for name in ("gamma", "running_var"):
+        kept = getattr(bn, name)
+        if r.rank == 0:
+            setattr(bn, name, inside[: given.gamma.size])
+        with r.fails(ValueError, f"out: given an array that overlaps {name}", on=0):
+            bn(x, out=inside.reshape(x.shape) if r.rank == 0 else None)
+        setattr(bn, name, kept)
+    if r.rank == 2:
+        bn.running_mean = np.zeros(1)
+    with r.fails(TypeError, "running_mean: given dtype float64", on=2):
+        bn(x)
+    bn.running_mean = fresh["running_mean"].copy()
     if r.rank == 1:
         bn.gamma = np.ones(5)
     with r.fails(TypeError, "gamma: given dtype float64", on=1):
@@ -150,6 +163,22 @@ def errors(r: Ranks) -> None:
         bn.backward(dy[:, :1] if r.rank == 2 else dy)
     with r.fails(TypeError, "out: given dtype float64", on=0):
         bn.backward(dy, out=np.empty(dy.shape) if r.rank == 0 else None)
+    statistics = bn._saved.statistics
+    for name in ("mean", "m2"):  # of this rank's layer, for a moment: in the memory of out
+        if r.rank == 1:
+            inside = np.ones(x.size, np.float32)
+            row = inside[: 2 * given.gamma.size].view(np.float64)
+            moments = fastbn.Moments(statistics.count, *({"mean": statistics.mean, "m2": statistics.m2} | {name: row}).values())
+            bn._saved = bn._saved._replace(statistics=moments)
+        with r.fails(ValueError, f"out: given an array that overlaps moments.{name}", on=1):
+            bn.backward(dy, out=inside.reshape(x.shape) if r.rank == 1 else None)
+        bn._saved = bn._saved._replace(statistics=statistics)
+    beta = bn.beta
+    if r.rank == 1:
+        bn.beta = inside[: beta.size]
+    with r.fails(ValueError, "out: given an array that overlaps beta", on=1):
+        bn.backward(dy, out=inside.reshape(x.shape) if r.rank == 1 else None)
+    bn.beta = beta
     with r.fails(
         RuntimeError, "rank 0 of" if r.rank else "ranks 1, 2", f"but a {'forward' if r.rank else 'backward'} on", "the same calls"
     ):

@@ -15,6 +15,7 @@ TIERS = {
     "errors.py": 0.0,
     "interrupts.py": 0.0,
     "dtypes.py": 0.1,
+    "overlap.py": 0.1,
     "checks.py": 0.2,
     "layout.py": 0.3,
     "kernels/__init__.py": 0.0,

@@ -69,7 +69,12 @@ def rstd(m2: Wide, count: float, eps: float) -> Wide:
 
 def track(m: Moments, freedom: float, weight: float, running_mean: Array, running_var: Array) -> None:
     """Running statistics move towards m.mean and m.m2 / freedom by `weight`, in place."""
-    per_channel.track.compiled(running_mean.dtype, False)(m.mean, m.m2, freedom, weight, running_mean, running_var)
+    if running_mean.flags.carray and running_var.flags.carray:
+        per_channel.track.compiled(running_mean.dtype, False)(m.mean, m.m2, freedom, weight, running_mean, running_var)
+        return
+    moved = np.array((running_mean, running_var))  # strided ones, or off their elements' boundary
+    track(m, freedom, weight, *moved)
+    running_mean[...], running_var[...] = moved
 
 
 def normalize(x: Array, mean: Wide, rstd: Wide, gamma: Array | None, beta: Array | None, out: Array) -> Array:

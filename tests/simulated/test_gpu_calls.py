@@ -9,6 +9,7 @@ import numpy as np
 import published
 import pytest
 import test_contract as contract
+import test_kept
 from numba import cuda as numba_cuda
 from numba.cuda.simulator.cudadrv.devicearray import FakeCUDAArray
 from shapes import Case
@@ -250,6 +251,21 @@ def test_out_that_overlaps_an_input_in_part_is_refused() -> None:
     twice = np.lib.stride_tricks.as_strided(memory, (4, 3, 5), (0, 20, 4))
     with pytest.raises(ValueError, match="out: given an array whose elements share memory"):
         fastbn.batch_norm(gpu.on_gpu(np.ones((4, 3, 5), np.float32)), out=gpu.on_gpu(twice))
+
+
+@pytest.mark.parametrize("function", test_kept.OUT)
+def test_out_lies_apart_from_parameters_and_statistics(function: str) -> None:
+    call, like, rows = test_kept.OUT[function]
+    x, C = test_kept.X, test_kept.C
+    for name in rows:
+        memory = np.ones(x.size + C, np.float32)
+        given = dict.fromkeys(like, gpu.on_gpu(x)) | dict.fromkeys(rows, gpu.on_gpu(np.ones(C, np.float32)))
+        given["out"] = gpu.on_gpu(memory[: x.size].reshape(x.shape))
+        for row in (memory[3:][:C], memory[x.size - 1 :][:C]):
+            with pytest.raises(ValueError, match=rf"^out: given an array that overlaps (moments\.)?{name}; want memory apart from it$"):
+                call(**given | {name: gpu.on_gpu(row)})
+        assert (memory == 1).all()
+        call(**given | {name: gpu.on_gpu(memory[x.size :])})
 
 
 def test_another_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -134,3 +134,85 @@ def test_devices_and_kinds_that_are_none() -> None:
     with pytest.raises(ValueError, match="kind: given 'jax', want one of torch, cupy, numba"):
         bn.to("cuda", "jax")
     assert type(bn.gamma) is np.ndarray
+
+
+def test_arrays_that_no_kernel_may_have_are_refused_before_anything_is_computed() -> None:
+    """Kernels go by addresses: without gaps, (C,), of the layer's dtype; in training writeable, and apart from each other."""
+    one, memory = np.ones(3, np.float32), np.ones(6, np.float32)
+    frozen = one.copy()
+    frozen.flags.writeable = False
+    wrong: list[tuple[Any, type[Exception], str, bool]] = [
+        (memory[::2], ValueError, r"given an array with gaps \(strides \(2,\) elements\), want a contiguous one: copy it first", True),
+        (memory, ValueError, r"given shape \(6,\), want \(3,\)", True),
+        (np.ones(3), TypeError, "given dtype float64, want float32", True),
+        (frozen, ValueError, "given a read-only array, want one that can be written: give it a copy", False),
+    ]
+    for training in (True, False):
+        for name in ("running_mean", "running_var"):
+            for array, error, words, always in wrong:
+                _, device = _pair()
+                setattr(device.train(training), name, gpu.on_gpu(array))
+                if always or training:
+                    out = np.full(X.shape, -7, np.float32)
+                    with pytest.raises(error, match=f"^{name}: {words}"):
+                        device(gpu.on_gpu(X), gpu.on_gpu(out))
+                    assert (out == -7).all()
+                    assert device.num_batches_tracked == 0
+                else:
+                    device(gpu.on_gpu(X))
+        _, device = _pair()
+        device.running_mean, device.gamma = gpu.on_gpu(memory[:3]), gpu.on_gpu(memory[2:5])
+        if training:
+            with pytest.raises(ValueError, match=r"^running_mean: given an array that overlaps gamma, want memory apart from it"):
+                device(gpu.on_gpu(X))
+            with pytest.raises(ValueError, match=r"^gamma: given an array that overlaps running_mean, want memory apart from it"):
+                device.load_state_dict(fastbn.BatchNorm(3).state_dict())
+        else:
+            device.eval()(gpu.on_gpu(X))
+
+
+def test_track_and_moments_refuse_arrays_with_gaps() -> None:
+    m, memory = fastbn.moments(gpu.on_gpu(X)), gpu.on_gpu(np.ones(6, np.float32)[::2])
+    for arrays in ((memory, gpu.on_gpu(np.ones(3, np.float32))), (gpu.on_gpu(np.ones(3, np.float32)), memory)):
+        with pytest.raises(ValueError, match=r"given an array with gaps"):
+            fastbn.device.track(m, 1.0, 1.0, *arrays)
+    with pytest.raises(TypeError, match=r"^running_var: given dtype float64, want float32"):
+        fastbn.device.track(m, 1.0, 1.0, gpu.on_gpu(np.ones(3, np.float32)), gpu.on_gpu(np.ones(3)))
+    with pytest.raises(ValueError, match=r"^statistics: given an array with gaps"):
+        fastbn.device.widened(memory)
+    for wrong, error in ((np.ones(6)[::2], ValueError), (np.ones(3, np.float32), TypeError)):
+        made = type(m)(m.count, m.mean, gpu.on_gpu(wrong))
+        for use in (
+            made.var,
+            made.std,
+            lambda made=made: made.rstd(1e-5),
+            lambda made=made: made.merge(m),
+            lambda made=made: m.merge(made),
+        ):
+            with pytest.raises(error, match=r"^(moments|other)\.m2: given"):
+                use()
+
+
+def test_out_lies_apart_from_what_the_layer_keeps() -> None:
+    for name in NAMES:
+        memory = np.ones(X.size, np.float32)
+        out = memory.reshape(X.shape)
+        _, device = _pair()
+        setattr(device, name, gpu.on_gpu(memory[4:7]))
+        message = f"^out: given an array that overlaps {name}; want memory apart from it$"
+        for layer in (device.train(), device.eval()):
+            with pytest.raises(ValueError, match=message):
+                layer(gpu.on_gpu(X), gpu.on_gpu(out))
+            layer(gpu.on_gpu(X))
+            with pytest.raises(ValueError, match=message):
+                layer.backward(gpu.on_gpu(DY), gpu.on_gpu(out))
+
+
+def test_the_same_memory_in_other_strides_of_axes_of_length_1_is_in_place() -> None:
+    image = X.copy()
+    y, _ = fastbn.batch_norm(gpu.on_gpu(image[None]), out=gpu.on_gpu(image.reshape(1, *X.shape)))
+    np.testing.assert_array_equal(gpu.on_host(y), gpu.on_host(fastbn.batch_norm(gpu.on_gpu(X[None]))[0]))
+    bn, image = fastbn.BatchNorm(X.shape[0]).to("cuda", "numba"), gpu.on_gpu(X.copy())
+    bn(gpu.on_gpu(image._ary[None]), gpu.on_gpu(image._ary.reshape(1, *X.shape)))
+    with pytest.raises(RuntimeError, match="which was overwritten"):
+        bn.backward(gpu.on_gpu(X[None]))
