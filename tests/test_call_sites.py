@@ -1,0 +1,290 @@
+"""Every place where an array reaches compiled code, or its address is taken, and the check that it has passed: read from the source.
+
+Entry points look at no type, stride or length, and write where the address says. So whoever calls one, or takes an address, stands below:
+in CONTRACT where its arrays come from callers that stand there too, in CHECKED with the check of each. Who is new fails until listed.
+"""
+
+import ast
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "fastbn"
+
+# What makes a function a call site: an attribute of this name, whatever it is an attribute of, a call, or a function of CONTRACT.
+ATTRIBUTES = {"form", "compiled", "entry_point", "launch", "compact", "served", "from_address", "address", "ctypes", "data_ptr"}
+ATTRIBUTES |= {"__cuda_array_interface__", "__array_interface__"}
+CALLS = {"select"}  # who has a backend may call it
+READY = {"way.forward", "way.backward", "way.normalize"}  # a backend's methods, decided
+HARMLESS = {"layout.compact"}  # arithmetic on shapes
+
+# Functions that ask nothing: their arrays are views by a `layout.Plan` or buffers of `devices.view`, and rows of (C,), which their callers
+# have from `checks` and `device`, or memory that they make. Whoever calls one is a call site too. A direct call, `cpu.moments(view)` in a
+# test or a benchmark, is internal: it has to hold the contract of `fastbn.backends.Backend` itself.
+CONTRACT = {
+    *(f"backends.cpu.{name}" for name in ("moments", "rstd", "track", "_sums", "grad_input")),
+    *(f"backends.cpu.{name}" for name in ("normalize", "grad_reduce", "forward", "_forward_in_two", "backward", "_backward_in_two")),
+    *(f"backends.cpu.{name}{run}" for name in ("_normalize", "_forward", "_backward") for run in ("", ".run")),
+    *("backends.cpu._inference", "backends.cpu._inference.run"),  # addresses: see torch.prepared.inference
+    "backends.cpu.warmup",  # compiles, without an array
+    *(f"backends.cuda.{name}" for name in ("moments", "forward", "inference", "backward", "grad_reduce", "grad_input")),
+    *(f"backends.cuda.{name}" for name in ("_parameters", "_finish_sums", "_whole_forward", "_whole_backward")),
+    *(f"backends.launches.{name}" for name in ("pointer", "Call.launch", "copy", "alike", "wide", "elementwise")),
+    *(f"backends.launches.{name}" for name in ("partial_moments", "partial_sums")),
+    *(f"backends.devices.{name}" for name in ("view", "_tensor")),  # the address that a library gives, with shape and strides beside it
+    *(f"device.{name}" for name in ("_per_channel", "clear", "pointer", "settled", "place_for")),
+}
+
+# Addresses that nothing is read from or written to, and backends that are asked for words or for functions of a shape.
+NO_ARRAY = {
+    "backends.devices.Buffer.span": "arithmetic on an address",
+    "backends.devices.device_of": "asks the driver whose memory it is",
+    "backends.views.View.base": "arithmetic on an address",
+    "backends.cpu.compact": "functions of a shape; who calls them is listed as READY",
+    "backends.explain": "words about a shape",
+    "check.run": "whether the backend is there",
+    "cli._warmup": "compiles",
+    "device._Interface.__init__": "for NumPy's arithmetic on addresses; nobody reads that memory",
+    "device.same_memory": "compares addresses",
+    "distributed._beside": "asks on which GPU x is",
+    "layout.Plan.empty": "memory of its own",
+    "overlap.same_memory": "compares addresses",
+    "ready._ready": "functions of a shape; who calls them is listed as READY",
+    "torch.memory._fresh": "memory of its own",
+    "torch.prepared._address": "compares addresses, or keeps those that torch.prepared.prepare has checked",
+    "torch.prepared._way": "a function of a shape",
+}
+
+# By call site: how many times it is one, and each array's check, which it calls before the first, itself or in what it calls; or
+# "CHECK in FUNCTION before CALLED".
+X, DY, OUT = {"x": "checks.as_input"}, {"dy": "checks.check_like"}, {"out": "checks.check_out"}
+PARAMETERS = {"gamma": "checks.as_parameter", "beta": "checks.as_parameter"}
+STATISTICS = {"mean": "checks.as_statistic", "var": "checks.as_statistic"}
+ON_GPU = {"x": "device.as_input", "gamma": "device.as_parameter", "out": "device.check_out"}
+CHECKED: dict[str, tuple[int, dict[str, str]]] = {
+    "functional.moments": (1, X),
+    "functional.batch_norm": (3, X | PARAMETERS | OUT),
+    "functional.batch_norm_inference": (4, X | STATISTICS | PARAMETERS | OUT),
+    "gradients._backward": (4, X | DY | STATISTICS | PARAMETERS | OUT | {"moments": "checks.check_moments"}),
+    "split.batch_norm_backward_reduce": (2, X | DY | STATISTICS),
+    "split.batch_norm_backward_input": (2, X | DY | STATISTICS | PARAMETERS | OUT | {"sum_dy": "checks.as_statistic"}),
+    "batchnorm.BatchNorm.forward": (1, X | {"running_mean, running_var": "checks.well_kept", "strided ones": "checks.check_kept"}),
+    "device.as_input": (1, {"any": "backends.devices.on_device"}),
+    "device.check_kept": (2, {"running_mean": "device.as_parameter"}),
+    "device.DeviceMoments._spread": (1, {"m2": "device._wide"}),
+    "device.DeviceMoments.rstd": (1, {"m2": "device._wide"}),
+    "device.DeviceMoments.merge": (1, {"mean": "device._wide", "m2": "device._wide"}),
+    "device.widened": (4, {"running_mean": "device.as_statistic"}),
+    "device.track": (5, {"moments": "device._wide", "running_mean": "device.as_statistic", "running_var": "device.as_parameter"}),
+    "device.moments": (4, {"x": "device.as_input"}),
+    "device.batch_norm": (7, ON_GPU),
+    "device.batch_norm_inference": (5, ON_GPU | {"mean": "device.as_statistic"}),
+    "device_gradients.backward": (8, ON_GPU | {"mean": "device.as_statistic", "moments": "checks.check_moments"}),
+    "device_gradients.batch_norm_backward_reduce": (5, {"x": "device.as_input", "mean": "device.as_statistic"}),
+    "device_gradients.batch_norm_backward_input": (6, ON_GPU | {"mean": "device.as_statistic"}),
+    "torch.kernels.track": (1, {"running_mean": "torch.serves.declines in torch.modules.Served.forward before torch.modules._eager"}),
+    "torch.prepared.inference": (
+        6,
+        {
+            "x": "torch.prepared._way in torch.prepared.inference before torch.memory.like",
+            "mean, var, gamma, beta": "torch.serves.declines in torch.modules.Served.forward before torch.prepared.prepare",
+        },
+    ),
+}
+
+
+@cache
+def _modules() -> dict[str, ast.Module]:
+    """Of the package, by name; kernels are what is compiled, not who calls it."""
+    files = {path.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", "."): path for path in sorted(PACKAGE.rglob("*.py"))}
+    return {
+        name.removesuffix(".__init__"): ast.parse(path.read_text(encoding="utf-8"))
+        for name, path in files.items()
+        if not name.startswith("kernels.")
+    }
+
+
+@cache
+def _functions() -> dict[str, ast.AST]:
+    """Every function, "module.Class.method" or "module.outer.inner", and each module's own statements, "module"."""
+
+    def within(node: ast.AST, name: str) -> Iterator[tuple[str, ast.AST]]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.FunctionDef | ast.ClassDef):
+                yield f"{name}.{child.name}", child
+                yield from within(child, f"{name}.{child.name}")
+            else:
+                yield from within(child, name)
+
+    return {name: node for module, tree in _modules().items() for name, node in ((module, tree), *within(tree, module))}
+
+
+def _own(function: ast.AST) -> Iterator[ast.AST]:
+    """The nodes of a function, those of functions and classes inside it left out."""
+    for child in ast.iter_child_nodes(function):
+        if not isinstance(child, ast.FunctionDef | ast.ClassDef):
+            yield child
+            yield from _own(child)
+
+
+def _module(name: str) -> str:
+    return max((module for module in _modules() if f"{name}.".startswith(f"{module}.")), key=len)
+
+
+@cache
+def _imported(module: str) -> dict[str, str]:
+    """Names that a module, or a function of it, imports from the package: what each stands for."""
+    found = {}
+    for node in ast.walk(_modules()[module]):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "fastbn" and not node.level:
+            base = node.module.partition(".")[2]
+            found |= {alias.asname or alias.name: f"{base}.{alias.name}".lstrip(".") for alias in node.names}
+    return found
+
+
+@cache
+def _resolved(text: str, name: str) -> str:
+    """The function of the package that an expression in function `name` means, or ""."""
+    first, _, rest = text.partition(".")
+    dotted, outer = f".{rest}" if rest else "", name.split(".")
+    places = [".".join([*outer[:k], text]) for k in range(len(outer), 0, -1)]  # its own, the class's, the module's
+    places += [_imported(_module(name)).get(first, "") + dotted, name.rpartition(".")[0] + dotted if first == "self" else ""]
+    return next((place for place in places if place in _functions()), "")
+
+
+def _line(node: ast.AST) -> int:
+    return int(getattr(node, "lineno", 0))
+
+
+def _text(node: ast.AST) -> str:
+    """A dotted name, or "": ast.unparse takes a second for all of them."""
+    if isinstance(node, ast.Attribute):
+        return f"{base}.{node.attr}" if (base := _text(node.value)) else ""
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+@cache
+def _sites(name: str) -> list[int]:
+    """The lines of a function that make it a call site: one for each attribute, call or function of CONTRACT."""
+    lines = []
+    for node in _own(_functions()[name]):
+        text = _text(node)
+        attribute = isinstance(node, ast.Attribute) and (node.attr in ATTRIBUTES or text in READY) and text not in HARMLESS
+        called = isinstance(node, ast.Call) and _text(node.func) in CALLS
+        contract = name not in CONTRACT and text and _resolved(text, name) in CONTRACT
+        if attribute or called or contract:
+            lines.append(_line(node))
+    return lines
+
+
+def _calls(name: str) -> Iterator[tuple[str, int]]:
+    """Functions of the package that a function calls, and where."""
+    for node in _own(_functions()[name]):
+        if isinstance(node, ast.Call) and (found := _resolved(_text(node.func), name)):
+            yield found, _line(node)
+
+
+def _reaches(name: str, wanted: str, last: float = float("inf"), seen: tuple[str, ...] = ()) -> bool:
+    """Whether a function calls another up to a line, itself or through what it calls there."""
+    before = [called for called, line in _calls(name) if line <= last]
+    return wanted in before or any(_reaches(called, wanted, seen=(*seen, called)) for called in before if called not in seen)
+
+
+def test_every_call_site_is_listed() -> None:
+    assert set(_functions()) >= CONTRACT, "gone"
+    found = {name for name in _functions() if _sites(name)} | CONTRACT
+    listed = CONTRACT | set(NO_ARRAY) | set(CHECKED)
+    assert sorted(found - listed) == [], "calls compiled code or takes an address: say where its arrays are checked"
+    assert sorted(listed - found) == [], "no call site any more"
+    assert len(listed) == len(CONTRACT) + len(NO_ARRAY) + len(CHECKED)
+
+
+@pytest.mark.parametrize("site", CHECKED)
+def test_its_arrays_come_from_the_named_checks(site: str) -> None:
+    count, arrays = CHECKED[site]
+    assert len(_sites(site)) == count, "more call sites or fewer: say where their arrays are checked"
+    for array, said in arrays.items():
+        check, *route = said.replace(" before ", " in ").split(" in ")
+        assert check in _functions(), f"{site}: {array}: no {check}"
+        place, before = site, min(_sites(site))
+        if route:
+            place, target = route
+            before = min(line for called, line in _calls(place) if called == target)
+        assert _reaches(place, check, before), f"{site}: {array}: {place} does not call {check} before line {before}"
+
+
+def _known(argument: Any, token: str, dtype: np.dtype[Any]) -> bool:
+    """Whether an argument is what its token in `kernels._jit` promises to compiled code."""
+    kind, rank = token[0], int(token[1:] or 1)
+    if kind in "ifb":
+        return isinstance(argument, {"i": int | np.integer, "f": int | float | np.number, "b": bool}[kind])
+    computed = np.dtype(np.float64) if kind in "ms" or dtype == np.float64 else np.dtype(np.float32)
+    flags = argument.flags
+    return (
+        isinstance(argument, np.ndarray)
+        and argument.ndim == rank
+        and argument.dtype == (dtype if kind in "xy" else computed)
+        and argument.dtype.isnative
+        and (kind in "xy" or flags.c_contiguous)
+        and (kind not in "yws" or flags.writeable)
+        and (kind not in "ws" or flags.aligned)
+        and (kind != "x" or not argument.size or argument.shape[-1] == 1 or argument.strides[-1] == argument.itemsize)
+    )
+
+
+@pytest.fixture
+def watched(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """The kernels that run, each with all its arguments looked at first."""
+    from fastbn.kernels import _jit
+
+    seen: set[str] = set()
+    compiled = _jit.Kernel.compiled
+
+    def watching(self: _jit.Kernel, dtype: np.dtype[Any], parallel: Any) -> Callable[..., Any]:
+        run, tokens = compiled(self, dtype, parallel), self._arguments
+
+        def watch(*arguments: Any) -> Any:
+            seen.add(self.name)
+            for token, argument in zip(tokens, arguments, strict=True):
+                assert _known(argument, token, np.dtype(dtype)), f"{self.name}: {token} given {argument!r:.200}"
+            rows = {
+                a.size for a, token in zip(arguments, tokens, strict=True) if token in ("m1", "p1") or (token == "w1" and len(tokens) == 6)
+            }
+            assert len(rows - {0}) <= 1, f"{self.name}: rows of {rows} channels"
+            return run(*arguments)
+
+        return watch
+
+    monkeypatch.setattr(_jit.Kernel, "compiled", watching)
+    return seen
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_what_reaches_an_entry_point_is_what_it_was_compiled_for(dtype: str, watched: set[str]) -> None:
+    from shapes import LAYOUTS, Case, arrange
+    from test_contract import CALLS as EVERY
+    from test_contract import STATISTICS as TAKING
+    from test_contract import inputs
+
+    import fastbn
+    from fastbn.kernels import _jit
+
+    for case in (Case((9, 5), 1, "columns"), Case((70, 33), 1, "panels"), Case((3, 4, 21), 1, "rows"), Case((2, 3, 600), 1, "long rows")):
+        for arrangement in LAYOUTS:
+            i = inputs(case, dtype, arrangement)
+            rows = "C" if arrangement == "big_endian" else arrangement
+            i = i._replace(**{name: arrange(rows, getattr(i, name), 0) for name in ("gamma", "beta", "mean", "var")})
+            for name, call in EVERY.items():
+                call(i, "cpu", *([] if name in TAKING else [np.empty(case.shape, dtype)]))
+            sums = fastbn.batch_norm_backward_reduce(i.dy, i.x, i.mean, i.var, case.axis)
+            count = i.x.size // i.mean.size
+            fastbn.batch_norm_backward_input(i.dy, i.x, i.mean, i.var, *sums, count, i.gamma, case.axis)
+            bn = fastbn.BatchNorm(case.shape[1], dtype=dtype)
+            if arrangement not in ("broadcast", "one_channel_for_all", "big_endian"):
+                bn.running_mean, bn.running_var = (LAYOUTS[arrangement](np.ones(case.shape[1], dtype), 0) for _ in range(2))
+            bn(i.x)
+    assert watched == {kernel.name for kernel in _jit.KERNELS if not kernel.name.startswith("inference.")}
