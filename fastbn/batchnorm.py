@@ -81,7 +81,8 @@ class BatchNorm(State):
         Parameters; update them in place with any optimizer.
     dgamma, dbeta : ndarray, shape (C,), or None
         Their gradients, of the last `backward`.
-    running_mean, running_var : ndarray, shape (C,), or None
+    running_mean, running_var : ndarray, shape (C,), of `dtype`, or None
+        Training changes them in place, whatever their strides: writeable, and in memory apart from all other arrays of the layer.
     num_batches_tracked : int
     training : bool
 
@@ -202,9 +203,10 @@ class BatchNorm(State):
         Raises
         ------
         TypeError
-            x is of a dtype that does not go with this layer's, or not floating point.
+            x is of a dtype that does not go with this layer's, or not floating point; so are parameters or running statistics.
         ValueError
-            Another number of channels, one value per channel in training, a bad axis or `out`.
+            Another number of channels, one value per channel in training, a bad axis or `out`; parameters or running statistics of another
+            shape; in training running statistics that are read-only or share memory.
         RuntimeError
             Another rank of this layer's communicator failed.
         """
