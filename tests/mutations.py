@@ -33,6 +33,7 @@ EQUIVALENT = {
     r"group_rows: (?!lost)": "how many values share a sum: the last digits",
     r"Plan.__init__:.*>= abs": "axes of one stride: elements that share memory",
     r"Plan.empty:.*<= ALIGNED": "a boundary for speed",
+    r"overlap.py:.*strict=False": "strides and shape have one length",
     r"view_as:.*isnative": "a copy that was not needed",
     r"check_axis:.*rank > 2|_overlap:.*100001|check_shape:.*default=1": "left to a slower way to the same",
 }
@@ -79,7 +80,7 @@ SIGNS: dict[type, tuple[str, type]] = {
     ast.And: ("and, or", ast.Or),
     ast.Or: ("and, or", ast.And),
 }
-SYMMETRIC = ("min", "max", "isinstance", "hasattr", "may_share_memory", "shares_memory", "same_memory", "gcd")
+SYMMETRIC = ("min", "max", "isinstance", "hasattr", "may_share_memory", "shares_memory", "same_memory", "shared", "_overlap", "gcd")
 QUIET = ("prefetch", "fence", "form", "compiled")  # nothing to plain Python, or all the same
 
 
