@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastbn import residence
+from fastbn import checks, residence
 from fastbn.moments import inverse_deviation
 
 Array = NDArray[Any]
@@ -32,4 +32,5 @@ def folded(layer: Any) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     if layer.running_mean is None:
         raise ValueError("folded_affine: this layer keeps no running statistics, and so has no fixed map")
     host = {name: residence.to_host(array) for name, array in kept.items()}
-    return affine_of(host["running_mean"], host["running_var"], host.get("gamma"), host.get("beta"), layer.eps)
+    eps = checks.check_eps(layer.eps, training=False)
+    return affine_of(host["running_mean"], host["running_var"], host.get("gamma"), host.get("beta"), eps)

@@ -3,42 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from fastbn import affine, checks, config, distributed, functional, gradients, overlap, recalibration, residence, results, threads
+from fastbn import affine, checks, config, distributed, functional, gradients, overlap, recalibration, residence, results, scalars
 from fastbn.backends import devices, select
 from fastbn.moments import Moments
-from fastbn.state import State
+from fastbn.state import BEFORE, EVALUATION, FAILED, OVERWRITTEN, Gone, Saved, State
 
 Array = NDArray[Any]
-
-
-class _Saved(NamedTuple):
-    """What backward needs of the last forward, as it was then."""
-
-    x: Any  # not a copy
-    statistics: Moments | tuple[Array, Array]  # of the batch, or the constants (mean, var) of inference
-    gamma: Any  # a copy: optimizers change it in place
-    shifted: bool  # there was a beta
-    axis: int
-    eps: float
-    across: distributed.Exchange | None  # the statistics are of the batch of all ranks
-
-
-class _Gone(NamedTuple):
-    """Why the last forward has no backward."""
-
-    why: str
-    across: distributed.Exchange | None
-
-
-_BEFORE = "backward before forward: call the layer on x first, y = bn(x)"
-_OVERWRITTEN = "backward needs the x of the forward, which was overwritten by out=x: give another out, or none"
-_EVALUATION = "backward after a forward in evaluation, which keeps no x unless asked to: bn.eval(backward=True), then y = bn(x)"
-_FAILED = "backward after a forward that raised an error: call the layer again, y = bn(x)"
 
 
 class BatchNorm(State):
@@ -93,7 +68,7 @@ class BatchNorm(State):
     Raises
     ------
     TypeError, ValueError
-        A parameter of the wrong kind or out of range.
+        A parameter of the wrong kind or out of range; what is assigned to its attribute later is refused when it is used.
 
     References
     ----------
@@ -115,17 +90,16 @@ class BatchNorm(State):
         num_threads: int | None = None,
         comm: Any = None,
     ) -> None:
-        with threads.limited(num_threads):  # raises for a number that can't be
-            self.num_threads = num_threads
-        self.num_features = checks.check_channels(num_features)
-        self.eps = checks.check_eps(eps, training=False)
-        self.momentum = checks.check_momentum(momentum)
+        self.num_threads = num_threads
+        self.num_features = num_features
+        self.eps = eps
+        self.momentum = momentum
         self.axis = axis
-        self.dtype = checks.check_parameter_dtype(dtype)
+        self.dtype = dtype
         self.backend = backend
-        self.affine = bool(affine)
-        self.track_running_stats = bool(track_running_stats)
-        self.unbiased_running_var = bool(unbiased_running_var)
+        self.affine = affine
+        self.track_running_stats = track_running_stats
+        self.unbiased_running_var = unbiased_running_var
         self.train()
         self.gamma: Array | None = None
         self.beta: Array | None = None
@@ -134,7 +108,8 @@ class BatchNorm(State):
         self.running_mean: Array | None = None
         self.running_var: Array | None = None
         self.num_batches_tracked = 0
-        self._saved: _Saved | _Gone | None = None
+        self._settle()
+        self._saved: Saved | Gone | None = None
         self._exchange = None if comm is None else distributed.Exchange(comm, self.num_features)
         self.reset_parameters()
 
@@ -151,6 +126,7 @@ class BatchNorm(State):
 
     def reset_running_stats(self) -> None:
         """Running mean 0, running variance 1, no batches counted."""
+        self._settle()
         if self.track_running_stats:
             self.running_mean = residence.renewed(self.running_mean, np.zeros(self.num_features, self.dtype))
             self.running_var = residence.renewed(self.running_var, np.ones(self.num_features, self.dtype))
@@ -165,7 +141,7 @@ class BatchNorm(State):
 
     def train(self, mode: bool = True) -> BatchNorm:
         """Use batch statistics from here on (mode=False: `eval`); returns self."""
-        self.training = bool(mode)
+        self.training = scalars.flag(mode, "mode")
         self._backward_in_eval = False
         return self
 
@@ -178,7 +154,7 @@ class BatchNorm(State):
             Whether a forward keeps its x for `backward`, as in training: for layers that are frozen in a network that trains.
         """
         self.train(False)
-        self._backward_in_eval = bool(backward)
+        self._backward_in_eval = scalars.flag(backward, "backward")
         return self
 
     def __call__(self, x: ArrayLike, out: Array | None = None) -> Array:
@@ -210,8 +186,17 @@ class BatchNorm(State):
         RuntimeError
             Another rank of this layer's communicator failed.
         """
-        across = self._exchange if self.training else None
+        across = self._exchange if self.training is not False else None
         try:
+            if self.training is not False and not (
+                self.training is True
+                and type(self.num_batches_tracked) is int
+                and 0 <= self.num_batches_tracked < scalars.WHOLE
+                and type(self.track_running_stats) is type(self.unbiased_running_var) is bool
+                and (self.momentum is None or (type(self.momentum) is float and self.momentum - self.momentum == 0.0))
+            ):
+                self._settle()  # to what may be, or raise: nothing below looks at these before it has computed
+                across = self._exchange if self.training else None
             x, gpu, overwritten = self._checked(x, out)
         except Exception:
             if across is not None:
@@ -224,7 +209,7 @@ class BatchNorm(State):
             y, m = run(x, self.gamma, self.beta, self.axis, self.eps, out, backend=self.backend, num_threads=self.num_threads)
             statistics = m
             if self.training and self.track_running_stats and running_mean is not None and running_var is not None and m.count:
-                self._saved = _Gone(_FAILED, across)  # should that raise, y is lost, and the forward before is not the last
+                self._saved = Gone(FAILED, across)  # should that raise, y is lost, and the forward before is not the last
                 self._track(running_mean, running_var, m, gpu or select(self.backend))
         else:
             mean, var = (values.astype(np.float64) if gpu is None else gpu.widened(values) for values in (running_mean, running_var))
@@ -233,14 +218,14 @@ class BatchNorm(State):
                 x, mean, var, self.gamma, self.beta, self.axis, self.eps, out, backend=self.backend, num_threads=self.num_threads
             )
         if overwritten:
-            self._saved = _Gone(_OVERWRITTEN, across)
+            self._saved = Gone(OVERWRITTEN, across)
         elif not (self.training or self._backward_in_eval):  # a server would keep its last request
-            self._saved = _Gone(_EVALUATION, None)
+            self._saved = Gone(EVALUATION, None)
         else:
             gamma = self.gamma
             if gamma is not None:
                 gamma = np.array(gamma, self.dtype) if gpu is None else gpu.copied(gamma)
-            self._saved = _Saved(x, statistics, gamma, self.beta is not None, self.axis, self.eps, across)
+            self._saved = Saved(x, statistics, gamma, self.beta is not None, self.axis, self.eps, across)
         return y
 
     def _checked(self, x: Any, out: Array | None) -> tuple[Any, Any, bool]:
@@ -251,14 +236,15 @@ class BatchNorm(State):
             checks.check_features(x, self.axis, self.num_features, self.dtype)
             overwritten = out is not None and overlap.same_memory(out, x)
         else:
-            gpu.check_features(x, self.axis, self.num_features, self.dtype.name)
+            gpu.check_features(x, self.axis, self.num_features, checks.check_parameter_dtype(self.dtype).name)
             overwritten = out is not None and gpu.same_memory(out, x)
         mean, var, gamma, beta = self.running_mean, self.running_var, self.gamma, self.beta
-        if gpu is not None or not checks.well_kept(mean, var, gamma, beta, self.num_features, self.dtype, self.training):
+        written = self.training and self.track_running_stats
+        if gpu is not None or not checks.well_kept(mean, var, gamma, beta, self.num_features, self.dtype, written):
             checks.check_running(mean, var)
             statistics = {"running_mean": mean, "running_var": var}
             residence.check(gpu is not None, gamma=gamma, beta=beta, **statistics)
-            residence.check_kept(statistics, self.num_features, self.dtype, self.training, gamma=gamma, beta=beta)
+            residence.check_kept(statistics, self.num_features, self.dtype, written, gamma=gamma, beta=beta)
         if out is not None:
             residence.check_apart(out, running_mean=mean, running_var=var)
         return x, gpu, overwritten
@@ -297,11 +283,11 @@ class BatchNorm(State):
             dy or out unlike x.
         """
         saved = self._saved
-        if not isinstance(saved, _Saved):
+        if not isinstance(saved, Saved):
             across = (self._exchange if self.training else None) if saved is None else saved.across
             if across is not None:
                 across.decline("backward")
-            raise RuntimeError(_BEFORE if saved is None else saved.why)
+            raise RuntimeError(BEFORE if saved is None else saved.why)
         x, statistics, gamma, shifted, axis, eps, across = saved
         try:
             residence.check_apart(out, gamma=self.gamma, beta=self.beta, running_mean=self.running_mean, running_var=self.running_var)
@@ -318,7 +304,7 @@ class BatchNorm(State):
             )
         same = overlap.same_memory if isinstance(x, np.ndarray) else results.on_gpu(self.backend).same_memory
         if out is not None and same(out, x):
-            self._saved = _Gone(_OVERWRITTEN, across)
+            self._saved = Gone(OVERWRITTEN, across)
         dx, dgamma, dbeta = result
         self.dgamma = dgamma if gamma is not None else None
         self.dbeta = dbeta if shifted else None

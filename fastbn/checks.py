@@ -13,8 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from fastbn import dtypes, overlap
+from fastbn import dtypes, overlap, scalars
+from fastbn.foreign import as_array as _as_array
 from fastbn.moments import Moments
+from fastbn.scalars import check_eps as check_eps
+from fastbn.scalars import check_momentum as check_momentum
 
 Array = NDArray[Any]
 
@@ -23,23 +26,11 @@ def as_input(x: ArrayLike, name: str = "x") -> Array:
     """The array of a floating-point input; TypeError for anything else."""
     if type(x) is np.ndarray and x.dtype in dtypes.NATIVE:
         return x
-    if isinstance(x, np.ma.MaskedArray):
-        raise TypeError(f"{name}: given a masked array, whose mask would be ignored; want a plain array, for example {name}.filled(...)")
-    if type(x) is not np.ndarray:
-        x = _as_array(x, name)
-    if not dtypes.supported(x.dtype):
-        raise TypeError(f"{name}: given dtype {x.dtype}, want {dtypes.WANTED}: convert it first, e.g. {name}.astype('float32')")
-    return x
-
-
-def _as_array(value: ArrayLike, name: str, dtype: dtypes.Dtype | None = None) -> Array:
-    """The array; `dtype` for what has none of its own."""
-    if hasattr(value, "__cuda_array_interface__"):
-        raise TypeError(f"{name}: given an array on a GPU ({type(value).__name__}), want a host array: copy it to the host first")
-    try:
-        return np.asarray(value, None if hasattr(value, "dtype") else dtype)
-    except ValueError as error:
-        raise TypeError(f"{name}: given ragged or mixed data ({error}), want an array of float32 or float64") from None
+    array = x if type(x) is np.ndarray else _as_array(x, name)
+    if not dtypes.supported(array.dtype):
+        how = f"{name}.astype('float32')" if hasattr(x, "astype") else f"numpy.asarray({name}, 'float32')"
+        raise TypeError(f"{name}: given dtype {array.dtype}, want {dtypes.WANTED}: convert it first, e.g. {how}")
+    return array
 
 
 def check_axis(shape: tuple[int, ...], axis: Any, name: str = "x") -> int:
@@ -49,23 +40,22 @@ def check_axis(shape: tuple[int, ...], axis: Any, name: str = "x") -> int:
         return axis % rank
     if rank < 2:
         raise ValueError(f"{name}: given rank {rank}, shape {shape}; want rank 2 or more: a batch axis and a channel axis")
-    if isinstance(axis, bool) or not isinstance(axis, (int, np.integer)):
-        raise TypeError(f"axis: given {axis!r}, want an integer from {-rank} to {rank - 1}")
-    if not -rank <= axis < rank:
-        raise ValueError(f"axis: given {axis}, want one from {-rank} to {rank - 1} for shape {shape}")
-    if shape[axis] == 0:
-        raise ValueError(f"{name}: given shape {shape}, with no channels along axis {axis}; want at least one")
-    return int(axis) % rank
+    channel = scalars.whole(axis, "axis", f"an integer from {-rank} to {rank - 1}")
+    if not -rank <= channel < rank:
+        raise ValueError(f"axis: given {scalars.shown(channel)}, want one from {-rank} to {rank - 1} for shape {shape}")
+    if shape[channel] == 0:
+        raise ValueError(f"{name}: given shape {shape}, with no channels along axis {channel}; want at least one")
+    return channel % rank
 
 
 def check_shape(shape: Any) -> tuple[int, ...]:
     """The shape of an array that need not exist."""
     try:
         sizes = tuple(operator.index(n) for n in shape)
-    except TypeError:
-        raise TypeError(f"shape: given {shape!r}, want a tuple of integers, like (32, 64, 56, 56)") from None
-    if min(sizes, default=0) < 0:
-        raise ValueError(f"shape: given {sizes}, want sizes of 0 or more")
+    except Exception:  # of iterating whatever it is, too
+        raise TypeError(f"shape: given {scalars.shown(shape)}, want a tuple of integers, like (32, 64, 56, 56)") from None
+    if min(sizes, default=0) < 0 or math.prod(n for n in sizes if n) >= scalars.WHOLE // 16:
+        raise ValueError(f"shape: given {scalars.shown(sizes)}, want sizes of 0 or more, of an array that an address space holds")
     return sizes
 
 
@@ -117,6 +107,8 @@ def _check_kind(out: Any, x: Array) -> None:
     """TypeError or ValueError for an `out` unlike x."""
     if not isinstance(out, np.ndarray):
         raise TypeError(f"out: given {type(out).__name__}, want a numpy.ndarray of shape {x.shape} and dtype {x.dtype}")
+    if isinstance(out, np.ma.MaskedArray):
+        raise TypeError("out: given a masked array, whose mask would stay as it is; want a plain array, for example out.data")
     if out.dtype != (wanted := x.dtype.newbyteorder("=")):
         order = "" if out.dtype.isnative else " in swapped byte order"  # of which bfloat16's name says nothing
         raise TypeError(f"out: given dtype {out.dtype}{order}, want {wanted}, the dtype of x")
@@ -206,25 +198,6 @@ def check_running(mean: ArrayLike | None, var: ArrayLike | None) -> None:
         raise ValueError(f"given running {given} without running {absent}; want both, or neither for batch statistics")
 
 
-def _number(value: Any, message: str) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise TypeError(message.format(value)) from None
-
-
-def check_eps(eps: Any, training: bool) -> float:
-    """eps: positive in training, not negative at inference; in units of x squared."""
-    if type(eps) is float and 0.0 < eps < math.inf:
-        return eps
-    value = _number(eps, "eps: given {!r}, want a number")
-    if training and not 0 < value < math.inf:
-        raise ValueError(f"eps: given {eps}, want a positive number in training, e.g. 1e-5")
-    if not 0 <= value < math.inf:
-        raise ValueError(f"eps: given {eps}, want a number that is not negative")
-    return value
-
-
 def check_count(x: Array, count: int) -> None:
     """Training needs more than one value per channel (none at all is an empty batch, and allowed)."""
     if count == 1:
@@ -233,18 +206,18 @@ def check_count(x: Array, count: int) -> None:
 
 def check_whole(count: Any, values: int) -> int:
     """The count of a whole batch, of which a part has so many values per channel."""
-    try:
-        whole = operator.index(count)
-    except TypeError:
-        raise TypeError(f"count: given {count!r}, want a whole number: the values per channel of all parts together") from None
-    if whole < values:
-        raise ValueError(f"count: given {whole}, want at least {values}, the values per channel of this part: count those of all parts")
+    whole = scalars.whole(count, "count", "a whole number: the values per channel of all parts together")
+    if not values <= whole < scalars.WHOLE:
+        wanted = (
+            f"at least {values}, the values per channel of this part: count those of all parts" if whole < values else "one below 2**63"
+        )
+        raise ValueError(f"count: given {scalars.shown(whole)}, want {wanted}")
     return whole
 
 
 def check_moments(moments: Any, channels: int, count: int) -> None:
     """Statistics that were taken of an array like x."""
-    if type(moments) is not Moments and not (hasattr(moments, "count") and hasattr(moments, "m2")):
+    if type(moments) is not Moments and not isinstance(moments, Moments):
         raise TypeError(f"moments: given {type(moments).__name__}, want the Moments that batch_norm returned")
     if moments.mean.shape != (channels,):
         raise ValueError(f"moments: given {moments.mean.size} channels, want {channels}, as x has")
@@ -254,28 +227,17 @@ def check_moments(moments: Any, channels: int, count: int) -> None:
 
 def check_channels(num_features: Any) -> int:
     """A positive number of channels."""
-    if isinstance(num_features, bool) or not isinstance(num_features, (int, np.integer)):
-        raise TypeError(f"num_features: given {num_features!r}, want a positive integer")
-    if num_features < 1:
-        raise ValueError(f"num_features: given {num_features}, want at least 1")
-    return int(num_features)
-
-
-def check_momentum(momentum: Any) -> float | None:
-    """The weight of the new value; None for the cumulative average. Outside 0 to 1 it extrapolates, as PyTorch lets it."""
-    if momentum is None:
-        return None
-    value = _number(momentum, "momentum: given {!r}, want a number from 0 to 1, or None for the cumulative average")
-    if not math.isfinite(value):
-        raise ValueError(f"momentum: given {momentum}, want a finite number: the weight of the new value (1 - decay elsewhere)")
-    return value
+    channels = scalars.whole(num_features, "num_features", "a positive integer")
+    if not 1 <= channels < scalars.WHOLE // 16:  # an array of more has no size in bytes
+        raise ValueError(f"num_features: given {scalars.shown(channels)}, want at least 1" + (" and fewer" if channels > 1 else ""))
+    return channels
 
 
 def check_dtype(dtype: DTypeLike) -> dtypes.Dtype:
     """What x may be of; the name "bfloat16" where `ml_dtypes` is installed."""
     given = dtypes.bfloat16() if isinstance(dtype, str) and dtype == "bfloat16" else dtypes.find(dtype)
     if given is None or not (given.isnative and dtypes.supported(given)):
-        raise TypeError(f"dtype: given {repr(dtype) if given is None else given}, want {dtypes.WANTED}")
+        raise TypeError(f"dtype: given {scalars.shown(dtype) if given is None else given}, want {dtypes.WANTED}")
     return given
 
 
@@ -284,8 +246,8 @@ def check_parameter_dtype(dtype: DTypeLike) -> dtypes.Dtype:
     given = dtypes.find(dtype)
     if given is None or given not in (dtypes.FLOAT32, dtypes.FLOAT64):  # None equals float64 to NumPy
         raise TypeError(
-            f"dtype: given {repr(dtype) if given is None else given}, want float32 or float64, the dtype of parameters and running "
-            "statistics: x of float16 or bfloat16 goes with float32"
+            f"dtype: given {scalars.shown(dtype) if given is None else given}, want float32 or float64, the dtype of parameters and "
+            "running statistics: x of float16 or bfloat16 goes with float32"
         )
     return given
 
@@ -293,15 +255,19 @@ def check_parameter_dtype(dtype: DTypeLike) -> dtypes.Dtype:
 def check_features(x: Array, axis: int, channels: int, dtype: dtypes.Dtype) -> None:
     """An input that goes with a layer's parameters."""
     axis = check_axis(x.shape, axis)
-    if x.shape[axis] != channels:
-        raise ValueError(f"x: given {x.shape[axis]} channels along axis {axis} of shape {x.shape}, want {channels}, as this layer has")
+    if x.shape[axis] != (channels if type(channels) is int else check_channels(channels)):
+        raise ValueError(
+            f"x: given {x.shape[axis]} channels along axis {axis} of shape {x.shape}, want {check_channels(channels)}, as this layer has"
+        )
     wanted = dtypes.of_parameters(x.dtype)
-    if wanted is not dtype and wanted != dtype:
+    if wanted is not dtype and wanted != (dtype := check_parameter_dtype(dtype)):
         raise TypeError(f"x: given dtype {x.dtype}, want {dtype}, this layer's: convert x, or make the layer with dtype='{wanted}'")
 
 
-def check_state(state: Mapping[str, Any], own: Mapping[str, Array]) -> dict[str, Array]:
+def check_state(state: Any, own: Mapping[str, Array]) -> dict[str, Array]:
     """The values of a state_dict, each checked against what the layer has, before any is taken over."""
+    if not isinstance(state, Mapping):
+        raise TypeError(f"state_dict: given {type(state).__name__}, want a mapping of {list(own)} to arrays, as state_dict() gives it")
     check_running(state.get("running_mean"), state.get("running_var"))
     missing = [key for key in own if key not in state and key != "num_batches_tracked"]
     unexpected = [key for key in state if key not in own]
@@ -314,7 +280,7 @@ def check_state(state: Mapping[str, Any], own: Mapping[str, Array]) -> dict[str,
             raise TypeError(f"state_dict: {key} given as dtype {array.dtype}, want numbers")
         if array.shape != own[key].shape:
             raise ValueError(f"state_dict: {key} given shape {array.shape}, want {own[key].shape}")
-        if key == "num_batches_tracked" and not (array >= 0 and array == np.trunc(array)):
-            raise ValueError(f"state_dict: num_batches_tracked given {array}, want a whole number, 0 or more")
+        if key == "num_batches_tracked":
+            array = np.array(scalars.count(array.item(), "state_dict: num_batches_tracked"))
         checked[key] = array
     return checked

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fastbn import scalars
+
 Wide = NDArray[np.float64]
 
 KNOWN = (
@@ -32,7 +34,7 @@ def place(comm: Any) -> tuple[int, int]:
         return int(comm.Get_rank()), int(comm.Get_size())
     if kind == "torch":
         return int(comm.rank()), int(comm.size())
-    raise TypeError(f"comm: given {comm!r} of type {type(comm).__name__}, want {KNOWN}")
+    raise TypeError(f"comm: given {scalars.shown(comm)} of type {type(comm).__name__}, want {KNOWN}")
 
 
 def gathering(comm: Any, row: Wide, rows: Wide) -> Callable[[], object]:

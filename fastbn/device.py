@@ -10,17 +10,18 @@ from typing import Any
 
 import numpy as np
 
-from fastbn import checks, layout, overlap
+from fastbn import checks, layout, overlap, scalars
 from fastbn.backends import cuda, devices, launches, views
 from fastbn.backends.devices import Buffer
 from fastbn.kernels.cuda import finish
-from fastbn.moments import Moments
+from fastbn.moments import Moments, made
 
 
 class DeviceMoments(Moments):
     """Moments whose mean and m2 are arrays on a GPU, of the kind of x, float64; so is what its methods return."""
 
-    def _spread(self, ddof: int, root: bool) -> Any:
+    def _spread(self, ddof: float, root: bool) -> Any:
+        ddof = scalars.check_ddof(ddof)
         m2 = _wide(self.m2, "moments.m2")
         found = devices.empty(m2.shape, (0,), "float64", m2)
         freedom = float(self.count - ddof) if self.count > ddof else np.nan
@@ -28,16 +29,17 @@ class DeviceMoments(Moments):
             _per_channel(call, finish.spread, m2, freedom, int(root), m2.size, found)
         return found
 
-    def var(self, ddof: int = 0) -> Any:
+    def var(self, ddof: float = 0) -> Any:
         """Variance of each channel: see `Moments.var`."""
         return self._spread(ddof, False)
 
-    def std(self, ddof: int = 0) -> Any:
+    def std(self, ddof: float = 0) -> Any:
         """Standard deviation of each channel: see `Moments.std`."""
         return self._spread(ddof, True)
 
     def rstd(self, eps: float) -> Any:
         """1 / sqrt(var + eps) of each channel: see `Moments.rstd`."""
+        eps = scalars.check_eps(eps, training=False)
         m2 = _wide(self.m2, "moments.m2")
         found = devices.empty(m2.shape, (0,), "float64", m2)
         with launches.calling(m2, None) as call:
@@ -56,7 +58,7 @@ class DeviceMoments(Moments):
         found, found_m2 = (devices.empty(m2.shape, (0,), "float64", m2) for _ in range(2))
         with launches.calling(m2, None) as call:
             _per_channel(call, finish.join_moments, float(self.count), mean, m2, float(other.count), *theirs, m2.size, found, found_m2)
-        return DeviceMoments(self.count + other.count, found, found_m2)
+        return made(self.count + other.count, found, found_m2, DeviceMoments)
 
 
 def _per_channel(call: launches.Call, kernel: Any, *arguments: Any) -> None:
@@ -221,7 +223,7 @@ def check_features(x: Any, axis: int, channels: int, dtype: str) -> None:
     """An input that goes with a layer's parameters."""
     buffer = as_input(x)
     axis = checks.check_axis(buffer.shape, axis)
-    if buffer.shape[axis] != channels:
+    if buffer.shape[axis] != checks.check_channels(channels):
         raise ValueError(
             f"x: given {buffer.shape[axis]} channels along axis {axis} of shape {buffer.shape}, want {channels}, as this layer has"
         )
@@ -274,7 +276,7 @@ def moments(x: Any, axis: int, stream: Any) -> DeviceMoments:
     x = as_input(x)
     plan = planned(x, axis)
     stats = devices.empty((2, plan.channels), (0, 1), "float64", x)
-    found = DeviceMoments(plan.count, stats[0], stats[1])
+    found = made(plan.count, stats[0], stats[1], DeviceMoments)
     with launches.calling(x, stream) as call:
         if not plan.count:
             clear(call, stats)
@@ -306,7 +308,7 @@ def batch_norm(x: Any, gamma: Any, beta: Any, axis: int, eps: float, out: Any, s
             cuda.forward(call, seen, gamma, beta, eps, place, pointer(stats))
             if late:
                 launches.copy(call, place.buffer, target)
-    return out, DeviceMoments(plan.count, stats[0], stats[1])
+    return out, made(plan.count, stats[0], stats[1], DeviceMoments)
 
 
 def place_for(plan: layout.Plan, target: Buffer, x: Buffer) -> tuple[views.View, bool]:

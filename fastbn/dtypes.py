@@ -46,8 +46,8 @@ def bfloat16() -> Dtype:
 
 
 def find(dtype: DTypeLike) -> Dtype | None:
-    """The dtype that NumPy makes of it, or None."""
+    """The dtype that NumPy makes of it, or None; not float64 of None, nor the dtype of a number."""
     try:
-        return np.dtype(dtype)
-    except TypeError:
+        return None if dtype is None or isinstance(dtype, np.generic) else np.dtype(dtype)
+    except Exception:  # TypeError, or what the words of a dtype led to
         return None

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import operator
 import sys
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastbn import checks
+from fastbn import checks, scalars
 from fastbn.affine import affine_of
 from fastbn.batchnorm import BatchNorm
 
@@ -53,7 +52,7 @@ def fold(bn: Any, weight: Any, bias: Any = None, transposed: bool = False, group
     """
     layer = _layer(bn)
     wide = _wide(weight, "weight")
-    along = _along(wide.shape, layer.mean.size, bool(transposed), groups)
+    along = _along(wide.shape, layer.mean.size, scalars.flag(transposed, "transposed"), groups)
     offset = None if bias is None else _wide(bias, "bias")
     if offset is not None and offset.shape != layer.mean.shape:
         raise ValueError(f"bias: given shape {offset.shape}, want {layer.mean.shape}, one value per channel of bn")
@@ -77,7 +76,7 @@ def _layer(bn: Any) -> _Layer:
     """TypeError for what is no batch norm, ValueError for one without running statistics."""
     torch = sys.modules.get("torch")
     if isinstance(bn, BatchNorm):
-        state, eps = bn.state_dict(), bn.eps
+        state, eps = bn.state_dict(), checks.check_eps(bn.eps, training=False)
     elif torch is not None and isinstance(bn, torch.nn.modules.batchnorm._BatchNorm):
         state, eps = bn.state_dict(), bn.eps
     else:
@@ -133,12 +132,9 @@ class _Along(NamedTuple):
 
 def _along(shape: tuple[int, ...], channels: int, transposed: bool, groups: Any) -> _Along:
     """ValueError for a weight that does not go with the channels and groups."""
-    try:
-        groups = operator.index(groups)
-    except TypeError:
-        raise TypeError(f"groups: given {groups!r}, want a positive integer") from None
+    groups = scalars.whole(groups, "groups", "a positive integer")
     if groups < 1 or channels % groups:
-        raise ValueError(f"groups: given {groups}, want a number that divides the {channels} channels of bn")
+        raise ValueError(f"groups: given {scalars.shown(groups)}, want a number that divides the {channels} channels of bn")
     wanted = f"(in, {channels // groups}, *kernel)" if transposed else f"({channels}, in / groups, *kernel)"
     why = f"for the {channels} channels of bn" + (f" in {groups} groups" if groups > 1 else "")
     if len(shape) < 2 or shape[int(transposed)] != (channels // groups if transposed else channels):

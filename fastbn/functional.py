@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from fastbn import checks, config, layout, results, threads
 from fastbn.backends import devices
-from fastbn.moments import Moments
+from fastbn.moments import Moments, made
 from fastbn.ready import ready
 
 Array = NDArray[Any]
@@ -45,7 +45,7 @@ def moments(x: ArrayLike, axis: int = 1, *, backend: str | None = None, num_thre
     Raises
     ------
     TypeError
-        x is not of float16, bfloat16, float32 or float64.
+        x is not of float16, bfloat16, float32 or float64, or no array.
     ValueError
         Rank below 2, axis out of range, no channels.
     """
@@ -60,7 +60,7 @@ def moments(x: ArrayLike, axis: int = 1, *, backend: str | None = None, num_thre
     x = checks.as_input(x)
     way = ready(x, axis, backend)
     if not way.values:
-        return Moments(0, np.zeros(way.channels), np.zeros(way.channels))
+        return made(0, np.zeros(way.channels), np.zeros(way.channels))
     return way.served.moments(layout.view_of(way.plan, x)[1])
 
 
@@ -134,7 +134,7 @@ def batch_norm(
         y = way.plan.empty(x.dtype)[0] if out is None else out
         return y, way.forward(x, gamma, beta, eps, y)[1]
     if not way.values:
-        return results.empty(x, out), Moments(0, np.zeros(channels), np.zeros(channels))
+        return results.empty(x, out), made(0, np.zeros(channels), np.zeros(channels))
     plan, view = layout.view_of(way.plan, x)
     result, target, late = results.target(plan, view.dtype, out)
     m = way.served.forward(view, gamma, beta, eps, target)[1]

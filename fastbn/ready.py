@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from numpy.typing import NDArray
 
-from fastbn import checks, config, dtypes, layout
+from fastbn import checks, config, dtypes, layout, scalars
 from fastbn.backends import Backend, select
 
 Array = NDArray[Any]
@@ -32,6 +32,8 @@ def ready(x: Array, axis: int, backend: str | None) -> Ready:
     """Of a checked array; TypeError, ValueError or BackendUnavailable where its axis or the backend can't be."""
     if type(axis) is not int:  # to the cache, 1.0 and True would be 1
         axis = checks.check_axis(x.shape, axis)
+    if backend is not None and type(backend) is not str:  # the cache would want to hash it
+        backend = scalars.check_backend(backend)
     return _ready(x.shape, x.strides, x.dtype, axis, backend, config.BACKEND)
 
 

@@ -8,13 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from fastbn import checks, residence, results, screen
+from fastbn import checks, residence, results, scalars, screen
 from fastbn.backends import devices
 from fastbn.running import RunningMoments
 
 
 def recalibrate(layer: Any, batches: Any, progress: bool) -> None:
     """Set a BatchNorm's running statistics to those of all batches together, or, after any error, leave them as they were."""
+    layer._settle()
+    progress = scalars.flag(progress, "progress")
     running_mean, running_var = layer.running_mean, layer.running_var
     checks.check_running(running_mean, running_var)
     if running_mean is None:

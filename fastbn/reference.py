@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastbn import dtypes
-from fastbn.moments import Moments
+from fastbn.moments import Moments, made
 
 Array = NDArray[Any]
 Wide = NDArray[np.float64]
@@ -47,7 +47,7 @@ def moments(x: Array) -> Moments:
     deviation = wide - _shaped(mean, x)
     correction = deviation.mean(axes)  # zero but for the rounding of the mean
     deviation -= _shaped(correction, x)
-    return Moments(x.size // mean.size, mean + correction, np.square(deviation).sum(axes))
+    return made(x.size // mean.size, mean + correction, np.square(deviation).sum(axes))
 
 
 @np.errstate(all="ignore")

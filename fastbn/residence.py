@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastbn import checks, results
+from fastbn import checks, results, scalars
 from fastbn.backends import devices, select_device
 
 Array = NDArray[Any]
@@ -22,11 +22,15 @@ def chosen(kind: str | None) -> str:
 
     Raises
     ------
+    TypeError
+        No name.
     ValueError
         No such library.
     """
     if kind is None:
         return next((name for name in KINDS if name in sys.modules and name != "numba" and _usable(name)), "numba")
+    if not isinstance(kind, str):
+        raise TypeError(f"kind: given {scalars.shown(kind)}, want one of {', '.join(KINDS)}: the library of the layer's arrays")
     if kind not in KINDS:
         raise ValueError(f"kind: given {kind!r}, want one of {', '.join(KINDS)}: the library of the layer's arrays")
     return kind
@@ -45,12 +49,15 @@ def parsed(device: Any) -> int | None:
     ValueError
         Something else.
     """
-    name, _, index = str(device).partition(":")
+    try:
+        name, _, index = str(device).partition(":")  # also of torch.device
+    except Exception:
+        name = index = ""
     if name == "cpu" and not index:
         return None
-    if name == "cuda" and (not index or index.isdigit()):
+    if name == "cuda" and (not index or (index.isascii() and index.isdigit() and len(index) < 6)):
         return int(index or 0)
-    raise ValueError(f"device: given {device!r}, want 'cpu', 'cuda' or 'cuda:N'")
+    raise ValueError(f"device: given {scalars.shown(device)}, want 'cpu', 'cuda' or 'cuda:N'")
 
 
 def to_device(array: Array, index: int, kind: str) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from fastbn import checks, distributed, functional, threads
+from fastbn import checks, distributed, functional, scalars, threads
 from fastbn.backends import devices
 from fastbn.moments import Moments, Statistics
 
@@ -29,15 +29,14 @@ class RunningMoments:
     Raises
     ------
     TypeError, ValueError
-        num_features is not a positive integer; num_threads out of range.
+        num_features is not a positive integer, axis no integer, backend no name; num_threads out of range.
     """
 
     def __init__(self, num_features: int, axis: int = 1, backend: str | None = None, *, num_threads: int | None = None) -> None:
-        with threads.limited(num_threads):  # raises for a number that can't be
-            self.num_threads = num_threads
+        self.num_threads = threads.check(num_threads)
         self.num_features = checks.check_channels(num_features)
-        self.axis = axis
-        self.backend = backend
+        self.axis = scalars.check_axis(axis)
+        self.backend = scalars.check_backend(backend)
         self.moments = Moments(0, np.zeros(self.num_features), np.zeros(self.num_features))
 
     def __repr__(self) -> str:
@@ -88,7 +87,7 @@ class RunningMoments:
         return whole
 
     def _take(self, found: Moments, name: str) -> RunningMoments:
-        if isinstance(found, Moments) and found.mean.size != self.num_features:
+        if isinstance(found, Moments) and found.mean.size != checks.check_channels(self.num_features):
             raise ValueError(f"{name}: given {found.mean.size} channels along axis {self.axis}, want {self.num_features}")
         if isinstance(found, Moments) and not self.count and devices.on_device(found.mean):
             self.moments = found  # the first that is seen lies on a GPU: the rest is merged there
@@ -106,12 +105,12 @@ class RunningMoments:
         """Mean of each channel, shape (C,); zeros before the first chunk."""
         return self.moments.mean
 
-    def var(self, ddof: int = 0) -> Statistics:
+    def var(self, ddof: float = 0) -> Statistics:
         """Variance of each channel.
 
         Parameters
         ----------
-        ddof : int
+        ddof : number
             0 for the biased variance, 1 for the unbiased one.
 
         Returns
@@ -121,12 +120,12 @@ class RunningMoments:
         """
         return self.moments.var(ddof)
 
-    def std(self, ddof: int = 0) -> Statistics:
+    def std(self, ddof: float = 0) -> Statistics:
         """Standard deviation of each channel: the root of `var`.
 
         Parameters
         ----------
-        ddof : int
+        ddof : number
             0 for the biased variance, 1 for the unbiased one.
 
         Returns

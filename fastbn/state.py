@@ -2,23 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastbn import checks, residence
+from fastbn import checks, residence, scalars, threads
 
 Array = NDArray[Any]
 Layer = TypeVar("Layer", bound="State")
 
 
 KEPT = {"gamma": "weight", "beta": "bias", "running_mean": "running_mean", "running_var": "running_var"}  # PyTorch's names
+# What an option may be, and becomes: of the constructor, or assigned later. A call looks at those that its functions would not.
+OPTIONS: dict[str, Callable[[Any], Any]] = {
+    "num_features": checks.check_channels,
+    "eps": partial(checks.check_eps, training=False),
+    "momentum": checks.check_momentum,
+    "axis": scalars.check_axis,
+    "dtype": checks.check_parameter_dtype,
+    "backend": scalars.check_backend,
+    "num_threads": threads.check,
+    "num_batches_tracked": partial(scalars.count, name="num_batches_tracked"),
+    **{name: partial(scalars.flag, name=name) for name in ("affine", "track_running_stats", "unbiased_running_var", "training")},
+}
+
+
+class Saved(NamedTuple):
+    """What backward needs of the last forward, as it was then."""
+
+    x: Any  # not a copy
+    statistics: Any  # Moments of the batch, or the constants (mean, var) of inference
+    gamma: Any  # a copy: optimizers change it in place
+    shifted: bool  # there was a beta
+    axis: int
+    eps: float
+    across: Any  # the `Exchange`, where the statistics are of the batch of all ranks
+
+
+class Gone(NamedTuple):
+    """Why the last forward has no backward."""
+
+    why: str
+    across: Any
+
+
+BEFORE = "backward before forward: call the layer on x first, y = bn(x)"
+OVERWRITTEN = "backward needs the x of the forward, which was overwritten by out=x: give another out, or none"
+EVALUATION = "backward after a forward in evaluation, which keeps no x unless asked to: bn.eval(backward=True), then y = bn(x)"
+FAILED = "backward after a forward that raised an error: call the layer again, y = bn(x)"
 
 
 class State:
-    """Parameters, gradients and running statistics, each (C,) or None; what `BatchNorm` inherits."""
+    """What `BatchNorm` holds: options, parameters, gradients and running statistics; these are (C,) or None."""
 
     gamma: Array | None
     beta: Array | None
@@ -26,9 +64,18 @@ class State:
     dbeta: Array | None
     running_mean: Array | None
     running_var: Array | None
-    num_batches_tracked: int
     num_features: int
-    dtype: np.dtype[Any]
+    eps: float
+    momentum: float | None
+    affine: bool
+    track_running_stats: bool
+    axis: int
+    dtype: Any
+    backend: str | None
+    unbiased_running_var: bool
+    num_threads: int | None
+    training: bool
+    num_batches_tracked: int
     _saved: Any  # of the last forward: None where there is none
 
     def __getstate__(self) -> dict[str, Any]:
@@ -41,6 +88,12 @@ class State:
         found = {name: array for name in KEPT if (array := getattr(self, name)) is not None}
         residence.check_kept(found, self.num_features, self.dtype, written)
         return found
+
+    def _settle(self) -> None:
+        """Make every option what it should be; TypeError or ValueError, and no option changed, where one can't be."""
+        settled = {name: check(getattr(self, name)) for name, check in OPTIONS.items()}
+        for name, value in settled.items():
+            setattr(self, name, value)
 
     def to(self: Layer, device: str, kind: str | None = None) -> Layer:
         """Move parameters, their gradients and running statistics to a GPU or back; returns self. Forgets the last forward.
@@ -74,7 +127,7 @@ class State:
         """Copies on the host under PyTorch's keys: weight, bias, running_mean, running_var, num_batches_tracked."""
         found = {KEPT[name]: residence.to_host(array) for name, array in self._kept().items()}
         if self.running_mean is not None:
-            found["num_batches_tracked"] = np.array(self.num_batches_tracked, np.int64)
+            found["num_batches_tracked"] = np.array(OPTIONS["num_batches_tracked"](self.num_batches_tracked), np.int64)
         return found
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -10,11 +9,22 @@ from functools import lru_cache
 from types import TracebackType
 from typing import Any
 
-import numpy as np
+from fastbn import pool, scalars
 
-from fastbn import pool
-
-__all__ = ["count", "describe", "get_num_threads", "limited", "masked", "most", "on_team", "parallel", "set_num_threads", "team", "usable"]
+__all__ = [
+    "check",
+    "count",
+    "describe",
+    "get_num_threads",
+    "limited",
+    "masked",
+    "most",
+    "on_team",
+    "parallel",
+    "set_num_threads",
+    "team",
+    "usable",
+]
 
 
 class _Limit(threading.local):
@@ -33,16 +43,14 @@ def most() -> int:
     return int(config.NUMBA_NUM_THREADS)
 
 
-def _checked(num_threads: int) -> int:
-    try:
-        wanted = None if isinstance(num_threads, bool | np.bool_) else operator.index(num_threads)
-    except TypeError:
-        wanted = None
-    if wanted is None:
-        raise TypeError(f"num_threads: given {num_threads!r}, want a whole number, or None for numba's own")
+def check(num_threads: Any) -> int | None:
+    """A number of threads that there can be, or None for numba's own."""
+    if num_threads is None:
+        return None
+    wanted = scalars.whole(num_threads, "num_threads", "a whole number, or None for numba's own")
     if not 1 <= wanted <= most():
         limit = f"{most()}, the threads of numba's pool (NUMBA_NUM_THREADS, read when numba is imported, sets them)"
-        raise ValueError(f"num_threads: given {wanted}, want 1 to {limit}")
+        raise ValueError(f"num_threads: given {scalars.shown(wanted)}, want 1 to {limit}")
     return wanted
 
 
@@ -61,7 +69,7 @@ def set_num_threads(num_threads: int | None) -> None:
     TypeError, ValueError
         Not a whole number, or not from 1 to NUMBA_NUM_THREADS.
     """
-    _limit.count = None if num_threads is None else _checked(num_threads)
+    _limit.count = check(num_threads)
 
 
 def get_num_threads() -> int:
@@ -77,7 +85,7 @@ def get_num_threads() -> int:
 
 
 class _Limited:
-    def __init__(self, wanted: int) -> None:
+    def __init__(self, wanted: int | None) -> None:
         self._wanted = wanted
 
     def __enter__(self) -> None:
@@ -93,7 +101,7 @@ _UNLIMITED = nullcontext()
 
 def limited(num_threads: int | None) -> AbstractContextManager[None]:
     """Set the number of threads within a `with` block, in the calling Python thread; None changes nothing."""
-    return _UNLIMITED if num_threads is None else _Limited(_checked(num_threads))
+    return _UNLIMITED if num_threads is None else _Limited(check(num_threads))
 
 
 class on_team:  # a context, entered at every call: a generator's would take 1 us

@@ -24,7 +24,7 @@ from hypothesis import HealthCheck, settings
 
 from fastbn.kernels import _cache
 
-for _helper in ("processes", "published", "rank_checks", "shapes", "tolerances", "torch_pairs", "torch_ranks"):
+for _helper in ("absurd", "processes", "published", "rank_checks", "shapes", "tolerances", "torch_pairs", "torch_ranks"):
     pytest.register_assert_rewrite(_helper)
 from shapes import BACKENDS  # noqa: E402 # asserts of the modules above hold under `python -O` too
 

@@ -12,7 +12,18 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = [f"kernels/{path.name}" for path in sorted((ROOT / "fastbn" / "kernels").glob("[a-z]*.py"))]
-SCOPE = (*KERNELS, "backends/schedule.py", "backends/routes.py", "backends/cpu.py", "layout.py", "overlap.py", "checks.py", "dtypes.py")
+SCOPE = (
+    *KERNELS,
+    "backends/schedule.py",
+    "backends/routes.py",
+    "backends/cpu.py",
+    "layout.py",
+    "overlap.py",
+    "checks.py",
+    "dtypes.py",
+    "scalars.py",
+    "foreign.py",
+)
 
 # A pattern of "file:function: operator" and the changed lines: why no result can show it.
 EQUIVALENT = {

@@ -69,6 +69,7 @@ EVERY = tuple(FUNCTIONS)
 FORWARD = ("batch_norm", "batch_norm_inference")
 BACKWARD = ("batch_norm_backward", "batch_norm_inference_backward")
 WRITING = FORWARD + BACKWARD
+BOUND = ("moments", *WRITING)  # which see the array whose axis it is
 TRAINING = ("batch_norm", "batch_norm_backward")
 INFERENCE = ("batch_norm_inference", "batch_norm_inference_backward")
 
@@ -127,18 +128,19 @@ BAD: list[tuple[str, tuple[str, ...], dict[str, Any], type[Exception], str]] = [
      "x: given rank 1, shape (4,); want rank 2 or more: a batch axis and a channel axis"),
     ("axis too large", EVERY, {"axis": 3}, ValueError, "axis: given 3, want one from -3 to 2 for shape (4, 3, 5)"),
     ("axis too small", EVERY, {"axis": -4}, ValueError, "axis: given -4, want one from -3 to 2 for shape (4, 3, 5)"),
-    ("axis a float", EVERY, {"axis": 1.0}, TypeError, "axis: given 1.0, want an integer from -3 to 2"),
-    ("axis a bool", EVERY, {"axis": True}, TypeError, "axis: given True, want an integer from -3 to 2"),
-    ("axis None", EVERY, {"axis": None}, TypeError, "axis: given None, want an integer from -3 to 2"),
-    ("axis a tuple", EVERY, {"axis": (1,)}, TypeError, "axis: given (1,), want an integer from -3 to 2"),
+    ("axis a float", BOUND, {"axis": 1.0}, TypeError, "axis: given 1.0, want an integer from -3 to 2"),
+    ("axis a bool", BOUND, {"axis": True}, TypeError, "axis: given True, want an integer from -3 to 2"),
+    ("axis None", BOUND, {"axis": None}, TypeError, "axis: given None, want an integer from -3 to 2"),
+    ("axis a tuple", BOUND, {"axis": (1,)}, TypeError, "axis: given (1,), want an integer from -3 to 2"),
     ("no channels", EVERY, {"x": _float32(4, 0, 5), "dy": _float32(4, 0, 5)}, ValueError,
      "x: given shape (4, 0, 5), with no channels along axis 1; want at least one"),
     *(
         (f"x of {dtype}", EVERY, {"x": np.ones(SHAPE, dtype)}, TypeError, f"x: given dtype {dtype}, " + WANT_FLOAT.format("x"))
         for dtype in ("int64", "int8", "uint8", "bool", "complex64", "object", "float8_e5m2", "int4", "<U1", "datetime64[s]")
     ),
-    ("x a list of integers", EVERY, {"x": [[1, 2], [3, 4]]}, TypeError, "x: given dtype int64, " + WANT_FLOAT.format("x")),
-    ("x None", EVERY, {"x": None}, TypeError, "x: given dtype object, " + WANT_FLOAT.format("x")),
+    ("x a list of integers", EVERY, {"x": [[1, 2], [3, 4]]}, TypeError,
+     "x: given dtype int64, " + WANT_FLOAT.replace("{0}.astype('float32')", "numpy.asarray(x, 'float32')")),
+    ("x None", EVERY, {"x": None}, TypeError, "x: given None, want an array"),
     ("x masked", EVERY, {"x": np.ma.masked_array(_float32(*SHAPE))}, TypeError,
      "x: given a masked array, whose mask would be ignored; want a plain array, for example x.filled(...)"),
     ("dy on a GPU", BACKWARD, {"dy": _OnGpu()}, TypeError,

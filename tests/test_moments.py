@@ -1,10 +1,12 @@
 """Moments: count, mean and m2 as a value."""
 
+import re
+
 import numpy as np
 import pytest
 
 import fastbn
-from fastbn import Moments
+from fastbn import Moments, dtypes
 from fastbn.backends import select
 
 
@@ -134,6 +136,60 @@ def test_moments_of_exact_data_are_exact(backend: str) -> None:
             assert found.mean.dtype == found.m2.dtype == np.float64
             np.testing.assert_array_equal(found.mean, m)
             np.testing.assert_array_equal(found.m2, m**2 * 60 / 64)
+
+
+# Made by hand: of stored counts and lists.
+
+
+@pytest.mark.parametrize("count", [np.int32(2_000_000_000), np.uint64(2_000_000_000), np.array(2_000_000_000), 2e9, np.float32(2e9)])
+def test_counts_become_pythons(count: object) -> None:
+    m = Moments(count, np.ones(2), np.ones(2))
+    assert type(m.count) is int
+    merged = m.merge(m)
+    assert (type(merged.count), merged.count) == (int, 4_000_000_000)
+    assert Moments(np.uint8(200), [1.0], [0.0]).merge(Moments(np.uint8(200), [1.0], [0.0])).count == 400
+
+
+@pytest.mark.parametrize("kind", [list, tuple, np.float32, np.float16, ">f8", "int8", "bfloat16"])
+def test_statistics_become_arrays_of_float64(kind: object) -> None:
+    given = [1.0, 2.0]
+    made = kind(given) if kind in (list, tuple) else np.array(given).astype(dtypes.bfloat16() if kind == "bfloat16" else kind)
+    m = Moments(8, made, made)
+    for values in (m.mean, m.m2):
+        assert (type(values), values.dtype, values.dtype.isnative) == (np.ndarray, np.float64, True)
+        np.testing.assert_array_equal(values, given)
+    np.testing.assert_array_equal(m.var(), np.array(given) / 8)
+    np.testing.assert_array_equal(fastbn.moments(np.eye(2, dtype="f4"), backend="reference").merge(m).count, 10)
+
+
+def test_arrays_of_float64_are_not_copied() -> None:
+    mean = np.zeros(3)
+    assert Moments(1, mean, mean).mean is mean
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"count": 2.5}, ValueError, "count: given 2.5, want a whole number, 0 or more"),
+        ({"count": -1}, ValueError, "count: given -1, want a whole number, 0 or more"),
+        ({"count": float("nan")}, ValueError, "count: given nan, want a whole number, 0 or more"),
+        ({"count": 2**63}, ValueError, f"count: given {2**63}, want a whole number, 0 or more, below 2**63"),
+        ({"count": "8"}, TypeError, "count: given '8', want a whole number, 0 or more"),
+        ({"count": [8]}, TypeError, "count: given [8], want a whole number, 0 or more"),
+        ({"mean": None}, TypeError, "mean: given None, want an array"),
+        ({"mean": 1.0}, ValueError, "mean: given shape (), want (C,), one value per channel"),
+        ({"m2": np.ones((2, 1))}, ValueError, "m2: given shape (2, 1), want (C,), one value per channel"),
+        ({"m2": np.ones(3)}, ValueError, "m2: given shape (3,), want (2,), that of mean"),
+        ({"m2": ["1", "2"]}, TypeError, "m2: given dtype <U1, want numbers, of float64 or what becomes that"),
+        ({"mean": np.ones(2, complex)}, TypeError, "mean: given dtype complex128, want numbers, of float64 or what becomes that"),
+        ({"m2": [[1.0], [1.0, 2.0]]}, TypeError, "m2: given ragged or mixed data"),
+        ({"mean": np.ma.masked_all(2)}, TypeError,
+         "mean: given a masked array, whose mask would be ignored; want a plain array, for example mean.filled(...)"),
+    ],
+)  # fmt: skip
+def test_what_can_be_no_moments(given: dict[str, object], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"^{re.escape(message)}"):
+        Moments(**{"count": 8, "mean": np.ones(2), "m2": np.ones(2)} | given)
 
 
 # What the backends compute of statistics.

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple, Protocol, cast
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from fastbn import checks, config, interrupts, layout
+from fastbn import checks, config, interrupts, layout, scalars
 from fastbn.errors import BackendUnavailable
 from fastbn.moments import Moments
 
@@ -123,7 +123,7 @@ def select(name: str | None = None) -> Backend:
     BackendUnavailable
         The requested backend is not registered or declines.
     """
-    wanted = name or config.BACKEND or "cpu"
+    wanted = name if type(name) is str else scalars.check_backend(name) or config.BACKEND or "cpu"
     backend = _loaded.get(wanted)
     return backend if backend is not None else _load(wanted, given=name is not None)
 
@@ -141,7 +141,7 @@ def select_device(name: str | None = None) -> None:
     BackendUnavailable
         Another backend is requested, or CUDA declines.
     """
-    wanted = name or config.BACKEND or "cuda"
+    wanted = name if type(name) is str else scalars.check_backend(name) or config.BACKEND or "cuda"
     if wanted != "cuda":
         raise BackendUnavailable(
             f"{_request(wanted, name is not None)} can't take an array on a GPU: copy it to the host first, or name no backend"
@@ -218,11 +218,12 @@ def explain(
     MissingExtra
         "bfloat16" where `ml_dtypes` is not installed.
     """
+    backend, channels_last = scalars.check_backend(backend), scalars.flag(channels_last, "channels_last")
     shape = checks.check_shape(shape)
     axis = checks.check_axis(shape, axis)
     kind = checks.check_dtype(dtype)
     plan = layout.plan_for(shape, kind, axis, channels_last)
-    name = backend or config.BACKEND or "cpu"
+    name = config.BACKEND or "cpu" if backend is None else backend
     if name == "cuda":  # which needs no GPU to be explained
         from fastbn.backends import model
 

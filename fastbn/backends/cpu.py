@@ -22,7 +22,7 @@ from fastbn.kernels import (
     inference,
 )
 from fastbn.kernels import statistics as per_channel
-from fastbn.moments import Moments
+from fastbn.moments import Moments, made
 
 Array = NDArray[Any]
 Wide = NDArray[np.float64]
@@ -57,7 +57,7 @@ def moments(x: Array) -> Moments:
             partial,
             stats,
         )
-    return Moments(route.values, stats[0], stats[1])
+    return made(route.values, stats[0], stats[1])
 
 
 def rstd(m2: Wide, count: float, eps: float) -> Wide:
@@ -190,7 +190,7 @@ def _forward(given: Ints, shape: Ints, dtype: np.dtype[Any], out: Ints, x: Ints)
             kernel = channels_last_apply.forward.form(stored, tasks > 1)
             work = np.empty(tasks * last.work + 64, kind)
             kernel(z, gamma, beta, eps, share, last.block, tasks, last.columns, stream, work, y, stats)
-        return out, Moments(count, stats[0], stats[1])
+        return out, made(count, stats[0], stats[1])
 
     return run
 

@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastbn import dtypes
+from fastbn import dtypes, scalars
+from fastbn.foreign import is_simulated
+from fastbn.foreign import on_device as on_device
 
 Ints = tuple[int, ...]
 
@@ -71,21 +73,6 @@ def _memory() -> Any:
     return _jit
 
 
-def on_device(value: Any) -> bool:
-    """Whether a value is an array on a GPU, without a look at its memory."""
-    if isinstance(value, np.ndarray):
-        return False
-    root = _library(value)
-    if root == "torch":
-        return bool(getattr(value, "is_cuda", False))
-    return hasattr(type(value), "__cuda_array_interface__") or hasattr(value, "__cuda_array_interface__") or _simulated(value)
-
-
-def _simulated(value: Any) -> bool:
-    """Whether a value is an array of numba's simulator, which has no interface."""
-    return type(value).__name__ == "FakeCUDAArray"
-
-
 def _dtype(given: Any, interface: dict[str, Any], name: str) -> str:
     typestr = interface["typestr"]
     if typestr not in _TYPES:
@@ -106,7 +93,7 @@ def view(given: Any, name: str) -> Buffer:
     ValueError
         A null pointer, strides that are no whole number of elements, another number of strides than of axes.
     """
-    if _simulated(given):
+    if is_simulated(given):
         array = given._ary
         strides = tuple(s // array.itemsize for s in array.strides)
         return Buffer(
@@ -162,7 +149,7 @@ def device_of(buffer: Buffer) -> int:
         return int(buffer.owner.device.index)
     if root == "cupy":
         return int(buffer.owner.device.id)
-    if _simulated(buffer.owner) or not buffer.address:
+    if is_simulated(buffer.owner) or not buffer.address:
         return 0
     return int(_memory().device_of(buffer.address))
 
@@ -190,6 +177,8 @@ def handle(stream: Any) -> int:
         Something else.
     """
     if isinstance(stream, int) and not isinstance(stream, bool):
+        if not 0 <= stream < 2**64:
+            raise ValueError(f"stream: given {scalars.shown(stream)}, want a handle: the address of a stream, or 0")
         return stream
     for attribute in ("cuda_stream", "ptr"):
         if isinstance(found := getattr(stream, attribute, None), int):
