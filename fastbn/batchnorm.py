@@ -299,8 +299,9 @@ class BatchNorm(State):
             run = gradients.batch_norm_backward if across is None else across.batch_norm_backward
             result = run(dy, x, statistics, gamma, axis, eps, out, backend=self.backend, num_threads=self.num_threads)
         else:
+            mean, var = statistics
             result = gradients.batch_norm_inference_backward(
-                dy, x, *statistics, gamma, axis, eps, out, backend=self.backend, num_threads=self.num_threads
+                dy, x, mean, var, gamma, axis, eps, out, backend=self.backend, num_threads=self.num_threads
             )
         same = overlap.same_memory if isinstance(x, np.ndarray) else results.on_gpu(self.backend).same_memory
         if out is not None and same(out, x):

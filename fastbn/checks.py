@@ -264,23 +264,34 @@ def check_features(x: Array, axis: int, channels: int, dtype: dtypes.Dtype) -> N
         raise TypeError(f"x: given dtype {x.dtype}, want {dtype}, this layer's: convert x, or make the layer with dtype='{wanted}'")
 
 
-def check_state(state: Any, own: Mapping[str, Array]) -> dict[str, Array]:
-    """The values of a state_dict, each checked against what the layer has, before any is taken over."""
+def check_state(state: Any, own: Mapping[str, Array], strict: bool) -> tuple[dict[str, Array], list[str], list[str]]:
+    """The values of a state_dict, each checked against what the layer has, before any is taken over; keys missing, keys unexpected."""
     if not isinstance(state, Mapping):
         raise TypeError(f"state_dict: given {type(state).__name__}, want a mapping of {list(own)} to arrays, as state_dict() gives it")
-    check_running(state.get("running_mean"), state.get("running_var"))
     missing = [key for key in own if key not in state and key != "num_batches_tracked"]
     unexpected = [key for key in state if key not in own]
-    if missing or unexpected:
-        raise ValueError(f"state_dict: missing {missing or 'nothing'}, unexpected {unexpected or 'nothing'}; want {list(own)}")
+    if strict:
+        check_running(state.get("running_mean"), state.get("running_var"))
+        if missing or unexpected:
+            raise ValueError(f"state_dict: missing {missing or 'nothing'}, unexpected {unexpected or 'nothing'}; want {list(own)}")
     checked = {}
-    for key, value in state.items():
-        array = _as_array(value, f"state_dict: {key}")
-        if array.dtype.kind not in "fiu" and not dtypes.supported(array.dtype):  # bfloat16 is of a kind with raw bytes
-            raise TypeError(f"state_dict: {key} given as dtype {array.dtype}, want numbers")
+    for key in (key for key in own if key in state):
+        array = _of_state(state[key], f"state_dict: {key}")
         if array.shape != own[key].shape:
             raise ValueError(f"state_dict: {key} given shape {array.shape}, want {own[key].shape}")
         if key == "num_batches_tracked":
             array = np.array(scalars.count(array.item(), "state_dict: num_batches_tracked"))
         checked[key] = array
-    return checked
+    return checked, missing, unexpected
+
+
+def _of_state(value: Any, name: str) -> Array:
+    """Numbers, of tensors that require a gradient too: values are taken over, nothing is computed."""
+    if hasattr(value, "detach"):
+        value = value.detach()
+    if str(getattr(value, "dtype", "")) == "torch.bfloat16":  # exactly, and without ml_dtypes
+        value = value.float()
+    array = _as_array(value, name)
+    if array.dtype.kind not in "fiu" and not dtypes.supported(array.dtype):  # bfloat16 is of a kind with raw bytes
+        raise TypeError(f"{name} given as dtype {array.dtype}, want numbers")
+    return array

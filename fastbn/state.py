@@ -15,6 +15,13 @@ Array = NDArray[Any]
 Layer = TypeVar("Layer", bound="State")
 
 
+class IncompatibleKeys(NamedTuple):
+    """What a state had not, or too much, as PyTorch's `load_state_dict` returns it."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
 KEPT = {"gamma": "weight", "beta": "bias", "running_mean": "running_mean", "running_var": "running_var"}  # PyTorch's names
 # What an option may be, and becomes: of the constructor, or assigned later. A call looks at those that its functions would not.
 OPTIONS: dict[str, Callable[[Any], Any]] = {
@@ -130,26 +137,35 @@ class State:
             found["num_batches_tracked"] = np.array(OPTIONS["num_batches_tracked"](self.num_batches_tracked), np.int64)
         return found
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> IncompatibleKeys:
         """Take over parameters and statistics, all or none of them.
 
         Parameters
         ----------
         state : mapping of str to array_like
-            As `state_dict` gives it, or PyTorch's, whose tensors convert by themselves; num_batches_tracked may be absent.
+            As `state_dict` gives it, or PyTorch's, of tensors, of bfloat16 too; num_batches_tracked may be absent.
+        strict : bool
+            Whether missing and unexpected keys are an error; else the values of all other keys are taken over.
+
+        Returns
+        -------
+        IncompatibleKeys
+            A named tuple of two lists, missing_keys and unexpected_keys.
 
         Raises
         ------
         ValueError
-            Missing or unexpected keys, other shapes, running_mean without running_var; an array of this layer that can't be written.
+            Missing or unexpected keys and running_mean without running_var, if strict; other shapes; an array of this layer that can't
+            be written.
         TypeError
-            Values that are not numbers; an array of this layer of another dtype than its own.
+            No mapping, or values that are not numbers; an array of this layer of another dtype than its own.
         """
         targets, own = self._kept(written=True), self.state_dict()
-        checked = checks.check_state(state, own)
+        checked, missing, unexpected = checks.check_state(state, own, scalars.flag(strict, "strict"))
         for key, value in checked.items():
             own[key][...] = value
         for name, target in targets.items():
             residence.overwrite(target, own[KEPT[name]])
         if "num_batches_tracked" in own:
             self.num_batches_tracked = int(own["num_batches_tracked"])
+        return IncompatibleKeys(missing, unexpected)

@@ -139,6 +139,8 @@ def test_what_is_no_array_is_refused_with_the_way_to_one(name: str) -> None:
             continue  # absent, or half of a pair
         if argument == "x" and name == "on a GPU":
             continue  # served there, or declined by its backend
+        if argument.startswith("state_dict") and name == "a tensor with a gradient":
+            continue  # whose values are taken over
         with pytest.raises(TypeError, match=f"^{re.escape(f'{argument}: {message.format(argument)}')}"):
             act()
 

@@ -188,3 +188,35 @@ def test_load_state_dict_rejects_a_count_that_is_none(count: float) -> None:
 def test_a_state_is_a_mapping(state: Any) -> None:
     with pytest.raises(TypeError, match=rf"^state_dict: given {type(state).__name__}, want a mapping of .*, as state_dict\(\) gives it$"):
         _layer("reference").load_state_dict(state)
+
+
+def test_keys_that_are_not_strict() -> None:
+    """As PyTorch: what is there is taken over, what is missing or too much is returned; other shapes are errors all the same."""
+    bn = _layer("reference")
+    before = bn.state_dict()
+    assert bn.load_state_dict(before) == ([], [])
+    some = {"running_mean": np.full(3, 9.0), "extra": "whatever", "num_batches_tracked": np.float32(5)}
+    found = bn.load_state_dict(some, strict=False)
+    assert (found.missing_keys, found.unexpected_keys) == (["weight", "bias", "running_var"], ["extra"])
+    assert bn.num_batches_tracked == 5
+    for key, value in bn.state_dict().items():
+        np.testing.assert_array_equal(value, (before | some)[key], err_msg=key)
+    with pytest.raises(ValueError, match=r"^state_dict: weight given shape \(4,\), want \(3,\)$"):
+        bn.load_state_dict({"running_mean": np.zeros(3), "weight": np.ones(4)}, strict=False)
+    np.testing.assert_array_equal(bn.running_mean, 9.0)
+    assert bn.load_state_dict({}, strict=False).missing_keys == ["weight", "bias", "running_mean", "running_var"]
+
+
+@pytest.mark.peers
+def test_states_of_pytorch_in_every_dtype() -> None:
+    torch = pytest.importorskip("torch")
+    layer = torch.nn.BatchNorm2d(3)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([1.5, -3.0, 0.0078125]))
+        layer.running_var.copy_(torch.tensor([3.1415927, 1e-3, 1e30]))
+    for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
+        state = layer.to(dtype).state_dict(keep_vars=True)  # whose parameters require a gradient
+        bn = fastbn.BatchNorm(3)
+        assert bn.load_state_dict(state) == ([], [])
+        np.testing.assert_array_equal(bn.gamma, state["weight"].detach().float().numpy())
+        np.testing.assert_array_equal(bn.running_var, state["running_var"].float().numpy())
