@@ -22,14 +22,16 @@ from fastbn.scalars import check_momentum as check_momentum
 Array = NDArray[Any]
 
 
-def as_input(x: ArrayLike, name: str = "x") -> Array:
-    """The array of a floating-point input; TypeError for anything else."""
+def as_input(x: ArrayLike, name: str = "x", integers: bool = False) -> Array:
+    """The array of a floating-point input, or also of one of small integers; TypeError for anything else."""
     if type(x) is np.ndarray and x.dtype in dtypes.NATIVE:
         return x
     array = x if type(x) is np.ndarray else _as_array(x, name)
-    if not dtypes.supported(array.dtype):
-        how = f"{name}.astype('float32')" if hasattr(x, "astype") else f"numpy.asarray({name}, 'float32')"
-        raise TypeError(f"{name}: given dtype {array.dtype}, want {dtypes.WANTED}: convert it first, e.g. {how}")
+    if not (dtypes.supported(array.dtype) or (integers and dtypes.small(array.dtype))):
+        wanted = f"{dtypes.WANTED}, or integers of 8 or 16 bits" if integers else dtypes.WANTED
+        to = "float64" if integers and array.dtype.kind in "iu" else "float32"  # which would round those of 32 bits
+        how = f"{name}.astype('{to}')" if hasattr(x, "astype") else f"numpy.asarray({name}, '{to}')"
+        raise TypeError(f"{name}: given dtype {array.dtype}, want {wanted}: convert it first, e.g. {how}")
     return array
 
 

@@ -43,7 +43,7 @@ def moments(array: da.Array, axis: int = 1) -> Delayed:
 
     Parameters
     ----------
-    array : dask.array.Array, shape (..., C, ...), float16, bfloat16, float32 or float64
+    array : dask.array.Array, shape (..., C, ...), float16, bfloat16, float32, float64, int8, uint8, int16 or uint16
         Of known chunk sizes, at least two axes; chunked along any of them, the channel axis too. Blocks may be empty.
     axis : int
         The channel axis.
@@ -57,11 +57,11 @@ def moments(array: da.Array, axis: int = 1) -> Delayed:
     Raises
     ------
     TypeError
-        Not a dask array of host memory, or not of float16, bfloat16, float32 or float64.
+        Not a dask array of host memory, or of another dtype.
     ValueError
         Rank below 2, axis out of range, no channels, chunks of unknown size.
     """
-    channel = _checked(array, axis)
+    channel = _checked(array, axis, integers=True)
     others = tuple(a for a in range(array.ndim) if a != channel)
     merged = da.reduction(
         array, _of_block, _merged, axis=others, combine=_merged, concatenate=False, dtype=object, name=None,
@@ -91,7 +91,7 @@ def normalize(
     Parameters
     ----------
     array : dask.array.Array, shape (..., C, ...), float16, bfloat16, float32 or float64
-        As in `moments`.
+        As in `moments`, but no integers.
     moments : Delayed or Moments
         What `moments` gave, computed or not.
     gamma, beta : array_like, shape (C,), float64 beside an array of float64, else float32, optional
@@ -134,14 +134,14 @@ def normalize(
     return normalized
 
 
-def _checked(array: Any, axis: Any) -> int:
+def _checked(array: Any, axis: Any, integers: bool = False) -> int:
     """The channel axis, counted from the front, of an array that can be worked on."""
     if not isinstance(array, da.Array):
         raise TypeError(
             f"array: given {type(array).__name__}, want a dask array, e.g. dask.array.from_array(x, chunks); fastbn.moments and "
             "fastbn.batch_norm_inference take arrays in memory"
         )
-    checks.as_input(array._meta, "array")
+    checks.as_input(array._meta, "array", integers)
     unknown = [a for a, n in enumerate(array.shape) if math.isnan(n)]
     if unknown:
         raise ValueError(f"array: given chunks of unknown size along axis {unknown[0]}; call array.compute_chunk_sizes() first")

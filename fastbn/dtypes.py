@@ -30,6 +30,11 @@ def supported(dtype: Dtype) -> bool:
     return native in NATIVE
 
 
+def small(dtype: Dtype) -> bool:
+    """Whether it is an integer of 8 or 16 bits, in either byte order: statistics are taken of these too."""
+    return dtype.kind in "iu" and dtype.itemsize <= 2
+
+
 def of_parameters(dtype: Dtype) -> Dtype:
     """The dtype of gamma, beta, their gradients and the running statistics beside x of a supported dtype: never a half one."""
     return FLOAT64 if dtype.itemsize == 8 else FLOAT32

@@ -6,17 +6,21 @@ beside it, and so is every result, of the same kind; nothing waits for the GPU.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fastbn import checks, config, layout, results, threads
-from fastbn.backends import devices
+from fastbn.backends import Backend, devices
 from fastbn.moments import Moments, made
 from fastbn.ready import ready
 
 Array = NDArray[Any]
+
+PIECE = 2**18  # integers widened at a time, to 2 MB of float64: in cache when their moments are taken
+ROWS = 64  # of an (R, C) array, at least, in a piece of one that has so many: merging a piece costs as much as some rows
 
 
 def moments(x: ArrayLike, axis: int = 1, *, backend: str | None = None, num_threads: int | None = None, stream: Any = None) -> Moments:
@@ -26,8 +30,8 @@ def moments(x: ArrayLike, axis: int = 1, *, backend: str | None = None, num_thre
 
     Parameters
     ----------
-    x : array_like, shape (..., C, ...), float16, bfloat16, float32 or float64
-        At least two axes.
+    x : array_like, shape (..., C, ...), float16, bfloat16, float32 or float64; on the host also int8, uint8, int16 or uint16
+        At least two axes. Integers are taken in float64, a bounded piece at a time: no float copy of the whole is made.
     axis : int
         The channel axis.
     backend : str, optional
@@ -45,7 +49,7 @@ def moments(x: ArrayLike, axis: int = 1, *, backend: str | None = None, num_thre
     Raises
     ------
     TypeError
-        x is not of float16, bfloat16, float32 or float64, or no array.
+        x is of another dtype, or no array.
     ValueError
         Rank below 2, axis out of range, no channels.
     """
@@ -57,11 +61,36 @@ def moments(x: ArrayLike, axis: int = 1, *, backend: str | None = None, num_thre
     if num_threads is not None:
         with threads.limited(num_threads):
             return moments(x, axis, backend=backend)
-    x = checks.as_input(x)
+    x = checks.as_input(x, integers=True)
     way = ready(x, axis, backend)
     if not way.values:
         return made(0, np.zeros(way.channels), np.zeros(way.channels))
+    if way.integers:
+        view = way.plan.view(x)  # in either byte order
+        return _of_integers(way.served, layout.view_of(way.plan, x)[1] if view is None else view)
     return way.served.moments(layout.view_of(way.plan, x)[1])
+
+
+def _of_integers(served: Backend, view: Array) -> Moments:
+    """Moments of a canonical view of integers of 8 or 16 bits, which float64 holds exactly: a bounded piece at a time, merged in order."""
+    N, C, S = (*view.shape, 1)[:3]
+    inner = min(S, PIECE)
+    channels = max(1, min(C, PIECE // (inner * min(N, ROWS))))
+    outer = min(N, PIECE // (inner * channels))
+    wide, parts = np.empty(outer * channels * inner), []
+    for c in range(0, C, channels):
+        own = view[:, c : c + channels]
+        whole = (own[n : n + outer] for n in range(0, N, outer))
+        pieces = (rows[..., s : s + inner] for rows in whole for s in range(0, S, inner)) if view.ndim == 3 else whole
+        parts.append(functools.reduce(Moments.merge, (served.moments(_copied(piece, wide)) for piece in pieces)))
+    return made(parts[0].count, np.concatenate([m.mean for m in parts]), np.concatenate([m.m2 for m in parts]))
+
+
+def _copied(piece: Array, to: Array) -> Array:
+    """The values of a piece, at the beginning of a buffer."""
+    copy = to[: piece.size].reshape(piece.shape)
+    copy[...] = piece
+    return copy
 
 
 def batch_norm(

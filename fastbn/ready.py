@@ -22,6 +22,7 @@ class Ready(NamedTuple):
     channels: int
     values: int  # per channel
     kind: dtypes.Dtype  # of parameters
+    integers: bool  # which only statistics are taken of
     served: Backend
     forward: Callable[..., Any] | None  # for arrays that are all C-contiguous, where the backend has a shorter way for these
     backward: Callable[..., Any] | None
@@ -41,8 +42,9 @@ def ready(x: Array, axis: int, backend: str | None) -> Ready:
 def _ready(shape: Ints, strides: Ints, dtype: dtypes.Dtype, axis: int, backend: str | None, default: str | None) -> Ready:
     plan, served = layout.planned(shape, strides, axis, dtype.itemsize), select(backend)
     forward = backward = normalize = None
-    if plan.count and plan.order is None and dtype.isnative and strides == layout.compact(shape, dtype.itemsize):
+    integers = dtypes.small(dtype)
+    if plan.count and not integers and plan.order is None and dtype.isnative and strides == layout.compact(shape, dtype.itemsize):
         forward = served.compact("forward", shape, plan.dims, dtype)
         backward = served.compact("backward", shape, plan.dims, dtype)
         normalize = served.compact("normalize", shape, plan.dims, dtype)
-    return Ready(plan, plan.channels, plan.count, dtypes.of_parameters(dtype), served, forward, backward, normalize)
+    return Ready(plan, plan.channels, plan.count, dtypes.of_parameters(dtype), integers, served, forward, backward, normalize)

@@ -51,7 +51,7 @@ class Npy(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def open_npy(path: Path, axis: int, bfloat16: bool = False) -> Npy:
+def open_npy(path: Path, axis: int, bfloat16: bool = False, integers: bool = False) -> Npy:
     """Read and check a header, and that the file is as long as it says.
 
     Parameters
@@ -62,6 +62,8 @@ def open_npy(path: Path, axis: int, bfloat16: bool = False) -> Npy:
         The channel axis.
     bfloat16 : bool
         Whether values of two raw bytes are that: what numpy.save writes of it says no more.
+    integers : bool
+        Whether those of 8 and 16 bits will do: for statistics, not to be normalized.
 
     Raises
     ------
@@ -83,8 +85,12 @@ def open_npy(path: Path, axis: int, bfloat16: bool = False) -> Npy:
         dtype = dtypes.bfloat16()
     elif dtype == RAW:
         raise DataError(f"{path}: holds {RAW.str}, two bytes a value without a type: if they are bfloat16, add --bfloat16")
-    if not dtypes.supported(dtype):
-        raise DataError(f"{path}: holds {dtype}, want {dtypes.WANTED}: convert it first, array.astype('float32')")
+    if not (dtypes.supported(dtype) or (integers and dtypes.small(dtype))):
+        if dtypes.small(dtype):
+            raise DataError(f"{path}: holds {dtype}, a copy to be normalized wants {dtypes.WANTED}: array.astype('float32') first")
+        raise DataError(
+            f"{path}: holds {dtype}, want {dtypes.WANTED}, or integers of 8 or 16 bits: convert it first, array.astype('float32')"
+        )
     missing = offset + math.prod(shape) * dtype.itemsize - path.stat().st_size
     if missing > 0 or min(shape, default=0) < 0:
         raise DataError(f"{path}: cut short: the header promises {dtype} of shape {shape}, {missing:,} bytes more than there are")
@@ -231,7 +237,9 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the `moments` command."""
-    parser.add_argument("file", metavar="FILE.npy", type=Path, help="floating point, two axes or more, as numpy.save writes it")
+    parser.add_argument(
+        "file", metavar="FILE.npy", type=Path, help="floating point, or integers of 8 or 16 bits, two axes or more, as numpy.save writes it"
+    )
     parser.add_argument("--axis", type=int, default=1, metavar="A", help="the channel axis, negative counts from the end (default: 1)")
     parser.add_argument("--bfloat16", action="store_true", help="the file holds bfloat16, of which numpy.save writes two bytes a value")
     parser.add_argument("--save", type=Path, metavar="OUT.npz", help="write count, mean, var, std and axis for numpy.load")
@@ -250,7 +258,7 @@ def run(args: argparse.Namespace) -> int:
     if not 0 < args.chunk_mb < 1e6:
         raise ValueError(f"--chunk-mb: given {args.chunk_mb:g}, want a positive number of megabytes, e.g. {CHUNK_MB:g}")
     limit = int(args.chunk_mb * 1e6)
-    npy = open_npy(args.file, args.axis, args.bfloat16)
+    npy = open_npy(args.file, args.axis, args.bfloat16, integers=args.normalize is None)
     axis, channels = args.axis % len(npy.shape), npy.dims[npy.axis]
     copy = check_output(args.normalize, npy.offset + npy.nbytes, npy.path) if args.normalize else None
     saved = check_output(args.save, 24 * channels + 4096, npy.path) if args.save else None

@@ -37,7 +37,7 @@ from mutations import ROOT, SCOPE, Mutant, chosen, functions
 # What shows a wrong result of the files above on small arrays. Others are of processes, tables and packages, or for compiled kernels.
 TESTS = (
     *("kernels", "serial_kernels", "contract", "backends", "layout", "errors", "layer_errors", "moments", "split", "half", "dtypes"),
-    *("scalars", "foreign", "batchnorm", "kept", "running", "properties", "num_threads", "fold", "determinism", "accuracy"),
+    *("scalars", "foreign", "integers", "batchnorm", "kept", "running", "properties", "num_threads", "fold", "determinism", "accuracy"),
 )
 SLOW = 6  # seconds of a processor that a test may take; those that take longer as plain Python judge nothing
 BUDGET = 60  # the same for all tests that judge a mutant

@@ -66,6 +66,7 @@ FUNCTIONS: dict[str, Callable[[dict[str, Any], str], Any]] = {
     "batch_norm_inference_backward": _inference_backward,
 }
 EVERY = tuple(FUNCTIONS)
+STATISTICS = ("moments", "RunningMoments")  # which take integers of 8 and 16 bits too
 FORWARD = ("batch_norm", "batch_norm_inference")
 BACKWARD = ("batch_norm_backward", "batch_norm_inference_backward")
 WRITING = FORWARD + BACKWARD
@@ -118,6 +119,7 @@ def _of(dtype: str, **given: Any) -> dict[str, Any]:
     return {name: np.ones(SHAPE, dtype) for name in ("x", "dy", "out")} | given
 
 
+WANT_STATISTICS = "want float16, bfloat16, float32 or float64, or integers of 8 or 16 bits: convert it first, e.g. {0}.astype('{1}')"
 WANT_FLOAT = "want float16, bfloat16, float32 or float64: convert it first, e.g. {0}.astype('float32')"
 
 # What to give in place of a good argument, who must refuse it, with what.
@@ -135,10 +137,15 @@ BAD: list[tuple[str, tuple[str, ...], dict[str, Any], type[Exception], str]] = [
     ("no channels", EVERY, {"x": _float32(4, 0, 5), "dy": _float32(4, 0, 5)}, ValueError,
      "x: given shape (4, 0, 5), with no channels along axis 1; want at least one"),
     *(
-        (f"x of {dtype}", EVERY, {"x": np.ones(SHAPE, dtype)}, TypeError, f"x: given dtype {dtype}, " + WANT_FLOAT.format("x"))
+        (f"x of {dtype}", WRITING, {"x": np.ones(SHAPE, dtype)}, TypeError, f"x: given dtype {dtype}, " + WANT_FLOAT.format("x"))
         for dtype in ("int64", "int8", "uint8", "bool", "complex64", "object", "float8_e5m2", "int4", "<U1", "datetime64[s]")
     ),
-    ("x a list of integers", EVERY, {"x": [[1, 2], [3, 4]]}, TypeError,
+    *(
+        (f"x of {dtype}", STATISTICS, {"x": np.ones(SHAPE, dtype)}, TypeError,
+         f"x: given dtype {dtype}, " + WANT_STATISTICS.format("x", "float64" if "int" in dtype and dtype != "int4" else "float32"))
+        for dtype in ("int64", "uint32", "bool", "complex64", "object", "float8_e5m2", "int4", "<U1", "datetime64[s]")
+    ),
+    ("x a list of integers", WRITING, {"x": [[1, 2], [3, 4]]}, TypeError,
      "x: given dtype int64, " + WANT_FLOAT.replace("{0}.astype('float32')", "numpy.asarray(x, 'float32')")),
     ("x None", EVERY, {"x": None}, TypeError, "x: given None, want an array"),
     ("x masked", EVERY, {"x": np.ma.masked_array(_float32(*SHAPE))}, TypeError,

@@ -88,6 +88,22 @@ def test_half_files(tmp_path, dtype, order, backend, capsys, monkeypatch):
     np.testing.assert_array_equal(y.view(x.dtype).astype(native), want)
 
 
+@pytest.mark.parametrize("chunk_bytes", [3, 300, 10**6], ids=["below one row", "rows", "whole"])
+@pytest.mark.parametrize("dtype", ["uint8", "int8", ">u2", "int16"])
+def test_integer_files(tmp_path, dtype, chunk_bytes, capsys):
+    """Exact statistics; a normalized copy has no dtype to be of, and is refused before any work."""
+    x = np.random.default_rng(2).integers(0, 127, SHAPE, endpoint=True).astype(dtype)
+    np.save(tmp_path / "x.npy", x)
+    command = ["moments", str(tmp_path / "x.npy"), "--chunk-mb", str(chunk_bytes / 1e6)]
+    assert main([*command, "--save", str(tmp_path / "s.npz")]) == 0
+    saved, wide = np.load(tmp_path / "s.npz"), x.astype(np.float64)
+    np.testing.assert_allclose(saved["mean"], wide.mean((0, 2, 3)), rtol=1e-14)
+    np.testing.assert_allclose(saved["var"], wide.var((0, 2, 3)), rtol=1e-13)
+    assert main([*command, "--normalize", str(tmp_path / "y.npy")]) == 2
+    assert f"holds {np.dtype(dtype)}, a copy to be normalized wants float16, bfloat16, float32 or float64" in capsys.readouterr().err
+    assert left(tmp_path) == ["s.npz", "x.npy"]
+
+
 def test_bfloat16_is_asked_for_and_only_for_what_may_be_it(tmp_path, capsys, monkeypatch):
     path = str(tmp_path / "x.npy")
     for dtype in ("float32", "float16", "int16"):

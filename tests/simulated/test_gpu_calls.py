@@ -218,6 +218,7 @@ THREE = np.ones(3, np.float32)
         (lambda g: fastbn.batch_norm(g(X), g(np.ones(4, "f4"))), ValueError, r"gamma: given shape \(4,\), want \(3,\)"),
         (lambda g: fastbn.batch_norm(g(X), g(np.ones(6, "f4")[::2])), ValueError, "gamma: given an array with gaps"),
         (lambda g: fastbn.batch_norm(g(X.astype("i4"))), TypeError, "x: given dtype int32.* want float16"),
+        (lambda g: fastbn.moments(g(X.astype("u1"))), TypeError, "x: given dtype uint8.* want float16.*: convert it first"),
         (lambda g: fastbn.moments(g(X)).var("1"), TypeError, "^ddof: given '1', want a number$"),
         (lambda g: fastbn.moments(g(X)).rstd(np.ones(2)), TypeError, "^eps: given"),
         (lambda g: fastbn.moments(g(X), stream=10**400), ValueError, "^stream: given"),
