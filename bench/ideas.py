@@ -237,7 +237,7 @@ def run(args: argparse.Namespace) -> int:
         check_output(args.json, 2**20)
     result = measured(IDEAS, args.seconds)
     headers, lines = table(result["records"])
-    screen.table(headers, lines, width=report.width((headers, lines)))
+    screen.table(headers, lines)
     print(textwrap.fill(note(result), 110))
     if args.json:
         with replacing(args.json.resolve()) as file:

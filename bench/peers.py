@@ -223,7 +223,7 @@ def load(path: Path) -> dict[str, Any]:
 def show(result: dict[str, Any]) -> None:
     """Print the tables and who was not timed."""
     for table in report.tables(result):
-        screen.table(*table, width=report.width(table))
+        screen.table(*table)
     for line in (report.note(result), *report.refusals(result)):
         print(textwrap.fill(line, 110))
 

@@ -112,12 +112,6 @@ def small_calls(result: Result) -> Table:
     return headers, lines
 
 
-def width(table: Table) -> int:
-    """Characters of a table's longest line, three between columns."""
-    columns = zip(table[0], *table[1], strict=True)
-    return sum(max(map(len, column)) + 3 for column in columns)
-
-
 def refusals(result: Result) -> list[str]:
     """Who was not timed and why, with the number of shapes and passes."""
     counted: dict[tuple[str, str], int] = {}

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import signal
 import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import fastbn
 from fastbn import check, checks, demo, dtypes, info, quickbench, stream
@@ -181,6 +182,38 @@ def _terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+@contextmanager
+def _writable() -> Iterator[None]:
+    """Let stdout and stderr take any text, whatever their encoding, and no text where they are closed."""
+    with ExitStack() as stack:
+        for name, redirect in (("stdout", redirect_stdout), ("stderr", redirect_stderr)):
+            stream: Any = getattr(sys, name)
+            if stream is None:  # closed, `>&-`: nor may a file that is opened later take its number, and what libraries print
+                stack.enter_context(redirect(stack.enter_context(open(os.devnull, "w", encoding="utf-8", errors="replace"))))
+                continue
+            if isinstance(stream, io.TextIOWrapper):
+                stack.callback(stream.reconfigure, errors=stream.errors)
+                stream.reconfigure(errors="backslashreplace")
+            stack.callback(_settle, stream)
+        yield
+
+
+def _settle(stream: TextIO) -> None:
+    """Flush, or give up what can't be written, of which the interpreter would complain at its exit."""
+    try:
+        stream.flush()
+    except OSError:
+        with suppress(OSError):  # no file below it
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, stream.fileno())
+            os.close(nowhere)
+
+
+def _complain(text: str) -> None:
+    with suppress(OSError):  # then the exit code must say it
+        print(f"fastbn: {text}", file=sys.stderr)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line.
 
@@ -192,22 +225,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns
     -------
     int
-        Exit code: 0, 1 where `check` fails or `warmup` can keep nothing, 2 for bad input, 130 after an interrupt.
+        Exit code: 0, 1 where `check` fails or `warmup` can keep nothing, 2 for bad input or output that can't be written, 130 after an
+        interrupt, 141 where the reader of the output has gone.
     """
-    args = _parser().parse_args(argv)
-    try:
-        with _terminable():
-            code: int = args.run(args)
-        sys.stdout.flush()
-        return code
-    except KeyboardInterrupt:
-        print("fastbn: interrupted", file=sys.stderr)
-        return INTERRUPTED
-    except BrokenPipeError:  # the reader, `head` say, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit complains
-        return CLOSED_PIPE
-    except (ValueError, TypeError, OSError, MissingExtra, BackendUnavailable) as error:  # DataError is a ValueError
-        if args.traceback:
+    traceback = False
+    with _writable():
+        try:
+            try:
+                args = _parser().parse_args(argv)
+            except SystemExit:
+                sys.stdout.flush()  # --help
+                raise
+            traceback = args.traceback
+            with _terminable():
+                code: int = args.run(args)
+            sys.stdout.flush()
+            return code
+        except KeyboardInterrupt:
+            _complain("interrupted")
+            return INTERRUPTED
+        except BrokenPipeError:  # the reader, `head` say, has seen enough
+            return CLOSED_PIPE
+        except UnicodeEncodeError:  # a ValueError, but no bad input
             raise
-        print(f"fastbn: {error}", file=sys.stderr)
-        return BAD_INPUT
+        except (ValueError, TypeError, OSError, MissingExtra, BackendUnavailable) as error:  # DataError is a ValueError
+            if traceback:
+                raise
+            _complain(str(error))
+            return BAD_INPUT

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -94,10 +95,11 @@ def run(args: argparse.Namespace) -> int:
         _print_task(args, data, sizes, rate)
         data = _prepare(data, args, sizes)
         networks, histories = _train_both(args, data, sizes, rate)
-        screen.table(("", *NAMES.values()), _rows(histories, args.steps))
-        _print_examples(networks, data, args.seed)
-        print("", *_summary(histories, args.steps, data.chance), sep="\n")
-        _figure(histories, data).savefig(file, format=plot.suffix[1:].lower(), dpi=150)
+        _save(_figure(histories, data), file, plot.suffix[1:].lower())
+    # The plot is in its place before anything is shown, which a terminal may not take.
+    screen.table(("", *NAMES.values()), _rows(histories, args.steps))
+    _print_examples(networks, data, args.seed)
+    print("", *_summary(histories, args.steps, data.chance), sep="\n")
     print(f"plot of both curves: {plot}")
     return 0
 
@@ -251,8 +253,15 @@ def _figure(histories: Histories, data: Dataset) -> Figure:
     for batch_norm, history in histories.items():
         axes.plot(history.steps, [100 * accuracy for accuracy in history.accuracy], label=NAMES[batch_norm])
     axes.axhline(100 * data.chance, color="gray", linestyle=":", label="chance")
-    axes.set(xlabel="training steps", ylabel="test accuracy (%)", ylim=(0, 101), title=data.name)
+    axes.set(xlabel="training steps", ylabel="test accuracy (%)", ylim=(0, 101))
+    axes.set_title(data.name.encode(errors="backslashreplace").decode(), parse_math=False)  # a directory's name, of any letters
     axes.margins(x=0.01)
     axes.grid(alpha=0.3)
     axes.legend()
     return figure
+
+
+def _save(figure: Figure, file: IO[bytes], kind: str) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from ")  # of the title's letters: the font's box stands for them
+        figure.savefig(file, format=kind, dpi=150)

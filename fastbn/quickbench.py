@@ -218,7 +218,6 @@ NOTES = {
 
 def run(args: argparse.Namespace) -> int:
     """Run the `bench` command; 1 where the machine was too busy for --readme."""
-    screen.need()
     if args.repeats < 1:
         raise ValueError(f"--repeats: given {args.repeats}, want 1 or more")
     name = "accuracy" if args.accuracy else "speed"

@@ -1,4 +1,4 @@
-"""Tables and progress bars of the commands, with rich (the extra `demo`)."""
+"""Tables of the commands, and their progress bars, with rich (the extra `demo`)."""
 
 from __future__ import annotations
 
@@ -21,19 +21,13 @@ def need(*packages: str, command: str = "this command", named: str = "rich") -> 
         raise MissingExtra(f"{command} needs {named}: pip install 'fastbn[demo]'") from error
 
 
-def table(headers: Sequence[str], rows: Sequence[Sequence[str]], width: int | None = None) -> None:
-    """Print a table on stdout: the first column to the left, numbers to the right; cut at the terminal's width, or at `width`."""
-    need()
-    from rich.box import SIMPLE
-    from rich.console import Console
-    from rich.table import Table
-
-    drawn = Table(box=SIMPLE, show_edge=False, pad_edge=False)
-    for i, header in enumerate(headers):
-        drawn.add_column(header, justify="right" if i else "left", no_wrap=True)
-    for row in rows:
-        drawn.add_row(*row)
-    Console(highlight=False, markup=False, width=width).print("", drawn, "", sep="\n")
+def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table on stdout: the first column to the left, numbers to the right; as wide as it is, no digit is cut."""
+    widths = [max(map(len, column)) for column in zip(headers, *rows, strict=True)]
+    rule = ["-" * width for width in widths]
+    for row in ((), headers, rule, *rows, ()):
+        cells = (f"{cell:{'>' if i else '<'}{width}}" for i, (cell, width) in enumerate(zip(row, widths, strict=False)))
+        print("  ".join(cells).rstrip())
 
 
 @contextmanager

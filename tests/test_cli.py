@@ -118,16 +118,6 @@ def test_a_real_process_fails_in_one_line():
     assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="a closed pipe is another error on Windows")
-def test_a_closed_pipe_is_silent():
-    reading, writing = os.pipe()
-    os.close(reading)
-    done = subprocess.run([sys.executable, "-m", "fastbn", "info"], stdout=writing, stderr=subprocess.PIPE, text=True, timeout=120)
-    os.close(writing)
-    assert done.returncode == 141
-    assert done.stderr == ""
-
-
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows processes are not ended by signals")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_leaves_nothing_behind(number, code, tmp_path):

@@ -71,6 +71,16 @@ def test_plot_shows_both_curves_and_says_what_they_are() -> None:
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["with batch normalization", "without", "chance"]
 
 
+@pytest.mark.parametrize("name", ["\udcff", "a $x_{$", "\u6570\u5b57", "two\nlines"])
+@pytest.mark.parametrize("kind", ["png", "svg"])
+def test_a_plot_takes_any_name_of_a_directory(name: str, kind: str, tmp_path: Path) -> None:
+    """No text, no formula, no letters that its font has: the training is over when it is drawn, and warnings may be errors."""
+    histories = {True: nets.History(24, [0, 10], [8, 24]), False: nets.History(24, [0, 10], [8, 9])}
+    with (tmp_path / "p").open("wb") as file:
+        demo._save(demo._figure(histories, toy()._replace(name=name)), file, kind)
+    assert (tmp_path / "p").stat().st_size > 1000
+
+
 # The command.
 
 Command = Callable[..., int]
@@ -235,6 +245,13 @@ def test_an_interrupt_leaves_nothing_half_written(train: Command, monkeypatch: p
     with pytest.raises(KeyboardInterrupt):
         train(*SHORT, "--plot", "p.png")
     assert {path.name: path.read_bytes() for path in Path.cwd().iterdir()} == ({"p.png": kept} if kept else {})
+
+
+def test_a_plot_is_in_its_place_before_a_terminal_can_refuse_the_table(train: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo.screen, "table", lambda *_: open("/none/such"))
+    with pytest.raises(OSError, match="none"):
+        train(*SHORT, "--plot", "p.png")
+    assert [path.name for path in Path.cwd().iterdir()] == ["p.png"]
 
 
 @pytest.mark.parametrize("package", ["rich", "matplotlib", "sklearn", "threadpoolctl"])
