@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
@@ -164,22 +165,31 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """Let SIGTERM raise SystemExit, so that files half written are removed; main threads only may ask for it."""
+    """Let the signals that end a process raise SystemExit, so that files half written are removed; main threads only may ask for it.
+
+    Where one is ignored, as under nohup, or taken in the program's own way, it stays so.
+    """
+    taken = [number for number in ENDING if signal.getsignal(number) is signal.SIG_DFL]
 
     def stop(number: int, frame: FrameType | None) -> None:
+        for other in taken:
+            signal.signal(other, signal.SIG_IGN)  # a terminal that goes sends both: the second must not end the tidying up
         raise SystemExit(128 + number)
 
-    try:
-        before = signal.signal(signal.SIGTERM, stop)
-    except ValueError:
-        yield
-        return
+    if threading.current_thread() is not threading.main_thread():
+        taken.clear()
+    for number in taken:
+        signal.signal(number, stop)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
 
 
 @contextmanager

@@ -119,8 +119,8 @@ def test_a_real_process_fails_in_one_line():
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows processes are not ended by signals")
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_leaves_nothing_behind(number, code, tmp_path):
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), pytest.param("SIGHUP", 129, marks=pytest.mark.process)])
+def test_a_signal_leaves_nothing_behind(name, code, tmp_path):
     np.save(tmp_path / "x.npy", np.zeros((2000, 50), np.float32))
     # A copy that never ends: every chunk takes a second.
     slow = (
@@ -133,17 +133,37 @@ def test_a_signal_leaves_nothing_behind(number, code, tmp_path):
         while not list(tmp_path.glob(".y.npy.*.part")):
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.02)
-        process.send_signal(number)
+        process.send_signal(getattr(signal, name))
         err = process.communicate(timeout=60)[1]
     assert process.returncode == code
     assert "Traceback" not in err
     assert [path.name for path in tmp_path.iterdir()] == ["x.npy"]
 
 
-def test_sigterm_is_restored(capsys):
-    before = signal.getsignal(signal.SIGTERM)
-    assert main(["explain", "4,4"]) == 0
-    assert signal.getsignal(signal.SIGTERM) is before
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows processes are not ended by signals")
+def test_signals_that_end_a_process_let_it_tidy_up():
+    taken = [signal.SIGTERM, signal.SIGHUP]
+    before = [signal.signal(number, signal.SIG_DFL) for number in taken]
+    try:
+        for number in taken:
+            with pytest.raises(SystemExit) as exit, cli._terminable():
+                try:
+                    signal.raise_signal(number)
+                finally:
+                    for other in taken:
+                        signal.raise_signal(other)  # which a terminal that goes may send as well
+            assert exit.value.code == 128 + number
+            assert [signal.getsignal(other) for other in taken] == [signal.SIG_DFL] * 2
+        for own in (signal.SIG_IGN, lambda *_: None):  # as under nohup, or in a program that calls `main`
+            for number in taken:
+                signal.signal(number, own)
+            with cli._terminable():
+                signal.raise_signal(signal.SIGHUP)
+                signal.raise_signal(signal.SIGTERM)
+            assert [signal.getsignal(number) for number in taken] == [own] * 2
+    finally:
+        for number, handler in zip(taken, before, strict=True):
+            signal.signal(number, handler)
 
 
 def test_info_in_a_real_process():
