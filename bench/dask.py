@@ -143,7 +143,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"{COMMAND}: {error}", file=sys.stderr)
         return 1
     if args.json:
-        with replacing(args.json.resolve()) as file:
+        with replacing(args.json) as file:
             file.write((json.dumps(result, indent=1) + "\n").encode())
     print(sentence(result))
     print(quickbench.sentence(result["machine"]))

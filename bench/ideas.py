@@ -240,7 +240,7 @@ def run(args: argparse.Namespace) -> int:
     screen.table(headers, lines)
     print(textwrap.fill(note(result), 110))
     if args.json:
-        with replacing(args.json.resolve()) as file:
+        with replacing(args.json) as file:
             file.write((json.dumps(result, indent=1) + "\n").encode())
         print(f"wrote {args.json}")
     if result["doubt"]:

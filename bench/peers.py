@@ -133,7 +133,7 @@ def write_result(path: Path | None, result: dict[str, Any]) -> None:
     if path is None:
         return
     text = json.dumps(rounded(result), separators=(",", ":"), ensure_ascii=False)
-    with replacing(path.resolve()) as file:
+    with replacing(path) as file:
         file.write((text.replace('{"shape"', '\n{"shape"') + "\n").encode())  # a line per record, for git
 
 

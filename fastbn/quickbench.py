@@ -188,7 +188,7 @@ def replace_block(path: Path, name: str, text: str | None) -> None:
     if found != 1:
         raise ValueError(f"{path}: has {found} blocks from <!-- {name}:begin --> to <!-- {name}:end -->, want one, markers on own lines")
     if text is not None:
-        with replacing(path.resolve()) as file:
+        with replacing(path) as file:
             file.write(after.encode())
 
 
@@ -236,7 +236,7 @@ def run(args: argparse.Namespace) -> int:
     screen.table(headers, lines)
     print(textwrap.fill(NOTES[name], 79))
     if args.json:
-        with replacing(args.json.resolve()) as file:
+        with replacing(args.json) as file:
             file.write(json.dumps({"machine": facts, "doubt": doubt, name: rows}, indent=1).encode())
         print(f"wrote {args.json}")
     if doubt:

@@ -7,6 +7,7 @@ this process's memory until something evicts them, and a file cut short under a 
 from __future__ import annotations
 
 import argparse
+import io
 import math
 import os
 import secrets
@@ -29,6 +30,7 @@ Advance = Callable[[int], object]
 
 CHUNK_MB = 16.0  # two of them fit a common last-level cache: a chunk is still there when it is written
 RAW = np.dtype("V2")  # how numpy.save writes bfloat16
+HEADER_BYTES = 2**16  # read at most: NumPy refuses a header of more than 10,000, but only once it has it
 SHOWN = 20  # channels printed; more are left to --save
 
 
@@ -75,10 +77,10 @@ def open_npy(path: Path, axis: int, bfloat16: bool = False, integers: bool = Fal
         bfloat16 without `ml_dtypes`.
     """
     if not path.is_file():
-        raise DataError(f"{path}: {'is not a file' if path.exists() else 'no such file'}; want a .npy file, as numpy.save writes it")
+        found = "is not a file" if path.exists() else "is a link to nothing" if path.is_symlink() else "no such file"
+        raise DataError(f"{path}: {found}; want a .npy file, as numpy.save writes it")
     with path.open("rb") as file:
-        shape, fortran, dtype = _header(file, path)
-        offset = file.tell()
+        shape, fortran, dtype, offset = _header(file.read(HEADER_BYTES), path)
     if bfloat16:
         if dtype != RAW:
             raise DataError(f"{path}: holds {dtype}, not bfloat16, which numpy.save writes as {RAW.str}: leave out --bfloat16")
@@ -102,21 +104,24 @@ def open_npy(path: Path, axis: int, bfloat16: bool = False, integers: bool = Fal
     return Npy(path, dtype, shape, shape, axis, offset)
 
 
-def _header(file: IO[bytes], path: Path) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    start = file.read(4)
-    file.seek(0)
-    if start == b"PK\x03\x04":
+def _header(start: bytes, path: Path) -> tuple[tuple[int, ...], bool, np.dtype[Any], int]:
+    """(shape, whether in Fortran order, dtype, where the data begin) of a file that starts with these bytes."""
+    if start.startswith(b"PK\x03\x04"):
         raise DataError(f"{path}: is an .npz archive, want a .npy file: save one of its arrays with numpy.save")
-    if start != b"\x93NUM":
+    if not start.startswith(b"\x93NUM"):
         raise DataError(f"{path}: is not a .npy file; want one as numpy.save writes it")
+    file = io.BytesIO(start)
     try:
         version = np.lib.format.read_magic(file)
-        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
-        if read is None:
-            raise ValueError(f"format version {version}, want 1.0 or 2.0")
-        return read(file)
+        # 3.0 is 2.0 in UTF-8, which only names of fields need: of records, which are refused.
+        later = np.lib.format.read_array_header_2_0
+        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): later, (3, 0): later}.get(version)
+        if read is not None:
+            return *read(file), file.tell()
     except Exception as error:  # NumPy's parser lets tokenize's and ast's errors through
-        raise DataError(f"{path}: has a damaged .npy header ({error})") from None
+        reason = str(error).partition("\n")[0]
+        raise DataError(f"{path}: has a damaged .npy header ({reason})") from None
+    raise DataError(f"{path}: is of .npy format {'.'.join(map(str, version))}, want 1.0, 2.0 or 3.0: save it again with numpy.save")
 
 
 class Chunk(NamedTuple):
@@ -206,9 +211,20 @@ def write_normalized(npy: Npy, m: Moments, eps: float, limit: int, out: IO[bytes
         advance(x.nbytes)
 
 
+def resolved(path: Path) -> Path:
+    """Absolute, and what links lead to: the name that a file is replaced under."""
+    try:
+        found = Path(os.path.realpath(path))  # Path.resolve raises RuntimeError for links in a circle, until Python 3.13
+    except FileNotFoundError:
+        raise ValueError(f"{path}: the current directory is gone; change into another, or give an absolute name") from None
+    if found.is_symlink():
+        raise ValueError(f"{path}: is a link that leads in a circle; give another name")
+    return found
+
+
 def check_output(path: Path, nbytes: int, source: Path | None = None) -> Path:
     """Resolve the path of an output of so many bytes; ValueError, before any work, where it can't be written."""
-    path = path.resolve()
+    path = resolved(path)
     if not path.parent.is_dir():
         raise ValueError(f"{path}: there is no directory {path.parent}; make it first")
     if path.exists():
@@ -225,7 +241,8 @@ def check_output(path: Path, nbytes: int, source: Path | None = None) -> Path:
 @contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
     """Open a file beside `path` that replaces it at the end; after an error or an interrupt nothing is left of it."""
-    part = path.with_name(f".{path.name[:200]}.{secrets.token_hex(4)}.part")
+    path = resolved(path)
+    part = path.with_name(f".{path.name[:60]}.{secrets.token_hex(4)}.part")  # 60 letters: 240 bytes of the 255 that a name may have
     try:
         with part.open("xb") as file:
             yield file
@@ -254,11 +271,13 @@ def run(args: argparse.Namespace) -> int:
     """Run the `moments` command."""
     from fastbn import screen
 
-    eps = checks.check_eps(args.eps, training=True)
+    eps = checks.check_eps(args.eps, training=False)
     if not 0 < args.chunk_mb < 1e6:
         raise ValueError(f"--chunk-mb: given {args.chunk_mb:g}, want a positive number of megabytes, e.g. {CHUNK_MB:g}")
     limit = int(args.chunk_mb * 1e6)
     npy = open_npy(args.file, args.axis, args.bfloat16, integers=args.normalize is None)
+    if rest := npy.path.stat().st_size - npy.offset - npy.nbytes:
+        print(f"{npy.path}: {rest:,} bytes after the first array are not read", file=sys.stderr)
     axis, channels = args.axis % len(npy.shape), npy.dims[npy.axis]
     copy = check_output(args.normalize, npy.offset + npy.nbytes, npy.path) if args.normalize else None
     saved = check_output(args.save, 24 * channels + 4096, npy.path) if args.save else None
@@ -273,14 +292,14 @@ def run(args: argparse.Namespace) -> int:
                 write_normalized(npy, m, eps, limit, copy_file, progress("normalized copy", npy.nbytes))
         if saved_file:
             np.savez(saved_file, count=m.count, mean=m.mean, var=m.var(), std=m.std(), axis=axis)
-    _print(npy, m, axis)
+    _print(npy, m, axis, eps if copy else None)
     for path, what in ((args.save, "count, mean, var, std, axis"), (args.normalize, f"normalized copy, eps {eps:g}")):
         if path:
             print(f"wrote {path} ({what})")
     return 0
 
 
-def _print(npy: Npy, m: Moments, axis: int) -> None:
+def _print(npy: Npy, m: Moments, axis: int, eps: float | None) -> None:
     from fastbn import screen
 
     print(f"{npy.path}: {npy.dtype.name}, shape {npy.shape}, {npy.nbytes:,} bytes")
@@ -298,3 +317,5 @@ def _print(npy: Npy, m: Moments, axis: int) -> None:
     bad = np.count_nonzero(~np.isfinite(m.mean + m.m2))
     if bad:
         print(f"{bad:,} channels hold NaN or infinite values", file=sys.stderr)
+    if constant := eps == 0 and np.count_nonzero(m.m2 == 0):
+        print(f"{constant:,} channels have variance 0: with --eps 0 their copy is NaN", file=sys.stderr)

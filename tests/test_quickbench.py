@@ -99,6 +99,8 @@ def test_only_what_other_processes_use_makes_a_machine_busy(monkeypatch):
 REFUSED = {
     "--repeats 0": "--repeats: given 0, want 1 or more",
     "--json none/x.json": "there is no directory",
+    "--json loop": "is a link that leads in a circle",
+    "--readme loop": "loop",
     "--readme none.md": "No such file",
     "--readme twice.md": "has 2 blocks from <!-- speed:begin --> to <!-- speed:end -->, want one",
 }
@@ -108,6 +110,7 @@ REFUSED = {
 def test_bad_input_is_one_clear_line_before_any_work(words, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "twice.md").write_text(BLOCKS * 2)
+    (tmp_path / "loop").symlink_to("loop")
     monkeypatch.setattr(quickbench, "speed", lambda repeats: pytest.fail("worked before it looked"))
     assert main(["bench", *words.split()]) == 2
     out, err = capsys.readouterr()
