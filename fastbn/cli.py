@@ -59,18 +59,34 @@ def _explain(args: argparse.Namespace) -> int:
 
 
 def _warmup_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("dtypes", metavar="DTYPE", nargs="*", help="compile for these dtypes only, like float32 (default: for all)")
+    help = f"compile for these dtypes only, like float32 (default: {', '.join(check.DTYPES)}; bfloat16 where ml_dtypes is installed)"
+    parser.add_argument("dtypes", metavar="DTYPE", nargs="*", help=help)
+
+
+def _pytorch() -> Any:
+    """PyTorch's threads, where it is installed and kernels run on them."""
+    try:
+        from fastbn.torch import team
+    except (ImportError, OSError):  # the second from an installation that lacks a library
+        return None
+    return team.runtime()
 
 
 def _warmup(args: argparse.Namespace) -> int:
+    from numba.core import event
+
     from fastbn.backends import cpu
 
-    start = time.perf_counter()
-    chosen = [checks.check_dtype(dtype) for dtype in args.dtypes]
-    for name in cpu.warmup(chosen) if chosen else cpu.warmup():
-        print(f"{time.perf_counter() - start:6.1f} s  {name}", flush=True)
+    start, forms, compiled = time.perf_counter(), 0, 0
+    chosen = [checks.check_dtype(dtype) for dtype in args.dtypes] or check.installed()
+    with event.install_recorder("numba:compile") as seen:
+        for name in cpu.warmup(chosen, _pytorch()):
+            forms, compiled = forms + 1, compiled + bool(seen.buffer)
+            seen.buffer.clear()
+            print(f"{time.perf_counter() - start:6.1f} s  {name}", flush=True)
     kept = info.cache_directory()
-    print(f"compiled, or found compiled, in {time.perf_counter() - start:.1f} s; kept in {kept}")
+    found = f"{compiled} compiled, {forms - compiled} found compiled"
+    print(f"{forms} forms of kernels in {time.perf_counter() - start:.1f} s: {found}; kept in {kept}")
     return int(kept.startswith("nowhere"))  # an image that carries nothing must not look well built
 
 
@@ -123,7 +139,7 @@ COMMANDS = (
     ),
     Command(
         "warmup",
-        "compile every kernel ahead of its first use, for example while a container image is built",
+        "compile every kernel ahead, for a container image say, also for the threads of PyTorch where that is installed",
         ("warmup", "warmup float32", "NUMBA_CACHE_DIR=/var/cache/numba python -m fastbn warmup float32"),
         _warmup_arguments,
         _warmup,

@@ -16,9 +16,9 @@ import tiny
 from numba.core import caching, codegen
 
 import fastbn
-from fastbn import dtypes, info
+from fastbn import dtypes, info, threads
 from fastbn.backends import cpu
-from fastbn.kernels import _cache, _jit
+from fastbn.kernels import _cache, _jit, _team
 
 pytestmark = pytest.mark.skipif(bool(numba.config.DISABLE_JIT), reason="without the JIT nothing is compiled")
 
@@ -177,25 +177,33 @@ def test_warmup_covers_every_call(monkeypatch: pytest.MonkeyPatch, dtype: str) -
         return lambda *arguments: None
 
     monkeypatch.setattr(_jit.Kernel, "compiled", compiled)
-    assert len(list(cpu.warmup([kind]))) > len(_jit.KERNELS)
+    team = _team.Runtime(1, 2, 3)  # PyTorch's threads, say
+    assert len(list(cpu.warmup([kind], team))) > len(_jit.KERNELS)
     warm = asked.copy()
     asked.clear()
-    with np.errstate(all="ignore"):  # results are whatever the memory held
-        for shape in SHAPES:
-            for last in (False, True):
-                x = np.ones(shape, kind)
-                x = np.moveaxis(np.ascontiguousarray(np.moveaxis(x, 1, -1)), -1, 1) if last else x
-                layer = fastbn.BatchNorm(shape[1], dtype=np.float64 if kind.itemsize == 8 else np.float32)
-                layer.backward(layer(x))
-                layer.eval(backward=True).backward(layer(x))
-                m = fastbn.moments(x)
-                fastbn.batch_norm(x)
-                fastbn.batch_norm_backward(x, x, m)
-                fastbn.batch_norm(x[::2, ::-1])
-        for dims in ((3000, 40), (4, 64, 4096)):
-            cpu.compact("inference", dims, dims, kind)(0, 0, 0, 0, 0, 0, 1e-5)
+    for runtime in (None, team):
+        with np.errstate(all="ignore"), threads.on_team(runtime):  # results are whatever the memory held
+            _everything(kind, runtime)
     assert asked - warm == set()
     assert len({name for name, *_ in asked}) == len(_jit.KERNELS)  # and each kernel is of use
+    assert not threads.usable() or {form for *_, form in warm} == {False, True, team}
+
+
+def _everything(kind: np.dtype[Any], runtime: _team.Runtime | None) -> None:
+    """Every kind of call on arrays of a dtype."""
+    for shape in SHAPES:
+        for last in (False, True):
+            x = np.ones(shape, kind)
+            x = np.moveaxis(np.ascontiguousarray(np.moveaxis(x, 1, -1)), -1, 1) if last else x
+            layer = fastbn.BatchNorm(shape[1], dtype=np.float64 if kind.itemsize == 8 else np.float32)
+            layer.backward(layer(x))
+            layer.eval(backward=True).backward(layer(x))
+            m = fastbn.moments(x)
+            fastbn.batch_norm(x)
+            fastbn.batch_norm_backward(x, x, m)
+            fastbn.batch_norm(x[::2, ::-1])
+    for dims in ((3000, 40), (4, 64, 4096)):
+        cpu.compact("inference", dims, dims, kind)(0, 0, 0, 0, 0, 0, 1e-5, runtime)
 
 
 def test_odd_arrays_compile_nothing() -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import fastbn
-from fastbn import cli, info, threads
+from fastbn import check, cli, info, threads
 from fastbn.cli import main
 from fastbn.errors import MissingExtra
 
@@ -210,17 +210,29 @@ def test_info_without_extras_and_without_a_jit(capsys, monkeypatch):
 
 
 def test_warmup_compiles_and_says_what(capsys, monkeypatch):
+    """Every dtype there is, for numba's threads and PyTorch's; which kernels there are, and that they are compiled, others test."""
     from fastbn.backends import cpu  # noqa: F401  # registers the kernels
-    from fastbn.kernels import _jit
+    from fastbn.kernels import _jit, _team
 
+    asked = []
     monkeypatch.setattr(_jit, "KERNELS", _jit.KERNELS[:1])
-    kernel = _jit.KERNELS[0].name
-    for words, dtypes in (([], ("float32", "float64")), (["float64"], ("float64",)), (["f4", "double"], ("float32", "float64"))):
-        assert main(["warmup", *words]) == 0
-        lines = capsys.readouterr().out.splitlines()
-        forms = [f"{kernel} {dtype} {form}" for dtype in dtypes for form in ("serial", "parallel")[: 1 + threads.usable()]]
-        assert [line.split("  ")[-1] for line in lines[:-1] if "16" not in line] == forms
-        assert lines[-1].endswith(info.cache_directory())
+    monkeypatch.setattr(_jit.Kernel, "compiled", lambda kernel, dtype, form: asked.append((dtype.name, form)))
+    kernel, stored = _jit.KERNELS[0].name, {"float16": "uint16", "bfloat16": "int16"}
+    runtime = _team.Runtime(1, 2, 3)
+    every = [str(dtype) for dtype in check.installed()]
+    assert {"float16", "float32", "float64"} <= set(every)
+    for words, dtypes in (([], every), (["float64"], ["float64"]), (["f4", "half"], ["float32", "float16"])):
+        for team in (None, runtime):
+            monkeypatch.setattr(cli, "_pytorch", lambda team=team: team)
+            asked.clear()
+            assert main(["warmup", *words]) == 0
+            *lines, last = capsys.readouterr().out.splitlines()
+            names = {"serial": False, "parallel": True, "team": team}
+            forms = [name for name in names if name == "serial" or (names[name] and threads.usable())]
+            assert [line.split("  ")[-1] for line in lines] == [f"{kernel} {dtype} {name}" for dtype in dtypes for name in forms]
+            assert asked == [(stored.get(dtype, dtype), names[name]) for dtype in dtypes for name in forms]
+            assert re.match(rf"{len(lines)} forms of kernels in \d+\.\d s: 0 compiled, {len(lines)} found compiled; kept in ", last)
+            assert last.endswith(info.cache_directory())
 
 
 def test_warmup_of_what_is_no_dtype(capsys):

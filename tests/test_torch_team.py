@@ -143,6 +143,36 @@ def test_from_the_disk_cache_and_in_a_forked_child(runtime: _team.Runtime) -> No
     assert (done.returncode, done.stdout) == (0, f"{want}\n"), done.stderr
 
 
+LAYERS = """
+import torch
+from numba.core import event
+from fastbn.torch import BatchNorm1d, BatchNorm2d, BatchNorm3d, explain
+torch.set_num_threads(2)
+shapes = (64, 32), (4096, 70), (300, 300), (4, 3, 5, 5), (32, 64, 7, 7), (2, 2, 300, 300), (4, 64, 64, 64), (8, 24, 40, 40), (4, 8, 4, 4, 4)
+with event.install_recorder("numba:compile") as seen:
+    for shape in shapes:
+        for transposed in (False, True):
+            x = torch.randn(shape).movedim(1, -1).contiguous().movedim(-1, 1) if transposed else torch.randn(shape)
+            bn = {2: BatchNorm1d, 4: BatchNorm2d, 5: BatchNorm3d}[len(shape)](shape[1])
+            for mode in (True, False):
+                bn.train(mode)(x.requires_grad_()).square().sum().backward()
+            with torch.no_grad():
+                bn(x), bn(x)
+print([e.data["dispatcher"].py_func.__name__ for _, e in seen.buffer], "OpenMP team" in explain(bn, torch.randn(8, 8, 16, 16, 16)))
+"""
+
+
+@pytest.mark.process
+def test_after_warmup_layers_compile_nothing(runtime: _team.Runtime) -> None:
+    """In another process, on PyTorch's threads; of one dtype, for two minutes where nothing is kept yet."""
+    root, said = Path(__file__).parents[1], []
+    for words in (["-m", "fastbn", "warmup", "float32"], ["-c", LAYERS]):
+        done = subprocess.run([sys.executable, *words], cwd=root, capture_output=True, text=True, timeout=600, check=True)
+        said.append(done.stdout)
+    assert "inference.columns float32 team" in said[0]
+    assert said[1] == "[] True\n"
+
+
 def test_without_a_known_runtime_numbas_threads_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.__config__, "parallel_info", lambda: "ATen parallel backend: native thread pool")
     assert team._runtime.__wrapped__() is None

@@ -14,6 +14,7 @@ from fastbn import layout, threads
 from fastbn.backends import routes
 from fastbn.kernels import (
     _jit,
+    _team,
     channels_first,
     channels_first_backward,
     channels_last,
@@ -317,13 +318,15 @@ def describe(dims: tuple[int, ...], dtype: np.dtype[Any]) -> str:
     return "\n".join((*lines, f"threads: {how}", f"stores: {stores}"))
 
 
-def warmup(dtypes: Iterable[np.dtype[Any]] = tuple(routes.NONE)) -> Iterator[str]:
-    """Compile every kernel for each dtype, serial and, where threads are safe, parallel; yields the name of each as it is done."""
+def warmup(dtypes: Iterable[np.dtype[Any]], team: _team.Runtime | None = None) -> Iterator[str]:
+    """Compile every kernel for each dtype, serial and, where threads are safe, parallel, on numba's threads and a team's; yields names."""
+    forms = {"serial": False, "parallel": True} | ({} if team is None else {"team": team})
     for kernel in _jit.KERNELS:
         for dtype in dtypes:
             stored = routes.BITS.get(dtype.name, dtype)
             if not kernel.parallel:  # on statistics, which are double, or on parameters
                 stored = routes.DOUBLE if kernel is per_channel.rstd or dtype.itemsize == 8 else routes.SINGLE
-            for parallel in (False, True)[: 1 + (kernel.parallel and threads.usable())]:
-                kernel.compiled(stored, parallel)
-                yield f"{kernel.name} {dtype} {'parallel' if parallel else 'serial'}"
+            for name, parallel in forms.items():
+                if not parallel or (kernel.parallel and threads.usable()):
+                    kernel.compiled(stored, parallel)
+                    yield f"{kernel.name} {dtype} {name}"
