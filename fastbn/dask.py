@@ -112,6 +112,8 @@ def normalize(
         As in `moments`; also moments or parameters of another kind.
     ValueError
         As in `moments`; also another number of channels, statistics of no values. Of lazy moments only `compute()` can tell.
+    NotImplementedError
+        Lazy moments while dask's query planning for arrays is on, which is off by default: computed ones serve.
     """
     channel = _checked(array, axis)
     channels = array.shape[channel]
@@ -120,7 +122,13 @@ def normalize(
     eps = checks.check_eps(eps, training=False)
     if isinstance(moments, Delayed):
         lazy = dask.delayed(_statistics, nout=2, pure=True)(moments, channels, array.size > 0)
-        statistics = [da.from_delayed(part, (channels,), np.float64) for part in lazy]
+        try:
+            statistics = [da.from_delayed(part, (channels,), np.float64) for part in lazy]
+        except NotImplementedError:  # of dask 2026.8
+            raise NotImplementedError(
+                "moments: given lazy ones, which dask can't join to arrays while its query planning is on; compute them first, "
+                "normalize(array, moments.compute()), or turn it off, DASK_ARRAY__QUERY_PLANNING=False"
+            ) from None
     else:
         statistics = list(_statistics(moments, channels, array.size > 0))
     indices = tuple(range(array.ndim))
@@ -137,9 +145,15 @@ def normalize(
 def _checked(array: Any, axis: Any, integers: bool = False) -> int:
     """The channel axis, counted from the front, of an array that can be worked on."""
     if not isinstance(array, da.Array):
+        if isinstance(getattr(array, "data", None), da.Array):  # xarray's
+            raise TypeError(f"array: given {type(array).__name__}, want a dask array: its .data is one")
         raise TypeError(
             f"array: given {type(array).__name__}, want a dask array, e.g. dask.array.from_array(x, chunks); fastbn.moments and "
             "fastbn.batch_norm_inference take arrays in memory"
+        )
+    if isinstance(array._meta, np.ma.MaskedArray):
+        raise TypeError(
+            "array: given a masked array, whose mask would be ignored; want a plain one, for example dask.array.ma.filled(array, 0)"
         )
     checks.as_input(array._meta, "array", integers)
     unknown = [a for a, n in enumerate(array.shape) if math.isnan(n)]
