@@ -171,3 +171,64 @@ def test_second_derivatives_keep_their_digits(training: bool, dtype: Any, offset
         scale = float(want.grad.abs().max())
         limit = 2e-2 if dtype == torch.bfloat16 else 1e-5
         torch.testing.assert_close(got.grad.double(), want.grad, rtol=0, atol=limit * scale + 1e-6)
+
+
+PENALTIES = {  # of y: its gradient depends on x, on nothing, on what comes behind
+    "square": lambda y: y.square().sum(),
+    "sum": lambda y: y.sum(),
+    "weighed": lambda y: (y * torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view(y.shape)).sum(),
+}
+
+
+@pytest.mark.parametrize("penalty", PENALTIES)
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("options", [{}, {"affine": False}, {"track_running_stats": False}], ids=str)
+def test_a_gradient_penalty_is_pytorchs(options: dict[str, Any], training: bool, frozen: bool, penalty: str) -> None:
+    """The gradient of a gradient, through a layer that is frozen too, where PyTorch records a dx on which nothing depends."""
+    x, found = draw((4, 2, 3), 1.0, 0, torch.float64)[0], []
+    for library in (torch.nn, fastbn.torch):
+        module = library.BatchNorm1d(2, dtype=torch.float64, **options).train(training).requires_grad_(not frozen)
+        for k, parameter in enumerate(module.parameters()):
+            parameter.data.copy_(torch.tensor([0.5, -2.0]) + k)
+        given = x.clone().requires_grad_()
+        (dx,) = torch.autograd.grad(PENALTIES[penalty](module(given)), given, create_graph=True)
+        assert dx.requires_grad
+        assert not dx.is_leaf
+        (dx.square().sum(1).sqrt() - 1).square().mean().backward()
+        found.append([dx.detach(), *(torch.zeros_like(v) if v.grad is None else v.grad for v in (given, *module.parameters()))])
+    for theirs, ours in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("options", [{}, {"affine": False}], ids=str)
+def test_a_penalty_through_a_frozen_layer_between_others(options: dict[str, Any]) -> None:
+    """Also in half precision, and behind `convert`: the weights around it get their gradients."""
+    for dtype, limit in ((torch.float64, 1e-9), (torch.bfloat16, 2e-2)):
+        torch.manual_seed(0)
+        parameters = torch.float64 if dtype == torch.float64 else torch.float32
+        layers = (
+            torch.nn.Linear(3, 4, dtype=dtype),
+            torch.nn.BatchNorm1d(4, dtype=parameters, **options),
+            torch.nn.Linear(4, 1, dtype=dtype),
+        )
+        model = torch.nn.Sequential(*layers)
+        model[1].eval().requires_grad_(False)
+        x, found = torch.randn(5, 3).to(dtype), []
+        for change in (lambda m: m, fastbn.torch.convert):
+            given = x.clone().requires_grad_()
+            model.zero_grad()
+            (dx,) = torch.autograd.grad(change(model)(given).sum(), given, create_graph=True)
+            (dx.double().norm(dim=1) - 1).square().mean().backward()
+            found.append([dx.detach(), model[0].weight.grad.clone(), model[2].weight.grad.clone()])
+        for theirs, ours in zip(*found, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=limit, atol=limit)
+
+
+def test_the_operators_penalty_through_constants() -> None:
+    x = draw((4, 2, 3), 1.0, 0, torch.float64)[0].requires_grad_()
+    mean, var = torch.ones(2, dtype=torch.float64), torch.full((2,), 2.0, dtype=torch.float64)
+    (dx,) = torch.autograd.grad(operator.batch_norm_inference(x, mean, var, None, None, 1e-5).sum(), x, create_graph=True)
+    assert dx.requires_grad
+    dx.square().sum().backward()
+    assert x.grad is None

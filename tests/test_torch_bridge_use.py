@@ -217,11 +217,29 @@ def test_a_gradient_whose_sign_is_not_in_memory() -> None:
     assert torch.equal(*(torch.autograd.grad(module(x), x, given)[0] for given in (dy, dy.resolve_neg())))
 
 
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+def test_batched_gradients_are_those_of_one_after_the_other(training: bool, frozen: bool) -> None:
+    module = fastbn.torch.BatchNorm1d(5, dtype=torch.float64).train(training).requires_grad_(not frozen)
+    x, steep = torch.randn(6, 5, dtype=torch.float64, requires_grad=True), torch.randn(3, 6, 5, dtype=torch.float64)
+    wanted = [x, *(p for p in module.parameters() if p.requires_grad)]
+    y = module(x)
+    got = torch.autograd.grad(y, wanted, steep, is_grads_batched=True, retain_graph=True)
+    want = [torch.autograd.grad(y, wanted, dy, retain_graph=True) for dy in steep]
+    for k, batch in enumerate(got):
+        torch.testing.assert_close(batch, torch.stack([grads[k] for grads in want]), rtol=1e-10, atol=1e-10)
+
+    def third(x: Any) -> Any:
+        return module(x).pow(3).sum()
+
+    again = (torch.autograd.functional.hessian(third, x, vectorize=vectorize) for vectorize in (True, False))
+    torch.testing.assert_close(*again, rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # of PyTorch's own forward derivatives
-def test_batched_gradients_are_refused_by_pytorch_and_forward_ones_are_its_own() -> None:
+def test_forward_derivatives_and_transforms_are_pytorchs() -> None:
     module, x = fastbn.torch.BatchNorm1d(5), torch.randn(6, 5, requires_grad=True)
-    with pytest.raises(RuntimeError, match="Batching rule not implemented"):
-        torch.autograd.grad(module(x), x, torch.randn(3, 6, 5), is_grads_batched=True)
+    module(x)
     plain, t = torch.nn.BatchNorm1d(5).eval(), torch.randn(6, 5)
     plain.load_state_dict(module.state_dict())
     assert torch.equal(torch.func.jvp(module.eval(), (x,), (t,))[1], torch.func.jvp(plain, (x,), (t,))[1])

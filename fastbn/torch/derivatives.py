@@ -1,7 +1,10 @@
-"""Derivatives of batch normalization's gradients, of ordinary PyTorch operations, so that all further ones follow from them.
+"""Derivatives of batch normalization and of its gradients, of ordinary PyTorch operations, so that all further ones follow from them.
 
-With A, B, D the gradients with respect to dx, dgamma, dbeta, E the mean of a channel's values, h = xhat, r = rstd, and
-P(v) = v - E[v] - h E[v h], which is its own transpose: dx = gamma r P(dy), and h moves by r P(dx) where x moves by dx. Hence, in training,
+With E the mean of a channel's values, h = xhat, r = rstd, and P(v) = v - E[v] - h E[v h], which is its own transpose, in training
+
+    dx     = gamma r P(dy),    dgamma = sum of dy h,    dbeta = sum of dy
+
+and h moves by r P(dx) where x moves by dx. Hence, with A, B, D the gradients with respect to dx, dgamma, dbeta,
 
     ddy    = gamma r P(A) + B h + D
     dgamma = sum of A r P(dy)
@@ -12,8 +15,54 @@ and where the statistics are constants, P is the identity and h moves by r dx.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+Map = Callable[[Tensor], Tensor]
+
+
+def _kind(x: Tensor) -> torch.dtype:
+    """In which all is calculated."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _others(x: Tensor) -> list[int]:
+    return [0, *range(2, x.dim())]
+
+
+def _beside(values: Tensor, x: Tensor) -> Tensor:
+    """Values per channel, as x multiplies with them."""
+    return values.to(_kind(x)).view(1, -1, *[1] * (x.dim() - 2))
+
+
+def _average(values: Tensor) -> Tensor:
+    return values.mean(_others(values), keepdim=True)
+
+
+def _seen(x: Tensor, mean: Tensor, var: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Map]:
+    """h, r and P."""
+    # The mean in two parts keeps float32's digits. In training it is but a shift by a constant, to which all below is blind.
+    high = mean.detach().to(_kind(x))
+    d = x.to(_kind(x)) - _beside(high, x) - _beside(mean.detach() - high, x)
+    if var is not None:
+        r = _beside((var.detach().double() + eps).rsqrt(), x)
+        return d * r, r, lambda v: v
+    d = d - _average(d)
+    r = (_average(d.square()) + eps).rsqrt()
+    h = d * r
+    return h, r, lambda v: v - _average(v) - h * _average(v * h)
+
+
+def first(dy: Tensor, x: Tensor, mean: Tensor, var: Tensor | None, gamma: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients with respect to (x, gamma, beta), of any tensor dy that PyTorch can calculate with; arguments as `second`.
+
+    dgamma and dbeta are of float32, or of float64 beside x of float64.
+    """
+    h, r, P = _seen(x, mean, var, eps)
+    steep, g = dy.to(_kind(x)), 1.0 if gamma is None else _beside(gamma, x)
+    return (g * r * P(steep)).to(x.dtype), (steep * h).sum(_others(x)), steep.sum(_others(x))
 
 
 def second(
@@ -38,35 +87,14 @@ def second(
     tuple of Tensor
         In the dtypes of dy, x and gamma; None beside a gamma of None.
     """
-    A, B, D = above
-    kind = torch.float64 if x.dtype == torch.float64 else torch.float32
-    along, others = [1, -1, *[1] * (x.dim() - 2)], [0, *range(2, x.dim())]
-
-    def beside(values: Tensor) -> Tensor:
-        return values.to(kind).view(along)
-
-    def average(values: Tensor) -> Tensor:
-        return values.mean(others, keepdim=True)
-
-    # The mean in two parts keeps float32's digits. In training it is but a shift by a constant, to which all below is blind.
-    high = mean.detach().to(kind)
-    d = x.to(kind) - beside(high) - beside(mean.detach() - high)
-    A, steep, g = A.to(kind), dy.to(kind), 1.0 if gamma is None else beside(gamma)
-    if var is not None:
-        r = beside((var.detach().double() + eps).rsqrt())
-        h, P_A, P_dy = d * r, A, steep
-        grad_x = beside(B) * r * steep
-    else:
-        d = d - average(d)
-        r = (average(d.square()) + eps).rsqrt()
-        h = d * r
-
-        def P(v: Tensor) -> Tensor:
-            return v - average(v) - h * average(v * h)
-
-        P_A, P_dy = P(A), P(steep)
-        curved = h * average(A * P_dy) + average(steep * h) * P_A + average(A * h) * P_dy
-        grad_x = beside(B) * r * P_dy - g * r.square() * curved
-    grad_dy = g * r * P_A + beside(B) * h + beside(D)
-    grad_gamma = None if gamma is None else (A * r * P_dy).sum(others).to(gamma.dtype)
+    h, r, P = _seen(x, mean, var, eps)
+    A, steep, g = above[0].to(_kind(x)), dy.to(_kind(x)), 1.0 if gamma is None else _beside(gamma, x)
+    B, D = _beside(above[1], x), _beside(above[2], x)
+    P_A, P_dy = P(A), P(steep)
+    grad_x = B * r * P_dy
+    if var is None:
+        curved = h * _average(A * P_dy) + _average(steep * h) * P_A + _average(A * h) * P_dy
+        grad_x = grad_x - g * r.square() * curved
+    grad_dy = g * r * P_A + B * h + D
+    grad_gamma = None if gamma is None else (A * r * P_dy).sum(_others(x)).to(gamma.dtype)
     return grad_dy.to(dy.dtype), grad_x.to(x.dtype), grad_gamma

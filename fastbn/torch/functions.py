@@ -10,8 +10,8 @@ from torch import Tensor
 from torch._C._dynamo import eval_frame
 
 from fastbn.moments import Moments
-from fastbn.torch import kernels
-from fastbn.torch.derivatives import second
+from fastbn.torch import kernels, serves
+from fastbn.torch.derivatives import first, second
 from fastbn.torch.kernels import Statistics
 
 followed = eval_frame.get_eval_frame_callback  # None but where Dynamo follows eager code: around its graph breaks
@@ -69,15 +69,26 @@ class Normalize(torch.autograd.Function):
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     """Of `Normalize`; recorded in turn under create_graph."""
-    x, gamma = ctx.saved_tensors
-    if ctx.frozen:  # dx = gamma * dy * rstd is a normalization of dy, and x is not needed
+    (x, gamma), dy, recorded = ctx.saved_tensors, dy.resolve_neg(), torch.is_grad_enabled()  # the imaginary part of a conjugate is negated
+    if not serves.plain(dy):  # of vmap, as is_grads_batched has it, or zeros without memory
+        dx, dgamma, dbeta = first(dy, dy if ctx.frozen else x, *_tensors(ctx.found), gamma, ctx.eps)
+    elif ctx.frozen:  # dx = gamma * dy * rstd is a normalization of dy, and x is not needed
         dy, (mean, var) = dy.contiguous(memory_format=ctx.format), ctx.found
+        if recorded and not dy.requires_grad:
+            dy = dy.detach().requires_grad_()  # dx is recorded as PyTorch has it, also where nothing depends on it: a penalty on it is 0
         dx = normalized(dy, gamma, None, ctx.eps, (kernels.zeros(mean), var), None)
         return dx, None, None, None, None, None
-    run = gradients if torch.is_grad_enabled() else kernels.backward
-    dx, dgamma, dbeta = run(dy, x, ctx.found, gamma, ctx.eps)
+    else:
+        run = gradients if recorded else kernels.backward
+        dx, dgamma, dbeta = run(dy, x, ctx.found, gamma, ctx.eps)
     needs = ctx.needs_input_grad
     return dx if needs[0] else None, dgamma if needs[1] else None, dbeta if needs[2] else None, None, None, None
+
+
+def _tensors(found: Statistics) -> tuple[Tensor, Tensor | None]:
+    """Mean, and the variance where that is a constant."""
+    mean, var = (found.mean, None) if isinstance(found, Moments) else found
+    return kernels.tensor(mean), None if var is None else kernels.tensor(var)
 
 
 class Gradients(torch.autograd.Function):
@@ -94,9 +105,7 @@ class Gradients(torch.autograd.Function):
     def backward(ctx: Any, *above: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of dy, x and gamma."""
         dy, x, gamma = ctx.saved_tensors
-        mean, var = (ctx.found.mean, None) if isinstance(ctx.found, Moments) else ctx.found
-        mean, var = kernels.tensor(mean), None if var is None else kernels.tensor(var)
-        grad_dy, grad_x, grad_gamma = second(above, dy, x, mean, var, gamma, ctx.eps)
+        grad_dy, grad_x, grad_gamma = second(above, dy, x, *_tensors(ctx.found), gamma, ctx.eps)
         return grad_dy, grad_x, None, grad_gamma, None
 
 

@@ -91,6 +91,33 @@ def hidden(given: Call, x: Tensor) -> str | None:
     return watched()
 
 
+def plain(value: Tensor) -> bool:
+    """Whether a tensor is what lies at its address: no subclass, sparse, negated, nor zeros or a functional tensor, whose address is 0."""
+    try:
+        memory = type(value) in PLAIN and value.layout is torch.strided and not value.is_neg()
+        return memory and (value.data_ptr() != 0 or not value.numel())
+    except RuntimeError:  # of vmap, or what is left of a tensor of torch.func behind its transform: it has no address
+        return False
+
+
+def apart(given: Call) -> bool:
+    """Whether running statistics can be moved where they are: without gaps, apart from each other and from the parameters."""
+    weight, bias, mean, var, _ = given
+    if mean is None or var is None:
+        return True
+    if not (mean.is_contiguous() and var.is_contiguous()):
+        return False
+    first, second, reach = mean.data_ptr(), var.data_ptr(), mean.nbytes
+    if -reach < first - second < reach:
+        return False
+    for value in (weight, bias):
+        if value is not None:
+            begins, most = value.data_ptr(), reach if value.is_contiguous() else reach * max(1, value.stride(0))
+            if -most < begins - first < reach or -most < begins - second < reach:
+                return False
+    return True
+
+
 def watched() -> str | None:
     """Who looks at every operation of this thread now, as only PyTorch's own kernels let them; None where nobody does."""
     if torch._C._len_torch_dispatch_stack():
