@@ -42,6 +42,12 @@ def called(cls: Any = BatchNorm2d, dtype: Any = torch.float32, shape: Any = SHAP
     return module, x
 
 
+def again(module: Any, x: Any) -> Any:
+    """y as the call before found it; None where x is looked over."""
+    before = prepared.known(module, x)
+    return None if before is None or not before.channels else prepared.inference(module, x, before)
+
+
 def fresh(module: Any, x: Any) -> Any:
     """What a module that was never called answers."""
     return copy.deepcopy(module)(x)
@@ -56,7 +62,7 @@ def test_the_second_call_is_prepared_and_has_the_same_bits(dtype: Any, layout: s
     for large in (kernels.LARGE, 1):
         monkeypatch.setattr(kernels, "LARGE", large)
         prepared._way.cache_clear()
-        y = prepared.inference(module, x)
+        y = again(module, x)
         assert y is not None
         assert torch.equal(module(x), y)
         assert torch.equal(fresh(module, x), y)
@@ -70,7 +76,7 @@ def test_the_second_call_is_prepared_and_has_the_same_bits(dtype: Any, layout: s
 @pytest.mark.parametrize("shape", [(32, CHANNELS), (3, CHANNELS, 1), (2, CHANNELS, 4001)])
 def test_other_ranks_and_lengths(shape: Any) -> None:
     module, x = called(BatchNorm1d, shape=shape)
-    y = prepared.inference(module, x)
+    y = again(module, x)
     assert y is not None
     assert torch.equal(y, fresh(module, x))
 
@@ -78,13 +84,13 @@ def test_other_ranks_and_lengths(shape: Any) -> None:
 def test_large_inputs_run_on_pytorchs_threads_as_many_as_it_has() -> None:
     module, x = called(shape=(8, CHANNELS, 120, 120))
     assert x.nbytes >= config.SERIAL_BYTES
-    y = prepared.inference(module, x)
+    y = again(module, x)
     assert y is not None
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         if before > 1:
-            assert prepared.inference(module, x) is None
+            assert again(module, x) is None
         assert torch.equal(module(x), y)
     finally:
         torch.set_num_threads(before)
@@ -102,6 +108,9 @@ CHANGES: dict[str, Any] = {
     "no parameters": lambda m: (setattr(m, "weight", None), setattr(m, "bias", None)),
     "shared memory": lambda m: (m.share_memory(), m.running_mean.add_(1.0)),
     "float64 and back": lambda m: (m.double(), m.weight.add_(1.0), m.float()),
+    "strides at the same address": lambda m: setattr(m.running_mean, "data", m.running_mean.data.as_strided((CHANNELS,), (0,))),
+    "in place at the same address": lambda m: m.running_var.as_strided_((CHANNELS,), (0,)),
+    "signs at the same address": lambda m: setattr(m, "bias", None) or setattr(m.weight, "data", torch._neg_view(m.weight.data)),
     "a parametrization": lambda m: torch.nn.utils.parametrizations.weight_norm(m, dim=None) and m.weight,
 }
 
@@ -121,6 +130,27 @@ def test_what_changes_between_calls_is_seen(change: str) -> None:
     assert torch.equal(module(x), y)
     if change != "a parametrization":
         assert not torch.equal(y, before)
+
+
+def _shorter(module: Any) -> None:
+    module.running_mean.data = module.running_mean.data[:3]
+
+
+def _integers(module: Any) -> None:
+    module.running_var.data = module.running_var.data.view(torch.int32)
+
+
+@pytest.mark.parametrize("change", [_shorter, _integers])
+def test_what_pytorch_refuses_is_refused_though_it_lies_at_the_same_address(change: Any) -> None:
+    module, x = called()
+    theirs = torch.nn.BatchNorm2d(CHANNELS).eval()
+    raised = []
+    for run in (module, theirs):
+        change(run)
+        with pytest.raises(RuntimeError) as error:
+            run(x)
+        raised.append(str(error.value))
+    assert raised[0] == raised[1]
 
 
 def test_training_between_calls() -> None:
@@ -154,7 +184,7 @@ def test_errors_are_pytorchs(given: Any, words: str) -> None:
 def test_memory_with_gaps_or_another_order_is_looked_over(layout: str) -> None:
     module, x = called()
     given = LAYOUTS[layout](x)
-    assert prepared.inference(module, given) is None
+    assert again(module, given) is None
     torch.testing.assert_close(module(given), fresh(module, given.contiguous()))
 
 
@@ -173,7 +203,7 @@ def test_gradients_are_recorded_where_they_are_wanted() -> None:
         assert y.requires_grad
         module.requires_grad_(False)
         assert not module(x).requires_grad
-        assert prepared.inference(module, x) is not None
+        assert again(module, x) is not None
         assert module(x.requires_grad_()).requires_grad
 
 
@@ -214,7 +244,7 @@ def test_nothing_of_it_stays_with_the_module() -> None:
 def test_another_backend_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     module, x = called()
     monkeypatch.setattr(config, "BACKEND", "reference")
-    assert prepared.inference(module, x) is None
+    assert again(module, x) is None
     torch.testing.assert_close(module(x), fresh(module, x))
 
 

@@ -58,6 +58,16 @@ def test_errors_are_pytorchs(x: Any) -> None:
     assert _message(SyncBatchNorm(3), x) == _message(nn.SyncBatchNorm(3), x)
 
 
+@pytest.mark.parametrize("change", [lambda v: v.long(), lambda v: v[:1], lambda v: v.double(), lambda v: v.repeat(2)])
+@pytest.mark.parametrize("name", ["running_mean", "running_var", "weight"])
+def test_tensors_that_do_not_go_with_it_are_refused_before_an_exchange(name: str, change: Any) -> None:
+    """As PyTorch refuses them; the ranks' own way is asked here, without ranks."""
+    module = SyncBatchNorm(3).requires_grad_(False)
+    (module._parameters if name == "weight" else module._buffers)[name] = change(getattr(module, name))
+    with pytest.raises(RuntimeError, match=r"scalar type|dtype|should contain|expected|mixed"):
+        module._let_pytorch_refuse(torch.ones(4, 3))
+
+
 def _model() -> nn.Module:
     class Own(nn.BatchNorm2d):
         """A subclass of the user's."""

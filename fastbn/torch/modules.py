@@ -45,12 +45,16 @@ class Served:
         if not compiling and functions.followed() is not None:
             found: Tensor = functions.alone(Served.forward, self, input)
             return found
-        if plain and not self.training:
-            again = prepared.inference(self, input)
+        before = prepared.known(self, input) if plain else None
+        if before is not None and before.channels and not self.training:
+            again = prepared.inference(self, input, before)
             if again is not None:
                 return again
-        given = serves.call(self)
-        reason = None if compiling else serves.hidden(given, input)
+        given, reason = serves.call(self), None
+        if before is not None and (before.apart or not given.batch):
+            reason = serves.watched()
+        elif not compiling:
+            reason = serves.hidden(given, input)
         if reason is not None or serves.declines(given, input, self.RANKS, self.eps) is not None:
             own: Tensor = super().forward(input)  # type: ignore[misc]  # of the class beside this one
             return own
@@ -61,8 +65,8 @@ class Served:
                 running = (weight, given.running_mean, given.running_var)
         if compiling:
             return _traced(input, given, self.eps, running)
-        if not given.batch:
-            prepared.prepare(self, given)
+        if before is None:
+            prepared.keep(self, input, given)
         return _eager(input, given, self.eps, running)
 
     def _count(self: Any, compiling: bool) -> Any:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastbn import checks
 from fastbn.moments import Moments
 from fastbn.torch import kernels
 from fastbn.torch.derivatives import second
@@ -62,6 +63,7 @@ def batch_norm_inference(x: Tensor, mean: Tensor, var: Tensor, gamma: Tensor | N
 @torch.library.custom_op("fastbn::batch_norm_backward", mutates_args=())
 def batch_norm_backward(dy: Tensor, x: Tensor, mean: Tensor, m2: Tensor, gamma: Tensor | None, eps: float) -> Three:
     """Gradients of `batch_norm`: (dx, dgamma, dbeta)."""
+    checks.check_axis(tuple(x.shape), 1)
     return kernels.backward(dy, x, Moments(count(x), kernels.array(mean), kernels.array(m2)), gamma, eps)
 
 

@@ -1,4 +1,4 @@
-"""Inference as the call before it found it: where a module and its tensors are the same, nothing is looked over again.
+"""What the call before found: where a module and its tensors are the same, nothing is looked over again, and inference is but its kernel.
 
 The 20 or 52 norms of a network are called behind convolutions that empty the caches, where each step of Python takes ten times as long as
 otherwise: a call took 120 to 250 us without its kernel, all of PyTorch's 50 with it.
@@ -6,6 +6,7 @@ otherwise: a call took 120 to 250 us without its kernel, all of PyTorch's 50 wit
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from torch._C._dynamo.guards import TensorGuards
 
 from fastbn import config, layout, threads
 from fastbn.backends import select
@@ -21,14 +23,14 @@ from fastbn.torch.team import runtime
 
 
 class Known(NamedTuple):
-    """What an earlier call of a module was served with."""
+    """What an earlier eager call of a module, served by fastbn, found."""
 
-    given: tuple[Tensor | None, Tensor | None, Tensor, Tensor]  # weight, bias, running mean and variance
-    eps: float
-    addresses: tuple[int, ...]  # of running mean and variance, weight and bias
-    held: tuple[Tensor, ...]  # the memory there, which nothing else can take as long as it is held
-    channels: int
-    kind: torch.dtype
+    given: tuple[Tensor | None, ...]  # weight, bias, running mean and variance
+    there: tuple[Tensor, ...]  # those that are not None
+    unchanged: Callable[..., bool]  # asked of x and of what is there: type, layout, dtype, rank, shape and strides, but of x any
+    addresses: tuple[int, ...]  # of running mean and variance, weight and bias; 0 where absent
+    apart: bool  # whether running statistics lie where they can be moved
+    channels: int  # where the kernel takes addresses: constants without gaps, on the CPU; else 0
 
 
 class Way(NamedTuple):
@@ -36,28 +38,53 @@ class Way(NamedTuple):
 
     run: Callable[..., None]
     channels: int
-    kind: torch.dtype  # of parameters
     threaded: bool
     large: bool
 
 
+_Guards: Any = TensorGuards  # of torch.compile: 0.2 us for five tensors, where asking each takes 1; its annotations leave them out
 _known: WeakKeyDictionary[torch.nn.Module, Known] = WeakKeyDictionary()
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+def known(module: Any, x: Tensor) -> Known | None:
+    """What an earlier call found, where all of it is as it was: the tensors, what is said of them, and where they lie."""
+    found = _known.get(module)
+    if found is None:
+        return None
+    (weight, bias, mean, var), there, unchanged, addresses, _, _ = found
+    own, kept = module._parameters, module._buffers
+    if (
+        own.get("weight") is not weight
+        or own.get("bias") is not bias
+        or kept.get("running_mean") is not mean
+        or kept.get("running_var") is not var
+        or not unchanged(x, *there)
+        or (
+            0 if mean is None else mean.data_ptr(),
+            0 if var is None else var.data_ptr(),
+            0 if weight is None else weight.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+        )
+        != addresses
+    ):
+        return None
+    return found
 
 
-def prepare(module: Any, given: serves.Call) -> None:
-    """Keep what a call with running statistics was served with, for the next one."""
+def keep(module: Any, x: Tensor, given: serves.Call) -> None:
+    """Keep for the next call what this one was served with."""
     weight, bias, mean, var = given[:4]
-    if mean is None or var is None or not mean.is_cpu or type(module.eps) is not float:
+    own = module._parameters
+    if own.get("weight") is not weight or own.get("bias") is not bias:  # parametrized: others in each call
         return
-    own = [value for value in given[:4] if value is not None]
-    if all(value.is_contiguous() for value in own):
-        addresses = tuple(map(_address, (mean, var, weight, bias)))
-        held = tuple(value.data for value in own)
-        _known[module] = Known((weight, bias, mean, var), module.eps, addresses, held, mean.shape[0], mean.dtype)
+    there = tuple(value for value in given[:4] if value is not None)
+    sizes, strides = ([list(measure(value)) for value in there] for measure in (Tensor.size, Tensor.stride))
+    any_length: list[Any] = [[None] * x.dim()]
+    unchanged = _Guards(x, *there, dynamic_dims_sizes=any_length + sizes, dynamic_dims_strides=any_length + strides).check
+    addresses = tuple(0 if value is None else value.data_ptr() for value in (mean, var, weight, bias))
+    compact = mean is not None and mean.is_cpu and all(value.is_contiguous() for value in there)
+    channels = x.shape[1] if compact else 0
+    _known[module] = Known((weight, bias, mean, var), there, unchanged, addresses, serves.apart(given), channels)
 
 
 @lru_cache(maxsize=1024)
@@ -73,31 +100,20 @@ def _way(shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype, backend
     run = select(backend).compact("inference", tuple(shape), plan.dims, kind)
     if run is None:
         return None
-    return Way(run, plan.channels, serves.PARAMETERS[dtype], form.nbytes >= config.SERIAL_BYTES, form.nbytes >= kernels.LARGE)
+    return Way(run, plan.channels, form.nbytes >= config.SERIAL_BYTES, form.nbytes >= kernels.LARGE)
 
 
-def inference(module: Any, x: Tensor) -> Tensor | None:
-    """y of an eager call that records nothing; None where it is unlike the last one, or takes more than the kernel: errors among these."""
-    known = _known.get(module)
-    if known is None or x.layout is not torch.strided or not x.is_cpu or x.is_neg() or serves.watched() is not None:
-        return None
-    (weight, bias, mean, var), eps, addresses, _, channels, kind = known
-    own, kept = module._parameters, module._buffers
-    if (
-        own.get("weight") is not weight
-        or own.get("bias") is not bias
-        or kept.get("running_mean") is not mean
-        or kept.get("running_var") is not var
-        or module.eps != eps
-        or (mean.data_ptr(), var.data_ptr(), 0 if weight is None else weight.data_ptr(), 0 if bias is None else bias.data_ptr())
-        != addresses
-    ):
+def inference(module: Any, x: Tensor, before: Known) -> Tensor | None:
+    """y of an eager call that records nothing, on what was found before; None where it takes more than the kernel: errors among these."""
+    (weight, bias, _, _), _, _, addresses, _, channels = before
+    eps = module.eps
+    if type(eps) is not float or not 0.0 <= eps < math.inf or serves.watched() is not None:
         return None
     if torch.is_grad_enabled():
         if x.requires_grad or (weight is not None and weight.requires_grad) or (bias is not None and bias.requires_grad):
             return None
     way, begins = _way(x.shape, x.stride(), x.dtype, config.BACKEND), x.data_ptr()
-    if way is None or way.channels != channels or way.kind is not kind or x.dim() not in module.RANKS or not begins:
+    if way is None or way.channels != channels or not begins:
         return None
     if way.threaded and torch.get_num_threads() < threads.most():
         return None

@@ -58,8 +58,11 @@ def declines(given: Call, x: Tensor, ranks: Container[int], eps: float) -> str |
     for value in given[:4]:
         if value is not None and (value.dtype is not kind or value.shape != (C,) or value.device != device):
             return f"parameters and running statistics are not all of {kind}, shape ({C},), on {device}, as x of {x.dtype} wants them"
-    if (given.running_mean is None) != (given.running_var is None):
+    mean, var = given.running_mean, given.running_var
+    if (mean is None) != (var is None):
         return "one running statistic is there without the other"
+    if mean is not None and var is not None and (mean.requires_grad or var.requires_grad):
+        return "a running statistic requires a gradient, and has none"
     if given.batch and x.numel() // C < 2:
         return "x has less than two values per channel"
     if eps <= 0.0 and (given.batch or eps < 0.0):
@@ -82,12 +85,17 @@ gpu_declines._dynamo_marked_constant = True  # type: ignore[attr-defined]  # tor
 
 
 def hidden(given: Call, x: Tensor) -> str | None:
-    """Why an eager call is one that only PyTorch's own kernels may serve: tensors without memory, or somebody looks at every operation."""
-    if type(x) not in PLAIN or x.layout is not torch.strided or x.is_neg() or x._is_zerotensor():
+    """Why an eager call is one that only PyTorch's own kernels may serve: what memory holds is not all there is to its tensors.
+
+    Or the running statistics lie where the kernel that moves them can't write, or somebody looks at every operation.
+    """
+    if not plain(x):
         return f"x is a {type(x).__name__}, but no plain memory"
     for value in given[:4]:
-        if value is not None and type(value) not in PLAIN:
-            return "a parameter or running statistic is no plain tensor"
+        if value is not None and not plain(value):
+            return f"a parameter or running statistic is a {type(value).__name__}, but no plain memory"
+    if given.batch and not apart(given):
+        return "the running statistics lie in memory with gaps, or share it with each other or with a parameter"
     return watched()
 
 
@@ -149,14 +157,16 @@ def explain(module: torch.nn.Module, x: Tensor) -> str:
     Raises
     ------
     TypeError
-        `module` is no batch norm.
+        `module` is no batch norm, or `x` no tensor.
     """
     if not isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
         raise TypeError(f"module: given {type(module).__name__}, want a batch norm, e.g. model.bn1")
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x: given {type(x).__name__}, want a torch.Tensor: torch.from_numpy(x) of an array")
     ranks, given = getattr(module, "RANKS", None), call(module)
     if ranks is None:
         return f"PyTorch's own kernels: a {type(module).__qualname__} that is not converted, see fastbn.torch.convert"
-    reason = hidden(given, x) or declines(given, x, ranks, module.eps)
+    reason = declines(given, x, ranks, module.eps) or hidden(given, x)
     if reason is not None:
         return f"PyTorch's own kernels: {reason}"
     dtype = str(x.dtype).removeprefix("torch.")

@@ -144,7 +144,8 @@ class SyncBatchNorm(Served, _BatchNorm):
     def _let_pytorch_refuse(self, input: Tensor) -> None:
         """Raise PyTorch's error, in its words, for input that does not go with this module."""
         kind = torch.float64 if input.dtype == torch.float64 else torch.float32
-        alike = self.weight is None or self.weight.dtype in (kind, input.dtype)
+        own = [value for value in (self.weight, self.bias, self.running_mean, self.running_var) if value is not None]
+        alike = all(value.dtype in (kind, input.dtype) and value.shape == (self.num_features,) for value in own)
         if not (alike and input.is_floating_point() and input.size(1) == self.num_features):
             mean, var = (None if running is None else running.clone() for running in (self.running_mean, self.running_var))
             functional.batch_norm(input.detach(), mean, var, self.weight, self.bias, True, 0.0, self.eps)
