@@ -159,6 +159,72 @@ def test_subclasses_are_left_alone_and_reported() -> None:
         fastbn.torch.convert(Mine(2))
 
 
+class FrozenBatchNorm2d(torch.nn.Module):  # type: ignore[misc]
+    """As torchvision and detectron2 have it: a batch norm by its name alone."""
+
+
+class ConvBatchNorm(torch.nn.Sequential):  # type: ignore[misc]
+    """What holds one is none."""
+
+
+def test_batch_norms_by_their_name_alone_are_reported() -> None:
+    model = ConvBatchNorm(FrozenBatchNorm2d(), torch.nn.BatchNorm2d(2))
+    with pytest.warns(UserWarning, match=r"left alone.*: 0 \(.*FrozenBatchNorm2d\)$"):
+        fastbn.torch.convert(model)
+    assert type(model[1]) is fastbn.torch.BatchNorm2d
+    assert fastbn.torch.left_alone(model) == {"0": FrozenBatchNorm2d}
+    assert not fastbn.torch.left_alone(ConvBatchNorm(torch.nn.BatchNorm2d(2), fastbn.torch.SyncBatchNorm(2)))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_a_scripted_model_is_reported() -> None:
+    scripted = torch.jit.script(torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4)))
+    with pytest.warns(UserWarning, match=r"left alone.*: 1 \(torch\.jit\..*ScriptModule\)$"):
+        fastbn.torch.convert(scripted)
+
+
+def test_a_model_without_batch_norms_is_reported_once() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.LayerNorm(4))
+    with pytest.warns(UserWarning) as caught:
+        assert fastbn.torch.convert(model) is model
+    assert [str(w.message) for w in caught] == [
+        "fastbn.torch.convert found no batch norm in torch.nn.modules.container.Sequential: nothing runs on fastbn's kernels"
+    ]
+    assert caught[0].filename == __file__
+    for quiet in (fastbn.torch.BatchNorm1d(3), torch.nn.Sequential(fastbn.torch.SyncBatchNorm(3))):
+        fastbn.torch.convert(quiet)  # warnings are errors here
+
+
+def test_every_kind_reverts_to_pytorchs() -> None:
+    model = torch.nn.Sequential(*(getattr(torch.nn, kind)(2) for kind in (*KINDS, "SyncBatchNorm")))
+    kinds, state = [type(m) for m in model], model.state_dict(keep_vars=True)
+    with pytest.warns(UserWarning, match=r"left alone.*: 3 \(torch\.nn\..*SyncBatchNorm\)"):
+        fastbn.torch.convert(model)
+    model[3] = fastbn.torch.convert_sync_batchnorm(model[3])
+    assert [type(m) for m in model] == [getattr(fastbn.torch, kind.__name__) for kind in kinds]
+    fastbn.torch.revert(model)
+    assert [type(m) for m in model] == kinds
+    assert vars(model[3]).keys() == vars(torch.nn.SyncBatchNorm(2)).keys()
+    assert all(value is state[key] for key, value in model.state_dict(keep_vars=True).items())
+    model.eval()[3](torch.randn(3, 2))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kind", [*KINDS, "SyncBatchNorm"])
+def test_fx_and_script_name_the_remedy(kind: str, training: bool) -> None:
+    model = torch.nn.Sequential(torch.nn.ReLU(), getattr(fastbn.torch, kind)(4)).train(training)
+    words = rf"given a model with fastbn\.torch\.{kind}, .*: call fastbn\.torch\.revert\(model\) first"
+    with pytest.raises(torch.fx.proxy.TraceError, match=r"^torch\.fx: " + words):
+        torch.fx.symbolic_trace(model)
+    with pytest.raises(RuntimeError, match=r"^torch\.jit\.script: " + words):
+        torch.jit.script(model)
+    fastbn.torch.revert(model)
+    torch.fx.symbolic_trace(model)
+    if kind != "SyncBatchNorm":  # which PyTorch can't compile either
+        torch.jit.script(model)
+
+
 def test_pytorchs_own_conversions_still_know_them() -> None:
     model = fastbn.torch.convert(torch.nn.Sequential(torch.nn.Conv2d(3, 2, 3), torch.nn.BatchNorm2d(2)))
     assert type(torch.nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))[1]) is torch.nn.SyncBatchNorm

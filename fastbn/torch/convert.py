@@ -8,7 +8,7 @@ from typing import TypeVar
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fastbn.torch.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from fastbn.torch.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, Served
 from fastbn.torch.sync import SyncBatchNorm
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -18,15 +18,16 @@ OURS: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm2d: BatchNorm2d,
     nn.BatchNorm3d: BatchNorm3d,
 }
-THEIRS = {ours: theirs for theirs, ours in OURS.items()}
-SERVED = {*OURS, *THEIRS, SyncBatchNorm}
+THEIRS: dict[type[nn.Module], type[nn.Module]] = {ours: theirs for theirs, ours in OURS.items()} | {SyncBatchNorm: nn.SyncBatchNorm}
+SERVED = {*OURS, *THEIRS}
 
 
 def convert(model: Model) -> Model:
     """Let fastbn's kernels serve every `torch.nn.BatchNorm1d`, `2d` and `3d` of a model, in place.
 
     The modules stay the same objects, as do their parameters and buffers: optimizers, hooks, names, shared modules and the training flag
-    are untouched, only the class changes. Subclasses, `torch.nn.SyncBatchNorm` among them, are left alone, with a warning that lists them.
+    are untouched, only the class changes. Others are left alone, with a warning that lists them: subclasses, `torch.nn.SyncBatchNorm` among
+    them (see `convert_sync_batchnorm`), and what is a batch norm by its name alone, such as torchvision's FrozenBatchNorm2d.
     Revert before `torch.jit.script`, `torch.fx.symbolic_trace`, quantization or an export to ONNX, which look for PyTorch's own classes.
 
     Parameters
@@ -42,7 +43,7 @@ def convert(model: Model) -> Model:
     Warns
     -----
     UserWarning
-        Where batch norms of other classes were left alone: see `left_alone`.
+        Where batch norms of other classes were left alone, see `left_alone`, or where the model has none at all.
 
     Raises
     ------
@@ -53,11 +54,16 @@ def convert(model: Model) -> Model:
     if others := left_alone(model):
         listed = ", ".join(f"{name or 'the model itself'} ({kind.__module__}.{kind.__qualname__})" for name, kind in others.items())
         warnings.warn(f"fastbn.torch.convert left alone, for they are of other classes than PyTorch's own three: {listed}", stacklevel=2)
+    elif not any(isinstance(module, Served) for module in model.modules()):
+        given = f"{type(model).__module__}.{type(model).__qualname__}"
+        warnings.warn(f"fastbn.torch.convert found no batch norm in {given}: nothing runs on fastbn's kernels", stacklevel=2)
     return model
 
 
 def revert(model: Model) -> Model:
     """Undo `convert`: PyTorch's own batch norms again, in place, with what they have learned since.
+
+    A `SyncBatchNorm` becomes `torch.nn.SyncBatchNorm`, which trains on GPUs alone.
 
     Parameters
     ----------
@@ -78,7 +84,7 @@ def revert(model: Model) -> Model:
 
 
 def left_alone(model: nn.Module) -> dict[str, type[nn.Module]]:
-    """The batch norms of a model that `convert` leaves alone, subclasses of PyTorch's.
+    """The batch norms of a model that `convert` leaves alone: subclasses of PyTorch's, and others by the name of their class.
 
     Parameters
     ----------
@@ -95,8 +101,13 @@ def left_alone(model: nn.Module) -> dict[str, type[nn.Module]]:
         `model` is no Module.
     """
     _check(model)
-    named = model.named_modules()
-    return {name: type(m) for name, m in named if isinstance(m, _BatchNorm) and type(m) not in SERVED}
+    return {name: type(m) for name, m in model.named_modules() if type(m) not in SERVED and _is_batch_norm(m)}
+
+
+def _is_batch_norm(module: nn.Module) -> bool:
+    """Also a scripted one, and by its name one that is made of no other modules."""
+    name = getattr(module, "original_name", type(module).__name__)  # of what torch.jit.script made it from
+    return isinstance(module, _BatchNorm) or ("BatchNorm" in str(name) and next(module.children(), None) is None)
 
 
 def _swap(model: nn.Module, table: dict[type[nn.Module], type[nn.Module]]) -> None:
@@ -104,6 +115,7 @@ def _swap(model: nn.Module, table: dict[type[nn.Module], type[nn.Module]]) -> No
     for module in model.modules():
         if (new := table.get(type(module))) is not None:
             module.__class__ = new  # as PyTorch's own lazy modules do it
+            vars(module).pop("_exchange", None)  # of a SyncBatchNorm, with the other ranks
 
 
 def _check(model: object) -> None:

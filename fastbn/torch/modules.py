@@ -56,6 +56,7 @@ class Served:
         elif not compiling:
             reason = serves.hidden(given, input)
         if reason is not None or serves.declines(given, input, self.RANKS, self.eps) is not None:
+            serves.refuse_proxy(self, input)
             own: Tensor = super().forward(input)  # type: ignore[misc]  # of the class beside this one
             return own
         running = None
@@ -68,6 +69,10 @@ class Served:
         if before is None:
             prepared.keep(self, input, given)
         return _eager(input, given, self.eps, running)
+
+    def __prepare_scriptable__(self) -> Any:
+        """What torch.jit.script asks for first: this can't be compiled by it."""
+        raise RuntimeError(f"torch.jit.script: given a model with {serves.REVERT.format(type(self).__name__)}")
 
     def _count(self: Any, compiling: bool) -> Any:
         """Count a batch; the weight of its statistics in the running ones."""

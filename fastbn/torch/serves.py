@@ -6,7 +6,7 @@ from collections.abc import Container
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.autograd import forward_ad
 
 from fastbn import backends
@@ -20,6 +20,7 @@ PARAMETERS = {  # of which dtype parameters and running statistics are, beside x
     torch.bfloat16: torch.float32,
 }
 PLAIN = (Tensor, torch.nn.Parameter)
+REVERT = "fastbn.torch.{}, which it can't look into: call fastbn.torch.revert(model) first, fastbn.torch.convert(model) afterwards"
 
 
 class Call(NamedTuple):
@@ -137,6 +138,12 @@ def watched() -> str | None:
     if torch._C._get_tracing_state() is not None:
         return "torch.jit.trace records PyTorch's own operators"
     return None
+
+
+def refuse_proxy(module: Any, x: Any) -> None:
+    """TraceError where torch.fx asks what a batch norm does."""
+    if isinstance(x, fx.Proxy):
+        raise fx.proxy.TraceError(f"torch.fx: given a model with {REVERT.format(type(module).__name__)}")
 
 
 def explain(module: torch.nn.Module, x: Tensor) -> str:

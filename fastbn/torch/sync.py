@@ -18,6 +18,7 @@ from fastbn.distributed import Exchange
 from fastbn.errors import BackendUnavailable
 from fastbn.moments import Moments
 from fastbn.split import batch_norm_backward_reduce
+from fastbn.torch import serves
 from fastbn.torch.modules import Served
 
 HALF = (torch.float16, torch.bfloat16)
@@ -108,6 +109,7 @@ class SyncBatchNorm(Served, _BatchNorm):
         input : Tensor, shape (N, C, ...)
             On some ranks it may be empty. Its memory format is the result's.
         """
+        serves.refuse_proxy(self, input)
         group = self._group() if self.training else None
         if group is not None and _served(input):
             found: Tensor = self._synchronized(input, group)
