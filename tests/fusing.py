@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastbn.torch import fuse
+from fastbn.torch import SyncBatchNorm, fuse
 
-NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, SyncBatchNorm)
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-12}
 
 

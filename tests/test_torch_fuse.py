@@ -13,8 +13,8 @@ import torch
 from fusing import TOLERANCE, X, check, left_in, used
 from torch import nn
 
-from fastbn.torch import fuse
-from fastbn.torch.fuse import Folded1d
+from fastbn.torch import SyncBatchNorm, convert_sync_batchnorm, fuse
+from fastbn.torch.fuse import Folded
 
 pytestmark = pytest.mark.peers
 
@@ -37,7 +37,7 @@ def test_every_convolution(kind: str, rank: int, groups: int, bias: bool, affine
     model = used(nn.Sequential(conv, getattr(nn, f"BatchNorm{rank}d")(8, affine=affine, eps=1e-3), nn.ReLU()), dtype)
     fused = check(model, torch.randn(3, 4, *(9, 8, 7)[:rank], dtype=dtype))
     assert fused[0].bias.shape == (8,)
-    assert isinstance(fused[1], Folded1d if rank == 1 else nn.Identity)
+    assert isinstance(fused[1], Folded if rank == 1 else nn.Identity)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -157,7 +157,7 @@ def test_a_batch_norm_of_another_axis_is_refused_not_wrong() -> None:
     model = used(nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6)))
     x = torch.randn(2, 6, 5, dtype=torch.float64)
     model(x)
-    with pytest.raises(ValueError, match=r"^x: given rank 3, want 2: the BatchNorm1d here was folded into the layer before it$"):
+    with pytest.raises(ValueError, match=r"^x: given rank 3, want 2: the batch norm here was folded into the layer before it$"):
         fuse(model)(x)
     check(used(nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(3))), torch.randn(2, 3, 5, dtype=torch.float64), left=("1",))
 
@@ -195,3 +195,20 @@ def test_training_mode_is_refused() -> None:
         fuse(Network())
     with pytest.raises(TypeError, match=r"^model: given function, want a torch\.nn\.Module$"):
         fuse(used)
+
+
+@pytest.mark.parametrize("norm", [nn.SyncBatchNorm, SyncBatchNorm])
+@pytest.mark.parametrize(
+    ("layer", "shape"), [(nn.Linear(3, 4), (5, 3)), (nn.Conv1d(3, 4, 2), (5, 3, 6)), (nn.ConvTranspose2d(3, 4, 2), (2, 3, 5, 6))], ids=str
+)
+def test_synchronized_batch_norms(layer: Any, shape: tuple[int, ...], norm: Any) -> None:
+    fused = check(used(nn.Sequential(layer, norm(4))), torch.randn(shape, dtype=torch.float64))
+    assert isinstance(fused[1], Folded)
+    with pytest.raises(ValueError, match=rf"want {len(shape)}: the batch norm here was folded"):
+        fused[1](torch.randn(4, *shape))
+
+
+def test_a_model_converted_to_synchronized_ones() -> None:
+    """As one trains it, and then serves it."""
+    model = used(convert_sync_batchnorm(Network()))
+    check(model, X, left=("first",))

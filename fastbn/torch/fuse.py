@@ -18,6 +18,7 @@ from torch import fx, nn
 from torch.nn.utils import parametrize
 
 from fastbn.fold import fold
+from fastbn.torch.sync import SyncBatchNorm
 
 __all__ = ["fuse"]
 
@@ -32,6 +33,7 @@ NORMS: dict[type[nn.Module], type[nn.Module]] = {
     nn.ConvTranspose2d: nn.BatchNorm2d,
     nn.ConvTranspose3d: nn.BatchNorm3d,
 }
+SYNCHRONIZED = (nn.SyncBatchNorm, SyncBatchNorm)  # which take any rank
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -55,7 +57,7 @@ def fuse(model: nn.Module) -> nn.Module:
     -------
     torch.nn.Module
         Of the same class and in evaluation, with new modules in the places of the pairs: the layer with its folded weight and bias, and
-        an Identity (after a Linear or a one-dimensional convolution, one that refuses inputs of another rank).
+        an Identity (for a BatchNorm1d or SyncBatchNorm, one that refuses inputs of another rank).
 
     Raises
     ------
@@ -76,8 +78,8 @@ def fuse(model: nn.Module) -> nn.Module:
     return fused
 
 
-class Folded1d(nn.Module):
-    """Where a BatchNorm1d was: x as it is, of the one rank for which the channels of both layers are the same axis."""
+class Folded(nn.Module):
+    """Where a batch norm of several ranks was: x as it is, of the one for which the channels of both layers are the same axis."""
 
     def __init__(self, rank: int) -> None:
         super().__init__()
@@ -90,7 +92,7 @@ class Folded1d(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x; ValueError where the batch norm would have normalized another axis than the one it was folded along."""
         if x.dim() != self.rank:
-            raise ValueError(f"x: given rank {x.dim()}, want {self.rank}: the BatchNorm1d here was folded into the layer before it")
+            raise ValueError(f"x: given rank {x.dim()}, want {self.rank}: the batch norm here was folded into the layer before it")
         return x
 
 
@@ -101,7 +103,8 @@ def _folded(layer: nn.Module, norm: nn.Module) -> tuple[nn.Module, nn.Module]:
     weight, bias = fold(norm, layer.weight, layer.bias, transposed=isinstance(layer, TRANSPOSED), groups=groups)
     trained = bool(getattr(layer.weight, "requires_grad", False))
     new.weight, new.bias = nn.Parameter(weight, trained), nn.Parameter(bias, trained)
-    place = Folded1d(2 if isinstance(layer, nn.Linear) else 3) if isinstance(norm, nn.BatchNorm1d) else nn.Identity()
+    one_rank = isinstance(norm, (nn.BatchNorm2d, nn.BatchNorm3d))
+    place = nn.Identity() if one_rank else Folded(new.weight.dim())  # of a batch of the layer's outputs
     return new, place.eval()
 
 
@@ -181,7 +184,7 @@ def _together(layer: nn.Module, norm: nn.Module) -> bool:
     kind = next(norms for layers, norms in NORMS.items() if isinstance(layer, layers))
     outputs = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
     plain = type(layer.weight) is nn.Parameter and layer.weight.is_floating_point()  # not pruned, normalized or quantized
-    return plain and isinstance(norm, (kind, nn.SyncBatchNorm)) and outputs == norm.num_features
+    return plain and isinstance(norm, (kind, *SYNCHRONIZED)) and outputs == norm.num_features
 
 
 def _is_layer(module: nn.Module) -> bool:
@@ -195,7 +198,7 @@ def _is_layer(module: nn.Module) -> bool:
 
 def _is_norm(module: nn.Module) -> bool:
     """A batch norm that computes what PyTorch's own does: a subclass may also activate."""
-    if not isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)):
+    if not isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, *SYNCHRONIZED)):
         return False
     home = _home(module, "forward")
     return home == "torch.nn.modules.batchnorm" or home.startswith("fastbn.")
