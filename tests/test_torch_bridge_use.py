@@ -268,3 +268,30 @@ def test_saved_tensors_go_through_hooks() -> None:
 def test_the_function_is_what_autograd_shows() -> None:
     y = fastbn.torch.BatchNorm1d(5)(torch.randn(3, 5))
     assert isinstance(y.grad_fn, functions.Normalize._backward_cls)
+
+
+def _shown(run: Any) -> dict[str, float]:
+    """What torch.profiler shows of a call: names, and the microseconds of each."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        run()
+    return {event.key: event.cpu_time_total for event in seen.key_averages() if event.key.startswith("fastbn")}
+
+
+def test_the_profiler_shows_every_pass_by_name() -> None:
+    module, x = fastbn.torch.BatchNorm2d(5), torch.randn(4, 5, 12, 12, requires_grad=True)
+    assert set(_shown(lambda: module(x))) == {"fastbn::batch_norm"}
+    assert set(_shown(lambda: module(x).sum().backward())) == {"fastbn::batch_norm", "fastbn::batch_norm_backward"}
+    module.eval()
+    once = {"fastbn::batch_norm_inference"}
+    assert set(_shown(lambda: module(x).sum().backward())) == once | {"fastbn::batch_norm_inference_backward"}
+    with torch.no_grad():
+        for run in (lambda: module(x), lambda: module(x)):  # looked over, then served as the call before
+            shown = _shown(run)
+            assert set(shown) == once
+            assert shown["fastbn::batch_norm_inference"] > 0
+        y = module(x)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
+            assert torch.equal(module(x), y)
+            torch.testing.assert_close(torch.func.vmap(module)(x[:, None])[:, 0], y)
+            state = dict(module.named_buffers()) | dict(module.named_parameters())
+            assert torch.equal(torch.func.functional_call(module, state, (x,)), y)

@@ -15,10 +15,11 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 from torch._C._dynamo.guards import TensorGuards
+from torch.autograd import profiler
 
 from fastbn import config, layout, threads
 from fastbn.backends import select
-from fastbn.torch import kernels, memory, serves
+from fastbn.torch import functions, kernels, memory, serves
 from fastbn.torch.team import runtime
 
 
@@ -118,5 +119,8 @@ def inference(module: Any, x: Tensor, before: Known) -> Tensor | None:
     if way.threaded and torch.get_num_threads() < threads.most():
         return None
     y = memory.like(x) if way.large else torch.empty_like(x)
-    way.run(begins, y.data_ptr(), *addresses, eps, runtime() if way.threaded else None)
+    if profiler._is_profiler_enabled:
+        functions.named("batch_norm_inference", way.run, begins, y.data_ptr(), *addresses, eps, runtime() if way.threaded else None)
+    else:
+        way.run(begins, y.data_ptr(), *addresses, eps, runtime() if way.threaded else None)
     return y
