@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fastbn import checks, layout, overlap, scalars
+from fastbn import checks, foreign, layout, overlap, scalars
 from fastbn.backends import cuda, devices, launches, views
 from fastbn.backends.devices import Buffer
 from fastbn.kernels.cuda import finish
@@ -93,7 +93,7 @@ def same_device(x: Buffer, **others: Buffer | None) -> None:
 
 def as_input(x: Any, name: str = "x") -> Buffer:
     """An input on a GPU; TypeError for a host array beside it."""
-    if not devices.on_device(x):
+    if not foreign.on_device(x):
         raise TypeError(f"{name}: given {type(x).__name__} on the host, want an array on the GPU, where x is: copy it there first")
     return devices.view(x, name)
 
@@ -250,7 +250,7 @@ def widened(values: Any) -> Any:
 
 def copied(values: Any) -> Any:
     """A copy of (C,) parameters, queued before what changes them next."""
-    buffer = devices.view(values, "parameters")
+    buffer = as_input(values, "gamma")
     found = devices.empty(buffer.shape, (0,), buffer.dtype, buffer)
     with launches.calling(buffer, None) as call:
         launches.copy(call, buffer, devices.view(found, "copy"))

@@ -55,8 +55,11 @@ NO_ARRAY = {
     "overlap.same_memory": "compares addresses",
     "ready._ready": "functions of a shape; who calls them is listed as READY",
     "torch.memory._fresh": "memory of its own",
-    "torch.prepared._address": "compares addresses, or keeps those that torch.prepared.prepare has checked",
     "torch.prepared._way": "a function of a shape",
+    "torch.prepared.keep": "keeps the addresses of what torch.serves.declines let through",
+    "torch.prepared.known": "compares addresses",
+    "torch.serves.apart": "compares addresses",
+    "torch.serves.plain": "asks whether there is one",
 }
 
 # By call site: how many times it is one, and each array's check, which it calls before the first, itself or in what it calls; or
@@ -66,14 +69,15 @@ PARAMETERS = {"gamma": "checks.as_parameter", "beta": "checks.as_parameter"}
 STATISTICS = {"mean": "checks.as_statistic", "var": "checks.as_statistic"}
 ON_GPU = {"x": "device.as_input", "gamma": "device.as_parameter", "out": "device.check_out"}
 CHECKED: dict[str, tuple[int, dict[str, str]]] = {
-    "functional.moments": (1, X),
+    "functional.moments": (2, X),
     "functional.batch_norm": (3, X | PARAMETERS | OUT),
     "functional.batch_norm_inference": (4, X | STATISTICS | PARAMETERS | OUT),
     "gradients._backward": (4, X | DY | STATISTICS | PARAMETERS | OUT | {"moments": "checks.check_moments"}),
     "split.batch_norm_backward_reduce": (2, X | DY | STATISTICS),
     "split.batch_norm_backward_input": (2, X | DY | STATISTICS | PARAMETERS | OUT | {"sum_dy": "checks.as_statistic"}),
     "batchnorm.BatchNorm.forward": (1, X | {"running_mean, running_var": "checks.well_kept", "strided ones": "checks.check_kept"}),
-    "device.as_input": (1, {"any": "backends.devices.on_device"}),
+    "device.as_input": (1, {"any": "foreign.on_device"}),
+    "device.copied": (3, {"gamma": "device.as_input"}),
     "device.check_kept": (2, {"running_mean": "device.as_parameter"}),
     "device.DeviceMoments._spread": (1, {"m2": "device._wide"}),
     "device.DeviceMoments.rstd": (1, {"m2": "device._wide"}),
@@ -88,10 +92,10 @@ CHECKED: dict[str, tuple[int, dict[str, str]]] = {
     "device_gradients.batch_norm_backward_input": (6, ON_GPU | {"mean": "device.as_statistic"}),
     "torch.kernels.track": (1, {"running_mean": "torch.serves.declines in torch.modules.Served.forward before torch.modules._eager"}),
     "torch.prepared.inference": (
-        6,
+        3,
         {
             "x": "torch.prepared._way in torch.prepared.inference before torch.memory.like",
-            "mean, var, gamma, beta": "torch.serves.declines in torch.modules.Served.forward before torch.prepared.prepare",
+            "mean, var, gamma, beta": "torch.serves.declines in torch.modules.Served.forward before torch.prepared.keep",
         },
     ),
 }
