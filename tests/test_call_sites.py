@@ -77,7 +77,7 @@ CHECKED: dict[str, tuple[int, dict[str, str]]] = {
     "split.batch_norm_backward_input": (2, X | DY | STATISTICS | PARAMETERS | OUT | {"sum_dy": "checks.as_statistic"}),
     "batchnorm.BatchNorm.forward": (1, X | {"running_mean, running_var": "checks.well_kept", "strided ones": "checks.check_kept"}),
     "device.as_input": (1, {"any": "foreign.on_device"}),
-    "device.copied": (3, {"gamma": "device.as_input"}),
+    "device.copied": (2, {"gamma": "device.as_input"}),
     "device.check_kept": (2, {"running_mean": "device.as_parameter"}),
     "device.DeviceMoments._spread": (1, {"m2": "device._wide"}),
     "device.DeviceMoments.rstd": (1, {"m2": "device._wide"}),

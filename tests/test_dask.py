@@ -282,8 +282,13 @@ REFUSED: list[tuple[Any, Any, type[Exception], str]] = [
 
 @pytest.mark.parametrize(("array", "axis", "error", "message"), REFUSED)
 def test_what_can_not_be_is_refused_before_there_is_a_graph(array: Any, axis: Any, error: type[Exception], message: str) -> None:
-    for call in (lambda: bridge.moments(array, axis), lambda: bridge.normalize(array, bridge.moments(ONES), axis=axis)):
-        with pytest.raises(error, match=f"^{re.escape(message)}$"):
+    of_moments = message.replace(": convert", ", or integers of 8 or 16 bits: convert")
+    of_moments = of_moments.replace("float32')", "float64')") if "int64" in message else of_moments
+    for call, said in (
+        (lambda: bridge.moments(array, axis), of_moments),
+        (lambda: bridge.normalize(array, bridge.moments(ONES), axis=axis), message),
+    ):
+        with pytest.raises(error, match=f"^{re.escape(said)}$"):
             call()
 
 

@@ -200,6 +200,8 @@ def test_out_lies_apart_from_parameters_and_statistics(function: str, dtype: str
     for name in rows:
         out, inside = _outs(values)
         called = f"moments.{name}" if function == "batch_norm_backward" and name != "gamma" else name
+        if called != name and dtype != "float64":  # Moments keeps copies of these
+            continue
         for array in inside:
             before = _root(out).tobytes()
             with pytest.raises(ValueError, match=f"^out: given an array that overlaps {called}; want memory apart from it$"):
@@ -229,7 +231,7 @@ def test_out_of_a_layer_lies_apart_from_what_it_keeps(training: bool, backend: s
     for name in NAMES:
         out, inside = _outs(X)
         for array in inside:
-            bn = _layer(backend).train(training)
+            bn = _layer(backend) if training else _layer(backend).eval(backward=True)
             setattr(bn, name, array)
             before = out.base.tobytes()
             message = f"^out: given an array that overlaps {name}; want memory apart from it$"

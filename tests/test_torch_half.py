@@ -66,7 +66,8 @@ def _beside_torch(cases: Any, dtype: str, layout: str, offset: float, training: 
     for case in cases:
         x, dy, gamma, beta = draw(case, dtype, offset=offset)
         x, dy = COMPACT[layout](x, 1), COMPACT[layout](dy, 1)
-        bn = fastbn.BatchNorm(case.shape[1], EPS, backend=backend).train(training)
+        bn = fastbn.BatchNorm(case.shape[1], EPS, backend=backend)
+        bn = bn if training else bn.eval(backward=True)
         bn.gamma, bn.beta = gamma, beta
         bn.running_mean, bn.running_var = gamma * np.float32(offset), beta**2 + 1
 

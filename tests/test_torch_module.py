@@ -78,7 +78,7 @@ def test_training_then_evaluation(name: str, offset: float, layout: str) -> None
     steps = [[COMPACT[layout](array, 1) for array in _draw(shape, offset, seed)] for seed in range(4)]
     for x, dy in steps[:3]:
         _step(ours, theirs, x, dy)
-    _step(ours.eval(), theirs.eval(), *steps[3])
+    _step(ours.eval(backward=True), theirs.eval(), *steps[3])
     assert ours.num_batches_tracked == 3
 
 
@@ -90,7 +90,7 @@ def test_momentum_and_eps(momentum: float | None, eps: float, dtype: Any) -> Non
     for seed in range(3):
         _step(ours, theirs, *_draw((4, 5, 3, 3), 1e2, seed, dtype))
     before = ours.running_mean.copy()
-    _step(ours.eval(), theirs.eval(), *_draw((4, 5, 3, 3), 1e2, 3, dtype))
+    _step(ours.eval(backward=True), theirs.eval(), *_draw((4, 5, 3, 3), 1e2, 3, dtype))
     np.testing.assert_array_equal(ours.running_mean, before)
     assert (momentum == 0.0) == bool((before == 0.0).all())
 
@@ -102,7 +102,7 @@ def test_without_parameters_or_running_statistics(affine: bool, track: bool, tra
     ours, theirs = _pair(torch.nn.BatchNorm2d, affine=affine, track_running_stats=track)
     assert list(ours.state_dict()) == list(theirs.state_dict())
     for seed in range(2):
-        _step(ours.train(training), theirs.train(training), *_draw((4, 5, 3, 3), 1e2, seed))
+        _step((ours.train() if training else ours.eval(backward=True)), theirs.train(training), *_draw((4, 5, 3, 3), 1e2, seed))
     assert (ours.dgamma is None) == (ours.dbeta is None) == (not affine)
 
 
@@ -118,7 +118,7 @@ def test_one_value_per_channel(shape: tuple[int, ...]) -> None:
     assert [c for c in str(torchs.value) if c.isdigit()] == [c for c in str(fastbns.value) if c.isdigit()]
     assert ours.num_batches_tracked == 0
     theirs.num_batches_tracked.zero_()  # PyTorch has counted the batch that it refused
-    _step(ours.eval(), theirs.eval(), x, dy)
+    _step(ours.eval(backward=True), theirs.eval(), x, dy)
 
 
 def test_an_empty_batch_is_not_counted() -> None:

@@ -120,7 +120,7 @@ def _layer(channels: int, a: Arguments, dtype: str) -> fastbn.BatchNorm:
     layer.gamma, layer.beta = _array(a.weight), _array(a.bias)
     if a.running_mean is not None:
         layer.running_mean, layer.running_var = _array(a.running_mean), _array(a.running_var)
-    return layer.train(a.training)
+    return layer if a.training else layer.eval(backward=True)
 
 
 def _condition(mean: np.ndarray, var: np.ndarray, eps: float) -> float:
@@ -226,7 +226,8 @@ def test_module_sample(module: Any, sample: Any, dtype: Any, training: bool, mem
     name = str(dtype)[6:]
     args, kwargs = sample.constructor_input.args, sample.constructor_input.kwargs
     theirs = module.module_cls(*args, **kwargs, dtype=dtype).train(training)
-    ours = _ours(args, kwargs, name).train(training)
+    ours = _ours(args, kwargs, name)
+    ours = ours.train() if training else ours.eval(backward=True)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for tensor in (theirs.weight, theirs.bias, theirs.running_mean):
