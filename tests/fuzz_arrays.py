@@ -238,4 +238,4 @@ def draw(rng: random.Random, shape: tuple[int, ...], offset: float = 0.0, scale:
     size = math.prod(shape)
     start = rng.randrange(max(1, _NORMAL.size - size))
     values = np.resize(_NORMAL[start : start + size], shape) if size else np.zeros(shape)
-    return np.round((offset + scale * values) * 256) / 256
+    return np.asarray(np.round((offset + scale * values) * 256) / 256)

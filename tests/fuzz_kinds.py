@@ -133,8 +133,8 @@ MEANING: dict[str, Callable[[Maker, np.ndarray, np.dtype[Any]], Built]] = {
     "unaligned": _same(lambda make, v, d: make.put(v, d, skew=1 + 2 * make.rng.randrange(8))),
     "broadcast": _first_for_all,
     "mapped": _same(lambda make, v, d: mapped(v.astype(d))),
-    "list": _same(lambda make, v, d: v.tolist()),
-    "tuple": _same(lambda make, v, d: tuple(v.tolist())),
+    "list": _same(lambda make, v, d: v.tolist() if v.size else None),
+    "tuple": _same(lambda make, v, d: tuple(v.tolist()) if v.size and v.ndim else None),
     "own memory": _same(lambda make, v, d: v.astype(d)),
     "swapped": _same(lambda make, v, d: make.put(v, d.newbyteorder())),
     "subclass": _same(lambda make, v, d: make.put(v, d).view(Subclass)),
@@ -176,12 +176,12 @@ NONSENSE: dict[str, Callable[[Maker, np.ndarray, np.dtype[Any]], Built]] = {
     "a number": _nothing(lambda make, v, d: 1.5),
     "0-d": _nothing(lambda make, v, d: make.put(1.5, d)),
     "empty": _nothing(lambda make, v, d: make.put(np.zeros(0), d)),
-    "of rank 20": _nothing(lambda make, v, d: make.put(v.reshape((1,) * 20 + v.shape), d)),
-    "more axes": _nothing(lambda make, v, d: make.put(v[None, ..., None, None], d)),
-    "short": _nothing(lambda make, v, d: make.put(v[:-1] if v.ndim < 2 or v.shape[0] > 1 else v[..., :-1], d)),
-    "long": _nothing(lambda make, v, d: make.put(np.concatenate([v, v[:1] if v.size else np.zeros((1, *v.shape[1:]))]), d)),
-    "row": _nothing(lambda make, v, d: make.put(v[None], d)),
-    "column": _nothing(lambda make, v, d: make.put(v[..., None], d)),
+    "of rank 20": _nothing(lambda make, v, d: None if v.ndim > 12 else make.put(v.reshape((1,) * 20 + v.shape), d)),
+    "more axes": _nothing(lambda make, v, d: None if v.ndim > 12 else make.put(v[None, ..., None, None], d)),
+    "short": _nothing(lambda make, v, d: None if not v.ndim else make.put(v[:-1] if v.shape[0] > 1 or v.ndim == 1 else v[..., :-1], d)),
+    "long": _nothing(lambda make, v, d: make.put(np.concatenate([v, np.ones((1, *v.shape[1:]))]), d) if v.ndim else None),
+    "row": _nothing(lambda make, v, d: None if v.ndim > 12 else make.put(v[None], d)),
+    "column": _nothing(lambda make, v, d: None if v.ndim > 12 else make.put(v[..., None], d)),
 }
 BOUND_TO_VALUES = ("more axes", "short", "long", "row", "column", "empty", "of rank 20", "a number", "0-d")  # wrong by their shape
 
@@ -193,6 +193,7 @@ def vector(
 ) -> Given:
     """A (C,) array: gamma, beta, statistics."""
     dtype = np.dtype(dtype)
+    values = values.astype(dtype).astype(np.float64)  # what it holds of them
     if not odd:
         kind = make.rng.choice(("", "", "", *legal))
         value, wide = MEANING[kind](make, values, dtype) if kind else (make.put(values, dtype), values)

@@ -12,7 +12,7 @@ from fuzz_arrays import draw
 from fuzz_calls import SHAPES
 from fuzz_judge import DOCUMENTED, Judge, Truth, Wrong, near, result_is
 from fuzz_kinds import MEANING, ODD, RIGHT, UNKNOWN, WRONG, Given, Maker, data, dtype_of, out, values, vector
-from fuzz_model import ARRAYS, KEYS, SCALARS, UNWRITABLE, Model, constructed
+from fuzz_model import ARRAYS, KEYS, UNWRITABLE, Model, constructed
 from fuzz_words import HUGE, JUNK, label
 
 
@@ -38,8 +38,8 @@ class Layer(Model):
             statistics = [one._replace(status=WRONG) if one.kind in UNWRITABLE and self.C > 1 else one for one in statistics]
         elif batch:
             statistics = [one._replace(status=max(one.status, UNKNOWN)) if one.status else one for one in statistics]
-        given += statistics
-        status = UNKNOWN if (bn.running_mean is None) != (bn.running_var is None) else RIGHT
+        given += [*statistics, *self.halves()]
+        given += self.beside(*given)
         before = {name: self.wide(name) for name in ARRAYS}
         seen = bn.num_batches_tracked
 
@@ -51,19 +51,20 @@ class Layer(Model):
             yield from self._moved(truth, before, seen, bool(moves))
 
         written = [to.value, *((bn.running_mean, bn.running_var) if moves else ())]
-        done = self.judge.call("BatchNorm.forward", given, lambda: bn(x.value, to.value), right, written, status)
+        done = self.judge.call("BatchNorm.forward", given, lambda: bn(x.value, to.value), right, written)
         self.learn()
         self.saved = None
         clean = np.isfinite(np.asarray(x.wide if x.wide is not None else np.nan)).all()
-        if done is not None and clean and max([status, *(one.status for one in given)]) in (RIGHT, ODD) and x.value is not to.value:
-            if to.value is None or not to.kind.startswith(("over", "x itself")):
+        if done is not None and clean and max(one.status for one in given) in (RIGHT, ODD) and x.value is not to.value:
+            like = isinstance(x.value, np.ndarray) and x.value.dtype.newbyteorder("=") == self.dtype
+            if like and not to.kind.startswith(("over", "x itself")):
                 self.saved = x, batch, before, self.number("eps", 1e-5)
 
     def _moved(self, truth: Truth, before: dict[str, Any], seen: Any, moves: bool) -> Iterator[Wrong | None]:
         """The running statistics after a forward."""
         bn, (count, mean, var) = self.bn, truth.batch
         moves = moves and count > 0
-        if bn.num_batches_tracked != seen + moves:
+        if isinstance(seen, (int, float, np.number)) and bn.num_batches_tracked != seen + moves:
             yield Wrong("num_batches_tracked is wrong", f"{bn.num_batches_tracked!r} after {seen!r}")
         momentum = self.number("momentum", 0.1)
         weight = 1.0 / (seen + 1) if momentum is None else momentum
@@ -88,9 +89,6 @@ class Layer(Model):
         odd = self.rng.choice(("", "", "dy", "out"))
         dy = data(self.make, "dy", draw(self.rng, shape), self.dtype, self.axis, odd == "dy", like=x)
         to = out(self.make, x, self.axis, odd == "out", [dy], ("dy",))
-        words = [*self.usable("backend", "num_threads"), *(one._replace(status=UNKNOWN) for one in self.usable("eps", "axis"))]
-        changed = self.is_["gamma"].value is not None and not np.array_equal(self.wide("gamma"), before["gamma"])
-        status = UNKNOWN if changed or self.usable("eps", "axis") or "eps" in self.is_ or not batch else RIGHT
 
         def right(dx: Any) -> Iterator[Wrong | None]:
             truth = Truth(x.wide, self.axis, eps, dy.wide, before["gamma"])
@@ -98,8 +96,11 @@ class Layer(Model):
             yield result_is(dx, x.value, to.value)
             yield from truth.gradients(self.judged(x), dx, bn.dgamma, bn.dbeta, *kept)
 
-        given = [dy, to, *self.given("gamma", "beta"), *words]
-        self.judge.call("BatchNorm.backward", given, lambda: bn.backward(dy.value, to.value), right, [to.value], status)
+        given = [dy, to, *self.usable("backend", "num_threads"), *self.halves()]
+        if not batch:  # of a forward in evaluation, which need not have kept x
+            given.append(Given("backward", None, kind="in evaluation", status=ODD))
+        given += self.beside(*given)
+        self.judge.call("BatchNorm.backward", given, lambda: bn.backward(dy.value, to.value), right, [to.value])
         self.saved = None
 
     def state_dict(self) -> None:
@@ -116,7 +117,7 @@ class Layer(Model):
                 if got is getattr(self.bn, name):
                     yield Wrong(f"{key} is no copy")
 
-        self.judge.call("BatchNorm.state_dict", self._all(), self.bn.state_dict, right)
+        self.judge.call("BatchNorm.state_dict", [*self.beside(), *self.halves()], self.bn.state_dict, right)
 
     def load_state_dict(self) -> None:
         """A state, of which a part may be of any kind."""
@@ -148,9 +149,9 @@ class Layer(Model):
                 state[rng.choice(("bn." + key, 5, None, "x"))] = value
             one = Given("state_dict", state, None, f"other keys than {key}", WRONG, ("state_dict", "missing", "running"))
         elif odd == "state":
-            value = rng.choice(JUNK if not own else [junk for junk in JUNK if junk is not None] + [None])
+            value = rng.choice([junk for junk in JUNK if type(junk) is not dict or junk or own])  # of an empty layer, {} is right
             one = Given("state", value, None, label(value), WRONG, ("state_dict",))
-        layer = [kept._replace(status=UNKNOWN) if kept.status else kept for kept in self._all()]
+        layer = [*(kept._replace(status=UNKNOWN) for kept in self.beside()), *self.halves()]
         wanted = (
             {key: np.asarray(state[key], np.float64) for key in vectors if key in state and not (one.kind and key in one.says)}
             if state
@@ -169,9 +170,9 @@ class Layer(Model):
                     yield self._same(key, np.asarray(getattr(bn, name)), wanted[key])
 
         written = [getattr(bn, name) for name in ARRAYS]
-        self.judge.call("BatchNorm.load_state_dict", [one, *layer], run, right, written)
+        if self.judge.call("BatchNorm.load_state_dict", [one, *layer], run, right, written):
+            self.is_.pop("num_batches_tracked", None)
         self.learn()
-        self.is_.pop("num_batches_tracked", None)
 
     @staticmethod
     def _same(key: str, got: np.ndarray, want: np.ndarray) -> Wrong | None:
@@ -188,9 +189,8 @@ class Layer(Model):
             yield near("y", np.float64, found[0], scale, np.abs(scale))
             yield near("y", np.float64, found[1], shift, np.abs(shift) + np.abs(scale))
 
-        status = RIGHT if self.tracked else WRONG if self.bn.running_mean is self.bn.running_var is None else UNKNOWN
-        given = [*self._all(), Given("running", None, says=("mean", "folded_affine"))]
-        self.judge.call("BatchNorm.folded_affine", given, self.bn.folded_affine, right, (), status)
+        given = [*(one._replace(status=UNKNOWN) for one in self.beside()), *self.halves(WRONG)]
+        self.judge.call("BatchNorm.folded_affine", given, self.bn.folded_affine, right)
 
     def recalibrate(self) -> None:
         """Batches, of which one may be odd, or what holds none."""
@@ -207,9 +207,11 @@ class Layer(Model):
         statistics = [one._replace(status=max(UNKNOWN, one.status) if one.status else RIGHT) for one in self.given(*ARRAYS[2:])]
         given += [one._replace(status=min(UNKNOWN, one.status)) for one in statistics]
         given += [one._replace(status=UNKNOWN) for one in self.usable("axis", "backend", "num_threads", "unbiased_running_var")]
-        status = RIGHT if self.tracked else WRONG if bn.running_mean is bn.running_var is None else UNKNOWN
+        given += self.halves(WRONG)
+        given += self.beside(*given)
+        status = RIGHT
         if any(one.wide is not None and not np.isfinite(one.wide).all() for one in batches):
-            status = max(status, UNKNOWN)
+            status = UNKNOWN
 
         def right(_: Any) -> Iterator[Wrong | None]:
             truth = Truth(np.concatenate([one.wide for one in batches], 0 if self.axis else 1), self.axis)
@@ -226,7 +228,7 @@ class Layer(Model):
     def copied(self) -> None:
         """The layer goes on as a copy of itself."""
         way = self.rng.choice((copy.deepcopy, copy.copy, lambda bn: pickle.loads(pickle.dumps(bn))))
-        given = [one._replace(status=UNKNOWN) if one.status else one for one in (*self._all(), *self.usable(*SCALARS))]
+        given = [*(one._replace(status=UNKNOWN) for one in self.beside()), *self.halves()]
         kept = self.judge.call("BatchNorm, copied", given, lambda: way(self.bn), allowed=(*DOCUMENTED, pickle.PicklingError), own=False)
         if kept is not None:
             self.bn = kept
@@ -246,21 +248,17 @@ class Layer(Model):
             "train": bn.train,
         }
         name = rng.choice(list(runs))
-        given = [one._replace(status=UNKNOWN) if one.status else one for one in (*self._all(), *self.usable(*SCALARS))]
+        given = [*(one._replace(status=UNKNOWN) for one in self.beside()), *self.halves()]
         if name == "to" and device != "cpu":
             given.append(Given("device", device, None, label(device), WRONG, ("cuda", "backend", "CUDA")))
         if name in ("eval", "train"):
             self.is_.pop("training", None)
         written = [getattr(bn, array) for array in ARRAYS]
-        if self.judge.call(f"BatchNorm.{name}", given, lambda: (runs[name](), 1), lambda _: (), written) and name.startswith("reset"):
-            for array in ARRAYS if name == "reset_parameters" else ARRAYS[2:]:
-                if getattr(bn, array) is not self.is_[array].value:
-                    self.is_.pop(array)
+        done = self.judge.call(f"BatchNorm.{name}", given, lambda: (runs[name](), 1), lambda _: (), written)
+        if done and name.startswith("reset"):
             self.is_.pop("num_batches_tracked", None)
         if name == "to":
             self.saved = None
-            for array in [array for array in ARRAYS if getattr(bn, array) is not self.is_[array].value]:
-                self.is_[array] = self.is_[array]._replace(value=getattr(bn, array))
         self.learn()
 
 
@@ -279,10 +277,10 @@ def layer(judge: Judge, make: Maker) -> None:
     if np.prod(shape) // shape[axis] < 2:
         return
     dtype = dtype_of(make, judge.dtypes)
-    bn = constructed(judge, make, shape[axis], axis, dtype)
+    bn, words = constructed(judge, make, shape[axis], axis, dtype)
     if bn is None:
         return
-    one = Layer(judge, make, bn, dtype, shape, axis)
+    one = Layer(judge, make, bn, dtype, shape, axis, words)
     for _ in range(rng.choice((2, 3, 4, 6))):
         rng.choices(_steps, _weights)[0](one)
 

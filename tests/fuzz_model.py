@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import decimal
+import fractions
 from typing import Any
 
 import numpy as np
@@ -26,11 +29,13 @@ SETTERS = (*DOCUMENTED, AttributeError)  # an attribute may be one that can't be
 class Model:
     """A layer, what each of its attributes means, and whether it should be there."""
 
-    def __init__(self, judge: Judge, make: Maker, bn: Any, dtype: np.dtype[Any], shape: tuple[int, ...], axis: int) -> None:
+    def __init__(
+        self, judge: Judge, make: Maker, bn: Any, dtype: np.dtype[Any], shape: tuple[int, ...], axis: int, words: list[Given]
+    ) -> None:
         self.judge, self.make, self.rng, self.bn, self.dtype, self.shape, self.axis = judge, make, make.rng, bn, dtype, shape, axis
         self.C = shape[axis]
         self.kind = np.dtype("f8" if dtype.itemsize == 8 else "f4")
-        self.is_: dict[str, Given] = {}
+        self.is_: dict[str, Given] = {one.name: one for one in words if one.name in SCALARS}
         self.saved: Any = None
         self.learn()
         judge.extra = self.state
@@ -40,6 +45,9 @@ class Model:
         for name in ARRAYS:
             value = getattr(self.bn, name)
             kept = self.is_.get(name, Given(name, value))
+            plain = type(value) is np.ndarray and value.dtype == self.kind and value.shape == (self.C,) and value.flags.carray
+            if value is not kept.value:  # a copy by now, or new
+                kept = Given(name, value) if plain or value is None else kept._replace(status=UNKNOWN)
             if kept.status in (RIGHT, ODD):
                 with np.errstate(all="ignore"):
                     wide = None if value is None else np.array(value, np.float64)
@@ -48,7 +56,7 @@ class Model:
     def state(self) -> Any:
         """What an error must leave as it is."""
         found = {name: getattr(self.bn, name, None) for name in (*ARRAYS, *SCALARS, "dgamma", "dbeta")}
-        return {name: (id(value), value.tobytes() if type(value) is np.ndarray else None) for name, value in found.items()}
+        return {name: value.tobytes() if type(value) is np.ndarray and value.ndim else meaning(value) for name, value in found.items()}
 
     def given(self, *names: str) -> list[Given]:
         """Attributes that a call uses, as arguments of it."""
@@ -60,6 +68,13 @@ class Model:
     @property
     def tracked(self) -> bool:
         return self.bn.running_mean is not None and self.bn.running_var is not None
+
+    def halves(self, absent: int = RIGHT) -> list[Given]:
+        """Running statistics of which one is missing, as an argument; both, with this status."""
+        bn, says = self.bn, ("running", "mean", "var", "folded_affine", "recalibrate")
+        if (bn.running_mean is None) != (bn.running_var is None):
+            return [Given("running", None, kind="one of two", status=UNKNOWN, says=says)]
+        return [Given("running", None, kind="none", status=absent, says=says)] if bn.running_mean is None and absent else []
 
     # What happens to it
 
@@ -128,16 +143,24 @@ class Model:
     def number(self, name: str, usual: Any) -> Any:
         return self.is_[name].wide if name in self.is_ else getattr(self.bn, name, usual)
 
-    def _all(self) -> list[Given]:
-        """All arrays; odd ones may come out, or be refused: some calls don't look at them."""
-        found = self.given(*ARRAYS)
-        return [one._replace(status=min(one.status, UNKNOWN)) for one in found] + [
-            one._replace(status=UNKNOWN) for one in self.usable("num_batches_tracked", "eps", "axis", "backend", "num_threads")
-        ]
+    def beside(self, *given: Given) -> list[Given]:
+        """All that is odd of it and not among these arguments: a call may look at it, and refuse, or not."""
+        names = {one.name for one in given}
+        return [one._replace(status=ODD) for one in self.is_.values() if one.status != RIGHT and one.name not in names]
 
 
-def constructed(judge: Judge, make: Maker, C: int, axis: int, dtype: np.dtype[Any]) -> Any:
-    """A new layer, where nothing forbids it."""
+def meaning(value: Any) -> Any:
+    """A number, whatever its type: a call may make a plain one of it; of all else the identity."""
+    if value is not np.ma.masked and (
+        isinstance(value, (int, float, str, np.generic, decimal.Decimal, fractions.Fraction)) or getattr(value, "shape", None) == ()
+    ):
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
+            return repr(float(value))  # of NaN too
+    return id(value)
+
+
+def constructed(judge: Judge, make: Maker, C: int, axis: int, dtype: np.dtype[Any]) -> tuple[Any, list[Given]]:
+    """A new layer, or None, and how it was asked for."""
     rng = make.rng
     kind = "float64" if dtype.itemsize == 8 else "float32"
     kinds: dict[str, tuple[Words, Any]] = {
@@ -145,7 +168,10 @@ def constructed(judge: Judge, make: Maker, C: int, axis: int, dtype: np.dtype[An
         "eps": (EPS, None),
         "momentum": (MOMENTUM, None),
         "axis": (Words(((axis, axis),), ((np.int64(axis), axis),)), axis),
-        "dtype": (Words(((kind, kind), (np.dtype(kind), kind)), (), ("int32", "float16", 5, "x", ">f4", *JUNK[1:])), kind),
+        "dtype": (
+            Words(((kind, kind), (np.dtype(kind), kind)), (), ("int32", "float16", 5, "x", ">f4", [], {}, object(), 1j, np.zeros(0))),
+            kind,
+        ),
         "backend": (BACKEND._replace(wrong=()), None),
         "num_threads": (THREADS, None),
         "affine": (FLAG, None),
@@ -165,4 +191,4 @@ def constructed(judge: Judge, make: Maker, C: int, axis: int, dtype: np.dtype[An
     allowed = (*DOCUMENTED, MemoryError)  # of 10**400 channels
     options = {one.name: one.value for one in given}
     bn = judge.call("BatchNorm", given, lambda: fastbn.BatchNorm(**options), lambda _: (), (), RIGHT, allowed)
-    return bn if odd not in ("axis", "num_features") else None
+    return (bn if odd not in ("axis", "num_features") else None), [one for one in given if one.status != RIGHT]
