@@ -58,7 +58,7 @@ class Layer(Model):
         if done is not None and clean and max(one.status for one in given) in (RIGHT, ODD) and x.value is not to.value:
             like = isinstance(x.value, np.ndarray) and x.value.dtype.newbyteorder("=") == self.dtype
             if like and not to.kind.startswith(("over", "x itself")):
-                self.saved = x, batch, before, self.number("eps", 1e-5)
+                self.saved = x, batch, training, before, self.number("eps", 1e-5)
 
     def _moved(self, truth: Truth, before: dict[str, Any], seen: Any, moves: bool) -> Iterator[Wrong | None]:
         """The running statistics after a forward."""
@@ -85,7 +85,7 @@ class Layer(Model):
         bn, saved, shape = self.bn, self.saved, self.shape
         if saved is None:
             return
-        x, batch, before, eps = saved
+        x, batch, training, before, eps = saved
         odd = self.rng.choice(("", "", "dy", "out"))
         dy = data(self.make, "dy", draw(self.rng, shape), self.dtype, self.axis, odd == "dy", like=x)
         to = out(self.make, x, self.axis, odd == "out", [dy], ("dy",))
@@ -97,7 +97,7 @@ class Layer(Model):
             yield from truth.gradients(self.judged(x), dx, bn.dgamma, bn.dbeta, *kept)
 
         given = [dy, to, *self.usable("backend", "num_threads"), *self.halves()]
-        if not batch:  # of a forward in evaluation, which need not have kept x
+        if not training:  # of a forward in evaluation, which need not have kept x
             given.append(Given("backward", None, kind="in evaluation", status=ODD))
         given += self.beside(*given)
         self.judge.call("BatchNorm.backward", given, lambda: bn.backward(dy.value, to.value), right, [to.value])
