@@ -224,7 +224,7 @@ class BatchNorm(State):
         else:
             gamma = self.gamma
             if gamma is not None:
-                gamma = np.array(gamma, self.dtype) if gpu is None else gpu.copied(gamma)
+                gamma = np.array(np.asarray(gamma), self.dtype) if gpu is None else gpu.copied(gamma)
             self._saved = Saved(x, statistics, gamma, self.beta is not None, self.axis, self.eps, across)
         return y
 

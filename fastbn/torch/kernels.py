@@ -125,7 +125,7 @@ def inference(x: Tensor, mean: Any, var: Any, gamma: Tensor | None, beta: Tensor
 
 def backward(dy: Tensor, x: Tensor, statistics: Statistics, gamma: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """(dx, dgamma, dbeta) of `fastbn.batch_norm_backward`, or of `fastbn.batch_norm_inference_backward` for constant statistics."""
-    if dy.stride() != x.stride() and not (dy.is_contiguous() and x.is_contiguous()):
+    if dy.dtype == x.dtype and dy.stride() != x.stride() and not (dy.is_contiguous() and x.is_contiguous()):
         dy = torch.empty_like(x).copy_(dy)  # PyTorch copies on all threads, NumPy on one
     arrays, weight, options = (array(dy), array(x)), _optional(gamma), _options(x)
     dx, out = _result(x)

@@ -234,9 +234,13 @@ def convert_sync_batchnorm(module: nn.Module, process_group: Any = None) -> nn.M
 
     Raises
     ------
+    TypeError
+        No module.
     ValueError
         A lazy batch norm that has not seen its channels yet.
     """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module: given {type(module).__name__}, want a torch.nn.Module")
     return _converted(SyncBatchNorm, module, process_group, {})
 
 
