@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from functools import lru_cache
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
-from fastbn import checks, foreign, layout, overlap, scalars
+from fastbn import checks, layout, scalars
 from fastbn.backends import cuda, devices, launches, views
 from fastbn.backends.devices import Buffer
+from fastbn.device_checks import as_input, as_moment, as_parameter, as_statistic, check_out, parameters
+from fastbn.device_checks import check_apart as check_apart
+from fastbn.device_checks import check_features as check_features
+from fastbn.device_checks import same_memory as same_memory
 from fastbn.kernels.cuda import finish
 from fastbn.moments import Moments, made
 
@@ -22,7 +24,7 @@ class DeviceMoments(Moments):
 
     def _spread(self, ddof: float, root: bool) -> Any:
         ddof = scalars.check_ddof(ddof)
-        m2 = _wide(self.m2, "moments.m2")
+        m2 = as_moment(self.m2, "moments.m2")
         found = devices.empty(m2.shape, (0,), "float64", m2)
         freedom = float(self.count - ddof) if self.count > ddof else np.nan
         with launches.calling(m2, None) as call:
@@ -40,7 +42,7 @@ class DeviceMoments(Moments):
     def rstd(self, eps: float) -> Any:
         """1 / sqrt(var + eps) of each channel: see `Moments.rstd`."""
         eps = scalars.check_eps(eps, training=False)
-        m2 = _wide(self.m2, "moments.m2")
+        m2 = as_moment(self.m2, "moments.m2")
         found = devices.empty(m2.shape, (0,), "float64", m2)
         with launches.calling(m2, None) as call:
             _per_channel(call, finish.rstd, m2, float(self.count or np.nan), eps, m2.size, found)
@@ -50,8 +52,8 @@ class DeviceMoments(Moments):
         """Moments of both groups of values together, on the same GPU; neither is changed: see `Moments.merge`."""
         if not isinstance(other, DeviceMoments):
             raise TypeError(f"merge: given {type(other).__name__}, want moments that are on the GPU too")
-        mean, m2 = _wide(self.mean, "moments.mean"), _wide(self.m2, "moments.m2")
-        theirs = _wide(other.mean, "other.mean"), _wide(other.m2, "other.m2")
+        mean, m2 = as_moment(self.mean, "moments.mean"), as_moment(self.m2, "moments.m2")
+        theirs = as_moment(other.mean, "other.mean"), as_moment(other.m2, "other.m2")
         if not mean.shape == m2.shape == theirs[0].shape == theirs[1].shape:
             raise ValueError(f"merge: given {theirs[0].size} channels, want {mean.size}, as many as on the left")
         same_device(mean, m2=m2, other=theirs[0], other_m2=theirs[1])
@@ -91,98 +93,6 @@ def same_device(x: Buffer, **others: Buffer | None) -> None:
             raise ValueError(f"{name}: given an array on GPU {there}, want GPU {home}, where x is")
 
 
-def as_input(x: Any, name: str = "x") -> Buffer:
-    """An input on a GPU; TypeError for a host array beside it."""
-    if not foreign.on_device(x):
-        raise TypeError(f"{name}: given {type(x).__name__} on the host, want an array on the GPU, where x is: copy it there first")
-    return devices.view(x, name)
-
-
-def as_parameter(value: Any, channels: int, dtype: str, name: str) -> Buffer | None:
-    """gamma, beta: (C,) in the dtype of parameters, without gaps; or None."""
-    if value is None:
-        return None
-    buffer = as_input(value, name)
-    if buffer.dtype != dtype:
-        raise TypeError(f"{name}: given dtype {buffer.dtype}, want {dtype} beside this x: convert it")
-    return _row(buffer, channels, name)
-
-
-def as_statistic(value: Any, channels: int, name: str) -> Buffer:
-    """mean, var: (C,) in float32 or float64, without gaps."""
-    buffer = as_input(value, name)
-    if buffer.dtype not in ("float32", "float64"):
-        raise TypeError(f"{name}: given dtype {buffer.dtype}, want float32 or float64")
-    return _row(buffer, channels, name)
-
-
-def _wide(value: Any, name: str) -> Buffer:
-    """mean, m2 of moments: (C,) in float64, without gaps."""
-    buffer = as_input(value, name)
-    if buffer.dtype != "float64":
-        raise TypeError(f"{name}: given dtype {buffer.dtype}, want float64")
-    return _row(buffer, buffer.size, name)
-
-
-def _row(buffer: Buffer, channels: int, name: str) -> Buffer:
-    if buffer.shape != (channels,):
-        raise ValueError(f"{name}: given shape {buffer.shape}, want ({channels},), one value per channel of x")
-    if channels > 1 and buffer.strides != (1,):
-        raise ValueError(f"{name}: given an array with gaps (strides {buffer.strides} elements), want a contiguous one: copy it first")
-    return buffer
-
-
-def check_out(out: Any, x: Buffer, *inputs: Buffer, **others: Any) -> Buffer:
-    """An `out` that can take the result, as `checks.check_out` has it for the host."""
-    buffer = as_input(out, "out")
-    if buffer.dtype != x.dtype:
-        raise TypeError(f"out: given dtype {buffer.dtype}, want {x.dtype}, the dtype of x")
-    if buffer.shape != x.shape:
-        raise ValueError(f"out: given shape {buffer.shape}, want {x.shape}, the shape of x")
-    shadow = _shadow(buffer)
-    if buffer.readonly:
-        raise ValueError("out: given a read-only array, want one that can be written")
-    checks.check_place(shadow, *(_shadow(array) for array in (x, *inputs)))
-    checks.check_apart(shadow, **_shadows(others))
-    return buffer
-
-
-def check_apart(out: Any, **others: Any) -> None:
-    """Memory that a result may take beside what a layer keeps, as `checks.check_apart` has it for the host."""
-    checks.check_apart(_shadow(as_input(out, "out")), **_shadows(others))
-
-
-def check_kept(arrays: Mapping[str, Any], channels: int, dtype: np.dtype[Any], written: bool, **beside: Any) -> None:
-    """Arrays that a layer keeps, as `checks.check_kept` has it for the host; none has gaps."""
-    places = []
-    for name, value in (*arrays.items(), *beside.items()):
-        if (buffer := as_parameter(value, channels, dtype.name, name)) is not None:
-            places.append((buffer.address, buffer.address + channels * buffer.itemsize))
-            if written and name in arrays and buffer.readonly:
-                raise ValueError(f"{name}: given a read-only array, want one that can be written: give it a copy")
-    if written and any(begins < end for (_, end), (begins, _) in pairwise(sorted(places))):
-        checks.check_disjoint(_shadows(arrays), **_shadows(beside))
-
-
-class _Interface:
-    """Where an array lies, for NumPy's arithmetic on addresses; nobody reads that memory on the host."""
-
-    def __init__(self, buffer: Buffer) -> None:
-        strides = tuple(s * buffer.itemsize for s in buffer.strides)
-        self.__array_interface__ = {
-            "shape": buffer.shape, "strides": strides, "typestr": f"|V{buffer.itemsize}", "data": (buffer.address, False), "version": 3,
-        }  # fmt: skip
-
-
-def _shadow(buffer: Buffer) -> Any:
-    return np.empty(buffer.shape, f"|V{buffer.itemsize}") if not buffer.size else np.asarray(_Interface(buffer))
-
-
-def _shadows(arrays: Mapping[str, Any]) -> dict[str, Any]:
-    given = {name: value for name, value in arrays.items() if value is not None}
-    return {name: _shadow(value if isinstance(value, Buffer) else as_input(value, name)) for name, value in given.items()}
-
-
 def planned(x: Buffer, axis: int) -> layout.Plan:
     """The plan of an array on a GPU; of a compact one in the same memory order, where two strides can't describe it."""
     return _planned(x.shape, x.strides, x.itemsize, checks.check_axis(x.shape, axis))
@@ -196,11 +106,6 @@ def _planned(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int, ax
     order = sorted(range(len(shape)), key=lambda a: -abs(strides[a]))
     steps = [itemsize * math.prod(shape[b] for b in order[order.index(a) + 1 :]) for a in range(len(shape))]
     return layout.planned(shape, tuple(steps), axis, itemsize)
-
-
-def parameters(x: Buffer) -> str:
-    """The dtype of parameters beside x."""
-    return "float64" if x.dtype == "float64" else "float32"
 
 
 def new(plan: layout.Plan, x: Buffer) -> Any:
@@ -217,23 +122,6 @@ def settled(call: launches.Call, plan: layout.Plan, buffer: Buffer) -> views.Vie
         found = views.view(copy, plan)
         assert found is not None  # a compact array in this order always has one
     return found
-
-
-def check_features(x: Any, axis: int, channels: int, dtype: str) -> None:
-    """An input that goes with a layer's parameters."""
-    buffer = as_input(x)
-    axis = checks.check_axis(buffer.shape, axis)
-    if buffer.shape[axis] != checks.check_channels(channels):
-        raise ValueError(
-            f"x: given {buffer.shape[axis]} channels along axis {axis} of shape {buffer.shape}, want {channels}, as this layer has"
-        )
-    if (wanted := parameters(buffer)) != dtype:
-        raise TypeError(f"x: given dtype {buffer.dtype}, want {dtype}, this layer's: convert x, or make the layer with dtype='{wanted}'")
-
-
-def same_memory(a: Any, b: Any) -> bool:
-    """Whether two arrays on a GPU are element for element the same memory."""
-    return a is b or (devices.on_device(a) and overlap.same_memory(_shadow(devices.view(a, "out")), _shadow(devices.view(b, "x"))))
 
 
 def widened(values: Any) -> Any:
@@ -259,7 +147,7 @@ def copied(values: Any) -> Any:
 
 def track(m: Moments, freedom: float, weight: float, running_mean: Any, running_var: Any) -> None:
     """Running statistics move towards m.mean and m.m2 / freedom by `weight`, in place, on the GPU."""
-    mean, m2 = _wide(m.mean, "moments.mean"), _wide(m.m2, "moments.m2")
+    mean, m2 = as_moment(m.mean, "moments.mean"), as_moment(m.m2, "moments.m2")
     first = as_statistic(running_mean, mean.size, "running_mean")
     second = as_parameter(running_var, mean.size, first.dtype, "running_var")
     assert second is not None

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastbn import checks, device
+from fastbn import checks, device, device_checks
 from fastbn.backends import cuda, devices, launches
 from fastbn.backends.devices import Buffer
 
 
 def _pair(dy: Any, x: Any) -> tuple[Buffer, Buffer]:
     """dy and x, alike."""
-    x, dy = device.as_input(x), device.as_input(dy, "dy")
+    x, dy = device_checks.as_input(x), device_checks.as_input(dy, "dy")
     if dy.shape != x.shape:
         raise ValueError(f"dy: given shape {dy.shape}, want {x.shape}, the shape of x")
     if dy.dtype != x.dtype:
@@ -25,16 +25,16 @@ def backward(
     """`fastbn.batch_norm_backward`, and `fastbn.batch_norm_inference_backward` with `constant` statistics (mean, var)."""
     dy, x = _pair(dy, x)
     plan = device.planned(x, axis)
-    kind, C = device.parameters(x), plan.channels
-    gamma, eps = device.as_parameter(gamma, C, kind, "gamma"), checks.check_eps(eps, training=constant is None)
+    kind, C = device_checks.parameters(x), plan.channels
+    gamma, eps = device_checks.as_parameter(gamma, C, kind, "gamma"), checks.check_eps(eps, training=constant is None)
     if constant is None:
         checks.check_moments(m, C, plan.count)
         checks.check_count(x, plan.count)
-        mean, spread = device.as_statistic(m.mean, C, "moments.mean"), device.as_statistic(m.m2, C, "moments.m2")
+        mean, spread = device_checks.as_statistic(m.mean, C, "moments.mean"), device_checks.as_statistic(m.m2, C, "moments.m2")
     else:
-        mean, spread = device.as_statistic(constant[0], C, "mean"), device.as_statistic(constant[1], C, "var")
+        mean, spread = device_checks.as_statistic(constant[0], C, "mean"), device_checks.as_statistic(constant[1], C, "var")
     names = ("moments.mean", "moments.m2") if constant is None else ("mean", "var")
-    target = None if out is None else device.check_out(out, x, dy, gamma=gamma, **dict(zip(names, (mean, spread), strict=True)))
+    target = None if out is None else device_checks.check_out(out, x, dy, gamma=gamma, **dict(zip(names, (mean, spread), strict=True)))
     device.same_device(x, dy=dy, mean=mean, var=spread, gamma=gamma, out=target)
     out = device.new(plan, x) if out is None else out
     target = target or devices.view(out, "out")
@@ -57,7 +57,7 @@ def batch_norm_backward_reduce(dy: Any, x: Any, mean: Any, var: Any, axis: int, 
     dy, x = _pair(dy, x)
     plan = device.planned(x, axis)
     checks.check_running(mean, var)
-    mean, var = device.as_statistic(mean, plan.channels, "mean"), device.as_statistic(var, plan.channels, "var")
+    mean, var = device_checks.as_statistic(mean, plan.channels, "mean"), device_checks.as_statistic(var, plan.channels, "var")
     eps = checks.check_eps(eps, training=True)
     device.same_device(x, dy=dy, mean=mean, var=var)
     sums = devices.empty((2, plan.channels), (0, 1), "float64", x)
@@ -89,13 +89,13 @@ def batch_norm_backward_input(
     plan = device.planned(x, axis)
     C = plan.channels
     checks.check_running(mean, var)
-    mean, var = device.as_statistic(mean, C, "mean"), device.as_statistic(var, C, "var")
-    sums = device.as_statistic(sum_dy, C, "sum_dy"), device.as_statistic(sum_dy_xhat, C, "sum_dy_xhat")
+    mean, var = device_checks.as_statistic(mean, C, "mean"), device_checks.as_statistic(var, C, "var")
+    sums = device_checks.as_statistic(sum_dy, C, "sum_dy"), device_checks.as_statistic(sum_dy_xhat, C, "sum_dy_xhat")
     count = checks.check_whole(count, plan.count)
     checks.check_count(x, count)
-    gamma, eps = device.as_parameter(gamma, C, device.parameters(x), "gamma"), checks.check_eps(eps, training=True)
+    gamma, eps = device_checks.as_parameter(gamma, C, device_checks.parameters(x), "gamma"), checks.check_eps(eps, training=True)
     kept = {"mean": mean, "var": var, "sum_dy": sums[0], "sum_dy_xhat": sums[1], "gamma": gamma}
-    target = None if out is None else device.check_out(out, x, dy, **kept)
+    target = None if out is None else device_checks.check_out(out, x, dy, **kept)
     device.same_device(x, dy=dy, mean=mean, var=var, sum_dy=sums[0], sum_dy_xhat=sums[1], gamma=gamma, out=target)
     out = device.new(plan, x) if out is None else out
     target = target or devices.view(out, "out")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastbn import checks, results, scalars
+from fastbn import checks, device_checks, scalars
 from fastbn.backends import devices, select_device
 
 Array = NDArray[Any]
@@ -138,7 +138,7 @@ def check_kept(arrays: Mapping[str, Any], channels: int, dtype: np.dtype[Any], w
     (host, host_beside), (device, device_beside) = sides
     checks.check_kept(host, channels, dtype, written, **host_beside)
     if device:
-        results.on_gpu(None).check_kept(device, channels, dtype, written, **device_beside)
+        device_checks.check_kept(device, channels, dtype, written, **device_beside)
 
 
 def check_apart(out: Any, **others: Any) -> None:
@@ -146,4 +146,4 @@ def check_apart(out: Any, **others: Any) -> None:
     if isinstance(out, np.ndarray):
         checks.check_apart(out, **{name: array for name, array in others.items() if not devices.on_device(array)})
     elif out is not None and devices.on_device(out):
-        results.on_gpu(None).check_apart(out, **{name: array for name, array in others.items() if devices.on_device(array)})
+        device_checks.check_apart(out, **{name: array for name, array in others.items() if devices.on_device(array)})

@@ -48,8 +48,8 @@ NO_ARRAY = {
     "backends.explain": "words about a shape",
     "check.run": "whether the backend is there",
     "cli._warmup": "compiles",
-    "device._Interface.__init__": "for NumPy's arithmetic on addresses; nobody reads that memory",
-    "device.same_memory": "compares addresses",
+    "device_checks._Interface.__init__": "for NumPy's arithmetic on addresses; nobody reads that memory",
+    "device_checks.same_memory": "compares addresses",
     "distributed._beside": "asks on which GPU x is",
     "layout.Plan.empty": "memory of its own",
     "overlap.same_memory": "compares addresses",
@@ -67,7 +67,7 @@ NO_ARRAY = {
 X, DY, OUT = {"x": "checks.as_input"}, {"dy": "checks.check_like"}, {"out": "checks.check_out"}
 PARAMETERS = {"gamma": "checks.as_parameter", "beta": "checks.as_parameter"}
 STATISTICS = {"mean": "checks.as_statistic", "var": "checks.as_statistic"}
-ON_GPU = {"x": "device.as_input", "gamma": "device.as_parameter", "out": "device.check_out"}
+ON_GPU = {"x": "device_checks.as_input", "gamma": "device_checks.as_parameter", "out": "device_checks.check_out"}
 CHECKED: dict[str, tuple[int, dict[str, str]]] = {
     "functional.moments": (2, X),
     "functional.batch_norm": (3, X | PARAMETERS | OUT),
@@ -76,20 +76,23 @@ CHECKED: dict[str, tuple[int, dict[str, str]]] = {
     "split.batch_norm_backward_reduce": (2, X | DY | STATISTICS),
     "split.batch_norm_backward_input": (2, X | DY | STATISTICS | PARAMETERS | OUT | {"sum_dy": "checks.as_statistic"}),
     "batchnorm.BatchNorm.forward": (1, X | {"running_mean, running_var": "checks.well_kept", "strided ones": "checks.check_kept"}),
-    "device.as_input": (1, {"any": "foreign.on_device"}),
-    "device.copied": (2, {"gamma": "device.as_input"}),
-    "device.check_kept": (2, {"running_mean": "device.as_parameter"}),
-    "device.DeviceMoments._spread": (1, {"m2": "device._wide"}),
-    "device.DeviceMoments.rstd": (1, {"m2": "device._wide"}),
-    "device.DeviceMoments.merge": (1, {"mean": "device._wide", "m2": "device._wide"}),
-    "device.widened": (4, {"running_mean": "device.as_statistic"}),
-    "device.track": (5, {"moments": "device._wide", "running_mean": "device.as_statistic", "running_var": "device.as_parameter"}),
-    "device.moments": (4, {"x": "device.as_input"}),
+    "device_checks.as_input": (1, {"any": "foreign.on_device"}),
+    "device.copied": (2, {"gamma": "device_checks.as_input"}),
+    "device_checks.check_kept": (2, {"running_mean": "device_checks.as_parameter"}),
+    "device.DeviceMoments._spread": (1, {"m2": "device_checks.as_moment"}),
+    "device.DeviceMoments.rstd": (1, {"m2": "device_checks.as_moment"}),
+    "device.DeviceMoments.merge": (1, {"mean": "device_checks.as_moment", "m2": "device_checks.as_moment"}),
+    "device.widened": (4, {"running_mean": "device_checks.as_statistic"}),
+    "device.track": (
+        5,
+        {"moments": "device_checks.as_moment", "running_mean": "device_checks.as_statistic", "running_var": "device_checks.as_parameter"},
+    ),
+    "device.moments": (4, {"x": "device_checks.as_input"}),
     "device.batch_norm": (7, ON_GPU),
-    "device.batch_norm_inference": (5, ON_GPU | {"mean": "device.as_statistic"}),
-    "device_gradients.backward": (8, ON_GPU | {"mean": "device.as_statistic", "moments": "checks.check_moments"}),
-    "device_gradients.batch_norm_backward_reduce": (5, {"x": "device.as_input", "mean": "device.as_statistic"}),
-    "device_gradients.batch_norm_backward_input": (6, ON_GPU | {"mean": "device.as_statistic"}),
+    "device.batch_norm_inference": (5, ON_GPU | {"mean": "device_checks.as_statistic"}),
+    "device_gradients.backward": (8, ON_GPU | {"mean": "device_checks.as_statistic", "moments": "checks.check_moments"}),
+    "device_gradients.batch_norm_backward_reduce": (5, {"x": "device_checks.as_input", "mean": "device_checks.as_statistic"}),
+    "device_gradients.batch_norm_backward_input": (6, ON_GPU | {"mean": "device_checks.as_statistic"}),
     "torch.kernels.track": (1, {"running_mean": "torch.serves.declines in torch.modules.Served.forward before torch.modules._eager"}),
     "torch.prepared.inference": (
         3,

@@ -62,6 +62,7 @@ TIERS = {
     "backends/schedule.py": 3.0,
     "backends/grids.py": 3.0,
     "backends/devices.py": 3.0,
+    "device_checks.py": 3.01,
     "backends/views.py": 3.02,
     "backends/model.py": 3.05,
     "backends/launches.py": 3.1,
