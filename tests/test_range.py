@@ -79,6 +79,55 @@ def test_numbers_stay_numbers(scale: Scale, shape: tuple[int, ...], layout: str)
             assert _close(found[2], wanted.dbeta, terms.sum(others))
 
 
+Arrays = list[np.ndarray]
+
+
+def _all(x: np.ndarray, dy: np.ndarray, gamma: np.ndarray) -> Arrays:
+    """What every function gives."""
+    with np.errstate(all="ignore"):
+        y, m = fastbn.batch_norm(x, gamma)
+        sums = fastbn.batch_norm_backward_reduce(dy, x, m.mean, m.var())
+        found = [y, m.mean, m.m2, *sums, fastbn.batch_norm_backward_input(dy, x, m.mean, m.var(), *sums, m.count, gamma)]
+        found += fastbn.batch_norm_backward(dy, x, m, gamma)
+        found += fastbn.batch_norm_inference_backward(dy, x, m.mean, m.var(), gamma)
+        return [*found, fastbn.batch_norm_inference(x, m.mean, m.var(), gamma)]
+
+
+@pytest.mark.parametrize("layout", ["C", "channels_last"])
+@pytest.mark.parametrize("shape", [(3, 5, 40), (2, 9, 5, 40), (40, 33), (67, 4), (4, 6, 3, 3)], ids=str)
+def test_a_channel_beyond_float32_leaves_the_others_their_bits(shape: tuple[int, ...], layout: str) -> None:
+    rng, channel = np.random.default_rng(0), shape[1] // 2
+    x, dy = (COMPACT[layout](rng.standard_normal(shape).astype(np.float32), 1) for _ in range(2))
+    gamma, others = np.ones(shape[1], np.float32), np.arange(shape[1]) != channel
+    healthy = _all(x, dy, gamma)
+    for factor, weight, slope in ((1e31, 1.0, 1.0), (1e-42, 1.0, 1.0), (1e-3, 3.4e38, 1.0), (1.0, 1.0, 1e32)):
+        other_x, other_dy, other_gamma = x.copy(order="K"), dy.copy(order="K"), gamma.copy()
+        other_x[:, channel] *= np.float32(factor)
+        other_dy[:, channel] *= np.float32(slope)
+        other_gamma[channel] = weight
+        for got, want in zip(_all(other_x, other_dy, other_gamma), healthy, strict=True):
+            axis = 1 if got.ndim > 1 else 0
+            assert got.compress(others, axis).tobytes() == want.compress(others, axis).tobytes()
+
+
+@pytest.mark.parametrize("layout", ["C", "channels_last"])
+@pytest.mark.parametrize("shape", [(64, 3), (2, 3, 340), (67, 3, 2)], ids=str)
+def test_sums_that_only_float64_holds(shape: tuple[int, ...], layout: str) -> None:
+    rng, others = np.random.default_rng(0), tuple(a for a in range(len(shape)) if a != 1)
+    values, slope = rng.standard_normal(shape).astype(np.float32), np.full(shape, 2e37, np.float32)
+    slope[0] *= -1
+    x, dy, gamma = COMPACT[layout](values, 1), COMPACT[layout](slope, 1), np.full(3, 1e-10, np.float32)
+    m = fastbn.moments(x)
+    sums = fastbn.batch_norm_backward_reduce(dy, x, m.mean, m.var())
+    wanted = published.gradients(slope, values, m.mean, m.var(), gamma, 1, 1e-5, True)
+    terms = np.abs(slope.astype(np.float64)).sum(others).max()
+    np.testing.assert_allclose(sums[0], wanted.dbeta, rtol=0, atol=1e-6 * terms)
+    np.testing.assert_allclose(sums[1], wanted.dgamma, rtol=0, atol=1e-6 * terms)
+    with np.errstate(over="ignore"):
+        dx = fastbn.batch_norm_backward(dy, x, m, gamma)[0]
+    np.testing.assert_allclose(dx, wanted.dx, rtol=0, atol=3e-6 * np.abs(wanted.dx).max())
+
+
 @pytest.mark.parametrize("shape", [(40, 5), (3, 5, 40), (2, 5, 9, 40)], ids=str)
 def test_inference_by_addresses(shape: tuple[int, ...]) -> None:
     rng = np.random.default_rng(0)

@@ -2,7 +2,7 @@
 
 1 / sqrt(var + eps) does where eps is below 1e-76, or 0 beside a subnormal variance; times gamma, where gamma is huge; the slope of
 dx, where deviations are near 1e38 or 1e-38. Infinite in float32 it would make NaN of a deviation of 0, and subnormal it loses
-digits. Right, and slow: it is no case of practice.
+digits. Right, and slow: it is no case of practice. The other channels keep their bits.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import numpy as np
 
 from fastbn.kernels._jit import leaf, routine
 from fastbn.kernels._memory import address, at
-from fastbn.kernels._simd import choose, element, lanes, load_wide, quiet, store_wide, wide, within
+from fastbn.kernels._simd import choose, element, lanes, load_wide, muladd, quiet, store_wide, total, wide, within
 
 MOST, LEAST = float(np.finfo(np.float32).max), float(np.finfo(np.float32).tiny)
 INF = float("inf")
@@ -33,6 +33,12 @@ def centred(x, mean, n):
 def keeps(x, a, b, n):
     """Whether none of the first n lanes of a is subnormal there where b is not."""
     return lanes(x) == 8 or within(choose(a, -LEAST, LEAST, b, wide(0.0)), n, -LEAST, LEAST)
+
+
+@leaf
+def finite(x, t, q):
+    """Whether both sums are, or x is not of float32: sums there may be too large where those in float64 are not."""
+    return lanes(x) == 8 or (-INF < t < INF and -INF < q < INF)
 
 
 @leaf
@@ -75,12 +81,18 @@ def wide_gradient(dy, x, mean, rstd, scale, mean_dy, mean_dy_xhat, dx):
 @routine
 def wide_sums(dy, x, mean, rstd):
     """(sum of dy, sum of dy * xhat) of one row."""
-    t, q = 0.0, 0.0
-    for s in range(x.size):
-        g = element(dy, (s,))
-        t += g
-        q += g * ((element(x, (s,)) - mean) * rstd)
-    return t, q
+    m, r, t, q = wide(mean), wide(rstd), wide(0.0), wide(0.0)
+    last_t, last_q, s = 0.0, 0.0, 0
+    while s + 8 <= x.size:
+        g = load_wide(dy, (s,), 8)
+        t, q = t + g, muladd(g, (load_wide(x, (s,), 8) - m) * r, q)
+        s += 8
+    while s < x.size:
+        g_s = element(dy, (s,))
+        last_t += g_s
+        last_q += g_s * ((element(x, (s,)) - mean) * rstd)
+        s += 1
+    return total(t) + last_t, total(q) + last_q
 
 
 @routine
@@ -105,42 +117,31 @@ def gradient_rows(dy, x, c, mean, rstd, gamma, sums, count, training, dx):
             wide_affine(dz, 0.0, scale, 0.0, out)
 
 
-@leaf
-def strips_of(x, first, last, S, fold):
-    """How many strips of S columns, from column first * S on: of channels first .. last, `fold` times, as far as the row goes."""
-    return min((last - first) * fold, x.shape[1] // S - first)
+@routine
+def affine_columns(x, r0, r1, j, S, c, mean, spread, count, eps, gamma, beta, y):
+    """y of channel c, S columns from j, on rows r0 .. r1 of (R, F)."""
+    scale, shift = times(gamma, rstd_of(spread, count, eps, c), c), np.float64(beta[c]) if beta.size else 0.0
+    for r in range(r0, r1):
+        wide_affine(row(x, (r, j), S), mean[c], scale, shift, row(y, (r, j), S))
 
 
 @routine
-def affine_columns(x, r0, r1, first, last, S, fold, mean, spread, count, eps, gamma, beta, y):
-    """y of channels first .. last of rows r0 .. r1 of (R, F), each S columns, `fold` times over."""
-    for i in range(strips_of(x, first, last, S, fold)):
-        c, j = first + i % (last - first), (first + i) * S
-        scale, shift = times(gamma, rstd_of(spread, count, eps, c), c), np.float64(beta[c]) if beta.size else 0.0
-        for r in range(r0, r1):
-            wide_affine(row(x, (r, j), S), mean[c], scale, shift, row(y, (r, j), S))
-
-
-@routine
-def gradient_columns(dy, x, r0, r1, first, last, S, fold, mean, rstd, gamma, sums, count, training, dx):
+def gradient_columns(dy, x, r0, r1, j, S, c, mean, rstd, gamma, sums, count, training, dx):
     """dx of the same."""
-    for i in range(strips_of(x, first, last, S, fold)):
-        c, j = first + i % (last - first), (first + i) * S
-        scale = times(gamma, rstd[c], c)
-        for r in range(r0, r1):
-            dz, out = row(dy, (r, j), S), row(dx, (r, j), S)
-            if training:
-                wide_gradient(dz, row(x, (r, j), S), mean[c], rstd[c], scale, sums[0, c] / count, sums[1, c] / count, out)
-            else:
-                wide_affine(dz, 0.0, scale, 0.0, out)
+    scale = times(gamma, rstd[c], c)
+    for r in range(r0, r1):
+        dz, out = row(dy, (r, j), S), row(dx, (r, j), S)
+        if training:
+            wide_gradient(dz, row(x, (r, j), S), mean[c], rstd[c], scale, sums[0, c] / count, sums[1, c] / count, out)
+        else:
+            wide_affine(dz, 0.0, scale, 0.0, out)
 
 
 @routine
-def sum_columns(dy, x, r0, r1, first, strips, C, S, mean, rstd, sums):
-    """sums (2, P) of so many strips of S columns from `first` on, over rows r0 .. r1; strip s is of channel s modulo C."""
-    for s in range(first, first + strips):
-        t, q = 0.0, 0.0
-        for r in range(r0, r1):
-            more_t, more_q = wide_sums(row(dy, (r, s * S), S), row(x, (r, s * S), S), mean[s % C], rstd[s % C])
-            t, q = t + more_t, q + more_q
-        sums[0, s], sums[1, s] = t, q
+def sum_columns(dy, x, r0, r1, s, S, c, mean, rstd, sums):
+    """sums (2, P) of strip s, S columns of channel c, over rows r0 .. r1."""
+    t, q = 0.0, 0.0
+    for r in range(r0, r1):
+        more_t, more_q = wide_sums(row(dy, (r, s * S), S), row(x, (r, s * S), S), mean[c], rstd[c])
+        t, q = t + more_t, q + more_q
+    sums[0, s], sums[1, s] = t, q

@@ -16,7 +16,7 @@ from fastbn.kernels._jit import kernel, leaf, prange, routine
 from fastbn.kernels._memory import fence
 from fastbn.kernels._simd import element, lanes, load, load_some, load_wide, muladd, scalar, spread, total, wide
 from fastbn.kernels.beyond import affine_rows
-from fastbn.kernels.elementwise import affine_row, affine_stream, fill_affine, fill_forward, one_stream
+from fastbn.kernels.elementwise import affine_row, affine_stream, deviation, fill_affine, fill_forward, one_stream, put_affine
 
 merge = leaf(welford.merge)
 finish_block = leaf(welford.block)
@@ -251,6 +251,17 @@ def affine_units(x, task, tasks, pieces, k, stream, y):
         n, c, piece = onward(x, n, c, piece, pieces)
 
 
+@routine
+def affine_channel(x, c, mean, spread, count, eps, gamma, beta, k, i, y):
+    """y of channel c, where another's coefficients do not fit, or its own: column i of k, or in float64. See `beyond.rstd_of`."""
+    rstd = deviation(spread, c, 1, count, eps) if count > 0.0 else load_wide(spread, (c,), 1)
+    if put_affine(x, load_wide(mean, (c,), 1), rstd, gamma, beta, c, 1, k, i):
+        for n in range(x.shape[0] - 1, -1, -1):
+            affine_row(x, n, c, 0, x.shape[2], k, i, 0, False, y)
+    else:
+        affine_rows(x, c, mean, spread, count, eps, gamma, beta, y)
+
+
 @kernel("x3 m1 m1 p1 p1 i i b w2 y3")
 def normalize(x, mean, rstd, gamma, beta, pieces, tasks, stream, work, y):
     """y = gamma * (x - mean) * rstd + beta, in the order of memory; gamma, beta may be empty; `work` (3, C rounded up to 8)."""
@@ -263,7 +274,7 @@ def normalize(x, mean, rstd, gamma, beta, pieces, tasks, stream, work, y):
                 fence()
         else:
             for c in range(C * task // tasks, C * (task + 1) // tasks):
-                affine_rows(x, c, mean, rstd, 0.0, 0.0, gamma, beta, y)
+                affine_channel(x, c, mean, rstd, 0.0, 0.0, gamma, beta, work, c, y)
 
 
 @kernel("x3 p1 p1 f i i i i i i b w3 y3 s2")
@@ -283,7 +294,7 @@ def forward(x, gamma, beta, eps, rows, splits, blocks, lot, tasks, ahead, stream
             count = part_moments(x, c0, c1, 0, blocks, rows, splits, mean, m2)
             if not fill_forward(x, mean, m2, count, eps, gamma, beta, c0, c1, k):
                 for c in range(c0, c1):
-                    affine_rows(x, c, mean, m2, count, eps, gamma, beta, y)
+                    affine_channel(x, c, mean, m2, count, eps, gamma, beta, k, c - c0, y)
                 continue
             for n in range(N - 1, -1, -1):  # what was read last is the hottest
                 if whole:

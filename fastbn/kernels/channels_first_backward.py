@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from fastbn.kernels._jit import kernel, leaf, prange
+from fastbn.kernels._jit import kernel, leaf, prange, routine
 from fastbn.kernels._memory import fence
 from fastbn.kernels._simd import broadcast, lanes, load, load_some, muladd, spread, total
-from fastbn.kernels.beyond import gradient_rows, row, wide_sums
+from fastbn.kernels.beyond import finite, gradient_rows, row, wide_sums
 from fastbn.kernels.channels_first import SEGMENT, affine_units, bounds, ends, group_rows, onward, units_of
 from fastbn.kernels.elementwise import (
     affine_row,
@@ -19,6 +19,8 @@ from fastbn.kernels.elementwise import (
     joined,
     narrow,
     one_stream,
+    put_gradient,
+    put_standardize,
 )
 
 
@@ -53,6 +55,17 @@ def block_sums(dy, x, c, n0, n1, s0, s1, k, e):
     return total(t), total(q)
 
 
+@routine
+def channel_sums(dy, x, c, first, last, rows, splits, mean, rstd, sums):
+    """sums of channel c in float64, over the same blocks."""
+    sums[0, c], sums[1, c] = 0.0, 0.0
+    for block in range(first, last):
+        n0, n1, s0, s1 = bounds(x, block, rows, splits)
+        for n in range(n0, n1):
+            more_t, more_q = wide_sums(row(dy, (n, c, s0), s1 - s0), row(x, (n, c, s0), s1 - s0), mean[c], rstd[c])
+            sums[0, c], sums[1, c] = sums[0, c] + more_t, sums[1, c] + more_q
+
+
 @leaf
 def part_sums(dy, x, c0, c1, first, last, rows, splits, mean, rstd, k, sums):
     """sums (2, C): sum of dy, sum of dy * xhat over blocks first .. last of channels c0 .. c1, blocks added in float64."""
@@ -61,16 +74,26 @@ def part_sums(dy, x, c0, c1, first, last, rows, splits, mean, rstd, k, sums):
         sums[0, c], sums[1, c] = 0.0, 0.0
     for block in range(first, last):
         n0, n1, s0, s1 = bounds(x, block, rows, splits)
-        if not fit:
-            for c in range(c0, c1):
-                for n in range(n0, n1):
-                    more_t, more_q = wide_sums(row(dy, (n, c, s0), s1 - s0), row(x, (n, c, s0), s1 - s0), mean[c], rstd[c])
-                    sums[0, c], sums[1, c] = sums[0, c] + more_t, sums[1, c] + more_q
-            continue
         for c in range(c0, c1):
             t, q = block_sums(dy, x, c, n0, n1, s0, s1, k, c - c0)
             sums[0, c] += np.float64(t)
             sums[1, c] += np.float64(q)
+    for c in range(c0, c1):
+        if not finite(x, sums[0, c], sums[1, c]) or not (fit or put_standardize(x, mean, rstd, c, 1, k, c - c0)):
+            channel_sums(dy, x, c, first, last, rows, splits, mean, rstd, sums)
+
+
+@routine
+def gradient_channel(dy, x, c, mean, rstd, gamma, sums, count, training, k, i, dx):
+    """dx of channel c, where another's coefficients do not fit, or its own: column i of k, or in float64."""
+    if not put_gradient(x, mean, rstd, gamma, sums, count, training, c, 1, k, i):
+        gradient_rows(dy, x, c, mean, rstd, gamma, sums, count, training, dx)
+        return
+    for n in range(x.shape[0] - 1, -1, -1):
+        if training:
+            gradient_row(dy, x, n, c, 0, x.shape[2], k, i, 0, False, dx)
+        else:
+            affine_row(dy, n, c, 0, x.shape[2], k, i, 0, False, dx)
 
 
 @kernel("x3 x3 m1 m1 i i i i i i w3 s3 s2")
@@ -116,7 +139,7 @@ def grad_input(dy, x, mean, rstd, gamma, sums, count, training, pieces, tasks, s
     for task in prange(tasks):
         if not fit:
             for c in range(C * task // tasks, C * (task + 1) // tasks):
-                gradient_rows(dy, x, c, mean, rstd, gamma, sums, count, training, dx)
+                gradient_channel(dy, x, c, mean, rstd, gamma, sums, count, training, work, c, dx)
         elif training:
             gradient_units(dy, x, task, tasks, pieces, work, stream, dx)
         else:
@@ -139,7 +162,7 @@ def backward(dy, x, mean, rstd, gamma, training, rows, splits, blocks, lot, task
             narrow(sums, c0, c1, grads)
             if not fill_gradient(x, mean, rstd, gamma, sums, count, training, c0, c1, k):
                 for c in range(c0, c1):
-                    gradient_rows(dy, x, c, mean, rstd, gamma, sums, count, training, dx)
+                    gradient_channel(dy, x, c, mean, rstd, gamma, sums, count, training, k, c - c0, dx)
                 continue
             for n in range(N - 1, -1, -1):
                 if whole and training:

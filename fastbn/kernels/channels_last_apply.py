@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from fastbn.kernels._jit import kernel, leaf, prange, routine
 from fastbn.kernels._memory import address, at, fence, prefetch
-from fastbn.kernels._simd import broadcast, bytes_of, lanes, load, load_far, load_some, store, store_some, store_stream
+from fastbn.kernels._simd import broadcast, bytes_of, lanes, load, load_far, load_some, load_wide, store, store_some, store_stream
 from fastbn.kernels.beyond import affine_columns
 from fastbn.kernels.blocks import FAR, LINEAR
 from fastbn.kernels.channels_last import part_moments, share
-from fastbn.kernels.elementwise import affine, fill_affine, fill_forward, head
+from fastbn.kernels.elementwise import affine, deviation, fill_affine, fill_forward, head, put_affine
 
 SPREAD = 5  # row of a workspace where the coefficients of columns begin; those of channels begin at 0
 
@@ -151,6 +151,20 @@ def affine_block(x, r0, r1, j, width, k, e, ahead, stream, y):
         r += 1
 
 
+@routine
+def affine_channels(x, r0, r1, first, last, S, fold, mean, spread, count, eps, gamma, beta, k, y):
+    """y of channels first .. last on rows r0 .. r1, `fold` times over, one by one: where the coefficients of some do not fit."""
+    for c in range(first, last):
+        rstd = deviation(spread, c, 1, count, eps) if count > 0.0 else load_wide(spread, (c,), 1)
+        fit = put_affine(x, load_wide(mean, (c,), 1), rstd, gamma, beta, c, 1, k, 0)
+        e = spread_columns(k, 3, 1, 1, S)
+        for j in range(c * S, min(x.shape[1], (first + (last - first) * fold) * S), (last - first) * S):
+            if fit:
+                affine_block(x, r0, r1, j, S, k, e, 0, False, y)
+            else:
+                affine_columns(x, r0, r1, j, S, c, mean, spread, count, eps, gamma, beta, y)
+
+
 @leaf
 def affine_share(x, mean, rstd, gamma, beta, S, fold, parts, block, task, tasks, columns, stream, work, y):
     """A task's share of the rows and channels."""
@@ -162,7 +176,7 @@ def affine_share(x, mean, rstd, gamma, beta, S, fold, parts, block, task, tasks,
         last = min(C, first + block)
         r0, r1 = R * p // parts, R * (p + 1) // parts
         if not fill_affine(x, mean, rstd, gamma, beta, first, last, k):
-            affine_columns(x, r0, r1, first, last, S, fold, mean, rstd, 0.0, 0.0, gamma, beta, y)
+            affine_channels(x, r0, r1, first, last, S, fold, mean, rstd, 0.0, 0.0, gamma, beta, k, y)
             continue
         e = spread_columns(k, 3, last - first, fold, S)
         affine_block(x, r0, r1, first * S, (last - first) * fold * S, k, e, 0, stream, y)
@@ -176,7 +190,7 @@ def affine_rest(rest_row, mean, rstd, gamma, beta, S, fold, columns, work, rest_
         e = spread_columns(k, 3, C, fold, S)
         affine_block(rest_row, 0, 1, 0, rest_row.shape[1], k, e, 0, False, rest_y)
     else:
-        affine_columns(rest_row, 0, 1, 0, C, S, fold, mean, rstd, 0.0, 0.0, gamma, beta, rest_y)
+        affine_channels(rest_row, 0, 1, 0, C, S, fold, mean, rstd, 0.0, 0.0, gamma, beta, k, rest_y)
 
 
 @kernel("x2 x2 m1 m1 p1 p1 i i i i i i i b w1 y2 y2")
@@ -201,7 +215,7 @@ def forward(x, gamma, beta, eps, S, block, tasks, columns, stream, work, y, stat
             last = min(C, first + block)
             part_moments(x, 0, R, first, last, S, False, k, mean, m2)
             if not fill_forward(x, mean, m2, count, eps, gamma, beta, first, last, k):
-                affine_columns(x, 0, R, first, last, S, 1, mean, m2, count, eps, gamma, beta, y)
+                affine_channels(x, 0, R, first, last, S, 1, mean, m2, count, eps, gamma, beta, k, y)
                 continue
             e = spread_columns(k, 3, last - first, 1, S)
             affine_block(x, 0, R, first * S, (last - first) * S, k, e, block * S, stream, y)

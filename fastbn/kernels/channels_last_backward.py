@@ -5,11 +5,11 @@ from __future__ import annotations
 from fastbn.kernels._jit import kernel, leaf, prange, routine
 from fastbn.kernels._memory import fence, prefetch
 from fastbn.kernels._simd import lanes, load, load_far, load_some, load_wide, muladd, spread, store, store_some, store_stream, store_wide
-from fastbn.kernels.beyond import gradient_columns, sum_columns
+from fastbn.kernels.beyond import finite, gradient_columns, sum_columns
 from fastbn.kernels.blocks import PANELS
 from fastbn.kernels.channels_last import run_total, share
 from fastbn.kernels.channels_last_apply import affine_block, around, as_row, spread_columns, whole_rows
-from fastbn.kernels.elementwise import fill_gradient, fill_standardize, gradient, head, narrow
+from fastbn.kernels.elementwise import fill_gradient, fill_standardize, gradient, head, narrow, put_gradient, put_standardize
 
 ROWS = 64  # of a tile: as many values as a lane's float32 sum may take within 1e-6
 T, Q = 10, 11  # rows of a workspace that sum dy and dy * xhat
@@ -198,10 +198,33 @@ def gradient_block(dy, x, r0, r1, j, width, k, e, ahead, stream, dx):
 
 
 @routine
+def gradient_channels(dy, x, r0, r1, first, last, mean, rstd, gamma, sums, count, training, S, fold, k, dx):
+    """dx of channels first .. last on rows r0 .. r1, `fold` times over, one by one: where the coefficients of some do not fit."""
+    for c in range(first, last):
+        fit = put_gradient(x, mean, rstd, gamma, sums, count, training, c, 1, k, 0)
+        e = spread_columns(k, 5 if training else 3, 1, 1, S)
+        for j in range(c * S, min(x.shape[1], (first + (last - first) * fold) * S), (last - first) * S):
+            if not fit:
+                gradient_columns(dy, x, r0, r1, j, S, c, mean, rstd, gamma, sums, count, training, dx)
+            elif training:
+                gradient_block(dy, x, r0, r1, j, S, k, e, 0, False, dx)
+            else:
+                affine_block(dy, r0, r1, j, S, k, e, 0, False, dx)
+
+
+@leaf
+def strip_sums(dy, x, r0, r1, first, last, C, S, fit, mean, rstd, k, sums):
+    """sums (2, P) again in float64, of those strips first .. last whose coefficients do not fit or whose sums are not finite."""
+    for s in range(first, last):
+        if not finite(x, sums[0, s], sums[1, s]) or not (fit or put_standardize(x, mean, rstd, s % C, 1, k, 0)):
+            sum_columns(dy, x, r0, r1, s, S, s % C, mean, rstd, sums)
+
+
+@routine
 def block_gradient(dy, x, r0, r1, first, last, mean, rstd, gamma, sums, count, training, S, fold, ahead, stream, k, dx):
     """dx on rows r0 .. r1 of channels first .. last: coefficients, then `gradient_block`, or `affine_block` on dy."""
     if not fill_gradient(x, mean, rstd, gamma, sums, count, training, first, last, k):
-        gradient_columns(dy, x, r0, r1, first, last, S, fold, mean, rstd, gamma, sums, count, training, dx)
+        gradient_channels(dy, x, r0, r1, first, last, mean, rstd, gamma, sums, count, training, S, fold, k, dx)
         return
     e = spread_columns(k, 5 if training else 3, last - first, fold, S)
     width = min(x.shape[1] - first * S, (last - first) * fold * S)  # less in a row that is left over
@@ -222,18 +245,16 @@ def grad_reduce(dy, rest_dy, x, rest_x, mean, rstd, S, fold, rest, parts, block,
             p, first = unit // blocks, unit % blocks * block
             last = min(C, first + block)
             r0, r1, strips = R * p // parts, R * (p + 1) // parts, fold * C if fold > 1 else last
-            if fill_standardize(x, mean, rstd, first, last, k):
-                e = spread_columns(k, 3, last - first, fold, S)
-                part_sums(dy, x, r0, r1, first, strips, S, along, k, e, partial[p])
-            else:
-                sum_columns(dy, x, r0, r1, first, strips - first, C, S, mean, rstd, partial[p])
+            fit = fill_standardize(x, mean, rstd, first, last, k)
+            e = spread_columns(k, 3, last - first, fold, S)
+            part_sums(dy, x, r0, r1, first, strips, S, along, k, e, partial[p])
+            strip_sums(dy, x, r0, r1, first, strips, C, S, fit, mean, rstd, k, partial[p])
     if rest > 0:
         k = share(work, 0, columns)
-        if fill_standardize(x, mean, rstd, 0, C, k):
-            e = spread_columns(k, 3, C, fold, S)
-            part_sums(rest_dy, rest_x, 0, 1, 0, rest * C, S, False, k, e, partial[parts])
-        else:
-            sum_columns(rest_dy, rest_x, 0, 1, 0, rest * C, C, S, mean, rstd, partial[parts])
+        fit = fill_standardize(x, mean, rstd, 0, C, k)
+        e = spread_columns(k, 3, C, fold, S)
+        part_sums(rest_dy, rest_x, 0, 1, 0, rest * C, S, False, k, e, partial[parts])
+        strip_sums(rest_dy, rest_x, 0, 1, 0, rest * C, C, S, fit, mean, rstd, k, partial[parts])
     for i in range(2):
         for p in range(1, parts):
             for s in range(0, fold * C, 8):
@@ -277,10 +298,9 @@ def backward(dy, x, mean, rstd, gamma, training, S, block, tasks, columns, strea
         for unit in range(blocks * task // tasks, blocks * (task + 1) // tasks):
             first = unit * block
             last = min(C, first + block)
-            if fill_standardize(x, mean, rstd, first, last, k):
-                e = spread_columns(k, 3, last - first, 1, S)
-                part_sums(dy, x, 0, R, first, last, S, False, k, e, sums)
-            else:
-                sum_columns(dy, x, 0, R, first, last - first, C, S, mean, rstd, sums)
+            fit = fill_standardize(x, mean, rstd, first, last, k)
+            e = spread_columns(k, 3, last - first, 1, S)
+            part_sums(dy, x, 0, R, first, last, S, False, k, e, sums)
+            strip_sums(dy, x, 0, R, first, last, C, S, fit, mean, rstd, k, sums)
             narrow(sums, first, last, grads)
             block_gradient(dy, x, 0, R, first, last, mean, rstd, gamma, sums, float(R * S), training, S, 1, block * S, stream, k, dx)

@@ -76,51 +76,62 @@ def fill_forward(x, mean, m2, count, eps, gamma, beta, c0, c1, k):
 
 
 @leaf
+def put_standardize(x, mean, rstd, c, n, k, i):
+    """Columns i .. i + n of k = (high, scale, shift) of channels c .. c + n: xhat = (x - high) * scale + shift; whether they fit."""
+    m, r = load_wide(mean, (c,), n), load_wide(rstd, (c,), n)
+    high, scale = rounded(x, m), rounded(x, r)
+    shift = wide(0.0) - (m - high) * scale
+    store_wide(k, (0, i), n, high)
+    store_wide(k, (1, i), n, scale)
+    store_wide(k, (2, i), n, shift)
+    return centred(x, m, n) and fits(x, r, n) and fits(x, shift, n) and keeps(x, r, wide(1.0), n)
+
+
+@leaf
 def fill_standardize(x, mean, rstd, c0, c1, k):
-    """Columns from 0 of k = (high, scale, shift) of channels c0 .. c1: xhat = (x - high) * scale + shift; whether they fit."""
+    """The same of channels c0 .. c1 from column 0 of k."""
     fit = True
     for c in range(c0, c1, 8):
-        n = min(8, c1 - c)
-        m, r = load_wide(mean, (c,), n), load_wide(rstd, (c,), n)
-        high, scale = rounded(x, m), rounded(x, r)
-        shift = wide(0.0) - (m - high) * scale
-        store_wide(k, (0, c - c0), n, high)
-        store_wide(k, (1, c - c0), n, scale)
-        store_wide(k, (2, c - c0), n, shift)
-        fit = centred(x, m, n) and fits(x, r, n) and fits(x, shift, n) and fit
+        fit = put_standardize(x, mean, rstd, c, min(8, c1 - c), k, c - c0) and fit
+    return fit
+
+
+@leaf
+def put_gradient(x, mean, rstd, gamma, sums, count, training, c, n, k, i):
+    """Columns i .. i + n of k = (high, slope, offset, mean_dy, scale): dx = ((dy - mean_dy) + ((x - high) * slope + offset)) * scale.
+
+    The slope is rstd times the mean of dy * xhat; times gamma * rstd too, it would underflow for data near 1e30.
+    Where the statistics are constants: (0, gamma * rstd, 0) of `affine_row` on dy. Whether they fit.
+    """
+    m, r = load_wide(mean, (c,), n), load_wide(rstd, (c,), n)
+    g = load_wide(gamma, (c,), n) if gamma.size else wide(1.0)
+    scale = r * g
+    fit = fits(x, scale, n) and keeps(x, scale, g, n)
+    if training:
+        mean_dy, mean_dy_xhat = load_wide(sums, (0, c), n) / wide(count), load_wide(sums, (1, c), n) / wide(count)
+        high, centre, exact = rounded(x, m), rounded(x, mean_dy), (wide(0.0) - r) * mean_dy_xhat
+        slope = rounded(x, exact)
+        offset = (wide(0.0) - (m - high)) * slope - (mean_dy - centre)
+        store_wide(k, (0, i), n, high)
+        store_wide(k, (1, i), n, slope)
+        store_wide(k, (2, i), n, offset)
+        store_wide(k, (3, i), n, centre)
+        store_wide(k, (4, i), n, scale)
+        fit = centred(x, m, n) and centred(x, mean_dy, n) and fits(x, offset, n) and fit
+        fit = fits(x, exact, n) and keeps(x, exact, mean_dy_xhat, n) and fit
+    else:
+        store_wide(k, (0, i), n, wide(0.0))
+        store_wide(k, (1, i), n, scale)
+        store_wide(k, (2, i), n, wide(0.0))
     return fit
 
 
 @leaf
 def fill_gradient(x, mean, rstd, gamma, sums, count, training, c0, c1, k):
-    """Columns from 0 of k = (high, slope, offset, mean_dy, scale): dx = ((dy - mean_dy) + ((x - high) * slope + offset)) * scale.
-
-    The slope is rstd times the mean of dy * xhat; times gamma * rstd too, it would underflow for data near 1e30.
-    Where the statistics are constants: (0, gamma * rstd, 0) of `affine_row` on dy. False where one leaves the range of float32.
-    """
+    """The same of channels c0 .. c1 from column 0 of k; False where one leaves the range of float32."""
     fit = True
     for c in range(c0, c1, 8):
-        n, i = min(8, c1 - c), c - c0
-        m, r = load_wide(mean, (c,), n), load_wide(rstd, (c,), n)
-        g = load_wide(gamma, (c,), n) if gamma.size else wide(1.0)
-        scale = r * g
-        fit = fits(x, scale, n) and keeps(x, scale, g, n) and fit
-        if training:
-            mean_dy, mean_dy_xhat = load_wide(sums, (0, c), n) / wide(count), load_wide(sums, (1, c), n) / wide(count)
-            high, centre, exact = rounded(x, m), rounded(x, mean_dy), (wide(0.0) - r) * mean_dy_xhat
-            slope = rounded(x, exact)
-            offset = (wide(0.0) - (m - high)) * slope - (mean_dy - centre)
-            store_wide(k, (0, i), n, high)
-            store_wide(k, (1, i), n, slope)
-            store_wide(k, (2, i), n, offset)
-            store_wide(k, (3, i), n, centre)
-            store_wide(k, (4, i), n, scale)
-            fit = centred(x, m, n) and centred(x, mean_dy, n) and fits(x, offset, n) and fit
-            fit = fits(x, exact, n) and keeps(x, exact, mean_dy_xhat, n) and fit
-        else:
-            store_wide(k, (0, i), n, wide(0.0))
-            store_wide(k, (1, i), n, scale)
-            store_wide(k, (2, i), n, wide(0.0))
+        fit = put_gradient(x, mean, rstd, gamma, sums, count, training, c, min(8, c1 - c), k, c - c0) and fit
     return fit
 
 

@@ -10,8 +10,7 @@ from __future__ import annotations
 from fastbn.kernels._jit import kernel, leaf, prange
 from fastbn.kernels._memory import at, fence
 from fastbn.kernels._simd import load_wide, store_wide
-from fastbn.kernels.beyond import affine_rows
-from fastbn.kernels.channels_first import affine_units
+from fastbn.kernels.channels_first import affine_channel, affine_units
 from fastbn.kernels.channels_last_apply import affine_rest, affine_share
 from fastbn.kernels.elementwise import deviation, fill_affine
 
@@ -45,7 +44,7 @@ def rows(like, x_at, y_at, mean_at, var_at, gamma_at, beta_at, eps, N, C, S, pie
                 fence()
         else:
             for c in range(C * task // tasks, C * (task + 1) // tasks):
-                affine_rows(x, c, stats[0], stats[1], 0.0, 0.0, gamma, beta, y)
+                affine_channel(x, c, stats[0], stats[1], 0.0, 0.0, gamma, beta, work, c, y)
 
 
 @kernel("x1 i i i i i i f i i i i i i i i i b s2 w1")

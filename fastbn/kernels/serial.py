@@ -63,7 +63,7 @@ def normalize_channels_first(x, mean, rstd, gamma, beta, y):
     fit = fill_affine(x, mean, rstd, gamma, beta, 0, C, k)
     if not fit:
         for c in range(C):
-            beyond.affine_rows(x, c, mean, rstd, 0.0, 0.0, gamma, beta, y)
+            channels_first.affine_channel(x, c, mean, rstd, 0.0, 0.0, gamma, beta, k, c, y)
     for n in range(N if fit else 0):
         for c in range(C):
             affine_row(x, n, c, 0, S, k, c, 0, False, y)
@@ -79,7 +79,7 @@ def normalize_channels_last(x, mean, rstd, gamma, beta, y):
         if fill_affine(x, mean, rstd, gamma, beta, first, last, k):
             channels_last_apply.affine_block(x, 0, R, first, last - first, k, 0, 0, False, y)
         else:
-            beyond.affine_columns(x, 0, R, first, last, 1, 1, mean, rstd, 0.0, 0.0, gamma, beta, y)
+            channels_last_apply.affine_channels(x, 0, R, first, last, 1, 1, mean, rstd, 0.0, 0.0, gamma, beta, k, y)
 
 
 @routine
@@ -108,7 +108,7 @@ def forward_channels_last(x, gamma, beta, eps, y, mean, m2):
         if fill_forward(x, mean, m2, float(R), eps, gamma, beta, first, last, k):
             channels_last_apply.affine_block(x, 0, R, first, last - first, k, 0, 0, False, y)
         else:
-            beyond.affine_columns(x, 0, R, first, last, 1, 1, mean, m2, float(R), eps, gamma, beta, y)
+            channels_last_apply.affine_channels(x, 0, R, first, last, 1, 1, mean, m2, float(R), eps, gamma, beta, k, y)
 
 
 @routine
@@ -133,11 +133,10 @@ def backward_channels_last(dy, x, mean, rstd, gamma, dx, sums):
     k = np.zeros((blocks.WORK, min(C, COLUMNS) + 16), x.dtype)
     for first in range(0, C, COLUMNS):
         last = min(C, first + COLUMNS)
-        if fill_standardize(x, mean, rstd, first, last, k):
-            channels_last_backward.part_sums(dy, x, 0, R, first, last, 1, False, k, 0, sums)
-        else:
-            beyond.sum_columns(dy, x, 0, R, first, last - first, C, 1, mean, rstd, sums)
+        fit = fill_standardize(x, mean, rstd, first, last, k)
+        channels_last_backward.part_sums(dy, x, 0, R, first, last, 1, False, k, 0, sums)
+        channels_last_backward.strip_sums(dy, x, 0, R, first, last, C, 1, fit, mean, rstd, k, sums)
         if fill_gradient(x, mean, rstd, gamma, sums, float(R), True, first, last, k):
             channels_last_backward.gradient_block(dy, x, 0, R, first, last - first, k, 0, 0, False, dx)
         else:
-            beyond.gradient_columns(dy, x, 0, R, first, last, 1, 1, mean, rstd, gamma, sums, float(R), True, dx)
+            channels_last_backward.gradient_channels(dy, x, 0, R, first, last, mean, rstd, gamma, sums, float(R), True, 1, 1, k, dx)
