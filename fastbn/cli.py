@@ -8,15 +8,13 @@ import os
 import signal
 import sys
 import textwrap
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
-from types import FrameType
 from typing import Any, NamedTuple, TextIO
 
 import fastbn
-from fastbn import check, checks, demo, dtypes, info, quickbench, stream
+from fastbn import check, checks, demo, dtypes, info, interrupts, quickbench, stream
 from fastbn.errors import BackendUnavailable, MissingExtra
 
 PROGRAM = "python -m fastbn"  # works where scripts are not on the PATH
@@ -181,33 +179,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-ENDING = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """Let the signals that end a process raise SystemExit, so that files half written are removed; main threads only may ask for it.
-
-    Where one is ignored, as under nohup, or taken in the program's own way, it stays so.
-    """
-    taken = [number for number in ENDING if signal.getsignal(number) is signal.SIG_DFL]
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        for other in taken:
-            signal.signal(other, signal.SIG_IGN)  # a terminal that goes sends both: the second must not end the tidying up
-        raise SystemExit(128 + number)
-
-    if threading.current_thread() is not threading.main_thread():
-        taken.clear()
-    for number in taken:
-        signal.signal(number, stop)
-    try:
-        yield
-    finally:
-        for number in taken:
-            signal.signal(number, signal.SIG_DFL)
-
-
 @contextmanager
 def _writable() -> Iterator[None]:
     """Let stdout and stderr take any text, whatever their encoding, and no text where they are closed."""
@@ -263,7 +234,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 sys.stdout.flush()  # --help
                 raise
             traceback = args.traceback
-            with _terminable():
+            with interrupts.terminable():
                 code: int = args.run(args)
             sys.stdout.flush()
             return code
