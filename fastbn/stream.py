@@ -77,7 +77,8 @@ def open_npy(path: Path, axis: int, bfloat16: bool = False, integers: bool = Fal
         bfloat16 without `ml_dtypes`.
     """
     if not path.is_file():
-        found = "is not a file" if path.exists() else "is a link to nothing" if path.is_symlink() else "no such file"
+        absent = "leads in a circle of links" if _circular(path) else "is a link to nothing" if path.is_symlink() else "no such file"
+        found = "is not a file" if path.exists() else absent
         raise DataError(f"{path}: {found}; want a .npy file, as numpy.save writes it")
     with path.open("rb") as file:
         shape, fortran, dtype, offset = _header(file.read(HEADER_BYTES), path)
@@ -211,15 +212,23 @@ def write_normalized(npy: Npy, m: Moments, eps: float, limit: int, out: IO[bytes
         advance(x.nbytes)
 
 
+def _circular(path: Path) -> bool:
+    """Whether links lead in a circle, at the end of a path or on its way."""
+    try:
+        found = Path(os.path.realpath(path))  # which leaves such links, and no others; Path.resolve raises RuntimeError, until Python 3.13
+    except FileNotFoundError:  # the current directory is gone
+        return False
+    return any(part.is_symlink() for part in (found, *found.parents))
+
+
 def resolved(path: Path) -> Path:
     """Absolute, and what links lead to: the name that a file is replaced under."""
+    if _circular(path):
+        raise ValueError(f"{path}: leads in a circle of links; give another name")
     try:
-        found = Path(os.path.realpath(path))  # Path.resolve raises RuntimeError for links in a circle, until Python 3.13
+        return Path(os.path.realpath(path))
     except FileNotFoundError:
         raise ValueError(f"{path}: the current directory is gone; change into another, or give an absolute name") from None
-    if found.is_symlink():
-        raise ValueError(f"{path}: is a link that leads in a circle; give another name")
-    return found
 
 
 def check_output(path: Path, nbytes: int, source: Path | None = None) -> Path:

@@ -99,7 +99,7 @@ def test_only_what_other_processes_use_makes_a_machine_busy(monkeypatch):
 REFUSED = {
     "--repeats 0": "--repeats: given 0, want 1 or more",
     "--json none/x.json": "there is no directory",
-    "--json loop": "is a link that leads in a circle",
+    "--json loop": "leads in a circle of links",
     "--readme loop": "loop",
     "--readme none.md": "No such file",
     "--readme twice.md": "has 2 blocks from <!-- speed:begin --> to <!-- speed:end -->, want one",

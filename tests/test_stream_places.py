@@ -33,9 +33,13 @@ def test_places_where_no_file_is_are_one_line(npy, tmp_path, capsys, monkeypatch
         assert (out, err.count("\n")) == ("", 1)
         return err
 
-    for name, target in (("loop.npy", "loop.npy"), ("broken.npy", "none")):
+    for name, target in (("loop.npy", "loop.npy"), ("there", "back"), ("back", "there"), ("broken.npy", "none")):
         (tmp_path / name).symlink_to(target)
-        assert f"{name}: is a link to nothing; want a .npy file" in refused(tmp_path / name)
+    assert "broken.npy: is a link to nothing; want a .npy file" in refused(tmp_path / "broken.npy")
+    for path in (tmp_path / "loop.npy", tmp_path / "there" / "x.npy"):
+        assert f"{path}: leads in a circle of links; want a .npy file" in refused(path)
+        for option in ("--save", "--normalize"):
+            assert f"{path}: leads in a circle of links; give another name" in refused(npy, option, path)
     assert "no such file" in refused(npy / "x.npy")
     for name in ("x" * 300, "x\0y"):
         refused(tmp_path / name)
@@ -66,8 +70,8 @@ def test_an_output_of_the_longest_name_there_is(npy, tmp_path):
         (["--save", "."], "is not a file and can't be replaced"),
         (["--normalize", "y.npy", "--save", "y.npy"], "given to both --save and --normalize"),
         (["--normalize", "y.npy", "--eps", "-1"], "eps: given -1.0, want a number that is not negative"),
-        (["--normalize", "loop.npy"], "is a link that leads in a circle"),
-        (["--save", "loop.npy"], "is a link that leads in a circle"),
+        (["--normalize", "loop.npy"], "leads in a circle of links"),
+        (["--save", "loop.npy"], "leads in a circle of links"),
         (["--chunk-mb", "0"], "--chunk-mb: given 0, want a positive number"),
         (["--chunk-mb", "nan"], "--chunk-mb: given nan, want a positive number"),
     ],
