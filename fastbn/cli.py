@@ -154,9 +154,17 @@ def _epilog(examples: Sequence[str]) -> str:
     return "examples:\n" + "\n".join(f"  {line}" for line in lines)
 
 
+class _Parser(argparse.ArgumentParser):
+    def _print_message(self, message: str, file: Any = None) -> None:
+        if file is sys.stdout:  # argparse itself ignores a full device, and without a buffer nothing is left to flush
+            file.write(message)
+        else:
+            super()._print_message(message, file)
+
+
 def _parser() -> argparse.ArgumentParser:
     shape: Any = argparse.RawDescriptionHelpFormatter  # the examples keep their lines
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=PROGRAM,
         description=_paragraph("Batch normalization for NumPy arrays: train with it, take the statistics of a file, check it, time it."),
         epilog=_epilog(("train", "moments images.npy", "explain 32,64,56,56 float32", "COMMAND --help")),

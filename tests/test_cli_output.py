@@ -64,12 +64,16 @@ def test_a_table_cuts_nothing(capsys, monkeypatch):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no full device")
-@pytest.mark.parametrize("words", [["info"], ["--help"], ["explain", "4,4"]])
-def test_output_that_can_not_be_written_is_said(words, capfd, monkeypatch):
-    with open("/dev/full", "w") as full, monkeypatch.context() as patch:
+@pytest.mark.parametrize("unbuffered", [False, True])
+@pytest.mark.parametrize("words", [["info"], ["--help"], ["train", "--help"], ["--version"], ["explain", "4,4"]])
+def test_output_that_can_not_be_written_is_said(words, unbuffered, capfd, monkeypatch):
+    with open("/dev/full", "wb", 0 if unbuffered else -1) as raw, monkeypatch.context() as patch:
+        full = io.TextIOWrapper(raw, write_through=unbuffered)
         patch.setattr(sys, "stdout", full)
         assert main(words) == 2
-        full.write("left at the exit")  # goes nowhere from then on
+        if not unbuffered:
+            full.write("left at the exit")  # goes nowhere from then on
+        full.close()
     assert capfd.readouterr() == ("", "fastbn: [Errno 28] No space left on device\n")
     with open("/dev/full", "w") as full, monkeypatch.context() as patch:
         patch.setattr(sys, "stderr", full)
@@ -104,7 +108,7 @@ def test_closed_streams_are_none_of_a_commands_business(odd_file, monkeypatch):
     ("redirection", "code"), [("2>&1 >/dev/full", 2), ("2>&1 >&-", 0), ("2>&-", 0), ("2>/dev/full", 0), ("2>&1 | true", 141)]
 )
 def test_a_process_ends_quietly_whatever_takes_its_output(redirection, code, unbuffered):
-    for words in ("info", "explain 4,4"):
+    for words in ("info", "explain 4,4", "--help"):
         command = f"set -o pipefail; '{sys.executable}' -m fastbn {words} {redirection}"
         done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env={**os.environ, "PYTHONUNBUFFERED": unbuffered})
         assert (done.returncode, done.stderr) == (code, "")
