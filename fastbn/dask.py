@@ -151,15 +151,20 @@ def _checked(array: Any, axis: Any, integers: bool = False) -> int:
             f"array: given {type(array).__name__}, want a dask array, e.g. dask.array.from_array(x, chunks); fastbn.moments and "
             "fastbn.batch_norm_inference take arrays in memory"
         )
-    if isinstance(array._meta, np.ma.MaskedArray):
-        raise TypeError(
-            "array: given a masked array, whose mask would be ignored; want a plain one, for example dask.array.ma.filled(array, 0)"
-        )
+    _check_plain(array._meta)
     checks.as_input(array._meta, "array", integers)
     unknown = [a for a, n in enumerate(array.shape) if math.isnan(n)]
     if unknown:
         raise ValueError(f"array: given chunks of unknown size along axis {unknown[0]}; call array.compute_chunk_sizes() first")
     return checks.check_axis(array.shape, axis, "array")
+
+
+def _check_plain(values: Any) -> None:
+    """Of an array's meta, and of each block: a function mapped over blocks may mask them, of which their meta says nothing."""
+    if isinstance(values, np.ma.MaskedArray):
+        raise TypeError(
+            "array: given a masked array, whose mask would be ignored; want a plain one, for example dask.array.ma.filled(array, 0)"
+        )
 
 
 class _Part(NamedTuple):
@@ -174,6 +179,7 @@ def _of_block(block: Array, axis: tuple[int, ...], keepdims: bool, computing_met
     """Moments of one block; `axis` are all axes but the channels', as dask.array.reduction has it."""
     if computing_meta:  # dask asks for the kind of array that comes out, without a block: never used
         return np.empty((0,) * block.ndim, object)
+    _check_plain(block)
     channel = next(a for a in range(block.ndim) if a not in axis)
     if not block.size:  # also of no channels, where chunks along that axis are empty
         count, zeros = math.prod(block.shape[a] for a in axis), np.zeros(block.shape[channel])
@@ -227,6 +233,7 @@ def _statistics(moments: Any, channels: int, needed: bool) -> tuple[Array, Array
 
 def _normalized(block: Array, *statistics: Array | None, axis: int, eps: float) -> Array:
     """y of one block, with the statistics and parameters of its channels."""
+    _check_plain(block)
     if not block.size:
         return np.empty(block.shape, block.dtype.newbyteorder("="))
     mean, var, gamma, beta = statistics

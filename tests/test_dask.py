@@ -292,6 +292,15 @@ def test_what_can_not_be_is_refused_before_there_is_a_graph(array: Any, axis: An
             call()
 
 
+def test_blocks_that_are_masked_though_the_meta_is_plain_are_refused_when_computed() -> None:
+    array = ONES.map_blocks(lambda block: np.ma.masked_greater(block, 2), dtype=np.float32, meta=np.empty((0, 0), np.float32))
+    said = next(message for given, _, _, message in REFUSED if given is MASKED)
+    for lazy in (bridge.moments(array), bridge.normalize(array, fastbn.moments(np.ones((4, 3))))):
+        with pytest.raises(TypeError, match=f"^{re.escape(said)}$"):
+            lazy.compute(scheduler="sync")
+    assert bridge.moments(da.ma.filled(array, 0)).compute(scheduler="sync").count == 4  # as it says
+
+
 def test_what_the_messages_ask_for_is_taken() -> None:
     assert bridge.moments(UNKNOWN.copy().compute_chunk_sizes()).compute().count == 3
     assert bridge.moments(da.ma.filled(MASKED, 0)).compute().count == 4
