@@ -57,7 +57,8 @@ def _explain(args: argparse.Namespace) -> int:
 
 
 def _warmup_arguments(parser: argparse.ArgumentParser) -> None:
-    help = f"compile for these dtypes only, like float32 (default: {', '.join(check.DTYPES)}; bfloat16 where ml_dtypes is installed)"
+    all_of_them = ", ".join(check.DTYPES).replace("bfloat16", "bfloat16 where ml_dtypes is installed")
+    help = f"compile for these dtypes only, like float32 (default: {all_of_them})"
     parser.add_argument("dtypes", metavar="DTYPE", nargs="*", help=help)
 
 
@@ -77,15 +78,18 @@ def _warmup(args: argparse.Namespace) -> int:
 
     start, forms, compiled = time.perf_counter(), 0, 0
     chosen = [checks.check_dtype(dtype) for dtype in args.dtypes] or check.installed()
+    kept = info.cache_directory()
+    if kept.startswith("nowhere"):  # an image that carries nothing must not look well built, and that takes minutes
+        _complain(f"warmup has not begun, for kernels would be kept {kept}")
+        return 1
     with event.install_recorder("numba:compile") as seen:
         for name in cpu.warmup(chosen, _pytorch()):
             forms, compiled = forms + 1, compiled + bool(seen.buffer)
             seen.buffer.clear()
             print(f"{time.perf_counter() - start:6.1f} s  {name}", flush=True)
-    kept = info.cache_directory()
     found = f"{compiled} compiled, {forms - compiled} found compiled"
     print(f"{forms} forms of kernels in {time.perf_counter() - start:.1f} s: {found}; kept in {kept}")
-    return int(kept.startswith("nowhere"))  # an image that carries nothing must not look well built
+    return 0
 
 
 def _no_arguments(parser: argparse.ArgumentParser) -> None:
@@ -137,7 +141,7 @@ COMMANDS = (
     ),
     Command(
         "warmup",
-        "compile every kernel ahead, for a container image say, also for the threads of PyTorch where that is installed",
+        "compile every kernel ahead, for an image say, also for the threads of PyTorch where that is installed: a minute or two a dtype",
         ("warmup", "warmup float32", "NUMBA_CACHE_DIR=/var/cache/numba python -m fastbn warmup float32"),
         _warmup_arguments,
         _warmup,

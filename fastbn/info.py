@@ -55,7 +55,7 @@ def cache_directory() -> str:
     from fastbn.kernels import _cache
 
     if config.DISABLE_JIT:
-        return "nowhere: NUMBA_DISABLE_JIT is set"
+        return "nowhere: NUMBA_DISABLE_JIT is set; unset it to compile any"
     places = _cache.directories()
     if not places:
         return "nowhere: this program's importer does not show fastbn's modules, so old kernels could not be told from new ones"

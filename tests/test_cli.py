@@ -258,6 +258,31 @@ def test_warmup_compiles_and_says_what(capsys, monkeypatch):
             assert last.endswith(info.cache_directory())
 
 
+@pytest.mark.parametrize("why", ["NUMBA_DISABLE_JIT is set; unset it", "no directory can be written; set NUMBA_CACHE_DIR"])
+def test_warmup_that_can_keep_nothing_is_refused_before_any_work(why, tmp_path, capsys, monkeypatch):
+    import numba
+
+    from fastbn.backends import cpu
+    from fastbn.kernels import _cache
+
+    monkeypatch.setattr(cpu, "warmup", lambda *_: pytest.fail("worked before it looked"))
+    monkeypatch.setattr(numba.config, "DISABLE_JIT", int("JIT" in why))
+    (tmp_path / "file").write_bytes(b"")
+    monkeypatch.setattr(_cache, "directories", lambda: [tmp_path / "file" / "below"])
+    assert main(["warmup", "float32"]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"fastbn: warmup has not begun, for kernels would be kept nowhere: {why}")
+    assert err.count("\n") == 1
+
+
+def test_warmup_names_every_dtype_once(capsys):
+    with pytest.raises(SystemExit):
+        main(["warmup", "--help"])
+    words = re.findall(r"\w+", capsys.readouterr().out.partition("default:")[2].partition(")")[0])
+    assert [word for word in words if word in check.DTYPES] == list(check.DTYPES)
+
+
 def test_warmup_of_what_is_no_dtype(capsys):
     assert main(["warmup", "float32", "int32"]) == 2
     assert "int32" in capsys.readouterr().err
