@@ -9,6 +9,7 @@ import signal
 import sys
 import textwrap
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from typing import Any, NamedTuple, TextIO
@@ -223,6 +224,25 @@ def _complain(text: str) -> None:
         print(f"fastbn: {text}", file=sys.stderr)
 
 
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Let what fastbn warns of be a line like the others: no line of a program's is at fault."""
+    show: Any = warnings.showwarning
+
+    def line(message: Any, *where: Any, **how: Any) -> None:
+        if str(message).startswith("fastbn "):
+            _complain(str(message).removeprefix("fastbn "))
+        else:
+            show(message, *where, **how)
+
+    module: Any = warnings
+    module.showwarning = line
+    try:
+        yield
+    finally:
+        module.showwarning = show
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line.
 
@@ -246,7 +266,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 sys.stdout.flush()  # --help
                 raise
             traceback = args.traceback
-            with interrupts.terminable():
+            with interrupts.terminable(), _plain_warnings():
                 code: int = args.run(args)
             sys.stdout.flush()
             return code

@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
+from types import FrameType
 from typing import NamedTuple
 
 __all__ = ["Serial", "functions", "guard_forks", "launch", "layer", "lock", "mask", "ready", "running", "serial"]
@@ -199,13 +200,26 @@ _OURS = str(Path(__file__).parent) + os.sep
 
 
 def _users_level() -> int:
-    """The `stacklevel` that points a warning of the caller at the user's line: past fastbn's files, and PyTorch's that call a module."""
-    level, frame = 0, sys._getframe(1)
+    """The `stacklevel` that points a warning of the caller at the user's line: past fastbn's files, PyTorch's, and code without a file.
+
+    Such code is what torch.compile makes, and runpy; but at a prompt, and with `python -c`, it is the user's, by the name of __main__.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    level, last = 0, 1
     torch = getattr(sys.modules.get("torch"), "__file__", None)
     others = (_OURS, os.path.dirname(torch) + os.sep) if torch else (_OURS,)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(others):
-        level, frame = level + 1, frame.f_back
-    return level + 1
+    while frame is not None:
+        file, module = frame.f_code.co_filename, str(frame.f_globals.get("__name__"))
+        level += 1
+        if file.startswith("<"):
+            if module == "__main__":
+                return level
+        elif not (file.startswith(others) or module.startswith("torch.")):  # the second: TorchInductor's, in its cache
+            return level
+        else:
+            last = level
+        frame = frame.f_back
+    return last
 
 
 def mask() -> int:

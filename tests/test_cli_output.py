@@ -4,12 +4,13 @@ import io
 import os
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
 
 import fastbn
-from fastbn import screen
+from fastbn import info, screen
 from fastbn.cli import main
 
 
@@ -90,6 +91,21 @@ def test_a_closed_pipe_is_silent(capfd, monkeypatch):
             assert main(words) == 141
             pipe.write("left at the exit")
     assert capfd.readouterr() == ("", "")
+
+
+def test_warnings_of_fastbns_are_plain_lines(capsys, monkeypatch):
+    def warns(name):
+        warnings.warn("fastbn runs on one thread: so it is.", RuntimeWarning, stacklevel=1)
+        warnings.warn("another's", UserWarning, stacklevel=1)
+        return "nowhere"
+
+    monkeypatch.setattr(info, "version", warns)
+    with pytest.warns(UserWarning) as others:
+        before = warnings.showwarning
+        assert main(["info"]) == 0
+        assert warnings.showwarning is before
+    assert {str(warning.message) for warning in others} == {"another's"}
+    assert set(capsys.readouterr().err.splitlines()) == {"fastbn: runs on one thread: so it is."}
 
 
 def test_closed_streams_are_none_of_a_commands_business(odd_file, monkeypatch):

@@ -87,16 +87,22 @@ def test_each_python_thread_has_its_own() -> None:
 
 
 def test_a_warning_points_past_fastbns_files_and_pytorchs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two frames of fastbn's, two of PyTorch's that call a module, and then the user's: this one."""
+    """Frames of fastbn's, of PyTorch's that call a module, and of code that torch.compile made, and then the user's: this one."""
     call = pool._users_level
     monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(__file__="/site/torch/__init__.py"))
     ours = f"{pool._OURS}torch{os.sep}modules.py"
-    for level, file in ((2, ours), (3, ours), (4, "/site/torch/nn/modules/module.py"), (5, "/site/torch/nn/modules/module.py")):
-        names = {"call": call}
+    theirs = "/site/torch/nn/modules/module.py"
+    made = [("<eval_with_key>.5", None), ("/tmp/torchinductor/ab/cab.py", "torch._inductor.runtime.compile_tasks.cab")]
+    frames = [(ours, "fastbn.torch.modules"), (ours, None), (theirs, "torch.nn"), *made, (theirs, "torch.nn"), ("<frozen runpy>", "runpy")]
+    for level, (file, module) in enumerate(frames, 2):
+        names = {"call": call, "__name__": module}
         exec(compile("def outer(): return call()", file, "exec"), names)
         call = names["outer"]
         assert call() == level
     assert pool._users_level() == 1
+    names = {"call": call, "__name__": "__main__"}
+    exec(compile("def outer(): return call()", "<stdin>", "exec"), names)  # at a prompt
+    assert names["outer"]() == len(frames) + 1
 
 
 @pytest.mark.parametrize(
