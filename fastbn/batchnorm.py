@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
@@ -14,6 +14,15 @@ from fastbn.moments import Moments
 from fastbn.state import BEFORE, EVALUATION, FAILED, OVERWRITTEN, Gone, Saved, State
 
 Array = NDArray[Any]
+
+
+class _Saved(NamedTuple):
+    """The last forward in pickles of before there was `state.Saved`: read, and dropped."""
+
+    x: Any
+    statistics: Any
+    overwritten: Any
+    across: Any
 
 
 class BatchNorm(State):
@@ -100,7 +109,8 @@ class BatchNorm(State):
         self.affine = affine
         self.track_running_stats = track_running_stats
         self.unbiased_running_var = unbiased_running_var
-        self.train()
+        self.training = True  # not by train(), which in a subclass may need what that has not made yet
+        self._backward_in_eval = False
         self.gamma: Array | None = None
         self.beta: Array | None = None
         self.dgamma: Array | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -83,11 +84,21 @@ class State:
     num_threads: int | None
     training: bool
     num_batches_tracked: int
-    _saved: Any  # of the last forward: None where there is none
+    _saved: Any = None  # of the last forward: None where there is none
+    _backward_in_eval: bool = False  # which older pickles lack, and subclasses whose `train` does not call this one's
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> Any:
         """All but the last forward, whose x is a call's: pickles and copies of a layer would carry a batch of data."""
-        return self.__dict__ | {"_saved": None}
+        kept = self.__dict__ | {"_saved": None}
+        names = copyreg._slotnames(type(self))  # type: ignore[attr-defined]  # of subclasses, as object.__getstate__ of Python 3.11
+        slots = {name: getattr(self, name) for name in names if hasattr(self, name)}
+        return (kept, slots) if slots else kept
+
+    def __setstate__(self, state: Any) -> None:
+        kept, slots = state if isinstance(state, tuple) else (state, {})
+        self.__dict__.update(kept, _saved=None)  # an older pickle has its last forward
+        for name, value in slots.items():
+            setattr(self, name, value)
 
     def _kept(self, written: bool = False) -> dict[str, Any]:
         """Parameters and running statistics, those that there are; TypeError or ValueError for one that no call would take."""

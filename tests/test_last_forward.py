@@ -1,9 +1,11 @@
 """What a layer holds of its last forward, and for how long; which forwards move the running statistics."""
 
+import base64
 import copy
 import pickle
 import re
 import weakref
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -47,6 +49,61 @@ def test_copies_are_of_the_layer_without_its_last_batch(how: str, backend: str) 
         np.testing.assert_array_equal(other.state_dict()[key], value)
     assert (other.training, other.momentum, other.backend) == (True, None, backend)
     np.testing.assert_array_equal(other(X), bn(X))
+
+
+# Of a layer whose pickles had its last forward, a named tuple of its own, and knew no eval(backward=True).
+OLD = (
+    "c-nnZy>1gh5I+AKIUq-g5CuXhP2&PlP$1jFMI;Wc2=u4DyFKp-cF)?~i;@D#DH3dHJ5LIyqT&rGcn5e2cmX;(nBB7jl9h~Z?q+vqzWa9Oo7FFmYMwLGO^MQx"
+    "=to4yOyrV-x%0xtfsL2&_zXTk&vZn=L(L>5iGslF*kwwIE+kdpS51vh6&wzJ{{Axm!G4)G&p8#k;BYwny0Ug<>f|KD+=^)=`gBUcG!SHZ3Y+y3Of`K9i}^=5"
+    "f}US9mFExy!OK5r?&W(LBGZaU{EmtQc}kj6NkxoUO_HXWpfERkT4F*d3n4Nw36&;V;r4zZqKqh-T%Q~hiTiC#&+HoG#)NQAz}$Dl`eB?)+ULc4oe?PsGTjL!"
+    "jdP*2EMkp>S;w?QQXVeB_s(HliJ;_P@vG;+x{Gn!^JYWqVCmN*stK@%?2%1p2iwV|x#VV2G77Lqt`0lDq0cE1x8QvL_G)moS`8dd=l?t3T$84sht^%qo*l7M"
+    "1y!NzDNXG3nxP`c7%~sTH!fU4ZyU7cS1%mwgYrVQ2i^!D^cni6k^9ZPwf;)MC@`(p>&R&@u;OdPc_B2QB&z($4gBw-c%J<e58K_A&SKmxsT_<p-*P0kwDRqB"
+    "k+&{tyQ1O(@d6EJD8rDR#Eggug`kM~e*vN)KU@"
+)
+
+
+def test_older_pickles_are_read_and_their_last_forward_dropped() -> None:
+    bn = pickle.loads(zlib.decompress(base64.b85decode(OLD)))
+    _no_backward(bn, BEFORE)
+    np.testing.assert_allclose(bn.running_mean, [0.2, 0.3], rtol=1e-6)
+    bn.training = False  # by hand: eval() would bring what the pickle lacks
+    x = np.eye(2, dtype=np.float32)
+    np.testing.assert_allclose(bn(x), (x - bn.running_mean) / np.sqrt(bn.running_var + bn.eps), rtol=1e-5)
+    _no_backward(bn, EVALUATION)
+    assert bn.train()(x).shape == (2, 2)
+
+
+class _Slotted(fastbn.BatchNorm):
+    __slots__ = ("absent", "tag")
+
+
+@pytest.mark.parametrize("how", COPIES)
+def test_copies_hold_the_slots_of_subclasses(how: str) -> None:
+    bn = _Slotted(3)
+    bn.tag = "stem"
+    other = COPIES[how](bn)
+    assert other.tag == "stem"
+    assert not hasattr(other, "absent")
+    np.testing.assert_array_equal(other.gamma, bn.gamma)
+
+
+class _Frozen(fastbn.BatchNorm):
+    """Its `train` needs what its own constructor makes, and does not call that of the base."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__(num_features, backend="reference")
+        self.frozen = True
+
+    def train(self, mode: bool = True) -> fastbn.BatchNorm:
+        self.training = mode and not self.frozen
+        return self
+
+
+def test_subclasses_may_override_train() -> None:
+    bn = _Frozen(3).train()
+    bn(X)
+    assert bn.num_batches_tracked == 0
+    _no_backward(bn, EVALUATION)
 
 
 def _assigned(bn: fastbn.BatchNorm) -> fastbn.BatchNorm:
