@@ -330,15 +330,16 @@ class BatchNorm(State):
         Parameters
         ----------
         batches : iterable of array_like
-            Inputs of this layer, as `forward` takes them. Of a tuple or list that begins with an array, as a loader's (input, target),
-            the first is taken, as PyTorch's `update_bn` does; nested lists of numbers are an input.
+            Inputs of this layer: arrays, nested lists of numbers, and tuples or lists that begin with an input, as a loader's (input,
+            target): that is taken, as PyTorch's `update_bn` does. A list of three or more arrays of one shape is refused: stack samples.
         progress : bool
-            Show a bar on stderr, where that is a terminal; needs rich, MissingExtra without.
+            Show a bar on stderr, where that is a terminal and rich is installed.
 
         Raises
         ------
         TypeError, ValueError
-            No batch, a dict, or one that `forward` would refuse; one value per channel in all; a layer without running statistics.
+            No batch, a dict, one tuple, or a batch that `forward` would refuse, by its number; one value per channel in all; a
+            layer without running statistics.
         """
         recalibration.recalibrate(self, batches, progress)
         return self

@@ -27,14 +27,19 @@ def recalibrate(layer: Any, batches: Any, progress: bool) -> None:
         raise TypeError(f"batches: given one {type(batches).__name__}, want an iterable of arrays: [x] for a single batch")
     if isinstance(batches, Mapping):
         raise TypeError(f"batches: given {_keys(batches)}, want an iterable of arrays: its values()?")
+    if isinstance(batches, tuple):  # of which input and target would be two batches
+        raise TypeError("batches: given a tuple, one (input, target) of a loader? want the loader, or [batch]")
     if not isinstance(batches, Iterable) and not hasattr(batches, "__getitem__"):
         raise TypeError(f"batches: given {type(batches).__name__}, want an iterable of arrays")
     seen = RunningMoments(layer.num_features, layer.axis, layer.backend, num_threads=layer.num_threads)
     tracked = 0
     with screen.tracked(batches, "recalibrate") if progress else nullcontext(batches) as shown:
-        for x in shown:
+        for n, batch in enumerate(shown):
             before = seen.count
-            seen.update(_checked(layer, _input(x)))
+            try:
+                seen.update(_checked(layer, _input(batch)))
+            except (TypeError, ValueError) as error:
+                raise (TypeError if isinstance(error, TypeError) else ValueError)(f"batches: batch {n}: {error}") from error
             tracked += seen.count > before
     freedom = seen.count - 1 if layer.unbiased_running_var else seen.count
     if not seen.count:
@@ -53,10 +58,21 @@ def _input(batch: Any) -> Any:
     """The array of a batch: the first of a loader's (input, target), which is no list of rows to be stacked."""
     first = batch
     while isinstance(first, tuple | list) and first:
+        if isinstance(first, list) and len(first) > 2 and _alike(first):
+            raise TypeError(
+                f"given a list of {len(first)} arrays of shape {tuple(first[0].shape)}, which forward would join to one, want an array: "
+                "numpy.stack(batch), or batch[0] for the first alone"
+            )
         first = first[0]
     if isinstance(first, Mapping):
-        raise TypeError(f"batches: given {_keys(first)}, want arrays: (batch[key] for batch in loader), with the key of the input")
+        raise TypeError(f"given {_keys(first)}, want arrays: (batch[key] for batch in loader), with the key of the input")
     return first if getattr(first, "ndim", 0) or devices.on_device(first) else batch  # nested lists of numbers are an array
+
+
+def _alike(given: list[Any]) -> bool:
+    """Whether they may be samples: arrays of one shape and dtype."""
+    kinds = [(tuple(getattr(item, "shape", ())), str(getattr(item, "dtype", ""))) for item in given]
+    return kinds[0][0] != () and kinds.count(kinds[0]) == len(kinds)
 
 
 def _keys(given: Mapping[Any, Any]) -> str:

@@ -17,8 +17,8 @@ def need(*packages: str, command: str = "this command", named: str = "rich") -> 
     try:
         for package in packages or ("rich",):
             importlib.import_module(package)
-    except ImportError as error:
-        raise MissingExtra(f"{command} needs {named}: pip install 'fastbn[demo]'") from error
+    except ImportError:
+        raise MissingExtra(f"{command} needs {named}: pip install 'fastbn[demo]'") from None
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -50,10 +50,13 @@ def byte_progress() -> Iterator[Callable[[str, int], Callable[[int], object]]]:
 
 @contextmanager
 def tracked(items: Iterable[T], what: str) -> Iterator[Iterable[T]]:
-    """The items, with a progress bar on stderr, nothing where that is no terminal."""
-    need(command=f"{what} with a progress bar (progress=False: without)")
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    """The items, with a progress bar on stderr, nothing where that is no terminal or rich is not installed."""
+    try:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    except ImportError:
+        yield items
+        return
 
     console = Console(stderr=True)
     columns = (TextColumn("{task.description:>15}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())

@@ -121,26 +121,30 @@ REFUSED: list[tuple[Any, type[Exception], str]] = [
     ([ONE[:0]], ValueError, "batches: given no values, want at least one batch that has some (an iterator gives its batches only once)"),
     ([ONE], ValueError, "batches: given one value per channel in all, want two or more: one has no unbiased variance"),
     (ONE, TypeError, "batches: given one ndarray, want an iterable of arrays: [x] for a single batch"),
-    ([ONE, {"x": ONE, "y": ONE}], TypeError, "batches: given dict with keys 'x', 'y', want arrays: (batch[key] for batch in loader), with "
-     "the key of the input"),
-    ([({"x": ONE}, ONE)], TypeError, "batches: given dict with keys 'x', want arrays: (batch[key] for batch in loader), with the key of "
-     "the input"),
+    ([ONE, {"x": ONE, "y": ONE}], TypeError, "batches: batch 1: given dict with keys 'x', 'y', want arrays: (batch[key] for batch in "
+     "loader), with the key of the input"),
+    ([({"x": ONE}, ONE)], TypeError, "batches: batch 0: given dict with keys 'x', want arrays: (batch[key] for batch in loader), "
+     "with the key of the input"),
     ({"a": ONE}, TypeError, "batches: given dict with keys 'a', want an iterable of arrays: its values()?"),
+    ((ONE, ONE), TypeError, "batches: given a tuple, one (input, target) of a loader? want the loader, or [batch]"),
+    *(
+        ([ONE, batch], TypeError, "batches: batch 1: given a list of 3 arrays of shape (4, 1, 1), which forward would join to one, want an "
+         "array: numpy.stack(batch), or batch[0] for the first alone")
+        for batch in ([ONE[0]] * 3, ([ONE[0]] * 3, ONE))
+    ),
     (7, TypeError, "batches: given int, want an iterable of arrays"),
     (_fails_at_the_end(), OSError, "the disk is gone"),
-    ([ONE, ONE[:, :2]], ValueError, "x: given 2 channels along axis 1 of shape (1, 2, 1, 1), want 4, as this layer has"),
-    ([ONE, ONE.astype(np.float64)], TypeError, "x: given dtype float64, want float32, this layer's: convert x, or make the layer with "
-     "dtype='float64'"),
-    ([ONE, ONE.astype(int)], TypeError, "x: given dtype int64, want float16, bfloat16, float32 or float64: convert it first, e.g. "
-     "x.astype('float32')"),
+    ([ONE, ONE[:, :2]], ValueError, "batches: batch 1: x: given 2 channels along axis 1 of shape (1, 2, 1, 1), want 4, as this layer has"),
+    ([ONE, ONE.astype(np.float64)], TypeError, "batches: batch 1: x: given dtype float64, want float32, this layer's: convert x, or make "
+     "the layer with dtype='float64'"),
+    ([ONE, ONE.astype(int)], TypeError, "batches: batch 1: x: given dtype int64, want float16, bfloat16, float32 or float64: convert it "
+     "first, e.g. x.astype('float32')"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("progress", [True, False])
 @pytest.mark.parametrize(("batches", "error", "message"), REFUSED)
 def test_after_an_error_nothing_has_changed(batches: Any, error: type[Exception], message: str, progress: bool) -> None:
-    if progress:
-        pytest.importorskip("rich", reason="a progress bar: pip install 'fastbn[demo]'")
     if isinstance(batches, Iterator):
         batches = _fails_at_the_end()
     layer = fastbn.BatchNorm(4)
@@ -186,14 +190,17 @@ def test_a_bar_counts_the_batches_where_there_is_a_terminal(monkeypatch: pytest.
     assert capsys.readouterr() == ("", "")
 
 
-def test_without_rich_the_extra_is_named_before_any_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_rich_there_is_no_bar(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "rich"]:
+        monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setitem(sys.modules, "rich", None)
-    batches = iter(_batches())
-    message = "recalibrate with a progress bar (progress=False: without) needs rich: pip install 'fastbn[demo]'"
-    with pytest.raises(MissingExtra, match=f"^{re.escape(message)}$"):
-        fastbn.BatchNorm(4).recalibrate(batches)
-    assert len(list(batches)) == len(SIZES)
-    fastbn.BatchNorm(4).recalibrate(_batches(), progress=False)
+    found = fastbn.BatchNorm(4).recalibrate(_batches())
+    assert _state(found) == _state(fastbn.BatchNorm(4).recalibrate(_batches(), progress=False))
+    assert capsys.readouterr() == ("", "")
+    with pytest.raises(MissingExtra, match=r"^this command needs rich: pip install 'fastbn\[demo\]'$") as raised:
+        screen.need()
+    assert raised.value.__suppress_context__  # rich's own traceback says no more
 
 
 def test_rich_is_not_imported_without_a_bar() -> None:
