@@ -189,7 +189,8 @@ class BatchNorm(State):
         Raises
         ------
         TypeError
-            x is of a dtype that does not go with this layer's, or not floating point; so are parameters or running statistics.
+            x is of a dtype that does not go with this layer's, or not floating point; so are parameters, or in training running statistics,
+            which in evaluation are float32 or float64.
         ValueError
             Another number of channels, one value per channel in training, a bad axis or `out`; parameters or running statistics of another
             shape; in training running statistics that are read-only or share memory.

@@ -164,13 +164,13 @@ def well_kept(mean: Any, var: Any, gamma: Any, beta: Any, channels: int, dtype: 
 
 
 def check_kept(arrays: Mapping[str, Any], channels: int, dtype: dtypes.Dtype, written: bool, **beside: Any) -> None:
-    """Arrays that a layer keeps: (C,) of its dtype; where they will be written, each in memory of its own, apart from those beside too."""
+    """Arrays that a layer keeps: (C,) of float32 or float64; where they will be written of its dtype, and apart, from those beside too."""
     for name, array in arrays.items():
         if not isinstance(array, np.ndarray):
             raise TypeError(f"{name}: given {type(array).__name__}, want a numpy.ndarray of shape ({channels},) and dtype {dtype}")
         if isinstance(array, np.ma.MaskedArray):
             raise TypeError(f"{name}: given a masked array, whose mask would be ignored; want a plain array: bn.{name}.filled(...)")
-        if array.dtype != dtype:
+        if array.dtype != dtype and (written or array.dtype.kind != "f" or array.dtype.itemsize not in (4, 8)):
             order = "" if array.dtype.isnative else " in swapped byte order"
             raise TypeError(
                 f"{name}: given dtype {array.dtype}{order}, want {dtype}, this layer's: bn.{name} = bn.{name}.astype('{dtype}')"

@@ -77,12 +77,16 @@ def check_apart(out: Any, **others: Any) -> None:
 def check_kept(arrays: Mapping[str, Any], channels: int, dtype: np.dtype[Any], written: bool, **beside: Any) -> None:
     """Arrays that a layer keeps, as `checks.check_kept` has it for the host; none has gaps."""
     places = []
+    if not written:
+        for name, value in arrays.items():
+            as_statistic(value, channels, name)
+        return
     for name, value in (*arrays.items(), *beside.items()):
         if (buffer := as_parameter(value, channels, dtype.name, name)) is not None:
             places.append((buffer.address, buffer.address + channels * buffer.itemsize))
-            if written and name in arrays and buffer.readonly:
+            if name in arrays and buffer.readonly:
                 raise ValueError(f"{name}: given a read-only array, want one that can be written: give it a copy")
-    if written and any(begins < end for (_, end), (begins, _) in pairwise(sorted(places))):
+    if any(begins < end for (_, end), (begins, _) in pairwise(sorted(places))):
         checks.check_disjoint(_shadows(arrays), **_shadows(beside))
 
 

@@ -89,11 +89,11 @@ WRONG: dict[str, tuple[Any, type[Exception], str, bool]] = {
     "0-d": (np.ones((), "f4"), ValueError, _LENGTH, False),
     "a row": (np.ones((1, C), "f4"), ValueError, _LENGTH, False),
     "of rank 17": (np.ones((1,) * 16 + (C,), "f4"), ValueError, _LENGTH, False),
-    "float64": (np.ones(C), TypeError, _DTYPE, False),
+    "float64": (np.ones(C), TypeError, _DTYPE, True),
     "int64": (np.ones(C, int), TypeError, _DTYPE, False),
     "int32": (np.ones(C, "i4"), TypeError, _DTYPE, False),
     "float16": (np.ones(C, "f2"), TypeError, _DTYPE, False),
-    "big-endian": (np.ones(C, ">f4"), TypeError, _DTYPE, False),
+    "big-endian": (np.ones(C, ">f4"), TypeError, _DTYPE, True),
     "of objects": (np.ones(C, object), TypeError, _DTYPE, False),
     "a list": ([1.0] * C, TypeError, _KIND, False),
     "a number": (1.0, TypeError, _KIND, False),
@@ -269,3 +269,18 @@ def test_in_place_in_swapped_byte_order_is_refused(backend: str) -> None:
         with pytest.raises(TypeError, match=r"^out: given dtype >f4 in swapped byte order, want float32, the dtype of x$"):
             fastbn.batch_norm(x, out=out, backend=backend)
         assert x.tobytes() == before
+
+
+def test_what_only_reads_statistics_takes_both_precisions(backend: str) -> None:
+    for dtype, other in (("float32", "float64"), ("float64", "float32"), ("float32", ">f8")):
+        x, want, bn = X.astype(dtype), _layer(backend, dtype).eval(backward=True), _layer(backend, dtype).eval(backward=True)
+        for name in NAMES[2:]:
+            setattr(bn, name, getattr(bn, name).astype(other))
+            getattr(want, name)[...] = getattr(bn, name)
+        y, dx = bn(x), bn.backward(x)
+        assert y.dtype == dx.dtype == dtype
+        np.testing.assert_allclose(y, want(x), rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(dx, want.backward(x), rtol=1e-5)
+        np.testing.assert_allclose(bn.folded_affine(), want.folded_affine(), rtol=1e-6)
+        for key, value in bn.state_dict().items():
+            np.testing.assert_allclose(value, want.state_dict()[key], rtol=1e-6, err_msg=key)
