@@ -200,8 +200,8 @@ def test_out_lies_apart_from_what_the_layer_keeps() -> None:
         _, device = _pair()
         setattr(device, name, gpu.on_gpu(memory[4:7]))
         message = f"^out: given an array that overlaps {name}; want memory apart from it$"
-        for switch in (device.train, lambda device=device: device.eval(backward=True)):
-            layer = switch()
+        for turn in (lambda bn: bn.train(), lambda bn: bn.eval(backward=True)):
+            layer = turn(device)
             with pytest.raises(ValueError, match=message):
                 layer(gpu.on_gpu(X), gpu.on_gpu(out))
             layer(gpu.on_gpu(X))
