@@ -47,7 +47,8 @@ def as_array(value: Any, name: str, dtype: dtypes.Dtype | None = None) -> Array:
     """
     if isinstance(value, np.ndarray) and not isinstance(value, np.ma.MaskedArray):
         return np.asarray(value)
-    if (reason := _refused(value, name)) is not None:
+    own = name.rpartition(": ")[2]  # the name that the user's expression has: of a value of a state_dict its key
+    if (reason := _refused(value, own)) is not None:
         raise TypeError(f"{name}: {reason}")
     try:
         if "torch" in sys.modules and str(getattr(value, "dtype", "")) == "torch.bfloat16":  # which NumPy has not: its bits
@@ -61,7 +62,7 @@ def as_array(value: Any, name: str, dtype: dtypes.Dtype | None = None) -> Array:
     except (TypeError, RuntimeError, BufferError) as error:  # as libraries refuse
         raise TypeError(f"{name}: given {type(value).__name__}, which does not become an array of NumPy ({error})") from error
     if array.dtype == object:
-        raise TypeError(f"{name}: given {type(value).__name__}, {_of_objects(value, name)}")
+        raise TypeError(f"{name}: given {type(value).__name__}, {_of_objects(value, own)}")
     if dtype is not None and array.dtype.kind in "iuf" and not hasattr(value, "dtype"):  # not of words, of which NumPy would read numbers
         return array.astype(dtype, copy=False)
     return array
@@ -85,7 +86,8 @@ def _refused(value: Any, name: str) -> str | None:
     if isinstance(value, Set | Iterator):
         return f"{given}, want an array: numpy.stack(list({name})), or a call for each of its arrays"
     if getattr(value, "requires_grad", False) is True:
-        return f"{given} that requires a gradient, which NumPy does not record: {name}.detach(), or the functions of fastbn.torch"
+        instead = "or a module of fastbn.torch, such as BatchNorm2d"
+        return f"{given} that requires a gradient, which NumPy does not record: {name}.detach(), {instead}"
     if str(getattr(value, "layout", "")).startswith("torch.sparse"):
         return f"{given}, a sparse one, want a dense array: {name}.to_dense()"
     for method in ("toarray", "todense"):  # SciPy's, PyData's

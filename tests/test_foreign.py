@@ -103,7 +103,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "masked deep in one": (lambda: [ROWS, ([1.0], [MASKED])], "given list with a masked array in it, whose mask would be ignored; want "),
     "a tensor with a gradient": (
         lambda: _tensor(lambda torch: torch.ones(2, 3, requires_grad=True)),
-        "given Tensor that requires a gradient, which NumPy does not record: {0}.detach(), or the functions of fastbn.torch",
+        "given Tensor that requires a gradient, which NumPy does not record: {0}.detach(), or a module of fastbn.torch, such as BatchNorm",
     ),
     "a sparse tensor": (
         lambda: _tensor(lambda torch: torch.ones(2, 3).to_sparse()), "given Tensor, a sparse one, want a dense array: {0}.to_dense()"
@@ -141,7 +141,8 @@ def test_what_is_no_array_is_refused_with_the_way_to_one(name: str) -> None:
             continue  # served there, or declined by its backend
         if argument.startswith("state_dict") and name == "a tensor with a gradient":
             continue  # whose values are taken over
-        with pytest.raises(TypeError, match=f"^{re.escape(f'{argument}: {message.format(argument)}')}"):
+        own = argument.rpartition(": ")[2]  # a remedy is an expression
+        with pytest.raises(TypeError, match=f"^{re.escape(f'{argument}: {message.format(own)}')}"):
             act()
 
 
