@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from fastbn import affine, checks, config, distributed, functional, gradients, overlap, recalibration, residence, results, scalars
+from fastbn import affine, checks, config, distributed, dtypes, functional, gradients, overlap, recalibration, residence, results, scalars
 from fastbn.backends import devices, select
 from fastbn.moments import Moments
 from fastbn.state import BEFORE, EVALUATION, FAILED, OVERWRITTEN, Gone, Saved, State
+from fastbn.state import _Saved as _Saved  # where older pickles look for it
 
 Array = NDArray[Any]
-
-
-class _Saved(NamedTuple):
-    """The last forward in pickles of before there was `state.Saved`: read, and dropped."""
-
-    x: Any
-    statistics: Any
-    overwritten: Any
-    across: Any
 
 
 class BatchNorm(State):
@@ -124,9 +116,10 @@ class BatchNorm(State):
         self.reset_parameters()
 
     def __repr__(self) -> str:
+        dtype = getattr(dtypes.find(self.dtype), "name", self.dtype)
         return (
             f"BatchNorm({self.num_features}, eps={self.eps}, momentum={self.momentum}, affine={self.affine}, "
-            f"track_running_stats={self.track_running_stats}, axis={self.axis}, dtype={self.dtype.name})"
+            f"track_running_stats={self.track_running_stats}, axis={self.axis}, dtype={dtype})"
         )
 
     @property
@@ -136,11 +129,10 @@ class BatchNorm(State):
 
     def reset_running_stats(self) -> None:
         """Running mean 0, running variance 1, no batches counted."""
-        self._settle()
+        self._settle(**({"num_batches_tracked": 0} if scalars.flag(self.track_running_stats, "track_running_stats") else {}))
         if self.track_running_stats:
             self.running_mean = residence.renewed(self.running_mean, np.zeros(self.num_features, self.dtype))
             self.running_var = residence.renewed(self.running_var, np.ones(self.num_features, self.dtype))
-            self.num_batches_tracked = 0
 
     def reset_parameters(self) -> None:
         """Gamma 1, beta 0, and fresh running statistics."""
@@ -228,10 +220,10 @@ class BatchNorm(State):
             y = functional.batch_norm_inference(
                 x, mean, var, self.gamma, self.beta, self.axis, self.eps, out, backend=self.backend, num_threads=self.num_threads
             )
-        if overwritten:
-            self._saved = Gone(OVERWRITTEN, across)
-        elif not (self.training or self._backward_in_eval):  # a server would keep its last request
+        if not (self.training or self._backward_in_eval):  # a server would keep its last request
             self._saved = Gone(EVALUATION, None)
+        elif overwritten:
+            self._saved = Gone(OVERWRITTEN, across)
         else:
             gamma = self.gamma
             if gamma is not None:

@@ -278,7 +278,10 @@ def check_state(state: Any, own: Mapping[str, Array], strict: bool) -> tuple[dic
             raise ValueError(f"state_dict: missing {missing or 'nothing'}, unexpected {unexpected or 'nothing'}; want {list(own)}")
     checked = {}
     for key in (key for key in own if key in state):
-        array = _of_state(state[key], f"state_dict: {key}")
+        value = state[key]
+        if key == "num_batches_tracked" and type(value) is int:  # of any size, where NumPy's integers end
+            value = scalars.count(value, "state_dict: num_batches_tracked")
+        array = _of_state(value, f"state_dict: {key}")
         if array.shape != own[key].shape:
             raise ValueError(f"state_dict: {key} given shape {array.shape}, want {own[key].shape}")
         if key == "num_batches_tracked":

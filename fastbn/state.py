@@ -50,6 +50,15 @@ class Saved(NamedTuple):
     across: Any  # the `Exchange`, where the statistics are of the batch of all ranks
 
 
+class _Saved(NamedTuple):
+    """The last forward in pickles of before there was `Saved`: read, and dropped."""
+
+    x: Any
+    statistics: Any
+    overwritten: Any
+    across: Any
+
+
 class Gone(NamedTuple):
     """Why the last forward has no backward."""
 
@@ -107,9 +116,9 @@ class State:
         residence.check_kept(found, self.num_features, self.dtype, written)
         return found
 
-    def _settle(self) -> None:
-        """Make every option what it should be; TypeError or ValueError, and no option changed, where one can't be."""
-        settled = {name: check(getattr(self, name)) for name, check in OPTIONS.items()}
+    def _settle(self, **instead: Any) -> None:
+        """Make every option what it should be, or these instead; TypeError or ValueError, and no option changed, where one can't be."""
+        settled = {name: check(instead[name] if name in instead else getattr(self, name)) for name, check in OPTIONS.items()}
         for name, value in settled.items():
             setattr(self, name, value)
 
@@ -143,9 +152,12 @@ class State:
 
     def state_dict(self) -> dict[str, Array]:
         """Copies on the host under PyTorch's keys: weight, bias, running_mean, running_var, num_batches_tracked."""
-        found = {KEPT[name]: residence.to_host(array) for name, array in self._kept().items()}
+        return self._copies(self._kept(), self.num_batches_tracked)
+
+    def _copies(self, kept: Mapping[str, Any], batches: Any) -> dict[str, Array]:
+        found = {KEPT[name]: residence.to_host(array) for name, array in kept.items()}
         if self.running_mean is not None:
-            found["num_batches_tracked"] = np.array(OPTIONS["num_batches_tracked"](self.num_batches_tracked), np.int64)
+            found["num_batches_tracked"] = np.array(OPTIONS["num_batches_tracked"](batches), np.int64)
         return found
 
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> IncompatibleKeys:
@@ -171,7 +183,9 @@ class State:
         TypeError
             No mapping, or values that are not numbers; an array of this layer of another dtype than its own.
         """
-        targets, own = self._kept(written=True), self.state_dict()
+        targets = self._kept(written=True)
+        replaced = isinstance(state, Mapping) and "num_batches_tracked" in state  # then a bad count of this layer's is no matter
+        own = self._copies(targets, 0 if replaced else self.num_batches_tracked)
         checked, missing, unexpected = checks.check_state(state, own, scalars.flag(strict, "strict"))
         for key, value in checked.items():
             own[key][...] = value

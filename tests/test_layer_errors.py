@@ -103,6 +103,20 @@ OVERWRITTEN = "backward needs the x of the forward, which was overwritten by out
 EVALUATION = "backward after a forward in evaluation, which keeps no x unless asked to: bn.eval(backward=True), then y = bn(x)"
 
 
+def test_a_layer_is_shown_with_a_dtype_that_was_assigned() -> None:
+    bn = fastbn.BatchNorm(3)
+    for dtype, shown in (("float64", "float64"), (np.float64, "float64"), ("whatever", "whatever"), (None, "None")):
+        bn.dtype = dtype
+        assert repr(bn).endswith(f"dtype={shown})")
+
+
+def test_backward_after_evaluation_in_place_asks_for_what_helps(backend: str) -> None:
+    bn, x = _layer(backend).eval(), np.arange(60, dtype=np.float32).reshape(SHAPE)
+    bn(x, out=x)  # another out would not help
+    with pytest.raises(RuntimeError, match=f"^{re.escape(EVALUATION)}$"):
+        bn.backward(x)
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_backward_at_the_wrong_time(training: bool, backend: str) -> None:
     bn, x = _layer(backend), np.arange(60, dtype=np.float32).reshape(SHAPE)
@@ -174,14 +188,33 @@ def test_load_state_dict_rejects_a_ragged_value() -> None:
         np.testing.assert_array_equal(value, before[key], err_msg=f"{key} changed")
 
 
-@pytest.mark.parametrize("count", [float("nan"), float("inf"), -float("inf"), 2.5, -1, 2**63, 1e300, np.float32(0.5)])
+@pytest.mark.parametrize("count", [float("nan"), float("inf"), -float("inf"), 2.5, -1, 2**63, 2**70, 1e300, np.float32(0.5)])
 def test_load_state_dict_rejects_a_count_that_is_none(count: float) -> None:
     bn = _layer("reference")
     before = bn.state_dict()
-    with pytest.raises((TypeError, ValueError), match="num_batches_tracked"):
+    with pytest.raises(ValueError, match=r"^state_dict: num_batches_tracked: given .*, want a whole number, 0 or more"):
         bn.load_state_dict({key: value + 1 for key, value in before.items()} | {"num_batches_tracked": count})
     for key, value in bn.state_dict().items():
         np.testing.assert_array_equal(value, before[key], err_msg=f"{key} changed")
+
+
+@pytest.mark.parametrize("count", [float("nan"), None, 1.5, 2**63])
+def test_a_bad_count_is_healed_by_what_replaces_it(count: Any) -> None:
+    state = _layer("reference").state_dict()
+    for act, want in (
+        (lambda bn: bn.reset_running_stats(), 0),
+        (lambda bn: bn.reset_parameters(), 0),
+        (lambda bn: bn.load_state_dict(state), 7),
+    ):
+        bn = _layer("reference")
+        bn.num_batches_tracked = count
+        act(bn)
+        assert bn.num_batches_tracked == want
+        bn(_float32(*SHAPE))
+    bn.num_batches_tracked = count
+    with pytest.raises((TypeError, ValueError), match=r"^num_batches_tracked: given"):
+        bn.load_state_dict({"running_mean": np.full(3, 9.0)}, strict=False)
+    assert not (bn.running_mean == 9.0).any()
 
 
 @pytest.mark.parametrize("state", [5, None, "weight", [("weight", np.ones(3))], np.ones(3)], ids=lambda value: type(value).__name__)

@@ -97,6 +97,7 @@ USED = {
     "state_dict": {"num_batches_tracked"},
     "folded_affine": {"eps"},
     "fold": {"eps", "num_batches_tracked"},
+    "reset_parameters": {*OPTIONS} - {"num_batches_tracked"},
 }
 
 
