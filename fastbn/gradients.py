@@ -141,7 +141,7 @@ def _backward(
     if constant is None:
         checks.check_moments(m, channels, way.values)
         checks.check_count(x, way.values)
-        mean, count = checks.as_statistic(m.mean, channels, "moments.mean"), m.count
+        mean, count = checks.as_statistic(m.mean, channels, "moments.mean"), way.values
         spread = checks.as_statistic(m.m2, channels, "moments.m2")
     else:
         mean, count = checks.as_statistic(constant[0], channels, "mean"), 1

@@ -91,9 +91,10 @@ class Moments:
             ddof is no number.
         """
         ddof = scalars.check_ddof(ddof)
-        if self.count <= ddof:
-            return np.full_like(self.m2, np.nan)
-        return self.m2 / (self.count - ddof)
+        m = settled(self)
+        if m.count <= ddof:
+            return np.full_like(m.m2, np.nan)
+        return m.m2 / (m.count - ddof)
 
     def std(self, ddof: float = 0) -> Statistics:
         """Standard deviation of each channel: the root of `var`.
@@ -141,22 +142,37 @@ class Moments:
         Raises
         ------
         TypeError
-            `other` is not a Moments, or on a GPU.
+            `other` is not a Moments, or on a GPU; what was assigned to an attribute can't be one.
         ValueError
-            `other` has another number of channels.
+            `other` has another number of channels; as above.
         """
         if not isinstance(other, Moments):
             raise TypeError(f"merge: given {type(other).__name__}, want Moments")
-        if not isinstance(other.mean, np.ndarray):
+        left, right = settled(self), settled(other)
+        if on_device(right.mean) or on_device(left.mean):
             raise TypeError("merge: given moments that are on a GPU, want some of the host: copy mean and m2 there first")
-        if self.mean.shape != other.mean.shape:
-            raise ValueError(f"merge: given {other.mean.size} channels, want {self.mean.size}, as many as on the left")
-        if other.count == 0:
-            return made(self.count, self.mean.copy(), self.m2.copy())
-        if self.count == 0:
-            return made(other.count, other.mean.copy(), other.m2.copy())
-        count, mean, m2 = merge(self.count, self.mean, self.m2, other.count, other.mean, other.m2)
+        if left.mean.shape != right.mean.shape:
+            raise ValueError(f"merge: given {right.mean.size} channels, want {left.mean.size}, as many as on the left")
+        if right.count == 0:
+            return made(left.count, left.mean.copy(), left.m2.copy())
+        if left.count == 0:
+            return made(right.count, right.mean.copy(), right.m2.copy())
+        count, mean, m2 = merge(left.count, left.mean, left.m2, right.count, right.mean, right.m2)
         return made(count, mean, m2)
+
+
+def settled(m: Moments) -> Moments:
+    """These, or, where an attribute was assigned what none is, what that becomes; TypeError or ValueError where it can't."""
+    mean, m2 = m.mean, m.m2
+    if (
+        type(m.count) is int
+        and type(mean) is type(m2) is np.ndarray
+        and mean.dtype == m2.dtype == dtypes.FLOAT64
+        and mean.shape == m2.shape
+        and mean.ndim == 1
+    ):
+        return m
+    return Moments(m.count, mean, m2) if type(m) is Moments or not on_device(mean) else m
 
 
 _new = object.__new__

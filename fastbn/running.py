@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike
 
 from fastbn import checks, distributed, functional, scalars, threads
 from fastbn.backends import devices
-from fastbn.moments import Moments, Statistics
+from fastbn.moments import Moments, Statistics, settled
 
 
 class RunningMoments:
@@ -87,6 +87,7 @@ class RunningMoments:
         return whole
 
     def _take(self, found: Moments, name: str) -> RunningMoments:
+        found = settled(found) if isinstance(found, Moments) else found
         if isinstance(found, Moments) and found.mean.size != checks.check_channels(self.num_features):
             raise ValueError(f"{name}: given {found.mean.size} channels along axis {self.axis}, want {self.num_features}")
         if isinstance(found, Moments) and not self.count and devices.on_device(found.mean):

@@ -192,6 +192,29 @@ def test_what_can_be_no_moments(given: dict[str, object], error: type[Exception]
         Moments(**{"count": 8, "mean": np.ones(2), "m2": np.ones(2)} | given)
 
 
+def test_what_was_assigned_later_becomes_that_too_or_is_refused() -> None:
+    want = Moments(4, [1.0, 2.0], [3.0, 5.0])
+    for name, value in (("count", 4.0), ("count", np.int32(4)), ("mean", [1, 2]), ("mean", np.array([1, 2], "f4")), ("m2", (3, 5))):
+        m = Moments(4, [1.0, 2.0], [3.0, 5.0])
+        setattr(m, name, value)
+        np.testing.assert_array_equal(m.var(1), want.var(1))
+        seen = fastbn.RunningMoments(2).merge(m).merge(m)
+        for found in (m.merge(want), want.merge(m), m.merge(m), seen.moments):
+            assert (type(found.count), found.count) == (int, 8)
+            np.testing.assert_array_equal(found.mean, want.mean)
+            np.testing.assert_array_equal(found.m2, 2 * want.m2)
+    for name, value, message in (
+        ("count", 1.5, "count: given 1.5, want a whole number, 0 or more"),
+        ("mean", ["a", "b"], "mean: given dtype <U1, want numbers"),
+        ("mean", [1.0], "m2: given shape (2,), want (1,), that of mean"),
+        ("m2", None, "m2: given None, want an array"),
+    ):
+        setattr(m := Moments(4, [1.0, 2.0], [3.0, 5.0]), name, value)
+        for act in (m.var, lambda m=m: m.merge(want), lambda m=m: want.merge(m), lambda m=m: fastbn.RunningMoments(2).merge(m)):
+            with pytest.raises((TypeError, ValueError), match=f"^{re.escape(message)}"):
+                act()
+
+
 # What the backends compute of statistics.
 
 
