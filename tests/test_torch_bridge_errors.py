@@ -95,6 +95,9 @@ def test_explain_says_why_and_refuses_what_is_no_batch_norm() -> None:
     x = torch.ones(2, 5, 3, 3)
     assert "channels_first" in fastbn.torch.explain(fastbn.torch.BatchNorm2d(5), x)
     assert "channels_last (R x C" in fastbn.torch.explain(fastbn.torch.BatchNorm2d(5), x.to(memory_format=torch.channels_last))
+    assert "in training" not in fastbn.torch.explain(fastbn.torch.BatchNorm2d(5), x)
+    told = fastbn.torch.explain(fastbn.torch.BatchNorm2d(5).eval(), x)
+    assert told.startswith("fastbn's kernels, with the running statistics; below, what runs in training\n")
     assert "convert" in fastbn.torch.explain(torch.nn.BatchNorm2d(5), x)
     with pytest.raises(TypeError, match="module: given Linear, want a batch norm"):
         fastbn.torch.explain(torch.nn.Linear(2, 2), x)

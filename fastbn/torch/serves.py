@@ -180,4 +180,5 @@ def explain(module: torch.nn.Module, x: Tensor) -> str:
     last = x.stride(1) == 1 and x.shape[1] > 1
     with of_pytorch():
         shown = backends.explain(tuple(x.shape), dtype, channels_last=last, backend="cuda" if x.is_cuda else None)
-    return f"fastbn's kernels, {'with the statistics of the batch' if given.batch else 'with the running statistics'}\n{shown}"
+    how = "with the statistics of the batch" if given.batch else "with the running statistics; below, what runs in training"
+    return f"fastbn's kernels, {how}\n{shown}"
