@@ -203,7 +203,10 @@ def check_running(mean: ArrayLike | None, var: ArrayLike | None) -> None:
 def check_count(x: Array, count: int) -> None:
     """Training needs more than one value per channel (none at all is an empty batch, and allowed)."""
     if count == 1:
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
+        how = (
+            "give more, or take running statistics: batch_norm_inference, bn.eval() of a layer that keeps them (else it is as in training)"
+        )
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}: {how}")
 
 
 def check_whole(count: Any, values: int) -> int:
@@ -221,7 +224,7 @@ def check_moments(moments: Any, channels: int, count: int) -> None:
     """Statistics that were taken of an array like x."""
     if type(moments) is not Moments and not isinstance(moments, Moments):
         raise TypeError(f"moments: given {type(moments).__name__}, want the Moments that batch_norm returned")
-    if moments.mean.shape != (channels,):
+    if getattr(moments.mean, "shape", None) not in (None, (channels,)):  # what has none is looked at as a statistic
         raise ValueError(f"moments: given {moments.mean.size} channels, want {channels}, as x has")
     if moments.count != count:
         raise ValueError(f"moments: given statistics of {moments.count} values per channel, want {count}, as x has")

@@ -11,6 +11,7 @@ from shapes import HALF
 import fastbn
 
 SHAPE = (4, 3, 5)
+MORE = "give more, or take running statistics: batch_norm_inference, bn.eval() of a layer that keeps them (else it is as in training)"
 BIG = {half: np.dtype(half).newbyteorder(">") for half in HALF}
 
 
@@ -217,10 +218,10 @@ BAD: list[tuple[str, tuple[str, ...], dict[str, Any], type[Exception], str]] = [
     ("eps a word", WRITING, {"eps": "small"}, TypeError, "eps: given 'small', want a number"),
     ("eps None", WRITING, {"eps": None}, TypeError, "eps: given None, want a number"),
     ("one value per channel", ("batch_norm",), {"x": _float32(1, 3, 1), "out": None}, ValueError,
-     "Expected more than 1 value per channel when training, got input size (1, 3, 1)"),
+     f"Expected more than 1 value per channel when training, got input size (1, 3, 1): {MORE}"),
     ("one value per channel", ("batch_norm_backward",),
      {"x": _float32(1, 3), "dy": _float32(1, 3), "out": None, "moments": fastbn.Moments(1, np.zeros(3), np.zeros(3))}, ValueError,
-     "Expected more than 1 value per channel when training, got input size (1, 3)"),
+     f"Expected more than 1 value per channel when training, got input size (1, 3): {MORE}"),
     ("moments a tuple", ("batch_norm_backward",), {"moments": (np.zeros(3), np.ones(3))}, TypeError,
      "moments: given tuple, want the Moments that batch_norm returned"),
     ("moments None", ("batch_norm_backward",), {"moments": None}, TypeError,

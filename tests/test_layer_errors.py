@@ -27,6 +27,7 @@ def _layer(backend: str, **options: Any) -> fastbn.BatchNorm:
     return bn
 
 
+MORE = "give more, or take running statistics: batch_norm_inference, bn.eval() of a layer that keeps them (else it is as in training)"
 MEMORY = _float32(5, 3, 5)
 
 LAYER_INPUT: list[tuple[dict[str, Any], dict[str, Any], type[Exception], str]] = [
@@ -45,7 +46,9 @@ LAYER_INPUT: list[tuple[dict[str, Any], dict[str, Any], type[Exception], str]] =
     ({}, {"x": np.ones(SHAPE, int)}, TypeError,
      "x: given dtype int64, " + "want float16, bfloat16, float32 or float64: convert it first, e.g. x.astype('float32')"),
     ({}, {"x": _float32(1, 3, 1), "out": None}, ValueError,
-     "Expected more than 1 value per channel when training, got input size (1, 3, 1)"),
+     f"Expected more than 1 value per channel when training, got input size (1, 3, 1): {MORE}"),
+    ({"track_running_stats": False}, {"x": _float32(1, 3, 1), "out": None}, ValueError,
+     f"Expected more than 1 value per channel when training, got input size (1, 3, 1): {MORE}"),
     ({"eps": 0.0}, {}, ValueError, "eps: given 0.0, want a positive number in training, e.g. 1e-5"),
     ({}, {"out": _float32(4, 3, 4)}, ValueError, "out: given shape (4, 3, 4), want (4, 3, 5), the shape of x"),
     ({}, {"out": [1.0]}, TypeError, "out: given list, want a numpy.ndarray of shape (4, 3, 5) and dtype float32"),
