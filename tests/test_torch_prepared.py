@@ -44,8 +44,8 @@ def called(cls: Any = BatchNorm2d, dtype: Any = torch.float32, shape: Any = SHAP
 
 def again(module: Any, x: Any) -> Any:
     """y as the call before found it; None where x is looked over."""
-    before = prepared.known(module, x)
-    return None if before is None or not before.channels else prepared.inference(module, x, before)
+    before, tensors = prepared.known(module, x)
+    return None if before is None or not before.channels else prepared.inference(module, x, before, tensors)
 
 
 def fresh(module: Any, x: Any) -> Any:
@@ -239,6 +239,21 @@ def test_nothing_of_it_stays_with_the_module() -> None:
     gc.collect()
     assert gone() is None
     assert len([key for key in prepared._known if key.num_features == CHANNELS]) == 0
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_nothing_is_kept_alive(training: bool) -> None:
+    module, x = called()
+    module.train(training)(x)
+    replaced = [weakref.ref(module.weight), weakref.ref(module.running_mean)]
+    module.weight, module.running_mean = torch.nn.Parameter(torch.ones(CHANNELS)), torch.zeros(CHANNELS)
+    assert [old() for old in replaced] == [None, None]
+    module(x)
+    module.weight.owner = module.running_var.owner = module.bias.owner = module  # as the closure of a hook holds it
+    gone = weakref.ref(module)
+    del module
+    gc.collect()
+    assert gone() is None
 
 
 def test_another_backend_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,9 +45,9 @@ class Served:
         if not compiling and functions.followed() is not None:
             found: Tensor = functions.alone(Served.forward, self, input)
             return found
-        before = prepared.known(self, input) if plain else None
+        before, tensors = prepared.known(self, input) if plain else (None, ())
         if before is not None and before.channels and not self.training:
-            again = prepared.inference(self, input, before)
+            again = prepared.inference(self, input, before, tensors)
             if again is not None:
                 return again
         given, reason = serves.call(self), None

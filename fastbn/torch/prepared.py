@@ -24,11 +24,9 @@ from fastbn.torch.team import runtime
 
 
 class Known(NamedTuple):
-    """What an earlier eager call of a module, served by fastbn, found."""
+    """What an earlier eager call of a module, served by fastbn, found: no tensor, which would keep alive what reaches the module."""
 
-    given: tuple[Tensor | None, ...]  # weight, bias, running mean and variance
-    there: tuple[Tensor, ...]  # those that are not None
-    unchanged: Callable[..., bool]  # asked of x and of what is there: type, layout, dtype, rank, shape and strides, but of x any
+    unchanged: Callable[..., bool]  # asked of x and the tensors: type, layout, dtype, rank, shape and strides, but of x any
     addresses: tuple[int, ...]  # of running mean and variance, weight and bias; 0 where absent
     apart: bool  # whether running statistics lie where they can be moved
     channels: int  # where the kernel takes addresses: constants without gaps, on the CPU; else 0
@@ -45,31 +43,31 @@ class Way(NamedTuple):
 
 _Guards: Any = TensorGuards  # of torch.compile: 0.2 us for five tensors, where asking each takes 1; its annotations leave them out
 _known: WeakKeyDictionary[torch.nn.Module, Known] = WeakKeyDictionary()
+Tensors = tuple[Tensor, ...]  # running mean and variance, weight and bias
+_ABSENT = tuple(torch.empty(0, device="cpu") for _ in range(4))  # in place of None: at the address 0. The guards let no two be the same
 
 
-def known(module: Any, x: Tensor) -> Known | None:
-    """What an earlier call found, where all of it is as it was: the tensors, what is said of them, and where they lie."""
+def known(module: Any, x: Tensor) -> tuple[Known | None, Tensors]:
+    """What an earlier call found, where all of it is as it was, and the tensors, to be held while their addresses are used."""
     found = _known.get(module)
     if found is None:
-        return None
-    (weight, bias, mean, var), there, unchanged, addresses, _, _ = found
+        return None, ()
     own, kept = module._parameters, module._buffers
+    mean, var, weight, bias = kept.get("running_mean"), kept.get("running_var"), own.get("weight"), own.get("bias")
+    if mean is None:
+        mean = _ABSENT[0]
+    if var is None:
+        var = _ABSENT[1]
+    if weight is None:
+        weight = _ABSENT[2]
+    if bias is None:
+        bias = _ABSENT[3]
     if (
-        own.get("weight") is not weight
-        or own.get("bias") is not bias
-        or kept.get("running_mean") is not mean
-        or kept.get("running_var") is not var
-        or not unchanged(x, *there)
-        or (
-            0 if mean is None else mean.data_ptr(),
-            0 if var is None else var.data_ptr(),
-            0 if weight is None else weight.data_ptr(),
-            0 if bias is None else bias.data_ptr(),
-        )
-        != addresses
+        not found.unchanged(x, mean, var, weight, bias)
+        or (mean.data_ptr(), var.data_ptr(), weight.data_ptr(), bias.data_ptr()) != found.addresses
     ):
-        return None
-    return found
+        return None, ()
+    return found, (mean, var, weight, bias)
 
 
 def keep(module: Any, x: Tensor, given: serves.Call) -> None:
@@ -78,14 +76,13 @@ def keep(module: Any, x: Tensor, given: serves.Call) -> None:
     own = module._parameters
     if own.get("weight") is not weight or own.get("bias") is not bias:  # parametrized: others in each call
         return
-    there = tuple(value for value in given[:4] if value is not None)
-    sizes, strides = ([list(measure(value)) for value in there] for measure in (Tensor.size, Tensor.stride))
+    tensors = [absent if value is None else value for value, absent in zip((mean, var, weight, bias), _ABSENT, strict=True)]
+    sizes, strides = ([list(measure(value)) for value in tensors] for measure in (Tensor.size, Tensor.stride))
     any_length: list[Any] = [[None] * x.dim()]
-    unchanged = _Guards(x, *there, dynamic_dims_sizes=any_length + sizes, dynamic_dims_strides=any_length + strides).check
-    addresses = tuple(0 if value is None else value.data_ptr() for value in (mean, var, weight, bias))
-    compact = mean is not None and mean.is_cpu and all(value.is_contiguous() for value in there)
-    channels = x.shape[1] if compact else 0
-    _known[module] = Known((weight, bias, mean, var), there, unchanged, addresses, serves.apart(given), channels)
+    unchanged = _Guards(x, *tensors, dynamic_dims_sizes=any_length + sizes, dynamic_dims_strides=any_length + strides).check
+    addresses = tuple(value.data_ptr() for value in tensors)
+    compact = mean is not None and mean.is_cpu and all(value.is_contiguous() for value in tensors)
+    _known[module] = Known(unchanged, addresses, serves.apart(given), x.shape[1] if compact else 0)
 
 
 @lru_cache(maxsize=1024)
@@ -104,14 +101,14 @@ def _way(shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype, backend
     return Way(run, plan.channels, form.nbytes >= config.SERIAL_BYTES, form.nbytes >= kernels.LARGE)
 
 
-def inference(module: Any, x: Tensor, before: Known) -> Tensor | None:
+def inference(module: Any, x: Tensor, before: Known, tensors: Tensors) -> Tensor | None:
     """y of an eager call that records nothing, on what was found before; None where it takes more than the kernel: errors among these."""
-    (weight, bias, _, _), _, _, addresses, _, channels = before
+    (_, addresses, _, channels), (_, _, weight, bias) = before, tensors
     eps = module.eps
     if type(eps) is not float or not 0.0 <= eps < math.inf or serves.watched() is not None:
         return None
     if torch.is_grad_enabled():
-        if x.requires_grad or (weight is not None and weight.requires_grad) or (bias is not None and bias.requires_grad):
+        if x.requires_grad or weight.requires_grad or bias.requires_grad:
             return None
     way, begins = _way(x.shape, x.stride(), x.dtype, config.BACKEND), x.data_ptr()
     if way is None or way.channels != channels or not begins:
