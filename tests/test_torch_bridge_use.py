@@ -236,6 +236,32 @@ def test_batched_gradients_are_those_of_one_after_the_other(training: bool, froz
     torch.testing.assert_close(*again, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("options", [{}, {"affine": False}, {"track_running_stats": False}], ids=str)
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("batched", [True, False])
+def test_a_penalty_on_batched_gradients_is_pytorchs(options: dict[str, Any], frozen: bool, batched: bool) -> None:
+    """Also where nothing depends on them; of the operators as of the modules."""
+    x, steep, found = torch.randn(5, 6, 4, 4), torch.randn(2, 5, 6, 4, 4) if batched else torch.randn(5, 6, 4, 4), []
+    theirs, ours = (library.BatchNorm2d(6, **options).eval().requires_grad_(not frozen) for library in (torch.nn, fastbn.torch))
+    calls = [theirs, ours]
+    if theirs.running_mean is not None:
+        constants = (theirs.running_mean, theirs.running_var)
+        calls.append(lambda x: torch.ops.fastbn.batch_norm_inference(x, *constants, ours.weight, ours.bias, ours.eps))
+    for call in calls:
+        given = x.clone().requires_grad_()
+        y = call(given)
+        (dx,) = torch.autograd.grad(y, given, steep, is_grads_batched=batched, create_graph=True)
+        assert dx.requires_grad
+        dx.square().sum().backward()
+        found.append((dx.detach(), torch.zeros_like(x) if given.grad is None else given.grad))
+        if batched:
+            slopes = torch.autograd.functional.jacobian(call, x[:2, :, 0, 0, None, None], vectorize=True, create_graph=True)
+            assert slopes.requires_grad
+    for dx, grad in found[1:]:
+        torch.testing.assert_close(dx, found[0][0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(grad, found[0][1], rtol=1e-4, atol=1e-3)
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # of PyTorch's own forward derivatives
 def test_forward_derivatives_and_transforms_are_pytorchs() -> None:
     module, x = fastbn.torch.BatchNorm1d(5), torch.randn(6, 5, requires_grad=True)

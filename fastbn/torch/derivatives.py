@@ -55,6 +55,11 @@ def _seen(x: Tensor, mean: Tensor, var: Tensor | None, eps: float) -> tuple[Tens
     return h, r, lambda v: v - _average(v) - h * _average(v * h)
 
 
+def leaf(dy: Tensor) -> Tensor:
+    """dy, so that dx is recorded as PyTorch has it, also where nothing depends on it: a penalty on it is 0. vmap has no detach()."""
+    return dy + torch.zeros((), dtype=dy.dtype, device=dy.device, requires_grad=True)
+
+
 def first(dy: Tensor, x: Tensor, mean: Tensor, var: Tensor | None, gamma: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients with respect to (x, gamma, beta), of any tensor dy that PyTorch can calculate with; arguments as `second`.
 

@@ -12,7 +12,7 @@ from torch.autograd import profiler
 
 from fastbn.moments import Moments
 from fastbn.torch import kernels, serves
-from fastbn.torch.derivatives import first, second
+from fastbn.torch.derivatives import first, leaf, second
 from fastbn.torch.kernels import Statistics
 
 followed = eval_frame.get_eval_frame_callback  # None but where Dynamo follows eager code: around its graph breaks
@@ -95,12 +95,12 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 
 def _derived(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     (x, gamma), dy, recorded = ctx.saved_tensors, dy.resolve_neg(), torch.is_grad_enabled()  # the imaginary part of a conjugate is negated
+    if ctx.frozen and recorded and not dy.requires_grad:
+        dy = leaf(dy)
     if not serves.plain(dy):  # of vmap, as is_grads_batched has it, or zeros without memory
         dx, dgamma, dbeta = first(dy, dy if ctx.frozen else x, *_tensors(ctx.found), gamma, ctx.eps)
     elif ctx.frozen:  # dx = gamma * dy * rstd is a normalization of dy, and x is not needed
         dy, (mean, var) = dy.contiguous(memory_format=ctx.format), ctx.found
-        if recorded and not dy.requires_grad:
-            dy = dy.detach().requires_grad_()  # dx is recorded as PyTorch has it, also where nothing depends on it: a penalty on it is 0
         dx = normalized(dy, gamma, None, ctx.eps, (kernels.zeros(mean), var), None)
         return dx, None, None, None, None, None
     else:

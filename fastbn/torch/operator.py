@@ -21,7 +21,7 @@ from torch import Tensor
 from fastbn import checks
 from fastbn.moments import Moments
 from fastbn.torch import kernels
-from fastbn.torch.derivatives import second
+from fastbn.torch.derivatives import leaf, second
 
 Three = tuple[Tensor, Tensor, Tensor]
 
@@ -137,7 +137,7 @@ def _inference_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     if not ctx.sums:  # frozen parameters: dx = gamma * dy * rstd is a normalization of dy, and x is not needed
         dy = dy.contiguous(memory_format=ctx.format)
         if torch.is_grad_enabled() and not dy.requires_grad:
-            dy = dy.detach().requires_grad_()  # see functions
+            dy = leaf(dy)
         return batch_norm_inference(dy, torch.zeros_like(mean), var, gamma, None, ctx.eps), None, None, None, None, None
     dx, dgamma, dbeta = batch_norm_inference_backward(dy, x, mean, var, gamma, ctx.eps)
     return _needed(ctx, dx, None, None, dgamma, dbeta, None)
