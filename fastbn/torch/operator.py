@@ -77,24 +77,40 @@ def _like(x: Tensor) -> Tensor:
     return kernels.formatted(torch.empty_like(x))
 
 
+def _together(x: Tensor, **others: Tensor | None) -> None:
+    """Refuse what lies elsewhere: with one tensor on meta the dispatcher asks for no kernel, and what is empty would go for the result."""
+    for name, value in others.items():
+        if value is not None and value.device != x.device:
+            raise RuntimeError(f"{name}: given a tensor on {value.device}, want all of them on {x.device}, where x is")
+
+
 @batch_norm.register_fake
 def _(x: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float) -> Three:
+    _together(x, gamma=gamma, beta=beta)
     return _like(x), *_statistics(x)
 
 
 @batch_norm_inference.register_fake
 def _(x: Tensor, mean: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float) -> Tensor:
+    _together(x, mean=mean, var=var, gamma=gamma, beta=beta)
     return _like(x)
 
 
-def _fake_gradients(dy: Tensor, x: Tensor, mean: Tensor, spread: Tensor, gamma: Tensor | None, eps: float) -> Three:
+def _fake_gradients(dy: Tensor, x: Tensor, mean: Tensor, spread: Tensor, gamma: Tensor | None, spread_name: str) -> Three:
+    _together(x, dy=dy, mean=mean, gamma=gamma, **{spread_name: spread})
     kind = torch.float64 if x.dtype == torch.float64 else torch.float32
     dgamma, dbeta = (x.new_empty(x.shape[1], dtype=kind) for _ in range(2))
     return _like(x), dgamma, dbeta
 
 
-batch_norm_backward.register_fake(_fake_gradients)
-batch_norm_inference_backward.register_fake(_fake_gradients)
+@batch_norm_backward.register_fake
+def _(dy: Tensor, x: Tensor, mean: Tensor, m2: Tensor, gamma: Tensor | None, eps: float) -> Three:
+    return _fake_gradients(dy, x, mean, m2, gamma, "m2")
+
+
+@batch_norm_inference_backward.register_fake
+def _(dy: Tensor, x: Tensor, mean: Tensor, var: Tensor, gamma: Tensor | None, eps: float) -> Three:
+    return _fake_gradients(dy, x, mean, var, gamma, "var")
 
 
 def _needed(ctx: Any, *found: Tensor | None) -> tuple[Tensor | None, ...]:
