@@ -61,6 +61,37 @@ def test_what_pytorch_refuses_is_refused_in_its_words(what: str) -> None:
         assert torch.equal(ours.state_dict()[key], value), key
 
 
+NUMBERS = {  # as eps and as momentum
+    "a string": "0.1", "a tensor": torch.tensor(0.1), "a tensor of (1,)": torch.tensor([0.1]), "a list": [0.1], "an array": np.array([0.1]),
+    "an array without axes": np.array(0.1), "NumPy's single": np.float32(0.1), "NumPy's double": np.float64(0.1), "large": 10**400,
+    "one": 1, "true": True, "nan": np.nan, "infinite": np.inf, "below 0": -np.inf, "none": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("value", NUMBERS.values(), ids=NUMBERS)
+@pytest.mark.parametrize("name", ["eps", "momentum"])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kind", ["BatchNorm1d", "SyncBatchNorm"])
+def test_odd_numbers_are_taken_or_refused_as_pytorch_does(kind: str, training: bool, name: str, value: Any) -> None:
+    """The running statistics and the count too, in the first call as in those that are served as the call before."""
+    x = torch.randn(4, 5, 3)
+    for calls in (1, 2):
+        found = []
+        for make in (torch.nn.BatchNorm1d, getattr(fastbn.torch, kind)):
+            module = make(5).train(training).requires_grad_(False)
+            for _ in range(calls - 1):
+                module(x)
+            setattr(module, name, value)
+            y = _outcome(lambda module=module: module(x))
+            found.append([*y] if isinstance(y, tuple) else [y, *module.buffers()])
+            found[-1].append(int(module.num_batches_tracked))
+        for theirs, ours in zip(*found, strict=True):
+            if isinstance(theirs, torch.Tensor):
+                torch.testing.assert_close(ours, theirs, equal_nan=True)
+            else:
+                assert ours == theirs
+
+
 OWN: dict[str, tuple[Callable[[Any], Any], Callable[[], Any], str]] = {
     "half parameters": (lambda m: m.half(), lambda: torch.randn(4, 5, 3, 3).half(), "float16"),
     "bfloat16 parameters": (lambda m: m.bfloat16(), lambda: torch.randn(4, 5, 3, 3).bfloat16(), "bfloat16"),
@@ -117,9 +148,9 @@ def test_a_gpu_is_served_by_fastbn_or_by_pytorch_as_its_backend_says(monkeypatch
 
     given = serves.Call(None, None, None, None, True)
     monkeypatch.setattr("fastbn.backends.devices.declines", lambda: "no GPU here")
-    told = serves.declines(given, OnGpu(), (4,), 1e-5)
+    told = serves.declines(given, OnGpu(), (4,), 1e-5, 0.1)
     assert told is not None
     assert "no GPU here" in told
     monkeypatch.setattr("fastbn.backends.devices.declines", lambda: None)
-    assert serves.declines(given, OnGpu(), (4,), 1e-5) is None
+    assert serves.declines(given, OnGpu(), (4,), 1e-5, 0.1) is None
     assert kernels.array(tensor := OnGpu()) is tensor  # with its memory, to fastbn's functions

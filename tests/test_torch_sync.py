@@ -3,13 +3,15 @@
 import copy
 import inspect
 import pickle
+from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
 
-from torch import nn  # noqa: E402 # behind the question whether it is there
+from torch import distributed, nn  # noqa: E402 # behind the question whether it is there
 
 from fastbn.torch import SyncBatchNorm, convert_sync_batchnorm, explain  # noqa: E402
 
@@ -66,6 +68,34 @@ def test_tensors_that_do_not_go_with_it_are_refused_before_an_exchange(name: str
     (module._parameters if name == "weight" else module._buffers)[name] = change(getattr(module, name))
     with pytest.raises(RuntimeError, match=r"scalar type|dtype|should contain|expected|mixed"):
         module._let_pytorch_refuse(torch.ones(4, 3))
+
+
+@pytest.fixture
+def group(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The ranks' own way, in a group of this process alone."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    monkeypatch.setattr(SyncBatchNorm, "_group", lambda self: distributed.group.WORLD)
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("group")
+def test_numbers_beside_other_ranks() -> None:
+    x, want = torch.randn(4, 3), nn.BatchNorm1d(3, momentum=0.25)
+    want(x)
+    for momentum in (0.25, torch.tensor(0.25), np.array(0.25)):
+        module = SyncBatchNorm(3)
+        module.momentum = momentum
+        module(x)
+        torch.testing.assert_close(module.state_dict(), want.state_dict(), rtol=1e-6, atol=1e-6)
+    odd = {"momentum": ("0.1", torch.tensor([0.1, 0.2]), [0.1], 10**400), "eps": ("1e-5", [1e-5], None, np.nan, np.inf, True, 0.0, 10**400)}
+    for name, value in [(name, value) for name, values in odd.items() for value in values]:
+        module = SyncBatchNorm(3)
+        setattr(module, name, value)
+        before = copy.deepcopy(module.state_dict())
+        with pytest.raises((TypeError, ValueError), match=f"^{name}: given .*, want|beyond the largest"):
+            module(x)
+        torch.testing.assert_close(module.state_dict(), before, rtol=0, atol=0)
 
 
 def _model() -> nn.Module:

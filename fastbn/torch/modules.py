@@ -55,7 +55,7 @@ class Served:
             reason = serves.watched()
         elif not compiling:
             reason = serves.hidden(given, input)
-        if reason is not None or serves.declines(given, input, self.RANKS, self.eps) is not None:
+        if reason is not None or serves.declines(given, input, self.RANKS, self.eps, self.momentum) is not None:
             serves.refuse_proxy(self, input)
             own: Tensor = super().forward(input)  # type: ignore[misc]  # of the class beside this one
             return own

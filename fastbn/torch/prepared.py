@@ -104,8 +104,10 @@ def _way(shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype, backend
 def inference(module: Any, x: Tensor, before: Known, tensors: Tensors) -> Tensor | None:
     """y of an eager call that records nothing, on what was found before; None where it takes more than the kernel: errors among these."""
     (_, addresses, _, channels), (_, _, weight, bias) = before, tensors
-    eps = module.eps
-    if type(eps) is not float or not 0.0 <= eps < math.inf or serves.watched() is not None:
+    eps, momentum = module.eps, module.momentum
+    if type(eps) is not float or not 0.0 <= eps < math.inf or (type(momentum) is not float and momentum is not None):
+        return None
+    if serves.watched() is not None:
         return None
     if torch.is_grad_enabled():
         if x.requires_grad or weight.requires_grad or bias.requires_grad:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Container
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ PARAMETERS = {  # of which dtype parameters and running statistics are, beside x
     torch.float16: torch.float32,
     torch.bfloat16: torch.float32,
 }
+LARGEST = sys.float_info.max  # an int may be larger
 PLAIN = (Tensor, torch.nn.Parameter)
 REVERT = "fastbn.torch.{}, which it can't look into: call fastbn.torch.revert(model) first, fastbn.torch.convert(model) afterwards"
 
@@ -43,7 +45,12 @@ def call(module: Any) -> Call:
     return Call(weight, bias, mean, var, module.training or (mean is None and var is None))
 
 
-def declines(given: Call, x: Tensor, ranks: Container[int], eps: float) -> str | None:
+def finite(value: Any) -> bool:
+    """Whether fastbn calculates with a number as PyTorch does: whatever else PyTorch takes for one, or refuses, is its own to tell."""
+    return isinstance(value, (float, int)) and not isinstance(value, bool) and -LARGEST <= value <= LARGEST
+
+
+def declines(given: Call, x: Tensor, ranks: Container[int], eps: Any, momentum: Any) -> str | None:
     """Why fastbn's kernels can't serve a call; None where they do.
 
     torch.compile traces this: what it reads of x guards the compiled code.
@@ -66,6 +73,8 @@ def declines(given: Call, x: Tensor, ranks: Container[int], eps: float) -> str |
         return "a running statistic requires a gradient, and has none"
     if given.batch and x.numel() // C < 2:
         return "x has less than two values per channel"
+    if not (finite(eps) and (momentum is None or finite(momentum))):
+        return "eps or momentum is no finite number"
     if eps <= 0.0 and (given.batch or eps < 0.0):
         return f"eps is {eps}"
     if x.is_cuda:
@@ -173,7 +182,7 @@ def explain(module: torch.nn.Module, x: Tensor) -> str:
     ranks, given = getattr(module, "RANKS", None), call(module)
     if ranks is None:
         return f"PyTorch's own kernels: a {type(module).__qualname__} that is not converted, see fastbn.torch.convert"
-    reason = declines(given, x, ranks, module.eps) or hidden(given, x)
+    reason = declines(given, x, ranks, module.eps, module.momentum) or hidden(given, x)
     if reason is not None:
         return f"PyTorch's own kernels: {reason}"
     dtype = str(x.dtype).removeprefix("torch.")

@@ -13,7 +13,7 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from fastbn import dtypes, results
+from fastbn import dtypes, results, scalars
 from fastbn.distributed import Exchange
 from fastbn.errors import BackendUnavailable
 from fastbn.moments import Moments
@@ -57,7 +57,10 @@ class SyncBatchNorm(Served, _BatchNorm):
     Raises
     ------
     ValueError
-        In forward: below two dimensions, no channels, one value per channel on all ranks together, other channels on other ranks.
+        In forward: below two dimensions, no channels, one value per channel on all ranks together, other channels on other ranks; beside
+        other ranks, `eps` that is not positive or not finite, `momentum` beyond float64.
+    TypeError
+        In forward, beside other ranks: `eps` or `momentum` is no number.
     RuntimeError
         In forward: as PyTorch's for channels and dtypes that don't go together. In both passes: another rank failed.
 
@@ -136,6 +139,8 @@ class SyncBatchNorm(Served, _BatchNorm):
             self._check_input_dim(input)
             self._check_non_zero_input_channels(input)
             self._let_pytorch_refuse(input)
+            if self.momentum is not None:
+                scalars.number(self.momentum, "momentum")
             if input.dtype in HALF:  # a converted model's half parameters: fastbn takes float32 beside half input
                 parameters = [p.float() if p is not None and p.dtype in HALF else p for p in parameters]
         except Exception:
@@ -157,7 +162,7 @@ class SyncBatchNorm(Served, _BatchNorm):
             return
         assert self.num_batches_tracked is not None  # a buffer beside the other two
         self.num_batches_tracked.add_(1)
-        weight = 1.0 / int(self.num_batches_tracked) if self.momentum is None else self.momentum
+        weight = 1.0 / int(self.num_batches_tracked) if self.momentum is None else scalars.number(self.momentum, "momentum")
         for running, batch in ((self.running_mean, m.mean), (self.running_var, m.var(ddof=1))):
             running.copy_((1.0 - weight) * running.double() + weight * torch.as_tensor(batch, device=running.device))
 
