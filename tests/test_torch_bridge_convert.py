@@ -148,7 +148,9 @@ def test_subclasses_are_left_alone_and_reported() -> None:
     assert [type(m) for m in model] == [*kinds[:2], fastbn.torch.BatchNorm2d, *kinds[3:]]
     wanted = {"0": torch.nn.SyncBatchNorm, "1": Mine, "3": torch.nn.LazyBatchNorm2d, "5": OfOurs}
     assert fastbn.torch.left_alone(model) == wanted
-    assert [type(m) for m in fastbn.torch.revert(model)] == kinds
+    with pytest.warns(UserWarning, match=r"revert left alone, for .* derived from fastbn's: 5 \(.*\.OfOurs\)$") as caught:
+        assert [type(m) for m in fastbn.torch.revert(model)] == kinds
+    assert caught[0].filename == __file__
     x = torch.randn(4, 2, 3, 3)
     with torch.no_grad():
         lazy(x)
@@ -163,16 +165,24 @@ class FrozenBatchNorm2d(torch.nn.Module):  # type: ignore[misc]
     """As torchvision and detectron2 have it: a batch norm by its name alone."""
 
 
+class FrozenBatchNormAct2d(torch.nn.Module):  # type: ignore[misc]
+    """As timm has it: with modules of its own, none of them a batch norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop, self.act = torch.nn.Identity(), torch.nn.ReLU()
+
+
 class ConvBatchNorm(torch.nn.Sequential):  # type: ignore[misc]
     """What holds one is none."""
 
 
 def test_batch_norms_by_their_name_alone_are_reported() -> None:
-    model = ConvBatchNorm(FrozenBatchNorm2d(), torch.nn.BatchNorm2d(2))
-    with pytest.warns(UserWarning, match=r"left alone.*: 0 \(.*FrozenBatchNorm2d\)$"):
+    model = ConvBatchNorm(FrozenBatchNorm2d(), torch.nn.BatchNorm2d(2), FrozenBatchNormAct2d())
+    with pytest.warns(UserWarning, match=r"left alone.*: 0 \(.*FrozenBatchNorm2d\), 2 \(.*FrozenBatchNormAct2d\)$"):
         fastbn.torch.convert(model)
     assert type(model[1]) is fastbn.torch.BatchNorm2d
-    assert fastbn.torch.left_alone(model) == {"0": FrozenBatchNorm2d}
+    assert fastbn.torch.left_alone(model) == {"0": FrozenBatchNorm2d, "2": FrozenBatchNormAct2d}
     assert not fastbn.torch.left_alone(ConvBatchNorm(torch.nn.BatchNorm2d(2), fastbn.torch.SyncBatchNorm(2)))
 
 
@@ -214,7 +224,9 @@ def test_every_kind_reverts_to_pytorchs() -> None:
 @pytest.mark.parametrize("kind", [*KINDS, "SyncBatchNorm"])
 def test_fx_and_script_name_the_remedy(kind: str, training: bool) -> None:
     model = torch.nn.Sequential(torch.nn.ReLU(), getattr(fastbn.torch, kind)(4)).train(training)
-    words = rf"given a model with fastbn\.torch\.{kind}, .*: call fastbn\.torch\.revert\(model\) first"
+    own, again = ("sync", "_sync_batchnorm") if kind == "SyncBatchNorm" else ("modules", "")
+    words = rf"given a model with fastbn\.torch\.{own}\.{kind}, .*: call fastbn\.torch\.revert\(model\) first, "
+    words += rf"fastbn\.torch\.convert{again}\(model\) afterwards$"
     with pytest.raises(torch.fx.proxy.TraceError, match=r"^torch\.fx: " + words):
         torch.fx.symbolic_trace(model)
     with pytest.raises(RuntimeError, match=r"^torch\.jit\.script: " + words):
@@ -223,6 +235,24 @@ def test_fx_and_script_name_the_remedy(kind: str, training: bool) -> None:
     torch.fx.symbolic_trace(model)
     if kind != "SyncBatchNorm":  # which PyTorch can't compile either
         torch.jit.script(model)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")
+def test_what_can_not_be_reverted_is_told_another_remedy() -> None:
+    parametrized = fastbn.torch.BatchNorm2d(2)
+    torch.nn.utils.parametrize.register_parametrization(parametrized, "weight", torch.nn.Identity())
+    for module in (OfOurs(2), parametrized):
+        kind, model = type(module), torch.nn.Sequential(torch.nn.ReLU(), module)
+        with pytest.warns(UserWarning, match=rf"revert left alone.*: 1 \({kind.__module__}\.{kind.__name__}\)$"):
+            fastbn.torch.revert(model)
+        words = rf"given a model with {kind.__module__}\.{kind.__name__}, which .*, nor can fastbn\.torch\.revert swap it: remove its param"
+        with pytest.raises(RuntimeError, match=r"^torch\.jit\.script: " + words):
+            torch.jit.script(model)
+        if module is not parametrized:  # which torch.fx takes for one of PyTorch's own, and leaves whole
+            with pytest.raises(torch.fx.proxy.TraceError, match=r"^torch\.fx: " + words):
+                torch.fx.symbolic_trace(model)
+    torch.nn.utils.parametrize.remove_parametrizations(parametrized, "weight")
+    assert type(fastbn.torch.revert(parametrized)) is torch.nn.BatchNorm2d
 
 
 def test_pytorchs_own_conversions_still_know_them() -> None:

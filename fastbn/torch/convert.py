@@ -52,8 +52,9 @@ def convert(model: Model) -> Model:
     """
     _swap(model, OURS)
     if others := left_alone(model):
-        listed = ", ".join(f"{name or 'the model itself'} ({kind.__module__}.{kind.__qualname__})" for name, kind in others.items())
-        warnings.warn(f"fastbn.torch.convert left alone, for they are of other classes than PyTorch's own three: {listed}", stacklevel=2)
+        warnings.warn(
+            f"fastbn.torch.convert left alone, for they are of other classes than PyTorch's own three: {_listed(others)}", stacklevel=2
+        )
     elif not any(isinstance(module, Served) for module in model.modules()):
         given = f"{type(model).__module__}.{type(model).__qualname__}"
         warnings.warn(f"fastbn.torch.convert found no batch norm in {given}: nothing runs on fastbn's kernels", stacklevel=2)
@@ -63,7 +64,8 @@ def convert(model: Model) -> Model:
 def revert(model: Model) -> Model:
     """Undo `convert`: PyTorch's own batch norms again, in place, with what they have learned since.
 
-    A `SyncBatchNorm` becomes `torch.nn.SyncBatchNorm`, which trains on GPUs alone.
+    A `SyncBatchNorm` becomes `torch.nn.SyncBatchNorm`, which trains on GPUs alone. Classes derived from fastbn's are left alone, with a
+    warning that lists them: a batch norm that was parametrized after `convert` among them, whose parametrizations are to be removed first.
 
     Parameters
     ----------
@@ -74,12 +76,19 @@ def revert(model: Model) -> Model:
     Module
         The model.
 
+    Warns
+    -----
+    UserWarning
+        Where batch norms of classes derived from fastbn's were left alone.
+
     Raises
     ------
     TypeError
         `model` is no Module.
     """
     _swap(model, THEIRS)
+    if others := {name: type(m) for name, m in model.named_modules() if issubclass(type(m), Served)}:
+        warnings.warn(f"fastbn.torch.revert left alone, for they are of classes derived from fastbn's: {_listed(others)}", stacklevel=2)
     return model
 
 
@@ -104,10 +113,18 @@ def left_alone(model: nn.Module) -> dict[str, type[nn.Module]]:
     return {name: type(m) for name, m in model.named_modules() if type(m) not in SERVED and _is_batch_norm(m)}
 
 
+def _listed(found: dict[str, type[nn.Module]]) -> str:
+    return ", ".join(f"{name or 'the model itself'} ({kind.__module__}.{kind.__qualname__})" for name, kind in found.items())
+
+
 def _is_batch_norm(module: nn.Module) -> bool:
-    """Also a scripted one, and by its name one that is made of no other modules."""
-    name = getattr(module, "original_name", type(module).__name__)  # of what torch.jit.script made it from
-    return isinstance(module, _BatchNorm) or ("BatchNorm" in str(name) and next(module.children(), None) is None)
+    """Also a scripted one, and by its name one that holds no other: what holds one is a block, but a frozen one may hold its activation."""
+    _, *below = module.modules()
+    return isinstance(module, _BatchNorm) or (_so_named(module) and not any(isinstance(m, _BatchNorm) or _so_named(m) for m in below))
+
+
+def _so_named(module: nn.Module) -> bool:
+    return "BatchNorm" in str(getattr(module, "original_name", type(module).__name__))  # of what torch.jit.script made it from
 
 
 def _swap(model: nn.Module, table: dict[type[nn.Module], type[nn.Module]]) -> None:

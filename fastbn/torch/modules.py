@@ -72,7 +72,7 @@ class Served:
 
     def __prepare_scriptable__(self) -> Any:
         """What torch.jit.script asks for first: this can't be compiled by it."""
-        raise RuntimeError(f"torch.jit.script: given a model with {serves.REVERT.format(type(self).__name__)}")
+        raise RuntimeError(f"torch.jit.script: {serves.remedy(self)}")
 
     def _count(self: Any, compiling: bool) -> Any:
         """Count a batch; the weight of its statistics in the running ones."""

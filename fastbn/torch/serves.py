@@ -22,7 +22,6 @@ PARAMETERS = {  # of which dtype parameters and running statistics are, beside x
 }
 LARGEST = sys.float_info.max  # an int may be larger
 PLAIN = (Tensor, torch.nn.Parameter)
-REVERT = "fastbn.torch.{}, which it can't look into: call fastbn.torch.revert(model) first, fastbn.torch.convert(model) afterwards"
 
 
 class Call(NamedTuple):
@@ -149,10 +148,20 @@ def watched() -> str | None:
     return None
 
 
+def remedy(module: Any) -> str:
+    """What to do where something looks for PyTorch's own classes."""
+    kind = type(module)
+    given = f"given a model with {kind.__module__}.{kind.__qualname__}, which it can't look into"
+    if not kind.__module__.startswith("fastbn.torch."):
+        return f"{given}, nor can fastbn.torch.revert swap it: remove its parametrizations, or derive it from torch.nn's batch norm"
+    again = "convert_sync_batchnorm" if kind.__name__ == "SyncBatchNorm" else "convert"
+    return f"{given}: call fastbn.torch.revert(model) first, fastbn.torch.{again}(model) afterwards"
+
+
 def refuse_proxy(module: Any, x: Any) -> None:
     """TraceError where torch.fx asks what a batch norm does."""
     if isinstance(x, fx.Proxy):
-        raise fx.proxy.TraceError(f"torch.fx: given a model with {REVERT.format(type(module).__name__)}")
+        raise fx.proxy.TraceError(f"torch.fx: {remedy(module)}")
 
 
 def explain(module: torch.nn.Module, x: Tensor) -> str:
