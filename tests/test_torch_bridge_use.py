@@ -291,6 +291,18 @@ def test_saved_tensors_go_through_hooks() -> None:
     assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("back", [lambda v: torch._neg_view(-v), torch.nn.Parameter, lambda v: torch._efficientzerotensor(v.shape)])
+def test_hooks_of_saved_tensors_may_give_back_any_kind(back: Any, training: bool) -> None:
+    found = []
+    for way in (lambda v: back(v.detach()).clone(), lambda v: back(v.detach())):
+        module, x = fastbn.torch.BatchNorm1d(5).train(training), torch.linspace(-1, 2, 30).view(6, 5).requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(lambda v: v, way):
+            y = module(x)
+        found.append(torch.autograd.grad(y.square().sum(), [x, module.weight, module.bias]))
+    torch.testing.assert_close(found[1], found[0])
+
+
 def test_the_function_is_what_autograd_shows() -> None:
     y = fastbn.torch.BatchNorm1d(5)(torch.randn(3, 5))
     assert isinstance(y.grad_fn, functions.Normalize._backward_cls)

@@ -93,9 +93,31 @@ def test_numbers_beside_other_ranks() -> None:
         module = SyncBatchNorm(3)
         setattr(module, name, value)
         before = copy.deepcopy(module.state_dict())
-        with pytest.raises((TypeError, ValueError), match=f"^{name}: given .*, want|beyond the largest"):
+        with pytest.raises((TypeError, ValueError), match=rf"^{name}: given .*(, want|, beyond the largest)"):
             module(x)
         torch.testing.assert_close(module.state_dict(), before, rtol=0, atol=0)
+
+
+@pytest.mark.usefixtures("group")
+def test_tensors_without_memory_beside_other_ranks() -> None:
+    y = SyncBatchNorm(3)(torch._efficientzerotensor((4, 3)))
+    assert torch.equal(y, torch.zeros(4, 3))
+    module = SyncBatchNorm(3)
+    for given in (torch._to_functional_tensor(torch.ones(4, 3)), torch.ones(4, 3).to_sparse()):
+        with pytest.raises(TypeError, match=r"functional tensor, which has no memory|to_dense"):
+            module(given)
+    assert module.num_batches_tracked == 0
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.parametrize("first", [True, False])
+def test_the_profiler_shows_both_passes(first: bool) -> None:
+    """Also of the first layer, whose input needs no gradient."""
+    module, x = SyncBatchNorm(3), torch.randn(4, 3, requires_grad=not first)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        module(x).sum().backward()
+    shown = {event.key for event in seen.key_averages() if event.key.startswith("fastbn")}
+    assert shown == {"fastbn::sync_batch_norm", "fastbn::sync_batch_norm_backward"}
 
 
 def _model() -> nn.Module:

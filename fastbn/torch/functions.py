@@ -97,7 +97,8 @@ def _derived(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     (x, gamma), dy, recorded = ctx.saved_tensors, dy.resolve_neg(), torch.is_grad_enabled()  # the imaginary part of a conjugate is negated
     if ctx.frozen and recorded and not dy.requires_grad:
         dy = leaf(dy)
-    if not serves.plain(dy):  # of vmap, as is_grads_batched has it, or zeros without memory
+    if not (serves.plain(dy) and (x is None or serves.plain(x)) and (gamma is None or serves.plain(gamma))):
+        # dy of vmap, as is_grads_batched has it, or zeros without memory; x and gamma as a hook of saved tensors gives them back
         dx, dgamma, dbeta = first(dy, dy if ctx.frozen else x, *_tensors(ctx.found), gamma, ctx.eps)
     elif ctx.frozen:  # dx = gamma * dy * rstd is a normalization of dy, and x is not needed
         dy, (mean, var) = dy.contiguous(memory_format=ctx.format), ctx.found

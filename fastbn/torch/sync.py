@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.autograd import profiler
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -18,7 +19,7 @@ from fastbn.distributed import Exchange
 from fastbn.errors import BackendUnavailable
 from fastbn.moments import Moments
 from fastbn.split import batch_norm_backward_reduce
-from fastbn.torch import serves
+from fastbn.torch import functions, serves
 from fastbn.torch.modules import Served
 
 HALF = (torch.float16, torch.bfloat16)
@@ -191,7 +192,7 @@ class _Synchronized(torch.autograd.Function):
         except Exception:
             exchange.decline("forward")
             raise
-        _, m = exchange.batch_norm(views[0], views[1], views[2], 1, eps, views[3])
+        _, m = _named("sync_batch_norm", exchange.batch_norm, views[0], views[1], views[2], 1, eps, views[3])
         track(m)
         ctx.save_for_backward(x, weight)
         ctx.moments, ctx.eps, ctx.exchange = m, eps, exchange
@@ -204,7 +205,8 @@ class _Synchronized(torch.autograd.Function):
         dx: Tensor | None = None
         if not ctx.needs_input_grad[0]:  # the first layer: nobody waits for it
             x, _ = map(_array, ctx.saved_tensors)
-            dbias, dweight = batch_norm_backward_reduce(_array(dy), x, m.mean, m.var(), 1, eps)
+            reduce = batch_norm_backward_reduce
+            dbias, dweight = _named("sync_batch_norm_backward", reduce, _array(dy), x, m.mean, m.var(), 1, eps)
         else:
             try:
                 x, weight = ctx.saved_tensors
@@ -213,12 +215,17 @@ class _Synchronized(torch.autograd.Function):
             except Exception:
                 exchange.decline("backward")
                 raise
-            _, dweight, dbias = exchange.batch_norm_backward(views[0], views[1], m, views[2], 1, eps, views[3])
+            run = exchange.batch_norm_backward
+            _, dweight, dbias = _named("sync_batch_norm_backward", run, views[0], views[1], m, views[2], 1, eps, views[3])
         grads = (
             torch.as_tensor(grad).to(dy.dtype if dy.dtype not in HALF else torch.float32) if needed else None
             for grad, needed in zip((dweight, dbias), ctx.needs_input_grad[1:3], strict=True)
         )
         return dx, *grads, None, None, None
+
+
+def _named(name: str, run: Callable[..., Any], *arguments: Any) -> Any:
+    return functions.named(name, run, *arguments) if profiler._is_profiler_enabled else run(*arguments)
 
 
 def convert_sync_batchnorm(module: nn.Module, process_group: Any = None) -> nn.Module:
@@ -289,6 +296,10 @@ def _array(tensor: Tensor | None) -> Any:
     if tensor is None:
         return None
     tensor = tensor.detach().resolve_neg()
+    if torch._is_functional_tensor(tensor):  # the next two have no memory, in place of which NumPy takes any, or refuses
+        raise TypeError("given a functional tensor, which has no memory; want a plain one: torch._from_functional_tensor(x)")
+    if tensor._is_zerotensor():
+        tensor = tensor.clone()
     if tensor.is_cuda:
         return tensor
     if tensor.dtype == torch.bfloat16:  # which NumPy doesn't know by itself
