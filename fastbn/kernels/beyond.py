@@ -36,9 +36,9 @@ def keeps(x, a, b, n):
 
 
 @leaf
-def finite(x, t, q):
-    """Whether both sums are, or x is not of float32: sums there may be too large where those in float64 are not."""
-    return lanes(x) == 8 or (-INF < t < INF and -INF < q < INF)
+def finite(x, a):
+    """Whether a sum is, or x is not of float32: a sum there may be too large where that in float64 is not."""
+    return lanes(x) == 8 or -INF < a < INF
 
 
 @leaf
@@ -138,10 +138,13 @@ def gradient_columns(dy, x, r0, r1, j, S, c, mean, rstd, gamma, sums, count, tra
 
 
 @routine
-def sum_columns(dy, x, r0, r1, s, S, c, mean, rstd, sums):
-    """sums (2, P) of strip s, S columns of channel c, over rows r0 .. r1."""
+def sum_columns(dy, x, r0, r1, s, S, c, mean, rstd, fit, sums):
+    """sums (2, P) of strip s, S columns of channel c, over rows r0 .. r1; those that are finite stay if `fit`."""
     t, q = 0.0, 0.0
     for r in range(r0, r1):
         more_t, more_q = wide_sums(row(dy, (r, s * S), S), row(x, (r, s * S), S), mean[c], rstd[c])
         t, q = t + more_t, q + more_q
-    sums[0, s], sums[1, s] = t, q
+    if not (fit and finite(x, sums[0, s])):
+        sums[0, s] = t
+    if not (fit and finite(x, sums[1, s])):
+        sums[1, s] = q

@@ -56,14 +56,18 @@ def block_sums(dy, x, c, n0, n1, s0, s1, k, e):
 
 
 @routine
-def channel_sums(dy, x, c, first, last, rows, splits, mean, rstd, sums):
-    """sums of channel c in float64, over the same blocks."""
-    sums[0, c], sums[1, c] = 0.0, 0.0
+def channel_sums(dy, x, c, first, last, rows, splits, mean, rstd, fit, sums):
+    """sums of channel c in float64, over the same blocks; those that are finite stay if `fit`."""
+    t, q = 0.0, 0.0
     for block in range(first, last):
         n0, n1, s0, s1 = bounds(x, block, rows, splits)
         for n in range(n0, n1):
             more_t, more_q = wide_sums(row(dy, (n, c, s0), s1 - s0), row(x, (n, c, s0), s1 - s0), mean[c], rstd[c])
-            sums[0, c], sums[1, c] = sums[0, c] + more_t, sums[1, c] + more_q
+            t, q = t + more_t, q + more_q
+    if not (fit and finite(x, sums[0, c])):
+        sums[0, c] = t
+    if not (fit and finite(x, sums[1, c])):
+        sums[1, c] = q
 
 
 @leaf
@@ -79,8 +83,9 @@ def part_sums(dy, x, c0, c1, first, last, rows, splits, mean, rstd, k, sums):
             sums[0, c] += np.float64(t)
             sums[1, c] += np.float64(q)
     for c in range(c0, c1):
-        if not finite(x, sums[0, c], sums[1, c]) or not (fit or put_standardize(x, mean, rstd, c, 1, k, c - c0)):
-            channel_sums(dy, x, c, first, last, rows, splits, mean, rstd, sums)
+        own = fit or put_standardize(x, mean, rstd, c, 1, k, c - c0)
+        if not (own and finite(x, sums[0, c]) and finite(x, sums[1, c])):
+            channel_sums(dy, x, c, first, last, rows, splits, mean, rstd, own, sums)
 
 
 @routine

@@ -216,8 +216,9 @@ def gradient_channels(dy, x, r0, r1, first, last, mean, rstd, gamma, sums, count
 def strip_sums(dy, x, r0, r1, first, last, C, S, fit, mean, rstd, k, sums):
     """sums (2, P) again in float64, of those strips first .. last whose coefficients do not fit or whose sums are not finite."""
     for s in range(first, last):
-        if not finite(x, sums[0, s], sums[1, s]) or not (fit or put_standardize(x, mean, rstd, s % C, 1, k, 0)):
-            sum_columns(dy, x, r0, r1, s, S, s % C, mean, rstd, sums)
+        own = fit or put_standardize(x, mean, rstd, s % C, 1, k, 0)
+        if not (own and finite(x, sums[0, s]) and finite(x, sums[1, s])):
+            sum_columns(dy, x, r0, r1, s, S, s % C, mean, rstd, own, sums)
 
 
 @routine
