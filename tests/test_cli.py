@@ -133,9 +133,11 @@ def test_a_real_process_fails_in_one_line():
 def test_a_signal_leaves_nothing_behind(names, tmp_path):
     """Nor do several at once, of which the first, in the order of their numbers, is the exit code."""
     np.save(tmp_path / "x.npy", np.zeros((2000, 50), np.float32))
-    # A copy that never ends: every chunk takes a second.
+    # A copy that never ends: every chunk takes a second. Whoever runs the tests may ignore signals, as nohup does.
     slow = (
-        "import sys, time\nfrom fastbn import functional\nfrom fastbn.cli import main\n"
+        "import signal, sys, time\nfrom fastbn import functional, interrupts\nfrom fastbn.cli import main\n"
+        "for number in interrupts.ENDING:\n"
+        "    signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)\n"
         "functional.batch_norm_inference = lambda *a, **k: time.sleep(1)\nsys.exit(main(sys.argv[1:]))"
     )
     arguments = ["moments", str(tmp_path / "x.npy"), "--normalize", str(tmp_path / "y.npy"), "--chunk-mb", "0.004"]
