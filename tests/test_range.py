@@ -100,7 +100,7 @@ def test_a_channel_beyond_float32_leaves_the_others_their_bits(shape: tuple[int,
     x, dy = (COMPACT[layout](rng.standard_normal(shape).astype(np.float32), 1) for _ in range(2))
     gamma, others = np.ones(shape[1], np.float32), np.arange(shape[1]) != channel
     healthy = _all(x, dy, gamma)
-    for factor, weight, slope in ((1e31, 1.0, 1.0), (1e-42, 1.0, 1.0), (1e-3, 3.4e38, 1.0), (1.0, 1.0, 1e32)):
+    for factor, weight, slope in ((1e31, 1.0, 1.0), (1e-42, 1.0, 1.0), (np.nan, 1.0, 1.0), (1e-3, 3.4e38, 1.0), (1.0, 1.0, 1e32)):
         other_x, other_dy, other_gamma = x.copy(order="K"), dy.copy(order="K"), gamma.copy()
         other_x[:, channel] *= np.float32(factor)
         other_dy[:, channel] *= np.float32(slope)
