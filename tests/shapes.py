@@ -24,6 +24,7 @@ def _served(dtypes: tuple[str, ...]) -> pytest.MarkDecorator:
 
 every_dtype_and_backend = _served(DTYPES)
 every_half_and_backend = _served(HALF)
+one_half = pytest.mark.parametrize("dtype", [HALF[0], pytest.param(HALF[1], marks=pytest.mark.full)])  # its kernels take 15 s to compile
 every_half_backend = pytest.mark.parametrize(
     "backend", [pytest.param(b, marks=pytest.mark.full if b == "cpu" else ()) for b in HALF_BACKENDS]
 )

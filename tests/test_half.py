@@ -9,7 +9,7 @@ import numpy as np
 import published
 import pytest
 from processes import compiled, run
-from shapes import COMPACT, HALF, Case, draw, every_half_and_backend
+from shapes import COMPACT, HALF, Case, draw, every_half_and_backend, one_half
 from tolerances import check, rounding, scales
 
 import fastbn
@@ -66,7 +66,7 @@ def test_bit_for_bit_the_float32_result_converted(dtype: str, layout: str, affin
         _bit_for_bit(case, dtype, layout, affine, backend)
 
 
-@pytest.mark.parametrize("dtype", HALF)
+@one_half
 def test_one_shape_bit_for_bit(dtype: str) -> None:
     """What the default run has of each half type's kernels."""
     _bit_for_bit(Case((9, 21), 1, "a vector and a tail"), dtype, "C", True, "cpu")

@@ -1,5 +1,6 @@
 """The kernels that callers use in their own @njit functions."""
 
+import numba
 import numpy as np
 import pytest
 from numba import njit, prange
@@ -17,6 +18,9 @@ from fastbn.kernels import (
 )
 
 EPS = 1e-5
+# Each compiles for 5 to 10 s: compiled, they are of a full run; as plain Python, where every line counts, of each.
+compiled = () if numba.config.DISABLE_JIT else pytest.mark.full
+every_dtype = pytest.mark.parametrize("dtype", ["float32", pytest.param("float64", marks=compiled)])
 
 
 @njit(parallel=True, cache=True)
@@ -46,7 +50,7 @@ def step(x, dy, gamma, beta, last):
     return y, dx, mean, m2, sums
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@every_dtype
 def test_in_a_parallel_function_of_the_caller(dtype):
     groups = np.random.default_rng(0).normal(3.0, 2.0, (6, 40, 19)).astype(dtype)
     y, mean, m2 = np.empty_like(groups), np.empty((6, 19)), np.empty((6, 19))
@@ -57,7 +61,7 @@ def test_in_a_parallel_function_of_the_caller(dtype):
         assert (mean[g].tobytes(), m2[g].tobytes()) == (m.mean.tobytes(), m.m2.tobytes())
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@every_dtype
 @pytest.mark.parametrize("last", [False, True])
 def test_a_training_step(dtype, last):
     rng = np.random.default_rng(1)
@@ -78,7 +82,7 @@ def test_a_training_step(dtype, last):
     check("dbeta", "float32", sums[0], exact[0], np.abs(dy).sum() / C)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@every_dtype
 def test_the_halves_of_a_forward(dtype):
     x = np.random.default_rng(2).normal(3.0, 2.0, (5, 4, 130)).astype(dtype)
     none, y, mean, m2 = np.empty(0, dtype), np.empty_like(x), np.empty(4), np.empty(4)
@@ -91,7 +95,7 @@ def test_the_halves_of_a_forward(dtype):
 
 
 @np.errstate(all="ignore")  # as the compiled ones are
-@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("last", [pytest.param(last, marks=compiled) for last in (False, True)])
 def test_a_training_step_whose_coefficients_leave_float32(last):
     rng = np.random.default_rng(1)
     x, dy = rng.normal(50.0, 0.2, (3, 4, 130)).astype("f4"), rng.normal(size=(3, 4, 130)).astype("f4") * np.float32(1e-3)
