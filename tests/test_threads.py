@@ -92,7 +92,7 @@ def test_a_warning_points_past_fastbns_files_and_pytorchs(monkeypatch: pytest.Mo
     monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(__file__="/site/torch/__init__.py"))
     ours = f"{pool._OURS}torch{os.sep}modules.py"
     theirs = "/site/torch/nn/modules/module.py"
-    made = [("<eval_with_key>.5", None), ("/tmp/torchinductor/ab/cab.py", "torch._inductor.runtime.compile_tasks.cab")]
+    made = [("<eval_with_key>.5", None), ("torchinductor/ab/cab.py", "torch._inductor.runtime.compile_tasks.cab")]
     frames = [(ours, "fastbn.torch.modules"), (ours, None), (theirs, "torch.nn"), *made, (theirs, "torch.nn"), ("<frozen runpy>", "runpy")]
     for level, (file, module) in enumerate(frames, 2):
         names = {"call": call, "__name__": module}
