@@ -131,7 +131,7 @@ def _takers(value: Any) -> dict[str, Callable[[], Any]]:
     }
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.peers if "tensor" in name else ()) for name in REFUSED])
 def test_what_is_no_array_is_refused_with_the_way_to_one(name: str) -> None:
     make, message = REFUSED[name]
     for argument, act in _takers(make()).items():
