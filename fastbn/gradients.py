@@ -147,9 +147,8 @@ def _backward(
         mean, count = checks.as_statistic(constant[0], channels, "mean"), 1
         spread = checks.as_statistic(constant[1], channels, "var")
     if out is not None:
-        names = ("moments.mean", "moments.m2") if constant is None else ("mean", "var")
-        statistics = (m.mean, m.m2) if constant is None else constant
-        checks.check_out(out, x, dy, gamma=given, **dict(zip(names, statistics, strict=True)))
+        kept = {"moments.mean": m.mean, "moments.m2": m.m2} if constant is None else dict(zip(("mean", "var"), constant, strict=True))
+        checks.check_out(out, x, dy, gamma=given, **kept)
     if not way.values:
         zeros = np.zeros((2, channels), kind)
         return results.empty(x, out), zeros[0], zeros[1]
