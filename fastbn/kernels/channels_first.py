@@ -262,19 +262,24 @@ def affine_channel(x, c, mean, spread, count, eps, gamma, beta, k, i, y):
         affine_rows(x, c, mean, spread, count, eps, gamma, beta, y)
 
 
+@leaf
+def affine_task(x, task, tasks, pieces, fit, mean, rstd, gamma, beta, k, stream, y):
+    """A task's share of y: in the order of memory where the coefficients k of all channels fit, else a channel after another."""
+    if fit:
+        affine_units(x, task, tasks, pieces, k, stream, y)
+        if stream:
+            fence()
+    else:
+        for c in range(x.shape[1] * task // tasks, x.shape[1] * (task + 1) // tasks):
+            affine_channel(x, c, mean, rstd, 0.0, 0.0, gamma, beta, k, c, y)
+
+
 @kernel("x3 m1 m1 p1 p1 i i b w2 y3")
 def normalize(x, mean, rstd, gamma, beta, pieces, tasks, stream, work, y):
     """y = gamma * (x - mean) * rstd + beta, in the order of memory; gamma, beta may be empty; `work` (3, C rounded up to 8)."""
-    C = x.shape[1]
-    fit = fill_affine(x, mean, rstd, gamma, beta, 0, C, work)
+    fit = fill_affine(x, mean, rstd, gamma, beta, 0, x.shape[1], work)
     for task in prange(tasks):
-        if fit:
-            affine_units(x, task, tasks, pieces, work, stream, y)
-            if stream:
-                fence()
-        else:
-            for c in range(C * task // tasks, C * (task + 1) // tasks):
-                affine_channel(x, c, mean, rstd, 0.0, 0.0, gamma, beta, work, c, y)
+        affine_task(x, task, tasks, pieces, fit, mean, rstd, gamma, beta, work, stream, y)
 
 
 @kernel("x3 p1 p1 f i i i i i i b w3 y3 s2")

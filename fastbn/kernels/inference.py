@@ -8,9 +8,9 @@ The loops are those of `channels_first.normalize` and `channels_last_apply.norma
 from __future__ import annotations
 
 from fastbn.kernels._jit import kernel, leaf, prange
-from fastbn.kernels._memory import at, fence
+from fastbn.kernels._memory import at
 from fastbn.kernels._simd import load_wide, store_wide
-from fastbn.kernels.channels_first import affine_channel, affine_units
+from fastbn.kernels.channels_first import affine_task
 from fastbn.kernels.channels_last_apply import affine_rest, affine_share
 from fastbn.kernels.elementwise import deviation, fill_affine
 
@@ -38,13 +38,7 @@ def rows(like, x_at, y_at, mean_at, var_at, gamma_at, beta_at, eps, N, C, S, pie
     gamma, beta = parameter(work, gamma_at, C), parameter(work, beta_at, C)
     fit = fill_affine(x, stats[0], stats[1], gamma, beta, 0, C, work)
     for task in prange(tasks):
-        if fit:
-            affine_units(x, task, tasks, pieces, work, stream, y)
-            if stream:
-                fence()
-        else:
-            for c in range(C * task // tasks, C * (task + 1) // tasks):
-                affine_channel(x, c, stats[0], stats[1], 0.0, 0.0, gamma, beta, work, c, y)
+        affine_task(x, task, tasks, pieces, fit, stats[0], stats[1], gamma, beta, work, stream, y)
 
 
 @kernel("x1 i i i i i i f i i i i i i i i i b s2 w1")
