@@ -314,7 +314,7 @@ def describe(dims: tuple[int, ...], dtype: np.dtype[Any]) -> str:
     how = threads.describe() if parallel else "one thread: too small to wake the others"
     stores = "streaming, past the cache" if streams else "ordinary, into the cache"
     form = f"{dtype}, {'parallel' if parallel and threads.parallel() else 'serial'}"
-    lines = (f"kernels: {names[0]} ({form})", f"backward: {names[1]}", f"schedule: {passes}; {units} tasks, {cut}")
+    lines = (f"kernels: {names[0]} ({form})", f"backward: {names[1]}", f"schedule: {passes}; {units} task{'s' * (units != 1)}, {cut}")
     return "\n".join((*lines, f"threads: {how}", f"stores: {stores}"))
 
 
