@@ -295,7 +295,8 @@ def _shared(builder: Any, name: str, kind: Any, count: int, index: Any) -> Any:
     array = ir.ArrayType(kind, count)
     name = f"fastbn_{name}_{count}_{str(kind).replace(' ', '_').strip('<>')}"
     found = builder.module.globals.get(name) or cgutils.add_global_variable(builder.module, array, name, addrspace=SHARED)
-    found.linkage, found.initializer = "internal", ir.Constant(array, ir.Undefined)
+    # Each device function is a module of its own: with "internal" linkage what one puts is in another array than what the next takes.
+    found.linkage, found.initializer = "linkonce_odr", ir.Constant(array, ir.Undefined)
     return builder.gep(found, [ir.Constant(I32, 0), index])
 
 
