@@ -20,6 +20,7 @@ GROUP_BYTES = 16
 I16, I32, I64 = (ir.IntType(bits) for bits in (16, 32, 64))
 FLOAT, DOUBLE, HALF = ir.FloatType(), ir.DoubleType(), ir.HalfType()
 GLOBAL, SHARED = 1, 3  # address spaces
+HALVES = {types.uint16: "f16x2", types.int16: "bf16x2"}  # what two of them are called
 
 
 def arithmetic(stored: Any) -> Any:
@@ -82,7 +83,7 @@ def kept(stored: Any) -> Any:
 
 def read(builder: Any, base: Any, index: Any, stored: Any, lanes: int) -> Any:
     """So many elements from base[index], in one instruction; a vector of what they are computed in."""
-    kind = ir.VectorType(kept(stored), lanes)
+    kind = memory(stored, lanes)
     at = builder.bitcast(place(builder, base, index, kept(stored), GLOBAL), ir.PointerType(kind, GLOBAL))
     loaded = builder.load(at, typ=kind)
     loaded.align = lanes * stored.bitwidth // 8
@@ -96,32 +97,48 @@ def write(builder: Any, base: Any, index: Any, stored: Any, vector: Any) -> None
     builder.store(narrowed, at).align = vector.type.count * stored.bitwidth // 8
 
 
+def memory(stored: Any, lanes: int) -> ir.VectorType:
+    """The LLVM type of elements in memory: half precision in words of two.
+
+    Of a vector of 16-bit elements libNVVM makes two loads of 8 bytes, and for targets below sm_100 it loads halves into float registers
+    without converting them; words it does load at once and as they are.
+    """
+    if stored in HALVES and lanes > 1:
+        return ir.VectorType(I32, lanes // 2)
+    return ir.VectorType(kept(stored), lanes)
+
+
 def widen(builder: Any, vector: Any, stored: Any) -> Any:
     """Elements as loaded -> what they are computed in."""
-    lanes = vector.type.count
-    if stored == types.uint16:
-        return builder.fpext(builder.bitcast(vector, ir.VectorType(HALF, lanes)), ir.VectorType(FLOAT, lanes))
-    if stored == types.int16:
-        wide = ir.VectorType(I32, lanes)
-        bits = builder.shl(builder.zext(vector, wide), ir.Constant(wide, [16] * lanes))
-        return builder.bitcast(bits, ir.VectorType(FLOAT, lanes))
-    return vector
+    if stored not in HALVES:
+        return vector
+    values: list[Any] = []
+    for k in range(vector.type.count):
+        word = builder.extract_element(vector, ir.Constant(I32, k))
+        if word.type == I16:
+            word = builder.zext(word, I32)
+        if stored == types.uint16:
+            pair = builder.bitcast(word, ir.VectorType(HALF, 2))
+            values += [builder.fpext(builder.extract_element(pair, ir.Constant(I32, j)), FLOAT) for j in range(2)]
+        else:
+            high = builder.and_(word, ir.Constant(I32, 0xFFFF0000))
+            values += [builder.bitcast(bits, FLOAT) for bits in (builder.shl(word, ir.Constant(I32, 16)), high)]
+    return packed(builder, values if vector.type.element == I32 else values[:1])
 
 
 def narrow(builder: Any, vector: Any, stored: Any) -> Any:
-    """The inverse, rounding to nearest even."""
-    lanes = vector.type.count
-    if stored == types.uint16:
-        return builder.bitcast(builder.fptrunc(vector, ir.VectorType(HALF, lanes)), ir.VectorType(I16, lanes))
-    if stored == types.int16:  # two at a time, in an instruction that LLVM has no name for
-        asm = ir.InlineAsm(ir.FunctionType(I32, [FLOAT, FLOAT]), "cvt.rn.bf16x2.f32 $0, $1, $2;", "=r,f,f")
-        values = [builder.extract_element(vector, ir.Constant(I32, k)) for k in range(lanes)]
-        values += values[: lanes % 2]
-        pairs = [builder.call(asm, [values[k + 1], values[k]]) for k in range(0, lanes, 2)]
-        packed: Any = ir.Constant(ir.VectorType(I32, len(pairs)), ir.Undefined)
-        for k, pair in enumerate(pairs):
-            packed = builder.insert_element(packed, pair, ir.Constant(I32, k))
-        halves = builder.bitcast(packed, ir.VectorType(I16, 2 * len(pairs)))
-        chosen = ir.Constant(ir.VectorType(I32, lanes), list(range(lanes)))
-        return builder.shuffle_vector(halves, ir.Constant(halves.type, ir.Undefined), chosen)
+    """The inverse, rounding to nearest even: two at a time, in an instruction that LLVM has no name for."""
+    if stored not in HALVES:
+        return vector
+    values = [builder.extract_element(vector, ir.Constant(I32, k)) for k in range(vector.type.count)]
+    asm = ir.InlineAsm(ir.FunctionType(I32, [FLOAT, FLOAT]), f"cvt.rn.{HALVES[stored]}.f32 $0, $1, $2;", "=r,f,f")
+    words = [builder.call(asm, [high, low]) for low, high in zip(values[::2], values[1::2] or values, strict=True)]
+    return packed(builder, words if len(values) > 1 else [builder.trunc(words[0], I16)])
+
+
+def packed(builder: Any, values: list[Any]) -> Any:
+    """The vector of these."""
+    vector: Any = ir.Constant(ir.VectorType(values[0].type, len(values)), ir.Undefined)
+    for k, value in enumerate(values):
+        vector = builder.insert_element(vector, value, ir.Constant(I32, k))
     return vector
