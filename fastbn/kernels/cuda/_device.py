@@ -194,8 +194,9 @@ def gather(typingctx, x, table, at, channel, column, columns, channels):
         zero, one = ir.Constant(I64, 0), ir.Constant(I64, 1)
         for k in range(group.lanes):
             value = builder.extract_element(read(builder, base, builder.add(at, c), table.dtype, 1), ir.Constant(I32, 0))
-            if value.type != group.ir.element:
-                value = builder.fptrunc(value, group.ir.element)
+            if table.dtype.bitwidth != group.dtype.bitwidth:
+                narrower = table.dtype.bitwidth > group.dtype.bitwidth
+                value = (builder.fptrunc if narrower else builder.fpext)(value, group.ir.element)
             vector = builder.insert_element(vector, value, ir.Constant(I32, k))
             s = builder.add(s, one)
             over = builder.icmp_signed("==", s, columns)
