@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from numba.cuda import config as _config  # of numba's own target and of NVIDIA's alike
 
 SIMULATED = bool(_config.ENABLE_CUDASIM)
+
+if not hasattr(np, "row_stack"):  # gone from NumPy 2.5; numba-cuda 0.30 asks for it when it first compiles
+    np.row_stack = np.vstack  # noqa: NPY201
 
 _form: Any
 if SIMULATED:

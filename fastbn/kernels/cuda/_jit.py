@@ -28,11 +28,13 @@ class Kernel:
     arguments : str
         A token per argument. Pointers: x as kept in memory, w to x's arithmetic (float32 for half precision), s to float64, t
         to statistics of a dtype of their own. Numbers: i4 and i8 integers, f float64.
+    name : str, optional
+        What errors call it; the body's name if None.
     """
 
-    def __init__(self, body: Callable[..., Any], arguments: str) -> None:
+    def __init__(self, body: Callable[..., Any], arguments: str, name: str | None = None) -> None:
         self.body, self.arguments = body, arguments.split()
-        self.name = f"{body.__module__.rpartition('.')[2]}.{body.__name__.lstrip('_')}"
+        self.name = f"{body.__module__.rpartition('.')[2]}.{name or body.__name__}"
 
     def signature(self, dtype: np.dtype[Any], statistic: np.dtype[Any] = DOUBLE) -> Any:
         """The numba signature for memory of a dtype: float32, float64, uint16 for float16, int16 for bfloat16."""
@@ -169,11 +171,11 @@ def on(device: int) -> Any:
 KERNELS: list[Kernel] = []
 
 
-def kernel(arguments: str) -> Callable[[Callable[..., Any]], Kernel]:
-    """Decorate a kernel's body; see `Kernel` for the tokens."""
+def kernel(arguments: str, name: str | None = None) -> Callable[[Callable[..., Any]], Kernel]:
+    """Decorate a kernel's body; see `Kernel` for the tokens, and for a name of its own where a body is two kernels."""
 
     def decorate(body: Callable[..., Any]) -> Kernel:
-        made = Kernel(body, arguments)
+        made = Kernel(body, arguments, name)
         KERNELS.append(made)
         return made
 

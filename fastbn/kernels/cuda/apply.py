@@ -120,7 +120,7 @@ def _gradient(x, dy, dx, coefs, pad, C, S, runs, length, per_run, inner, xn, xm,
         u += threads
 
 
-normalize = kernel("x x w i4 i4 i4 i8 i8 i8 i4 i8 i8 i8 i8 i4 i4 i4")(_normalize)
-normalize_long = kernel("x x w i4 i8 i8 i8 i8 i8 i8 i8 i8 i8 i8 i8 i4 i4")(_normalize)
-gradient = kernel("x x x w i4 i4 i4 i8 i8 i8 i4 i8 i8 i8 i8 i8 i8 i4 i4 i4")(_gradient)
-gradient_long = kernel("x x x w i4 i8 i8 i8 i8 i8 i8 i8 i8 i8 i8 i8 i8 i8 i4 i4")(_gradient)
+normalize = kernel("x x w i4 i4 i4 i8 i8 i8 i4 i8 i8 i8 i8 i4 i4 i4", "normalize")(_normalize)
+normalize_long = kernel("x x w i4 i8 i8 i8 i8 i8 i8 i8 i8 i8 i8 i8 i4 i4", "normalize_long")(_normalize)
+gradient = kernel("x x x w i4 i4 i4 i8 i8 i8 i4 i8 i8 i8 i8 i8 i8 i4 i4 i4", "gradient")(_gradient)
+gradient_long = kernel("x x x w i4 i8 i8 i8 i8 i8 i8 i8 i8 i8 i8 i8 i8 i8 i4 i4", "gradient_long")(_gradient)
