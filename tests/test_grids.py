@@ -1,11 +1,14 @@
 """How arrays are cut for a GPU: every element exactly once, at any size, and sizes that the hardware and float32 can take."""
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastbn.backends import grids
+from fastbn import layout
+from fastbn.backends import devices, grids, views
 
 SIZES = st.integers(1, 40)
 LANES = st.sampled_from([2, 4, 8])
@@ -103,3 +106,12 @@ def test_large_arrays_keep_a_device_busy_and_small_ones_do_not_shatter() -> None
         assert grids.FULL <= grids.rows(N, C, S, 4, True).blocks(C) <= 2 * grids.BLOCKS
     assert grids.columns(65536, 64, 1, 4, True).blocks(4) >= grids.FULL
     assert grids.rows(2, 16, 64, 4, True).parts == 1
+
+
+def test_more_channels_than_32_bits_count_are_refused() -> None:
+    grids.check_channels(2**31 - 8)
+    for shape, axis in (((2, 2**31 - 7), 1), ((1, 2**32, 1, 1), 1)):
+        buffer = devices.Buffer(0, shape, tuple(math.prod(shape[a + 1 :]) for a in range(len(shape))), "float16", False, None, None)
+        plan = layout.planned(shape, tuple(2 * step for step in buffer.strides), axis, 2)
+        with pytest.raises(ValueError, match=rf"x: given {shape[1]} channels, want at most 2147483640 on a GPU: pass it in slices"):
+            views.view(buffer, plan)

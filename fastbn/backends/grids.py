@@ -23,6 +23,9 @@ SHORT = 64  # values of a row of channels first, up to which rows are treated as
 LONG = 2**31  # values from which positions take 64 bits
 
 
+MOST = 2**31 - 8  # channels: a grid has no more blocks, and tables of coefficients are padded to eights
+
+
 class Rows(NamedTuple):
     """Grid of the kernels of `fastbn.kernels.cuda.rows` on (N, C, S)."""
 
@@ -76,6 +79,12 @@ def parts_of(units: int, groups: int, values: int) -> int:
     if units * parts < FULL and groups >= DEEP * THREADS:  # fewer groups a thread rather than idle multiprocessors
         parts = max(parts, min(groups // (2 * THREADS), -(-FULL // units)))
     return max(parts, -(-values // EXACT))
+
+
+def check_channels(C: int) -> None:
+    """Raise ValueError for more channels than kernels count in 32 bits."""
+    if C > MOST:
+        raise ValueError(f"x: given {C} channels, want at most {MOST} on a GPU: pass it in slices of channels")
 
 
 def even_rows(base: int, steps: Sequence[int], lanes: int) -> bool:

@@ -47,6 +47,7 @@ def _walk(shape: Ints, strides: Ints, order: Ints | None, axis: int, kind: str) 
     if outer is None or inner is None or inner[1] != 1:
         return None
     (N, step), (S, _), C = outer, inner, shape[axis]
+    grids.check_channels(C)
     inside = S if C == 1 else strides[axis]
     if kind == "channels_last" and inside != 1:
         return None

@@ -115,7 +115,7 @@ def read_sums(x, dy, S, at, sn, base, at_dy, sn_dy, base_dy, slots, rest, step_n
     return a, b
 
 
-@kernel("x i4 i4 i4 i8 i8 i4 i4 i4 i4 i4 i4 i8 i8 w w")
+@kernel("x i8 i4 i8 i8 i8 i4 i8 i8 i4 i4 i4 i8 i8 w w")
 def moments_rows(x, N, C, S, sn, sc, base, slots, rest, step_n, step_v, parts, chunk, chunk_rest, given, partial):
     """(count, mean, m2) of each part of each channel into `partial` (parts, 3, C), as deviations; their shift and unit into `given` (2, C).
 
@@ -138,7 +138,7 @@ def moments_rows(x, N, C, S, sn, sc, base, slots, rest, step_n, step_v, parts, c
             gpu.store(given, C + channel, gpu.first(units))
 
 
-@kernel("x x t i4 i4 i4 i8 i8 i8 i8 i4 i4 i4 i4 i4 i4 i4 i8 i8 w")
+@kernel("x x t i8 i4 i8 i8 i8 i8 i8 i4 i4 i8 i8 i4 i4 i4 i8 i8 w")
 def sums_rows(x, dy, mean, N, C, S, sn, sc, dn, dc, base, base_dy, slots, rest, step_n, step_v, parts, chunk, chunk_rest, partial):
     """(sum of dy, sum of dy * (x - mean)) of each part of each channel into `partial` (parts, 2, C), `mean` rounded as x is computed in."""
     block = gpu.block()
