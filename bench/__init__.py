@@ -1,1 +1,1 @@
-"""Benchmarks: `python -m bench.peers`, and resnet, gpu, dask, ideas alike; asv's are in bench/suite/."""
+"""Benchmarks: `python -m bench.peers`, and resnet, gpu, dask alike; asv's are in bench/suite/."""

@@ -143,11 +143,11 @@ def note(result: Mapping[str, Any]) -> str:
 
 
 def markdown(result: Mapping[str, Any], data: str) -> str:
-    """The README's block; the plot is linked where it is, beside the JSON."""
+    """The page's block; the plot is linked where it is, beside the JSON."""
     headers, lines = table(result["records"])
     rows = [headers, ["---", *("---:" for _ in headers[1:])], *lines]
     listed = "\n".join(f"* {line}" for line in summary(result["records"]))
-    written = f"Written by `{COMMAND} --from {data} --readme README.md`."
+    written = f"Written by `{COMMAND}` from [its results]({data})."
     picture = f"![time against PyTorch's best and the copy's bandwidth, by shape and pass]({data.removesuffix('.json')}.png)"
     return "\n\n".join([listed, "\n".join("| " + " | ".join(row) + " |" for row in rows), picture, f"{note(result)} {written}"]) + "\n"
 

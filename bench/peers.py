@@ -161,7 +161,7 @@ def _paths(args: argparse.Namespace, kind: dict[str, Any]) -> tuple[Path | None,
 
 
 def relative(path: Path, readme: Path) -> str:
-    """A path as the README links it."""
+    """A path as a page links it."""
     return Path(os.path.relpath(path.resolve(), readme.resolve().parent)).as_posix()
 
 

@@ -1,4 +1,4 @@
-"""The tables of a result, for the terminal and for the README: every number comes from the JSON."""
+"""The tables of a result, for the terminal and for a page: every number comes from the JSON."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ COMMAND = "python -m bench.peers"
 
 
 def block(result: Result) -> str:
-    """The name of a result's place in the README: peers, scaling, float16, ..."""
+    """The name of a result's place in a page: peers, scaling, float16, ..."""
     if result["kind"] == "scaling" or result["dtype"] == "float32":
         return str(result["kind"])
     return str(result["dtype"])
@@ -148,12 +148,12 @@ def note(result: Result) -> str:
 
 
 def markdown(result: Result, data: str | None, plot: str | None) -> str:
-    """The README's block: tables, the plot where there is one, what the cells mean, and how it was written."""
+    """The page's block: tables, the plot where there is one, what the cells mean, and how it was written."""
     parts = []
     for headers, lines in tables(result):
         rule = ["---", *("---:" for _ in headers[1:])]
         parts.append("\n".join("| " + " | ".join(row) + " |" for row in (headers, rule, *lines)))
     if plot is not None:
         parts.append(f"![time against the fastest peer and against the limit, by shape and pass]({plot})")
-    written = f"Written by `{COMMAND}{'' if data is None else f' --from {data}'} --readme README.md`."
+    written = f"Written by `{COMMAND}`{'' if data is None else f' from [its results]({data})'}."
     return "\n\n".join([*parts, f"{note(result)} {written}"]) + "\n"

@@ -227,7 +227,7 @@ def run(args: argparse.Namespace) -> int:
     if args.readme:
         data = relative(path, args.readme)
         picture = f"![step times by network, memory order and mode]({data.removesuffix('.json')}.png)"
-        written = f"{picture}\n\n{note(result)} Written by `{COMMAND} --from {data} --readme README.md`."
+        written = f"{picture}\n\n{note(result)} Written by `{COMMAND}` from [its results]({data})."
         quickbench.replace_block(args.readme, "resnet", quickbench.markdown(*table(result), written))
         print(f"wrote the resnet block of {args.readme}")
     return 0

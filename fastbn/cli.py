@@ -136,7 +136,7 @@ COMMANDS = (
     Command(
         "bench",
         "time fastbn against NumPy, and PyTorch where installed; or compare their accuracy",
-        ("bench", "bench --accuracy", "bench --json speed.json --readme README.md"),
+        ("bench", "bench --accuracy", "bench --json speed.json --readme docs/benchmarks.md"),
         quickbench.add_arguments,
         quickbench.run,
     ),

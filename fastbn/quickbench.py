@@ -193,7 +193,7 @@ def replace_block(path: Path, name: str, text: str | None) -> None:
 
 
 def markdown(headers: Sequence[str], lines: Sequence[Sequence[str]], notes: str) -> str:
-    """A table for the README, its first column to the left, and the notes below."""
+    """A table for a page, its first column to the left, and the notes below."""
     rule = ["---", *("---:" for _ in headers[1:])]
     return "\n".join([*("| " + " | ".join(row) + " |" for row in (headers, rule, *lines)), "", notes, ""])
 
@@ -245,7 +245,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"fastbn: {args.readme} is left as it was", file=sys.stderr)
         return 1
     if args.readme:
-        command = "python -m fastbn bench" + (" --accuracy" if args.accuracy else "") + " --readme README.md"
+        command = "python -m fastbn bench" + (" --accuracy" if args.accuracy else "")
         replace_block(args.readme, name, markdown(headers, lines, f"{NOTES[name]} {sentence(facts)}. Written by `{command}`."))
         print(f"wrote the {name} table into {args.readme}")
     return 0

@@ -45,7 +45,7 @@ def together(commands: Sequence[Sequence[str]], folder: Path) -> tuple[list[int]
 
 
 def mpi(ranks: int, *arguments: str, folder: Path) -> tuple[list[int], str]:
-    """A Python script under mpiexec, as the README has it."""
+    """A Python script under mpiexec, as the page has it."""
     return together([["mpiexec", "-n", str(ranks), "python", "-m", "mpi4py", *arguments]], folder)
 
 

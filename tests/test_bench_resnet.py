@@ -53,6 +53,6 @@ def test_a_run_on_small_images(tmp_path, one_thread, monkeypatch):
     for what in ("training", "inference"):
         assert f"\n| ResNet-18 | last | eager | {what} | 400 ms | 200 ms | 2.00x | 75 % | 50 % |\n" in text
     assert "old" not in text
-    assert "Written by `python -m bench.resnet --from resnet.json --readme README.md`." in text
+    assert "Written by `python -m bench.resnet` from [its results](resnet.json)." in text
     assert resnet.main(["--from", str(data), "--readme", str(readme)]) == 0
     assert readme.read_text() == text

@@ -17,7 +17,7 @@ import fastbn
 from fastbn.distributed import Exchange
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs" / "processes.md").read_text(encoding="utf-8")
 SCRIPT = str(Path(__file__).with_name("ranks.py"))
 ENGINES = {"mpi": ("mpi4py", 4), "gloo": ("torch", 3)}
 
@@ -48,7 +48,7 @@ def test_every_rank_does_everything_and_has_the_same_bits(engine: str, tmp_path:
 @pytest.mark.peers
 @pytest.mark.ranks
 def test_a_rank_that_raises_elsewhere_ends_the_others(tmp_path: Path) -> None:
-    """As the README launches it: the others wait in a collective of fastbn, for which MPI knows no timeout."""
+    """As the page launches it: the others wait in a collective of fastbn, for which MPI knows no timeout."""
     pytest.importorskip("mpi4py")
     script = tmp_path / "script.py"
     script.write_text(
@@ -67,11 +67,11 @@ LAUNCHED = {"mpi": ("mpi4py", "mpiexec "), "torch": ("torch", "torchrun ")}
 @pytest.mark.peers
 @pytest.mark.ranks
 @pytest.mark.parametrize("extra", LAUNCHED)
-def test_the_readme_launches_as_it_says(extra: str, tmp_path: Path) -> None:
+def test_the_page_launches_as_it_says(extra: str, tmp_path: Path) -> None:
     package, command = LAUNCHED[extra]
     pytest.importorskip(package)
     found = re.findall(
-        rf"^```python {extra}\n(.*?)^```\n\n    (pip install [^\n]+)\n    ({command}[^\n]+)$", README, re.MULTILINE | re.DOTALL
+        rf"^```python {extra}\n(.*?)^```\n\n    (pip install [^\n]+)\n    ({command}[^\n]+)$", PAGE, re.MULTILINE | re.DOTALL
     )
     assert len(found) == 1
     block, install, line = found[0]

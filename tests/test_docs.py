@@ -1,4 +1,4 @@
-"""The README is right: its code runs, its commands and options exist, its signatures and links too; docstrings have their sections."""
+"""The pages are right: their code runs, their commands and options exist, signatures and links too; docstrings have their sections."""
 
 import importlib.metadata
 import importlib.util
@@ -17,10 +17,14 @@ from fastbn import cli, config
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))
+}
 NEEDS = ("dask", "torch")  # packages that only an extra installs: blocks that import one, or its bridge, run by themselves
+PYTHON = re.compile(r"^```python( \w+)?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # Those of "python mpi" and "python torch" are files to be launched: see test_distributed.py.
-BLOCKS = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-PROSE = re.sub(r"^```python.*?^```$", "", README, flags=re.MULTILINE | re.DOTALL)
+BLOCKS = {page: [block for launched, block in PYTHON.findall(text) if not launched] for page, text in PAGES.items()}
+PROSE = PYTHON.sub("", "\n".join(PAGES.values()))
 CODE = [*re.findall(r"^    (\S.*)$", PROSE, re.MULTILINE), *re.findall(r"`([^`\n]+)`", PROSE)]  # indented lines, inline code
 
 
@@ -30,19 +34,23 @@ def _needed(block: str) -> str | None:
     return next((package for package in NEEDS if package in imported), None)
 
 
-def _run(needed: str | None) -> dict[str, Any]:
-    """The names that blocks leave, run in order, those with the same need in one namespace."""
+def _run(page: str, needed: str | None) -> dict[str, Any]:
+    """The names that a page's blocks leave, run in order, those with the same need in one namespace."""
     namespace: dict[str, Any] = {}
-    numbered = [(number, block) for number, block in enumerate(BLOCKS, 1) if _needed(block) == needed]
-    assert numbered
-    for number, block in numbered:
-        exec(compile(block, f"README.md, python block {number}", "exec"), namespace)
+    for number, block in enumerate(BLOCKS[page], 1):
+        if _needed(block) == needed:
+            exec(compile(block, f"{page}, python block {number}", "exec"), namespace)
+    assert namespace
     return namespace
 
 
-def test_python_blocks_run_in_order_in_one_namespace(capsys: pytest.CaptureFixture[str]) -> None:
-    assert len(BLOCKS) >= 3
-    namespace = _run(None)
+def _with(needed: str | None) -> list[str]:
+    return [page for page, blocks in BLOCKS.items() if needed in map(_needed, blocks)]
+
+
+def test_the_readmes_blocks_run_in_order_in_one_namespace(capsys: pytest.CaptureFixture[str]) -> None:
+    assert len(BLOCKS["README.md"]) >= 3
+    namespace = _run("README.md", None)
     assert "channels_first" in capsys.readouterr().out  # print(fastbn.explain(...))
     # What its comments say of the quickstart.
     assert namespace["dx"].shape == namespace["x"].shape
@@ -52,11 +60,17 @@ def test_python_blocks_run_in_order_in_one_namespace(capsys: pytest.CaptureFixtu
     np.testing.assert_allclose(namespace["seen"].var(), whole.var((0, 2, 3)), rtol=1e-6)
 
 
+@pytest.mark.parametrize("page", [page for page in _with(None) if page != "README.md"])
+def test_a_pages_blocks_run_in_order_in_one_namespace(page: str) -> None:
+    _run(page, None)
+
+
 @pytest.mark.peers
 def test_blocks_with_dask_run(capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("dask.array", reason="the README's blocks with dask: pip install 'fastbn[dask]'")
-    pytest.importorskip("distributed", reason="the README's blocks with dask: pip install 'fastbn[dask]'")
-    namespace = _run("dask")
+    pytest.importorskip("dask.array", reason="the pages' blocks with dask: pip install 'fastbn[dask]'")
+    pytest.importorskip("distributed", reason="the pages' blocks with dask: pip install 'fastbn[dask]'")
+    assert _with("dask") == ["docs/data.md"]
+    namespace = _run("docs/data.md", "dask")
     shown = capsys.readouterr().out
     assert "100% Completed" in shown
     assert abs(float(shown.split()[-1])) < 1e-4  # print(y.mean().compute())
@@ -64,12 +78,16 @@ def test_blocks_with_dask_run(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.peers
-def test_blocks_with_torch_run() -> None:
-    torch = pytest.importorskip("torch", reason="the README's blocks with PyTorch: pip install 'fastbn[torch]'")
-    namespace = _run("torch")
-    assert [type(module) for module in namespace["fused"]] == [torch.nn.Conv2d, torch.nn.Identity, torch.nn.ReLU]
-    x = torch.randn(2, 3, 8, 8)
-    torch.testing.assert_close(namespace["fused"](x), namespace["model"](x), rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("page", _with("torch"))
+def test_blocks_with_torch_run(page: str) -> None:
+    torch = pytest.importorskip("torch", reason="the pages' blocks with PyTorch: pip install 'fastbn[torch]'")
+    namespace = _run(page, "torch")
+    if fused := namespace.get("fused"):
+        assert [type(module) for module in fused] == [torch.nn.Conv2d, torch.nn.Identity, torch.nn.ReLU]
+        x = torch.randn(2, 3, 8, 8)
+        torch.testing.assert_close(fused(x), namespace["model"](x), rtol=1e-5, atol=1e-5)
+    else:
+        assert namespace["fastbn"].torch.BatchNorm2d in map(type, namespace["model"])
 
 
 def test_the_two_commands_stand_there_as_promised() -> None:
@@ -127,16 +145,39 @@ def test_the_signature_of_the_layer_is_the_real_one() -> None:
 
 
 def test_every_attribute_of_fastbn_that_is_named_is_there() -> None:
-    named = set(re.findall(r"\bfastbn\.([A-Za-z_]+)", README)) - {"py"}
+    named = set(re.findall(r"\bfastbn\.([A-Za-z_]+)", "\n".join(PAGES.values()))) - {"py"}
     assert {"BatchNorm", "moments"} <= named
     assert {name for name in named if not hasattr(fastbn, name) and importlib.util.find_spec(f"fastbn.{name}") is None} == set()
 
 
-def test_links_lead_somewhere() -> None:
-    links = [link for link in re.findall(r"\]\(([^)#]+)", README) if not link.startswith("http")]
-    assert links
-    for link in links:
-        assert (ROOT / link).exists(), link
+def _anchors(text: str) -> set[str]:
+    """What links into a page may name: its headings, as they are turned into anchors."""
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in re.findall(r"^#+ (.*)$", text, re.MULTILINE)}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page: str) -> None:
+    for link, anchor in re.findall(r"\]\(([^)#]*)(?:#([^)]*))?\)", PAGES[page]):
+        if not link.startswith("http"):
+            target = ((ROOT / page).parent / link).resolve() if link else ROOT / page
+            assert target.exists(), link
+            assert not anchor or anchor in _anchors(target.read_text(encoding="utf-8")), f"{link}#{anchor}"
+
+
+def test_every_page_is_linked_from_the_readme() -> None:
+    assert {page for page in PAGES if page != "README.md"} == set(re.findall(r"\((docs/\w[\w-]*\.md)", README))
+
+
+def test_the_readme_is_read_in_a_few_minutes() -> None:
+    assert len(README.splitlines()) <= 250
+    assert len(README.encode()) < 16_000
+
+
+def test_the_figures_of_the_readme_are_those_of_the_tables() -> None:
+    rows = re.findall(r"^\| .* \| (\d[^|]*) \| (\d[^|]*) \|$", README.split("\n## Is it for me?\n")[1].split("\n## ")[0], re.MULTILINE)
+    assert len(rows) == 6
+    measured = PAGES["docs/benchmarks.md"] + PAGES["docs/accuracy.md"]
+    assert [figure for row in rows for figure in row if figure not in measured] == []
 
 
 def test_paths_that_are_named_are_there() -> None:
@@ -148,7 +189,7 @@ def test_paths_that_are_named_are_there() -> None:
 
 @pytest.mark.parametrize("name", ["accuracy", "speed"])
 def test_the_measured_tables_were_written(name: str) -> None:
-    found = re.search(rf"<!-- {name}:begin -->\n(.*?)<!-- {name}:end -->", README, re.DOTALL)
+    found = re.search(rf"<!-- {name}:begin -->\n(.*?)<!-- {name}:end -->", "\n".join(PAGES.values()), re.DOTALL)
     assert found, f"no place for the {name} table"
     rows = [line for line in found[1].splitlines() if line.startswith("|")]
     assert len(rows) >= 4

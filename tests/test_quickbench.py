@@ -40,7 +40,7 @@ def test_speed(readme, tmp_path, capsys, monkeypatch):
     text, rest, date = readme.read_text(), BLOCKS.partition("old\n")[2], record["machine"]["date"]
     assert text.startswith("<!-- speed:begin -->\n| shape | channels | pass | fastbn | NumPy takes |\n| --- | ---: |")
     assert all(f"\n| {' | '.join(row)} | 1 ms | 2.5x |\n" in text for row in rows)
-    assert text.endswith(f"{date}. Written by `python -m fastbn bench --readme README.md`.\n{rest}")
+    assert text.endswith(f"{date}. Written by `python -m fastbn bench`.\n{rest}")
     assert out.count("2.5x") == 4
     assert "PyTorch is not installed and is left out" in out
 
