@@ -137,7 +137,7 @@ class State:
         ValueError
             No such device or kind.
         BackendUnavailable
-            No CUDA here.
+            No CUDA here. A layer that holds no arrays, which has nothing to move, is taken as it is, as PyTorch's.
         """
         index, library = residence.parsed(device), residence.chosen(kind)
         self._kept()

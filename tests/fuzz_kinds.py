@@ -101,10 +101,13 @@ def _as(name: str) -> Callable[[Maker, np.ndarray, np.dtype[Any]], Built]:
     return build
 
 
-def _half(name: Any) -> Callable[[Maker, np.ndarray, np.dtype[Any]], Built]:
+def _rounded(other: Callable[[np.dtype[Any]], Any]) -> Callable[[Maker, np.ndarray, np.dtype[Any]], Built]:
+    """Of another dtype, None where there is none, and meaning what that holds of the values."""
+
     def build(make: Maker, values: np.ndarray, dtype: np.dtype[Any]) -> Built:
-        found = make.put(values, name)
-        return (None, None) if dtype.itemsize == 2 else (found, found.astype(np.float64))
+        name = other(dtype)
+        found = None if name is None else make.put(values, name)
+        return found, None if found is None else found.astype(np.float64)
 
     return build
 
@@ -143,9 +146,9 @@ MEANING: dict[str, Callable[[Maker, np.ndarray, np.dtype[Any]], Built]] = {
     "memoryview": _same(lambda make, v, d: None if d == BFLOAT16 else memoryview(make.put(v, d))),
     "tensor": lambda make, v, d: make.tensor(v, d),
     "objects": _same(lambda make, v, d: v.astype(object)),
-    "other float": _same(lambda make, v, d: make.put(v, "f4" if d.itemsize == 8 else "f8")),
-    "float16": _half("f2"),
-    "bfloat16": _half(BFLOAT16),
+    "other float": _rounded(lambda d: "f4" if d.itemsize == 8 else "f8"),
+    "float16": _rounded(lambda d: "f2" if d.itemsize > 2 else None),
+    "bfloat16": _rounded(lambda d: BFLOAT16 if d.itemsize > 2 else None),
     "long double": _same(lambda make, v, d: make.put(v, np.longdouble)),
     "bool": lambda make, v, d: (make.put(v > 0, bool), (v > 0).astype(np.float64)),
     **{name: _as(name) for name in INTEGERS},

@@ -64,10 +64,11 @@ class Layer(Model):
         """The running statistics after a forward."""
         bn, (count, mean, var) = self.bn, truth.batch
         moves = moves and count > 0
-        if isinstance(seen, (int, float, np.number)) and bn.num_batches_tracked != seen + moves:
+        counted = seen + 1 if moves else seen
+        if counted is not bn.num_batches_tracked and not counted == bn.num_batches_tracked:  # the same NaN, or list, is right
             yield Wrong("num_batches_tracked is wrong", f"{bn.num_batches_tracked!r} after {seen!r}")
         momentum = self.number("momentum", 0.1)
-        weight = 1.0 / (seen + 1) if momentum is None else momentum
+        weight = 0.0 if not moves else 1.0 / counted if momentum is None else momentum
         if moves and self.flag("unbiased_running_var"):
             var = var * count / max(1, count - 1)
         for name, new in (("running_mean", mean), ("running_var", var)):
@@ -170,7 +171,7 @@ class Layer(Model):
                     yield self._same(key, np.asarray(getattr(bn, name)), wanted[key])
 
         written = [getattr(bn, name) for name in ARRAYS]
-        if self.judge.call("BatchNorm.load_state_dict", [one, *layer], run, right, written):
+        if self.judge.call("BatchNorm.load_state_dict", [one, *layer], run, right, written) and "num_batches_tracked" in one.value:
             self.is_.pop("num_batches_tracked", None)
         self.learn()
 
@@ -249,7 +250,8 @@ class Layer(Model):
         }
         name = rng.choice(list(runs))
         given = [*(one._replace(status=UNKNOWN) for one in self.beside()), *self.halves()]
-        if name == "to" and device != "cpu":
+        nothing = all(getattr(bn, array) is None for array in (*ARRAYS, "dgamma", "dbeta"))
+        if name == "to" and device != "cpu" and not (nothing and device == "cuda"):  # where nothing is to move, as PyTorch has it
             given.append(Given("device", device, None, label(device), WRONG, ("cuda", "backend", "CUDA")))
         if name in ("eval", "train"):
             self.is_.pop("training", None)

@@ -45,13 +45,17 @@ class Model:
         for name in ARRAYS:
             value = getattr(self.bn, name)
             kept = self.is_.get(name, Given(name, value))
-            plain = type(value) is np.ndarray and value.dtype == self.kind and value.shape == (self.C,) and value.flags.carray
             if value is not kept.value:  # a copy by now, or new
-                kept = Given(name, value) if plain or value is None else kept._replace(status=UNKNOWN)
-            if kept.status in (RIGHT, ODD):
-                with np.errstate(all="ignore"):
-                    wide = None if value is None else np.array(value, np.float64)
-                self.is_[name] = kept._replace(value=value, wide=wide)
+                whole = isinstance(value, np.ndarray) and value.dtype == self.kind and value.shape == (self.C,) and value.flags.carray
+                if value is None or (whole and type(value) is np.ndarray):
+                    kept = Given(name, value)
+                elif whole and kept.status in (RIGHT, ODD):  # of a subclass, which its copy is too
+                    kept = kept._replace(kind=f"a {type(value).__name__}", status=ODD)
+                else:
+                    kept = kept._replace(status=UNKNOWN)
+            with np.errstate(all="ignore"):
+                wide = None if value is None or kept.status not in (RIGHT, ODD) else np.array(value, np.float64)
+            self.is_[name] = kept._replace(value=value, wide=wide)
 
     def state(self) -> Any:
         """What an error must leave as it is."""

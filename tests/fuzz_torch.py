@@ -177,7 +177,8 @@ def _forward(judge: Judge, bn: Any, x: Given, given: list[Given], before: Any, d
         for name, new in (("running_mean", mean), ("running_var", var * count / (count - 1))):
             old, got = before[name], wide(getattr(bn, name))
             want = (1.0 - weight) * old + weight * new if bn.training else old
-            bad = near("mean", "float32", got, want, np.abs(old) + np.abs(new) + np.sqrt(var))
+            # PyTorch's kernels add squares up in float32, 2e-5 off where these are 2400
+            bad = near("mean", "float32", got, want, min(100.0, truth.slack) * (np.abs(old) + np.abs(new) + np.sqrt(var)))
             yield bad and bad._replace(outcome=bad.outcome.replace("mean", name, 1))
 
     written = [one.value for name, one in by.items() if "running" in name and bn.training]

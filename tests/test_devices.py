@@ -252,3 +252,5 @@ def test_a_layer_does_not_move_where_cuda_declines(monkeypatch: pytest.MonkeyPat
     with pytest.raises(fastbn.BackendUnavailable, match="no GPU today"):
         bn.to("cuda")
     assert type(bn.gamma) is np.ndarray
+    bare = fastbn.BatchNorm(3, affine=False, track_running_stats=False)
+    assert bare.to("cuda") is bare  # nothing is to move, as PyTorch has it

@@ -1,5 +1,6 @@
 """The fuzz test finds nothing in fastbn, and finds what is broken on purpose: a check that can't fail is none."""
 
+import copy
 import json
 import os
 import random
@@ -10,8 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fuzz_arrays import TWISTS, World, draw, lay, strides
-from fuzz_judge import Truth, near
-from fuzz_kinds import ODD, WRONG, Maker, vector
+from fuzz_judge import Finding, Judge, Truth, near
+from fuzz_kinds import MEANING, ODD, RIGHT, UNKNOWN, WRONG, Given, Maker, vector
+from fuzz_layer import Layer
+
+import fastbn
 
 ROOT = Path(__file__).parents[1]
 KERNELS = "float32,float64"  # those that other tests have compiled
@@ -158,14 +162,41 @@ def test_what_changes_beside_an_array_is_seen(make: Maker, twist: str) -> None:
 
 def test_what_a_wrong_array_means(make: Maker) -> None:
     """Each odd kind holds its values, where it is none that must be refused."""
-    values, kinds = np.array([1.0, 0.0, 3.0]), set()
-    for _ in range(2000):
-        one = vector(make, "gamma", values, "f4", True)
+    values, kinds = np.array([1.0 / 3.0, 0.0, 3.0]), set()
+    for turn in range(2000):
+        one = vector(make, "gamma", values, ("f4", "f8")[turn % 2], True)
         kinds.add(one.kind)
         assert (one.wide is None) == (one.status == WRONG)
         if one.status == ODD and one.kind not in ("wrapped", "tensor", "memoryview", "interface"):
             np.testing.assert_array_equal(np.array(one.value, np.float64), one.wide)
     assert len(kinds) > 45
+    make.world.end()
+
+
+def test_what_a_layer_holds_is_known(make: Maker) -> None:
+    """Of copies too: arrays of a subclass stay of it, a mapped one can then be written; of a count that a state does not replace."""
+    found: list[Finding] = []
+    judge = Judge(0, ["float32"], lambda text: None, found.append)
+    for kind in ("mapped", "subclass", "read-only", "list"):
+        bn = fastbn.BatchNorm(3)
+        model = Layer(judge, make, bn, np.dtype("f4"), (4, 3), 1, [])
+        value, wide = MEANING[kind](make, np.array([1.0, 2.0, 4.0]), np.dtype("f4"))
+        model.put("running_var", Given("running_var", value, wide, kind, ODD))
+        model.bn = copy.deepcopy(bn)
+        model.learn()
+        if kind != "list":
+            model.bn.running_var[0] = 7.0
+        model.learn()
+        held = model.is_["running_var"]
+        assert (held.value is model.bn.running_var, held.status) == (True, {"read-only": RIGHT, "list": UNKNOWN}.get(kind, ODD))
+        assert held.wide is None if kind == "list" else list(held.wide) == [7.0, 2.0, 4.0]
+        model.forward()
+    model = Layer(judge, make, fastbn.BatchNorm(3, track_running_stats=False), np.dtype("f4"), (4, 3), 1, [])
+    model.put("num_batches_tracked", Given("num_batches_tracked", [], None, "a list", UNKNOWN))
+    for _ in range(9):
+        model.load_state_dict()
+    assert model.is_["num_batches_tracked"].value == []
+    assert not found
     make.world.end()
 
 
