@@ -12,7 +12,7 @@ from fuzz_arrays import draw
 from fuzz_calls import SHAPES
 from fuzz_judge import DOCUMENTED, Judge, Truth, Wrong, near, result_is
 from fuzz_kinds import MEANING, ODD, RIGHT, UNKNOWN, WRONG, Given, Maker, data, dtype_of, out, values, vector
-from fuzz_model import ARRAYS, KEYS, UNWRITABLE, Model, constructed
+from fuzz_model import ARRAYS, KEYS, Model, constructed
 from fuzz_words import HUGE, JUNK, label
 
 
@@ -33,10 +33,8 @@ class Layer(Model):
         if moves:
             words += self.usable("momentum", "unbiased_running_var", "num_batches_tracked")
         given = [x, to, *self.given("gamma", "beta"), *words]
-        statistics = self.given("running_mean", "running_var")
-        if moves:  # what can't be written must not be taken, nor what shares memory with something else
-            statistics = [one._replace(status=WRONG) if one.kind in UNWRITABLE and self.C > 1 else one for one in statistics]
-        elif batch:
+        statistics = self.written() if moves else self.given("running_mean", "running_var")
+        if batch and not moves:
             statistics = [one._replace(status=max(one.status, UNKNOWN)) if one.status else one for one in statistics]
         given += [*statistics, *self.halves()]
         given += self.beside(*given)
@@ -205,8 +203,7 @@ class Layer(Model):
             batches = [Given("batches", value, None, label(value), WRONG)]
         whole = [one.value for one in batches] if len(batches) == 2 else batches[0].value
         given = [one._replace(says=("x", "recalibrate", "num_features")) for one in batches]
-        statistics = [one._replace(status=max(UNKNOWN, one.status) if one.status else RIGHT) for one in self.given(*ARRAYS[2:])]
-        given += [one._replace(status=min(UNKNOWN, one.status)) for one in statistics]
+        given += self.written()
         given += [one._replace(status=UNKNOWN) for one in self.usable("axis", "backend", "num_threads", "unbiased_running_var")]
         given += self.halves(WRONG)
         given += self.beside(*given)
@@ -218,6 +215,8 @@ class Layer(Model):
             truth = Truth(np.concatenate([one.wide for one in batches], 0 if self.axis else 1), self.axis)
             count, mean, var = truth.batch
             var = var * count / (count - 1) if self.flag("unbiased_running_var") else var
+            if bn.num_batches_tracked != len(batches):
+                yield Wrong("num_batches_tracked is wrong", f"{bn.num_batches_tracked!r}, want {len(batches)}")
             for name, want in (("running_mean", mean), ("running_var", var)):
                 bad = near("mean", self.kind, np.asarray(getattr(bn, name)), want, np.abs(want) + np.sqrt(truth.batch.var), 1e-6)
                 yield bad and bad._replace(outcome=bad.outcome.replace("mean", name, 1))

@@ -66,6 +66,11 @@ class Model:
         """Attributes that a call uses, as arguments of it."""
         return [self.is_[name] for name in names if name in self.is_ and (self.is_[name].kind or self.is_[name].status)]
 
+    def written(self) -> list[Given]:
+        """Running statistics for a call that writes them: what can't be written must not be taken."""
+        found = self.given("running_mean", "running_var")
+        return [one._replace(status=WRONG) if one.kind in UNWRITABLE and self.C > 1 else one for one in found]
+
     def wide(self, name: str) -> Any:
         return self.is_[name].wide if name in self.is_ else None
 
