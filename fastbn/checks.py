@@ -216,7 +216,7 @@ def check_running(mean: ArrayLike | None, var: ArrayLike | None) -> None:
         raise ValueError(f"given running {given} without running {absent}; want both, or neither for batch statistics")
 
 
-def check_count(x: Array, count: int) -> None:
+def check_count(x: Any, count: int) -> None:
     """Training needs more than one value per channel (none at all is an empty batch, and allowed)."""
     if count == 1:
         how = (

@@ -1,4 +1,7 @@
-"""The functions of `functional` for arrays on a GPU: validate, launch on a stream, return without waiting for it."""
+"""The functions of `functional` for arrays on a GPU: validate, launch on a stream, return without waiting for it.
+
+What depends on shapes, strides, dtypes and alignments alone is looked at once, by the functions that write a program.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,9 @@ import numpy as np
 
 from fastbn import checks, layout, scalars
 from fastbn.backends import cuda, devices, launches, views
-from fastbn.backends.devices import Buffer
-from fastbn.device_checks import as_input, as_moment, as_parameter, as_statistic, check_out, parameters
+from fastbn.backends.devices import Buffer, Lies
+from fastbn.backends.launches import Call, Place, Queue, fresh, pointer
+from fastbn.device_checks import as_input, as_moment, check_out, check_parameter, check_room, check_statistic, optional, parameters
 from fastbn.device_checks import check_apart as check_apart
 from fastbn.device_checks import check_features as check_features
 from fastbn.device_checks import same_memory as same_memory
@@ -22,14 +26,19 @@ from fastbn.moments import Moments, made
 class DeviceMoments(Moments):
     """Moments whose mean and m2 are arrays on a GPU, of the kind of x, float64; so is what its methods return."""
 
+    def _of_m2(self, kernel: Any, *values: float, **options: int) -> Any:
+        """What a kernel makes of m2, a channel per thread."""
+        m2 = as_moment(self.m2, "moments.m2")
+        program = launches.program(_each, lies(m2, None), kernel, len(values), *options.values())
+        with Queue(m2, None) as queue:
+            found = devices.empty(m2.shape, (0,), "float64", m2)
+            queue.run(program, (m2, devices.address(found)), *values)
+        return found
+
     def _spread(self, ddof: float, root: bool) -> Any:
         ddof = scalars.check_ddof(ddof)
-        m2 = as_moment(self.m2, "moments.m2")
-        found = devices.empty(m2.shape, (0,), "float64", m2)
         freedom = float(self.count - ddof) if self.count > ddof else np.nan
-        with launches.calling(m2, None) as call:
-            _per_channel(call, finish.spread, m2, freedom, int(root), m2.size, found)
-        return found
+        return self._of_m2(finish.spread, freedom, root=int(root))
 
     def var(self, ddof: float = 0) -> Any:
         """Variance of each channel: see `Moments.var`."""
@@ -42,55 +51,44 @@ class DeviceMoments(Moments):
     def rstd(self, eps: float) -> Any:
         """1 / sqrt(var + eps) of each channel: see `Moments.rstd`."""
         eps = scalars.check_eps(eps, training=False)
-        m2 = as_moment(self.m2, "moments.m2")
-        found = devices.empty(m2.shape, (0,), "float64", m2)
-        with launches.calling(m2, None) as call:
-            _per_channel(call, finish.rstd, m2, float(self.count or np.nan), eps, m2.size, found)
-        return found
+        return self._of_m2(finish.rstd, float(self.count or np.nan), eps)
 
     def merge(self, other: Moments) -> DeviceMoments:
         """Moments of both groups of values together, on the same GPU; neither is changed: see `Moments.merge`."""
         if not isinstance(other, DeviceMoments):
             raise TypeError(f"merge: given {type(other).__name__}, want moments that are on the GPU too")
-        mean, m2 = as_moment(self.mean, "moments.mean"), as_moment(self.m2, "moments.m2")
+        given = as_moment(self.mean, "moments.mean"), as_moment(self.m2, "moments.m2")
         theirs = as_moment(other.mean, "other.mean"), as_moment(other.m2, "other.m2")
-        if not mean.shape == m2.shape == theirs[0].shape == theirs[1].shape:
-            raise ValueError(f"merge: given {theirs[0].size} channels, want {mean.size}, as many as on the left")
-        same_device(mean, m2=m2, other=theirs[0], other_m2=theirs[1])
-        found, found_m2 = (devices.empty(m2.shape, (0,), "float64", m2) for _ in range(2))
-        with launches.calling(m2, None) as call:
-            _per_channel(call, finish.join_moments, float(self.count), mean, m2, float(other.count), *theirs, m2.size, found, found_m2)
-        return made(self.count + other.count, found, found_m2, DeviceMoments)
+        if not given[0].shape == given[1].shape == theirs[0].shape == theirs[1].shape:
+            raise ValueError(f"merge: given {theirs[0].size} channels, want {given[0].size}, as many as on the left")
+        program = launches.program(_join, lies(*given, *theirs, None))
+        with Queue(given[1], None, mean=given[0], other=theirs[0], other_m2=theirs[1]) as queue:
+            address, mean, m2 = pair(given[1].size, "float64", given[1])
+            queue.run(program, (*given, *theirs, address), float(self.count), float(other.count))
+        return made(self.count + other.count, mean, m2, DeviceMoments)
 
 
-def _per_channel(call: launches.Call, kernel: Any, *arguments: Any) -> None:
-    """Launch a kernel that takes a channel per thread; buffers and arrays become pointers."""
-    C = next(a for a in reversed(arguments) if type(a) is int)
-    call.launch(kernel, views.DOUBLE, launches.threads(C), *(pointer(a) if _is_memory(a) else a for a in arguments))
+def _each(call: Call, m2: Buffer, found: None, kernel: Any, values: int, *options: int) -> None:
+    given = [call.value(k) for k in range(values)]
+    call.launch(kernel, views.DOUBLE, launches.threads(m2.size), pointer(m2), *given, *options, m2.size, fresh(2, m2.shape, "float64"))
 
 
-def clear(call: launches.Call, array: Any) -> None:
-    """Zeros."""
-    found = devices.view(array, "array")
-    call.launch(finish.clear, devices.STORED[found.dtype], launches.threads(found.size), launches.pointer(found), found.size)
+def _join(call: Call, mean: Buffer, m2: Buffer, other: Buffer, other_m2: Buffer, found: None) -> None:
+    C = m2.size
+    left, right = ((call.value(k), *map(pointer, pair)) for k, pair in enumerate(((mean, m2), (other, other_m2))))
+    rows = (Place(5, 8 * C * k, (8 * C * k, 8 * C * (k + 1)), views.DOUBLE) for k in range(2))
+    call.launch(finish.join_moments, views.DOUBLE, launches.threads(C), *left, *right, C, *rows)
 
 
-def _is_memory(value: Any) -> bool:
-    return not isinstance(value, int | float)
+def lies(*buffers: Buffer | None) -> tuple[Lies | None, ...]:
+    """How the arrays of a call lie; None for one that is absent, or is made for the result."""
+    return tuple([None if buffer is None else buffer.lies for buffer in buffers])
 
 
-def pointer(value: Any) -> Any:
-    """What a kernel takes for an array or a buffer."""
-    buffer = value if isinstance(value, Buffer) else devices.view(value, "array")
-    return launches.pointer(buffer)
-
-
-def same_device(x: Buffer, **others: Buffer | None) -> None:
-    """ValueError where another array is on another GPU than x."""
-    home = devices.device_of(x)
-    for name, buffer in others.items():
-        if buffer is not None and buffer.size and (there := devices.device_of(buffer)) != home:
-            raise ValueError(f"{name}: given an array on GPU {there}, want GPU {home}, where x is")
+def pair(C: int, dtype: str, like: Buffer) -> tuple[int, Any, Any]:
+    """(address, first row, second row) of fresh memory (2, C)."""
+    both = devices.empty((2, C), (0, 1), dtype, like)
+    return devices.address(both), both[0], both[1]
 
 
 def planned(x: Buffer, axis: int) -> layout.Plan:
@@ -108,125 +106,176 @@ def _planned(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int, ax
     return layout.planned(shape, tuple(steps), axis, itemsize)
 
 
-def new(plan: layout.Plan, x: Buffer) -> Any:
-    """A result in the memory order of x."""
-    return devices.empty(x.shape, tuple(plan.memory), x.dtype, x)
+def new(plan: layout.Plan, x: Buffer) -> tuple[Any, int]:
+    """(array, address) of a result in the memory order of x."""
+    out = devices.empty(x.shape, tuple(plan.memory), x.dtype, x)
+    return out, devices.address(out)
 
 
-def settled(call: launches.Call, plan: layout.Plan, buffer: Buffer) -> views.View:
+def clear(call: Call, found: Place, C: int, dtype: str) -> None:
+    """Zeros in (2, C)."""
+    call.launch(finish.clear, devices.STORED[dtype], launches.threads(2 * C), found, 2 * C)
+
+
+def settled(call: Call, plan: layout.Plan, buffer: Buffer) -> views.View:
     """The canonical view of an input; of a copy in the plan's memory order where two strides can't describe it."""
     found = views.view(buffer, plan)
-    if found is None:
-        copy = devices.view(new(plan, buffer), "copy")
-        launches.copy(call, buffer, copy)
-        found = views.view(copy, plan)
-        assert found is not None  # a compact array in this order always has one
+    if found is not None:
+        return found
+    copy = beside(call, plan, buffer)
+    launches.copy(call, buffer, copy.buffer)
+    return copy
+
+
+def beside(call: Call, plan: layout.Plan, x: Buffer) -> views.View:
+    """The canonical view of workspace for an array like x, in the plan's memory order."""
+    found = views.view(call.take_like(x, x.dtype, devices.strides_of(x.shape, plan.memory)), plan)
+    assert found is not None  # a compact array in this order always has one
     return found
+
+
+def place_for(call: Call, plan: layout.Plan, out: Buffer | None, x: Buffer, number: int) -> tuple[views.View, Buffer | None]:
+    """Where a kernel writes the result that has this number, and what that must be copied to."""
+    if out is None:
+        out = devices.lying((x.shape, devices.strides_of(x.shape, plan.memory), x.dtype, 0), number)
+    found = views.view(out, plan)
+    return (found, None) if found is not None else (beside(call, plan, x), out)
 
 
 def widened(values: Any) -> Any:
     """A copy of (C,) statistics in float64, queued before what changes them next."""
-    buffer = as_statistic(values, devices.view(values, "statistics").size, "statistics")
-    found = devices.empty(buffer.shape, (0,), "float64", buffer)
-    with launches.calling(buffer, None) as call:
-        call.launch(
-            finish.widen, views.DOUBLE, launches.threads(buffer.size), launches.pointer(buffer), buffer.size, pointer(found),
-            statistic=buffer.dtype,
-        )  # fmt: skip
+    buffer = as_input(values, "statistics")
+    program = launches.program(_widen, lies(buffer, None))
+    with Queue(buffer, None) as queue:
+        found = devices.empty(buffer.shape, (0,), "float64", buffer)
+        queue.run(program, (buffer, devices.address(found)))
     return found
+
+
+def _widen(call: Call, values: Buffer, found: None) -> None:
+    C = values.size
+    check_statistic(values, C, "statistics")
+    to = fresh(2, (C,), "float64")
+    call.launch(finish.widen, views.DOUBLE, launches.threads(C), pointer(values), C, to, statistic=values.dtype)
 
 
 def copied(values: Any) -> Any:
     """A copy of (C,) parameters, queued before what changes them next."""
     buffer = as_input(values, "gamma")
-    found = devices.empty(buffer.shape, (0,), buffer.dtype, buffer)
-    with launches.calling(buffer, None) as call:
-        launches.copy(call, buffer, devices.view(found, "copy"))
+    program = launches.program(_copy, lies(buffer, None))
+    with Queue(buffer, None) as queue:
+        found = devices.empty(buffer.shape, (0,), buffer.dtype, buffer)
+        queue.run(program, (buffer, devices.address(found)))
     return found
+
+
+def _copy(call: Call, values: Buffer, found: None) -> None:
+    launches.copy(call, values, devices.lying((values.shape, devices.compact(values.shape), values.dtype, 0), 2))
 
 
 def track(m: Moments, freedom: float, weight: float, running_mean: Any, running_var: Any) -> None:
     """Running statistics move towards m.mean and m.m2 / freedom by `weight`, in place, on the GPU."""
     mean, m2 = as_moment(m.mean, "moments.mean"), as_moment(m.m2, "moments.m2")
-    first = as_statistic(running_mean, mean.size, "running_mean")
-    second = as_parameter(running_var, mean.size, first.dtype, "running_var")
-    assert second is not None
-    same_device(mean, m2=m2, running_mean=first, running_var=second)
-    with launches.calling(mean, None) as call:
-        call.launch(
-            finish.track, devices.STORED[first.dtype], launches.threads(mean.size), launches.pointer(mean), launches.pointer(m2),
-            freedom, weight, mean.size, launches.pointer(first), launches.pointer(second),
-        )  # fmt: skip
+    first, second = as_input(running_mean, "running_mean"), as_input(running_var, "running_var")
+    program = launches.program(_track, lies(mean, m2, first, second))
+    with Queue(mean, None, m2=m2, running_mean=first, running_var=second) as queue:
+        queue.run(program, (mean, m2, first, second), freedom, weight)
+
+
+def _track(call: Call, mean: Buffer, m2: Buffer, first: Buffer, second: Buffer) -> None:
+    C = mean.size
+    check_statistic(first, C, "running_mean")
+    check_parameter(second, C, first.dtype, "running_var")
+    call.launch(
+        finish.track, devices.STORED[first.dtype], launches.threads(C), pointer(mean), pointer(m2), call.value(0), call.value(1), C,
+        pointer(first), pointer(second),
+    )  # fmt: skip
+
+
+def axis_of(x: Buffer, axis: Any) -> int:
+    """An axis as a key: an int, which the plan looks at."""
+    return axis if type(axis) is int else checks.check_axis(x.shape, axis)
 
 
 def moments(x: Any, axis: int, stream: Any) -> DeviceMoments:
     """`fastbn.moments`."""
     x = as_input(x)
+    program = launches.program(_moments, lies(x, None), axis_of(x, axis))
+    plan = program.found
+    with Queue(x, stream) as queue:
+        address, mean, m2 = pair(plan.channels, "float64", x)
+        queue.run(program, (x, address))
+    return made(plan.count, mean, m2, DeviceMoments)
+
+
+def _moments(call: Call, x: Buffer, stats: None, axis: int) -> layout.Plan:
     plan = planned(x, axis)
-    stats = devices.empty((2, plan.channels), (0, 1), "float64", x)
-    found = made(plan.count, stats[0], stats[1], DeviceMoments)
-    with launches.calling(x, stream) as call:
-        if not plan.count:
-            clear(call, stats)
-            return found
-        seen = settled(call, plan, x)
-        cuda.moments(call, seen, pointer(stats))
-    return found
+    to = fresh(2, (2, plan.channels), "float64")
+    if plan.count:
+        cuda.moments(call, settled(call, plan, x), to)
+    else:
+        clear(call, to, plan.channels, "float64")
+    return plan
 
 
 def batch_norm(x: Any, gamma: Any, beta: Any, axis: int, eps: float, out: Any, stream: Any) -> tuple[Any, DeviceMoments]:
     """`fastbn.batch_norm`."""
-    x = as_input(x)
-    plan = planned(x, axis)
-    kind = parameters(x)
-    gamma, beta = as_parameter(gamma, plan.channels, kind, "gamma"), as_parameter(beta, plan.channels, kind, "beta")
-    eps = checks.check_eps(eps, training=True)
+    x, gamma, beta, target = as_input(x), optional(gamma, "gamma"), optional(beta, "beta"), optional(out, "out")
+    program = launches.program(_forward, lies(x, gamma, beta, target, None), axis_of(x, axis))
+    plan, eps = program.found, checks.check_eps(eps, training=True)
+    check_out(target, (x,), gamma=gamma, beta=beta)
+    with Queue(x, stream, gamma=gamma, beta=beta, out=target) as queue:
+        out, place = new(plan, x) if target is None else (out, target)
+        address, mean, m2 = pair(plan.channels, "float64", x)
+        queue.run(program, (x, gamma, beta, place, address), eps)
+    return out, made(plan.count, mean, m2, DeviceMoments)
+
+
+def _forward(call: Call, x: Buffer, gamma: Buffer | None, beta: Buffer | None, out: Buffer | None, stats: None, axis: int) -> layout.Plan:
+    plan, kind = planned(x, axis), parameters(x)
+    check_parameter(gamma, plan.channels, kind, "gamma")
+    check_parameter(beta, plan.channels, kind, "beta")
     checks.check_count(x, plan.count)
-    target = None if out is None else check_out(out, x, gamma=gamma, beta=beta)
-    same_device(x, gamma=gamma, beta=beta, out=target)
-    out = new(plan, x) if out is None else out
-    target = target or devices.view(out, "out")
-    stats = devices.empty((2, plan.channels), (0, 1), "float64", x)
-    with launches.calling(x, stream) as call:
-        if not plan.count:
-            clear(call, stats)
-        else:
-            seen = settled(call, plan, x)
-            place, late = place_for(plan, target, x)
-            cuda.forward(call, seen, gamma, beta, eps, place, pointer(stats))
-            if late:
-                launches.copy(call, place.buffer, target)
-    return out, made(plan.count, stats[0], stats[1], DeviceMoments)
-
-
-def place_for(plan: layout.Plan, target: Buffer, x: Buffer) -> tuple[views.View, bool]:
-    """Where a kernel writes, and whether that must be copied to the target."""
-    found = views.view(target, plan)
-    if found is not None:
-        return found, False
-    beside = views.view(devices.view(new(plan, x), "copy"), plan)
-    assert beside is not None
-    return beside, True
+    check_room(out, x)
+    to = fresh(5, (2, plan.channels), "float64")
+    if not plan.count:
+        clear(call, to, plan.channels, "float64")
+        return plan
+    seen = settled(call, plan, x)
+    place, late = place_for(call, plan, out, x, 4)
+    cuda.forward(call, seen, gamma, beta, call.value(0), place, to)
+    if late is not None:
+        launches.copy(call, place.buffer, late)
+    return plan
 
 
 def batch_norm_inference(x: Any, mean: Any, var: Any, gamma: Any, beta: Any, axis: int, eps: float, out: Any, stream: Any) -> Any:
     """`fastbn.batch_norm_inference`."""
-    x = as_input(x)
-    plan = planned(x, axis)
     checks.check_running(mean, var)
-    kind = parameters(x)
-    mean, var = as_statistic(mean, plan.channels, "mean"), as_statistic(var, plan.channels, "var")
-    gamma, beta = as_parameter(gamma, plan.channels, kind, "gamma"), as_parameter(beta, plan.channels, kind, "beta")
-    eps = checks.check_eps(eps, training=False)
-    target = None if out is None else check_out(out, x, mean=mean, var=var, gamma=gamma, beta=beta)
-    same_device(x, mean=mean, var=var, gamma=gamma, beta=beta, out=target)
-    out = new(plan, x) if out is None else out
-    target = target or devices.view(out, "out")
-    if plan.count:
-        with launches.calling(x, stream) as call:
-            seen = settled(call, plan, x)
-            place, late = place_for(plan, target, x)
-            cuda.inference(call, seen, mean, var, gamma, beta, eps, place)
-            if late:
-                launches.copy(call, place.buffer, target)
+    x, mean, var = as_input(x), as_input(mean, "mean"), as_input(var, "var")
+    gamma, beta, target = optional(gamma, "gamma"), optional(beta, "beta"), optional(out, "out")
+    program = launches.program(_inference, lies(x, mean, var, gamma, beta, target), axis_of(x, axis))
+    plan, eps = program.found, checks.check_eps(eps, training=False)
+    check_out(target, (x,), mean=mean, var=var, gamma=gamma, beta=beta)
+    with Queue(x, stream, mean=mean, var=var, gamma=gamma, beta=beta, out=target) as queue:
+        out, place = new(plan, x) if target is None else (out, target)
+        queue.run(program, (x, mean, var, gamma, beta, place), eps)
     return out
+
+
+def _inference(
+    call: Call, x: Buffer, mean: Buffer, var: Buffer, gamma: Buffer | None, beta: Buffer | None, out: Buffer | None, axis: int
+) -> layout.Plan:
+    plan, kind = planned(x, axis), parameters(x)
+    check_statistic(mean, plan.channels, "mean")
+    check_statistic(var, plan.channels, "var")
+    check_parameter(gamma, plan.channels, kind, "gamma")
+    check_parameter(beta, plan.channels, kind, "beta")
+    check_room(out, x)
+    if plan.count:
+        seen = settled(call, plan, x)
+        place, late = place_for(call, plan, out, x, 6)
+        cuda.inference(call, seen, mean, var, gamma, beta, call.value(0), place)
+        if late is not None:
+            launches.copy(call, place.buffer, late)
+    return plan

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -20,22 +20,25 @@ def as_input(x: Any, name: str = "x") -> Buffer:
     return devices.view(x, name)
 
 
-def as_parameter(value: Any, channels: int, dtype: str, name: str) -> Buffer | None:
+def optional(value: Any, name: str) -> Buffer | None:
+    """The same of an input that may be absent."""
+    return None if value is None else as_input(value, name)
+
+
+def check_parameter(buffer: Buffer | None, channels: int, dtype: str, name: str) -> None:
     """gamma, beta: (C,) in the dtype of parameters, without gaps; or None."""
-    if value is None:
-        return None
-    buffer = as_input(value, name)
+    if buffer is None:
+        return
     if buffer.dtype != dtype:
         raise TypeError(f"{name}: given dtype {buffer.dtype}, want {dtype} beside this x: convert it")
-    return _row(buffer, channels, name)
+    _check_row(buffer, channels, name)
 
 
-def as_statistic(value: Any, channels: int, name: str) -> Buffer:
+def check_statistic(buffer: Buffer, channels: int, name: str) -> None:
     """mean, var: (C,) in float32 or float64, without gaps."""
-    buffer = as_input(value, name)
     if buffer.dtype not in ("float32", "float64"):
         raise TypeError(f"{name}: given dtype {buffer.dtype}, want float32 or float64")
-    return _row(buffer, channels, name)
+    _check_row(buffer, channels, name)
 
 
 def as_moment(value: Any, name: str) -> Buffer:
@@ -43,30 +46,57 @@ def as_moment(value: Any, name: str) -> Buffer:
     buffer = as_input(value, name)
     if buffer.dtype != "float64":
         raise TypeError(f"{name}: given dtype {buffer.dtype}, want float64")
-    return _row(buffer, buffer.size, name)
+    _check_row(buffer, buffer.size, name)
+    return buffer
 
 
-def _row(buffer: Buffer, channels: int, name: str) -> Buffer:
+def _check_row(buffer: Buffer, channels: int, name: str) -> None:
     if buffer.shape != (channels,):
         raise ValueError(f"{name}: given shape {buffer.shape}, want ({channels},), one value per channel of x")
     if channels > 1 and buffer.strides != (1,):
         raise ValueError(f"{name}: given an array with gaps (strides {buffer.strides} elements), want a contiguous one: copy it first")
-    return buffer
 
 
-def check_out(out: Any, x: Buffer, *inputs: Buffer, **others: Any) -> Buffer:
-    """An `out` that can take the result, as `checks.check_out` has it for the host."""
-    buffer = as_input(out, "out")
-    if buffer.dtype != x.dtype:
-        raise TypeError(f"out: given dtype {buffer.dtype}, want {x.dtype}, the dtype of x")
-    if buffer.shape != x.shape:
-        raise ValueError(f"out: given shape {buffer.shape}, want {x.shape}, the shape of x")
-    shadow = _shadow(buffer)
-    if buffer.readonly:
+def check_pair(dy: Buffer, x: Buffer) -> None:
+    """dy and x, alike."""
+    if dy.shape != x.shape:
+        raise ValueError(f"dy: given shape {dy.shape}, want {x.shape}, the shape of x")
+    if dy.dtype != x.dtype:
+        raise TypeError(f"dy: given dtype {dy.dtype}, want {x.dtype}, the dtype of x: convert one of them")
+
+
+def check_room(out: Buffer | None, x: Buffer) -> None:
+    """An `out` that can take the result, wherever it lies: what `checks.check_out` says of its kind."""
+    if out is None:
+        return
+    if out.dtype != x.dtype:
+        raise TypeError(f"out: given dtype {out.dtype}, want {x.dtype}, the dtype of x")
+    if out.shape != x.shape:
+        raise ValueError(f"out: given shape {out.shape}, want {x.shape}, the shape of x")
+    checks.check_place(_shadow(out._replace(address=out.itemsize)))  # anywhere but at a null pointer
+
+
+def check_out(out: Buffer | None, inputs: Sequence[Buffer], **others: Buffer | None) -> None:
+    """An `out` where the result may be written, as `checks.check_out` has it for the host: each input either itself or apart from it.
+
+    Bounds tell in 1 us, and NumPy is asked only where they meet: its views of an `out` and four arrays beside it take 40.
+    """
+    if out is None:
+        return
+    if out.readonly:
         raise ValueError("out: given a read-only array, want one that can be written")
-    checks.check_place(shadow, *(_shadow(array) for array in (x, *inputs)))
-    checks.check_apart(shadow, **_shadows(others))
-    return buffer
+    begin, end = out.span()
+    meeting = [a for a in inputs if _meet(a, begin, end) and not (a.address == out.address and a.strides == out.strides)]
+    if meeting:
+        checks.check_place(_shadow(out), *map(_shadow, meeting))
+    beside = {name: a for name, a in others.items() if a is not None and _meet(a, begin, end)}
+    if beside:
+        checks.check_apart(_shadow(out), **_shadows(beside))
+
+
+def _meet(buffer: Buffer, begin: int, end: int) -> bool:
+    low, high = buffer.span()
+    return low < end and begin < high
 
 
 def check_apart(out: Any, **others: Any) -> None:
@@ -79,10 +109,11 @@ def check_kept(arrays: Mapping[str, Any], channels: int, dtype: np.dtype[Any], w
     places = []
     if not written:
         for name, value in arrays.items():
-            as_statistic(value, channels, name)
+            check_statistic(as_input(value, name), channels, name)
         return
     for name, value in (*arrays.items(), *beside.items()):
-        if (buffer := as_parameter(value, channels, dtype.name, name)) is not None:
+        if (buffer := optional(value, name)) is not None:
+            check_parameter(buffer, channels, dtype.name, name)
             places.append((buffer.address, buffer.address + channels * buffer.itemsize))
             if name in arrays and buffer.readonly:
                 raise ValueError(f"{name}: given a read-only array, want one that can be written: give it a copy")

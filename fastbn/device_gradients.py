@@ -1,73 +1,98 @@
-"""The functions of `gradients` and `split` for arrays on a GPU: validate, launch on a stream, return without waiting for it."""
+"""The functions of `gradients` and `split` for arrays on a GPU, as `device` has the forward's."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from fastbn import checks, device, device_checks
-from fastbn.backends import cuda, devices, launches
+from fastbn import checks, layout
+from fastbn.backends import cuda, launches
 from fastbn.backends.devices import Buffer
-
-
-def _pair(dy: Any, x: Any) -> tuple[Buffer, Buffer]:
-    """dy and x, alike."""
-    x, dy = device_checks.as_input(x), device_checks.as_input(dy, "dy")
-    if dy.shape != x.shape:
-        raise ValueError(f"dy: given shape {dy.shape}, want {x.shape}, the shape of x")
-    if dy.dtype != x.dtype:
-        raise TypeError(f"dy: given dtype {dy.dtype}, want {x.dtype}, the dtype of x: convert one of them")
-    return dy, x
+from fastbn.backends.launches import Call, Queue, fresh
+from fastbn.device import axis_of, clear, lies, new, pair, place_for, planned, settled
+from fastbn.device_checks import as_input, check_out, check_pair, check_parameter, check_room, check_statistic, optional, parameters
 
 
 def backward(
     dy: Any, x: Any, m: Any, constant: tuple[Any, Any] | None, gamma: Any, axis: int, eps: float, out: Any, stream: Any
 ) -> tuple[Any, Any, Any]:
     """`fastbn.batch_norm_backward`, and `fastbn.batch_norm_inference_backward` with `constant` statistics (mean, var)."""
-    dy, x = _pair(dy, x)
-    plan = device.planned(x, axis)
-    kind, C = device_checks.parameters(x), plan.channels
-    gamma, eps = device_checks.as_parameter(gamma, C, kind, "gamma"), checks.check_eps(eps, training=constant is None)
+    training = constant is None
+    names = ("moments.mean", "moments.m2") if training else ("mean", "var")
+    x, dy, gamma, target = as_input(x), as_input(dy, "dy"), optional(gamma, "gamma"), optional(out, "out")
+    check_pair(dy, x)
+    axis = axis_of(x, axis)
     if constant is None:
-        checks.check_moments(m, C, plan.count)
+        plan = planned(x, axis)
+        checks.check_moments(m, plan.channels, plan.count)
+        constant = m.mean, m.m2
+    mean, spread = (as_input(value, name) for value, name in zip(constant, names, strict=True))
+    program = launches.program(_backward, lies(x, dy, mean, spread, gamma, target, None), axis, names, training)
+    plan, eps = program.found, checks.check_eps(eps, training=training)
+    check_out(target, (x, dy), gamma=gamma, **{names[0]: mean, names[1]: spread})
+    with Queue(x, stream, dy=dy, mean=mean, var=spread, gamma=gamma, out=target) as queue:
+        out, place = new(plan, x) if target is None else (out, target)
+        address, dbeta, dgamma = pair(plan.channels, parameters(x), x)
+        queue.run(program, (x, dy, mean, spread, gamma, place, address), eps)
+    return out, dgamma, dbeta
+
+
+def _backward(
+    call: Call,
+    x: Buffer,
+    dy: Buffer,
+    mean: Buffer,
+    spread: Buffer,
+    gamma: Buffer | None,
+    out: Buffer | None,
+    grads: None,
+    axis: int,
+    names: tuple[str, str],
+    training: bool,
+) -> layout.Plan:
+    plan, kind = planned(x, axis), parameters(x)
+    C, count = plan.channels, float(plan.count) if training else 1.0
+    check_parameter(gamma, C, kind, "gamma")
+    if training:
         checks.check_count(x, plan.count)
-        mean, spread = device_checks.as_statistic(m.mean, C, "moments.mean"), device_checks.as_statistic(m.m2, C, "moments.m2")
-    else:
-        mean, spread = device_checks.as_statistic(constant[0], C, "mean"), device_checks.as_statistic(constant[1], C, "var")
-    names = ("moments.mean", "moments.m2") if constant is None else ("mean", "var")
-    target = None if out is None else device_checks.check_out(out, x, dy, gamma=gamma, **dict(zip(names, (mean, spread), strict=True)))
-    device.same_device(x, dy=dy, mean=mean, var=spread, gamma=gamma, out=target)
-    out = device.new(plan, x) if out is None else out
-    target = target or devices.view(out, "out")
-    grads = devices.empty((2, C), (0, 1), kind, x)
-    with launches.calling(x, stream) as call:
-        if not plan.count:
-            device.clear(call, grads)
-        else:
-            seen, steep = device.settled(call, plan, x), device.settled(call, plan, dy)
-            place, late = device.place_for(plan, target, x)
-            count = float(plan.count) if constant is None else 1.0
-            cuda.backward(call, steep, seen, mean, spread, count, eps, gamma, place, constant is None, device.pointer(grads))
-            if late:
-                launches.copy(call, place.buffer, target)
-    return out, grads[1], grads[0]
+    check_statistic(mean, C, names[0])
+    check_statistic(spread, C, names[1])
+    check_room(out, x)
+    to = fresh(7, (2, C), kind)
+    if not plan.count:
+        clear(call, to, C, kind)
+        return plan
+    seen, steep = settled(call, plan, x), settled(call, plan, dy)
+    place, late = place_for(call, plan, out, x, 6)
+    cuda.backward(call, steep, seen, mean, spread, count, call.value(0), gamma, place, training, to)
+    if late is not None:
+        launches.copy(call, place.buffer, late)
+    return plan
 
 
 def batch_norm_backward_reduce(dy: Any, x: Any, mean: Any, var: Any, axis: int, eps: float, stream: Any) -> tuple[Any, Any]:
     """`fastbn.batch_norm_backward_reduce`."""
-    dy, x = _pair(dy, x)
-    plan = device.planned(x, axis)
+    x, dy = as_input(x), as_input(dy, "dy")
+    check_pair(dy, x)
     checks.check_running(mean, var)
-    mean, var = device_checks.as_statistic(mean, plan.channels, "mean"), device_checks.as_statistic(var, plan.channels, "var")
+    mean, var = as_input(mean, "mean"), as_input(var, "var")
+    program = launches.program(_reduce, lies(x, dy, mean, var, None), axis_of(x, axis))
     eps = checks.check_eps(eps, training=True)
-    device.same_device(x, dy=dy, mean=mean, var=var)
-    sums = devices.empty((2, plan.channels), (0, 1), "float64", x)
-    with launches.calling(x, stream) as call:
-        if plan.count:
-            seen, steep = device.settled(call, plan, x), device.settled(call, plan, dy)
-            cuda.grad_reduce(call, steep, seen, mean, var, eps, device.pointer(sums))
-        else:
-            device.clear(call, sums)
-    return sums[0], sums[1]
+    with Queue(x, stream, dy=dy, mean=mean, var=var) as queue:
+        address, sum_dy, sum_dy_xhat = pair(program.found.channels, "float64", x)
+        queue.run(program, (x, dy, mean, var, address), eps)
+    return sum_dy, sum_dy_xhat
+
+
+def _reduce(call: Call, x: Buffer, dy: Buffer, mean: Buffer, var: Buffer, sums: None, axis: int) -> layout.Plan:
+    plan = planned(x, axis)
+    check_statistic(mean, plan.channels, "mean")
+    check_statistic(var, plan.channels, "var")
+    to = fresh(5, (2, plan.channels), "float64")
+    if plan.count:
+        cuda.grad_reduce(call, settled(call, plan, dy), settled(call, plan, x), mean, var, call.value(0), to)
+    else:
+        clear(call, to, plan.channels, "float64")
+    return plan
 
 
 def batch_norm_backward_input(
@@ -85,25 +110,47 @@ def batch_norm_backward_input(
     stream: Any,
 ) -> Any:
     """`fastbn.batch_norm_backward_input`."""
-    dy, x = _pair(dy, x)
-    plan = device.planned(x, axis)
-    C = plan.channels
+    x, dy = as_input(x), as_input(dy, "dy")
+    check_pair(dy, x)
     checks.check_running(mean, var)
-    mean, var = device_checks.as_statistic(mean, C, "mean"), device_checks.as_statistic(var, C, "var")
-    sums = device_checks.as_statistic(sum_dy, C, "sum_dy"), device_checks.as_statistic(sum_dy_xhat, C, "sum_dy_xhat")
+    mean, var = as_input(mean, "mean"), as_input(var, "var")
+    sums = as_input(sum_dy, "sum_dy"), as_input(sum_dy_xhat, "sum_dy_xhat")
+    gamma, target = optional(gamma, "gamma"), optional(out, "out")
+    program = launches.program(_input, lies(x, dy, mean, var, *sums, gamma, target), axis_of(x, axis))
+    plan = program.found
     count = checks.check_whole(count, plan.count)
     checks.check_count(x, count)
-    gamma, eps = device_checks.as_parameter(gamma, C, device_checks.parameters(x), "gamma"), checks.check_eps(eps, training=True)
-    kept = {"mean": mean, "var": var, "sum_dy": sums[0], "sum_dy_xhat": sums[1], "gamma": gamma}
-    target = None if out is None else device_checks.check_out(out, x, dy, **kept)
-    device.same_device(x, dy=dy, mean=mean, var=var, sum_dy=sums[0], sum_dy_xhat=sums[1], gamma=gamma, out=target)
-    out = device.new(plan, x) if out is None else out
-    target = target or devices.view(out, "out")
-    if plan.count:
-        with launches.calling(x, stream) as call:
-            seen, steep = device.settled(call, plan, x), device.settled(call, plan, dy)
-            place, late = device.place_for(plan, target, x)
-            cuda.grad_input(call, steep, seen, mean, var, eps, sums, float(count), gamma, place)
-            if late:
-                launches.copy(call, place.buffer, target)
+    eps = checks.check_eps(eps, training=True)
+    beside = {"mean": mean, "var": var, "sum_dy": sums[0], "sum_dy_xhat": sums[1], "gamma": gamma}
+    check_out(target, (x, dy), **beside)
+    with Queue(x, stream, dy=dy, out=target, **beside) as queue:
+        out, place = new(plan, x) if target is None else (out, target)
+        queue.run(program, (x, dy, mean, var, *sums, gamma, place), eps, float(count))
     return out
+
+
+def _input(
+    call: Call,
+    x: Buffer,
+    dy: Buffer,
+    mean: Buffer,
+    var: Buffer,
+    sum_dy: Buffer,
+    sum_dy_xhat: Buffer,
+    gamma: Buffer | None,
+    out: Buffer | None,
+    axis: int,
+) -> layout.Plan:
+    plan = planned(x, axis)
+    for name, row in (("mean", mean), ("var", var), ("sum_dy", sum_dy), ("sum_dy_xhat", sum_dy_xhat)):
+        check_statistic(row, plan.channels, name)
+    check_parameter(gamma, plan.channels, parameters(x), "gamma")
+    check_room(out, x)
+    if plan.count:
+        seen, steep = settled(call, plan, x), settled(call, plan, dy)
+        place, late = place_for(call, plan, out, x, 8)
+        sums = sum_dy, sum_dy_xhat
+        cuda.grad_input(call, steep, seen, mean, var, call.value(0), sums, call.value(1), gamma, place)
+        if late is not None:
+            launches.copy(call, place.buffer, late)
+    return plan

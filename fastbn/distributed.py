@@ -216,9 +216,11 @@ def _check(
         buffer = gpu.as_input(x)
         given, kind = buffer.shape[checks.check_axis(buffer.shape, axis)], gpu.parameters(buffer)
         for name, value in parameters.items():
-            gpu.as_parameter(value, given, kind, name)
+            gpu.check_parameter(gpu.optional(value, name), given, kind, name)
         if out is not None:
-            gpu.check_out(out, buffer, *map(gpu.as_input, inputs), **parameters, **statistics)
+            target, others = gpu.as_input(out, "out"), {**parameters, **statistics}
+            gpu.check_room(target, buffer)
+            gpu.check_out(target, (buffer, *map(gpu.as_input, inputs)), **{name: gpu.optional(a, name) for name, a in others.items()})
     else:
         x = checks.as_input(x)
         way = ready(x, axis, backend)
@@ -237,6 +239,6 @@ def _beside(x: Any, *arrays: Array) -> tuple[Any, ...]:
     """Arrays of the host where x is: themselves, or copies on its GPU of its library's kind."""
     if not devices.on_device(x):
         return arrays
-    root = type(x).__module__.partition(".")[0]
+    root = devices.library(x)
     index, kind = devices.device_of(devices.view(x, "x")), root if root in residence.KINDS else "numba"
     return tuple(residence.to_device(array, index, kind) for array in arrays)

@@ -19,7 +19,7 @@ PACKAGE = Path(__file__).parents[1] / "fastbn"
 ATTRIBUTES = {"form", "compiled", "entry_point", "launch", "compact", "served", "from_address", "address", "ctypes", "data_ptr"}
 ATTRIBUTES |= {"__cuda_array_interface__", "__array_interface__"}
 CALLS = {"select"}  # who has a backend may call it
-READY = {"way.forward", "way.backward", "way.normalize"}  # a backend's methods, decided
+READY = {"way.forward", "way.backward", "way.normalize", "queue.run"}  # a backend's methods, decided; a program, with its arrays
 HARMLESS = {"layout.compact"}  # arithmetic on shapes
 
 # Functions that ask nothing: their arrays are views by a `layout.Plan` or buffers of `devices.view`, and rows of (C,), which their callers
@@ -33,15 +33,19 @@ CONTRACT = {
     "backends.cpu.warmup",  # compiles, without an array
     *(f"backends.cuda.{name}" for name in ("moments", "forward", "inference", "backward", "grad_reduce", "grad_input")),
     *(f"backends.cuda.{name}" for name in ("_parameters", "_finish_sums", "_whole_forward", "_whole_backward")),
-    *(f"backends.launches.{name}" for name in ("pointer", "Call.launch", "copy", "alike", "wide", "elementwise")),
+    *(f"backends.launches.{name}" for name in ("pointer", "fresh", "Call.launch", "Queue._launch", "copy", "alike", "wide", "elementwise")),
     *(f"backends.launches.{name}" for name in ("partial_moments", "partial_sums")),
-    *(f"backends.devices.{name}" for name in ("view", "_tensor")),  # the address that a library gives, with shape and strides beside it
-    *(f"device.{name}" for name in ("_per_channel", "clear", "pointer", "settled", "place_for")),
+    *(f"backends.devices.{name}" for name in ("view", "_tensor", "address")),  # that a library gives, with shape and strides beside it
+    *(f"device.{name}" for name in ("clear", "settled", "place_for", "pair", "new", "_each", "_join", "_copy", "_moments")),
 }
 
 # Addresses that nothing is read from or written to, and backends that are asked for words or for functions of a shape.
 NO_ARRAY = {
-    "backends.devices.Buffer.span": "arithmetic on an address",
+    **{f"backends.devices.{name}": "arithmetic on an address" for name in ("Buffer", "Buffer.span", "Buffer.lies", "lying")},
+    "backends.launches.Queue.run": "its workspace is memory of its own; its arrays are those of the program, whose call sites are listed",
+    "backends.launches._boundary": "arithmetic on an address",
+    "backends.streams.workspace": "memory of its own",
+    "device_checks.check_out": "compares addresses",
     "backends.devices.device_of": "asks the driver whose memory it is",
     "backends.views.View.base": "arithmetic on an address",
     "backends.cpu.compact": "functions of a shape; who calls them is listed as READY",
@@ -67,7 +71,8 @@ NO_ARRAY = {
 X, DY, OUT = {"x": "checks.as_input"}, {"dy": "checks.check_like"}, {"out": "checks.check_out"}
 PARAMETERS = {"gamma": "checks.as_parameter", "beta": "checks.as_parameter"}
 STATISTICS = {"mean": "checks.as_statistic", "var": "checks.as_statistic"}
-ON_GPU = {"x": "device_checks.as_input", "gamma": "device_checks.as_parameter", "out": "device_checks.check_out"}
+ON_GPU = {"x": "device_checks.as_input", "out": "device_checks.check_out"}
+LYING = {"gamma": "device_checks.check_parameter", "out": "device_checks.check_room"}  # of what writes a program for such arrays
 CHECKED: dict[str, tuple[int, dict[str, str]]] = {
     "functional.moments": (2, X),
     "functional.batch_norm": (3, X | PARAMETERS | OUT),
@@ -77,22 +82,25 @@ CHECKED: dict[str, tuple[int, dict[str, str]]] = {
     "split.batch_norm_backward_input": (2, X | DY | STATISTICS | PARAMETERS | OUT | {"sum_dy": "checks.as_statistic"}),
     "batchnorm.BatchNorm.forward": (1, X | {"running_mean, running_var": "checks.well_kept", "strided ones": "checks.check_kept"}),
     "device_checks.as_input": (1, {"any": "foreign.on_device"}),
-    "device.copied": (2, {"gamma": "device_checks.as_input"}),
-    "device_checks.check_kept": (2, {"running_mean": "device_checks.as_parameter"}),
-    "device.DeviceMoments._spread": (1, {"m2": "device_checks.as_moment"}),
-    "device.DeviceMoments.rstd": (1, {"m2": "device_checks.as_moment"}),
-    "device.DeviceMoments.merge": (1, {"mean": "device_checks.as_moment", "m2": "device_checks.as_moment"}),
-    "device.widened": (4, {"running_mean": "device_checks.as_statistic"}),
-    "device.track": (
-        5,
-        {"moments": "device_checks.as_moment", "running_mean": "device_checks.as_statistic", "running_var": "device_checks.as_parameter"},
-    ),
-    "device.moments": (4, {"x": "device_checks.as_input"}),
-    "device.batch_norm": (7, ON_GPU),
-    "device.batch_norm_inference": (5, ON_GPU | {"mean": "device_checks.as_statistic"}),
-    "device_gradients.backward": (8, ON_GPU | {"mean": "device_checks.as_statistic", "moments": "checks.check_moments"}),
-    "device_gradients.batch_norm_backward_reduce": (5, {"x": "device_checks.as_input", "mean": "device_checks.as_statistic"}),
-    "device_gradients.batch_norm_backward_input": (6, ON_GPU | {"mean": "device_checks.as_statistic"}),
+    "device_checks.check_kept": (2, {"running_mean": "device_checks.check_parameter"}),
+    "device.DeviceMoments._of_m2": (3, {"m2": "device_checks.as_moment"}),
+    "device.DeviceMoments.merge": (3, {"mean": "device_checks.as_moment", "m2": "device_checks.as_moment"}),
+    "device.copied": (3, {"gamma": "device_checks.as_input"}),
+    "device.widened": (2, {"running_mean": "device_checks.as_input"}),
+    "device._widen": (3, {"running_mean": "device_checks.check_statistic"}),
+    "device.track": (1, {"moments": "device_checks.as_moment", "running_mean": "device_checks.as_input"}),
+    "device._track": (5, {"running_mean": "device_checks.check_statistic", "running_var": "device_checks.check_parameter"}),
+    "device.moments": (3, {"x": "device_checks.as_input"}),
+    "device.batch_norm": (3, ON_GPU),
+    "device._forward": (6, LYING),
+    "device.batch_norm_inference": (2, ON_GPU),
+    "device._inference": (4, LYING | {"mean": "device_checks.check_statistic"}),
+    "device_gradients.backward": (3, ON_GPU | {"dy": "device_checks.check_pair", "moments": "checks.check_moments"}),
+    "device_gradients._backward": (7, LYING | {"mean": "device_checks.check_statistic"}),
+    "device_gradients.batch_norm_backward_reduce": (2, {"x": "device_checks.as_input", "dy": "device_checks.check_pair"}),
+    "device_gradients._reduce": (5, {"mean": "device_checks.check_statistic"}),
+    "device_gradients.batch_norm_backward_input": (2, ON_GPU | {"dy": "device_checks.check_pair"}),
+    "device_gradients._input": (5, LYING | {"mean": "device_checks.check_statistic"}),
     "torch.kernels.track": (1, {"running_mean": "torch.serves.declines in torch.modules.Served.forward before torch.modules._eager"}),
     "torch.prepared.inference": (
         3,

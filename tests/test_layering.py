@@ -51,6 +51,7 @@ TIERS = {
     "kernels/cuda/_simulated.py": 2.0,
     "kernels/cuda/_device.py": 2.1,
     "kernels/cuda/_gpu.py": 2.2,
+    "kernels/cuda/_disk.py": 2.25,
     "kernels/cuda/_jit.py": 2.3,
     "kernels/cuda/merging.py": 2.4,
     "kernels/cuda/rows.py": 2.5,
@@ -59,10 +60,8 @@ TIERS = {
     "kernels/cuda/apply.py": 2.5,
     "kernels/cuda/fused.py": 2.6,
     "kernels/cuda/moving.py": 2.5,
-    "backends/schedule.py": 3.0,
-    "backends/grids.py": 3.0,
-    "backends/devices.py": 3.0,
-    "device_checks.py": 3.01,
+    **dict.fromkeys(("backends/schedule.py", "backends/grids.py", "backends/devices.py"), 3.0),
+    **dict.fromkeys(("backends/streams.py", "device_checks.py"), 3.01),
     "backends/views.py": 3.02,
     "backends/model.py": 3.05,
     "backends/launches.py": 3.1,
@@ -223,7 +222,7 @@ def test_the_kernel_contract_is_a_docstring_and_names_found_when_asked_for() -> 
 
 
 # Who may import which of the dependencies: with the module, and only when a function asks.
-CUDA = [f"kernels/cuda/{name}.py" for name in ("_device", "_group", "_gpu", "_jit")]
+CUDA = [f"kernels/cuda/{name}.py" for name in ("_device", "_disk", "_group", "_gpu", "_jit")]
 AT_IMPORT = {
     "numpy": FILES,
     "dask": ["dask.py"],
@@ -243,7 +242,7 @@ AT_IMPORT = {
 IN_FUNCTIONS = {
     # These show or ask for numba's settings; pool.py also launches its threads, devices.py asks for a driver, cli.py counts what compiles.
     "numba": ["cli.py", "info.py", "pool.py", "threads.py", "backends/devices.py", "kernels/cuda/_jit.py"],
-    "cuda": ["kernels/cuda/_jit.py"],  # NVIDIA's bindings: on which device memory lies
+    "cuda": ["kernels/cuda/_jit.py", "kernels/cuda/_disk.py"],  # NVIDIA's bindings: on which device memory lies; which compiler
     "cupy": ["backends/devices.py", "residence.py"],  # whose arrays come in, and hold a layer's parameters
     "llvmlite": ["info.py"],  # shows the processor as the compiler sees it
     "ml_dtypes": ["dtypes.py"],  # when bfloat16 is asked for by name

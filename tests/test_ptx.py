@@ -108,15 +108,19 @@ def test_arguments_reach_the_launch(stored: str) -> None:
         types_of = found.signature(np.dtype(stored)).args
         for kind, token in zip(types_of, found.arguments, strict=True):
             kernel._prepare_args(kind, given[token], 0, [], prepared)
-        for token, convert, wanted in zip(found.arguments, found.converters, prepared, strict=True):
-            value = convert(given[token])
-            assert type(value) is type(wanted), f"{found.name}: {token}"
+        values = [given[token] for token in found.arguments]
+        for token, value, wanted in zip(found.arguments, found.prepared(values), prepared, strict=True):
+            if token in ("i4", "i8", "f"):
+                assert value.tobytes() == bytes(wanted), f"{found.name}: {token}"
             assert getattr(value, "value", value) == getattr(wanted, "value", wanted) == given[token], f"{found.name}: {token}"
 
 
-def test_a_stream_is_known_by_its_handle() -> None:
-    assert int(_jit._stream(0).handle) == 0
-    assert int(_jit._stream(1 << 40).handle) == 1 << 40
+def test_a_number_that_does_not_fit_is_refused() -> None:
+    kernel = _jit.Kernel(lambda n: None, "i4")
+    assert kernel.prepared([2**31 - 1])[0].dtype == np.int32
+    for value in (2**31, -(2**31) - 1):
+        with pytest.raises(ValueError, match=rf"^x: too large for kernel .*, whose argument 0 of 32 bits would be {value}: give"):
+            kernel.prepared([value])
 
 
 def test_a_launch_is_handed_over_whole(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,6 +131,7 @@ def test_a_launch_is_handed_over_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_jit, "_core", lambda: core)
     kernel = _jit.KERNELS[0]
     monkeypatch.setattr(kernel, "compiled", lambda dtype, statistic, device: "the kernel", raising=False)
+    monkeypatch.setattr(kernel, "_on", {})
     kernel.launch(np.dtype(np.float32), np.dtype(np.float64), 5, 256, 7, 0, tuple(range(len(kernel.arguments))))
     ((stream, grid, what, *arguments),) = seen
     assert (int(stream.handle), grid.grid, grid.block, what) == (7, (5, 1, 1), (256, 1, 1), "the kernel")

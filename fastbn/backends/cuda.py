@@ -27,18 +27,16 @@ def _parameters(x: View, gamma: Buffer | None, beta: Buffer | None = None) -> tu
 def moments(call: Call, x: View, stats: Any) -> None:
     """Mean and m2 of each channel into `stats` (2, C)."""
     plan = views.sized(x)
-    call.work.reserve(launches.workspace(x.C, plan))
     partial, given = launches.partial_moments(call, x, plan)
     call.launch(
         finish.finish_moments, kind_of(x), launches.warps(x.C), partial, given, plan.entries, plan.fold, x.C, plan.share, plan.width, stats
     )  # fmt: skip
 
 
-def forward(call: Call, x: View, gamma: Buffer | None, beta: Buffer | None, eps: float, out: View, stats: Any) -> None:
+def forward(call: Call, x: View, gamma: Buffer | None, beta: Buffer | None, eps: Any, out: View, stats: Any) -> None:
     """Moments into `stats` (2, C), and y."""
     plan, kind, pad = views.sized_for(out, x), kind_of(x), pad_of(x.C)
-    call.work.reserve(launches.workspace(x.C, plan))
-    coefs = call.work.take(5 * pad, kind)
+    coefs = call.take(5 * pad, kind)
     if plan.whole:
         _whole_forward(call, x, _parameters(x, gamma, beta), eps, out, stats, coefs, plan)
         return
@@ -50,11 +48,10 @@ def forward(call: Call, x: View, gamma: Buffer | None, beta: Buffer | None, eps:
     launches.elementwise(call, NORMALIZE, coefs, x, out)
 
 
-def inference(call: Call, x: View, mean: Buffer, var: Buffer, gamma: Buffer | None, beta: Buffer | None, eps: float, out: View) -> None:
+def inference(call: Call, x: View, mean: Buffer, var: Buffer, gamma: Buffer | None, beta: Buffer | None, eps: Any, out: View) -> None:
     """The forward with given statistics."""
     kind, pad = kind_of(x), pad_of(x.C)
-    call.work.reserve(launches.workspace(x.C, None))
-    coefs = call.work.take(5 * pad, kind)
+    coefs = call.take(5 * pad, kind)
     mean, var = launches.alike(call, mean, var)
     call.launch(
         finish.set_scale, kind, launches.threads(x.C), pointer(mean), pointer(var), 1.0, eps, *_parameters(x, gamma, beta), x.C, pad, coefs,
@@ -70,7 +67,7 @@ def backward(
     mean: Buffer,
     spread: Buffer,
     count: float,
-    eps: float,
+    eps: Any,
     gamma: Buffer | None,
     out: View,
     training: bool,
@@ -78,8 +75,7 @@ def backward(
 ) -> None:
     """dx, and the sums of dy and dy * xhat into `grads` (2, C); the variance is spread / count."""
     plan, kind, pad = views.sized_for(out, x, dy), kind_of(x), pad_of(x.C)
-    call.work.reserve(launches.workspace(x.C, plan))
-    coefs, sums = call.work.take(5 * pad, kind), call.work.take(2 * x.C, STORED["float64"])
+    coefs, sums = call.take(5 * pad, kind), call.take(2 * x.C, STORED["float64"])
     mean, spread = launches.alike(call, mean, spread)
     if training and plan.whole:
         _whole_backward(call, dy, x, mean, spread, count, eps, gamma, out, grads, coefs, plan)
@@ -98,7 +94,7 @@ def _finish_sums(
     mean: Buffer,
     spread: Buffer,
     count: float,
-    eps: float,
+    eps: Any,
     gamma: Buffer | None,
     training: bool,
     found: tuple[Any, Any, Any],
@@ -114,11 +110,10 @@ def _finish_sums(
     )  # fmt: skip
 
 
-def grad_reduce(call: Call, dy: View, x: View, mean: Buffer, var: Buffer, eps: float, sums: Any) -> None:
+def grad_reduce(call: Call, dy: View, x: View, mean: Buffer, var: Buffer, eps: Any, sums: Any) -> None:
     """Sums of dy and dy * xhat into `sums` (2, C)."""
     plan, kind = views.sized(x, dy), kind_of(x)
-    call.work.reserve(launches.workspace(x.C, plan))
-    coefs, grads = call.work.take(5 * pad_of(x.C), kind), call.work.take(2 * x.C, kind)
+    coefs, grads = call.take(5 * pad_of(x.C), kind), call.take(2 * x.C, kind)
     mean, var = launches.alike(call, mean, var)
     _finish_sums(call, dy, x, mean, var, 1.0, eps, None, True, (sums, grads, coefs), plan)
 
@@ -129,16 +124,15 @@ def grad_input(
     x: View,
     mean: Buffer,
     var: Buffer,
-    eps: float,
+    eps: Any,
     sums: tuple[Buffer, Buffer],
-    values: float,
+    values: Any,
     gamma: Buffer | None,
     out: View,
 ) -> None:
     """dx, from the sums of dy and dy * xhat over `values` per channel."""
     kind, pad = kind_of(x), pad_of(x.C)
-    call.work.reserve(launches.workspace(x.C, None))
-    coefs = call.work.take(5 * pad, kind)
+    coefs = call.take(5 * pad, kind)
     mean, var = launches.alike(call, mean, var)
     sums = launches.wide(call, sums[0]), launches.wide(call, sums[1])
     weight, _, affine = _parameters(x, gamma)
@@ -150,7 +144,7 @@ def grad_input(
 
 
 def _whole_forward(
-    call: Call, x: View, parameters: tuple[Any, Any, int], eps: float, out: View, stats: Any, coefs: Any, plan: views.Sized
+    call: Call, x: View, parameters: tuple[Any, Any, int], eps: Any, out: View, stats: Any, coefs: Any, plan: views.Sized
 ) -> None:
     """Statistics and y in one launch."""
     given, stored = (pointer(x.buffer), pointer(out.buffer), *parameters, eps), STORED[x.buffer.dtype]
@@ -160,7 +154,7 @@ def _whole_forward(
             grid.slots, grid.rest, grid.step_n, grid.step_v, grid.chunk, grid.chunk_rest, stats,
         )  # fmt: skip
     elif (cut := plan.columns) is not None:
-        scratch = call.work.take(2 * x.C, kind_of(x)), call.work.take(3 * x.C, kind_of(x))
+        scratch = call.take(2 * x.C, kind_of(x)), call.take(3 * x.C, kind_of(x))
         call.launch(
             fused.forward_columns, stored, cut.blocks(plan.lanes), *given, x.N, x.C, x.outer, out.outer, cut.across, plan.even, pad_of(x.C),
             stats, *scratch, coefs,
@@ -174,7 +168,7 @@ def _whole_backward(
     mean: Buffer,
     spread: Buffer,
     count: float,
-    eps: float,
+    eps: Any,
     gamma: Buffer | None,
     out: View,
     grads: Any,
@@ -194,5 +188,5 @@ def _whole_backward(
     elif (cut := plan.columns) is not None:
         call.launch(
             fused.backward_columns, stored, cut.blocks(plan.lanes), *given, x.N, x.C, x.outer, dy.outer, out.outer, cut.across, plan.even,
-            pad_of(x.C), grads, call.work.take(2 * x.C, kind_of(x)), coefs, statistic=mean.dtype,
+            pad_of(x.C), grads, call.take(2 * x.C, kind_of(x)), coefs, statistic=mean.dtype,
         )  # fmt: skip

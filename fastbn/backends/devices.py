@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import sys
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastbn import dtypes, scalars
+from fastbn import dtypes
 from fastbn.foreign import is_simulated
 from fastbn.foreign import on_device as on_device
 
 Ints = tuple[int, ...]
+Lies = tuple[Ints, Ints, str, int]  # shape, strides in elements, dtype, bytes from a 16-byte boundary: what launches depend on
+
+LEGACY = 1  # the legacy default stream, whatever handle 0 is to the driver's bindings (another one in each thread, where so asked for)
 
 # What memory of each dtype is to the kernels: half precision is its bits, in the integer type that tells which one it is.
 STORED: dict[str, np.dtype[Any]] = {
@@ -42,31 +46,50 @@ class Buffer(NamedTuple):
         return STORED[self.dtype].itemsize
 
     @property
+    def lies(self) -> Lies:
+        """How it lies in memory, wherever that is."""
+        return self.shape, self.strides, self.dtype, self.address & 15
+
+    @property
     def size(self) -> int:
         """Elements."""
         return math.prod(self.shape)
 
     def span(self) -> tuple[int, int]:
         """First address, and the one behind the last."""
-        if not self.size:
-            return self.address, self.address
-        low = sum(min(0, (n - 1) * s) for n, s in zip(self.shape, self.strides, strict=True))
-        high = sum(max(0, (n - 1) * s) for n, s in zip(self.shape, self.strides, strict=True))
-        return self.address + low * self.itemsize, self.address + (high + 1) * self.itemsize
+        begin, end = _reach(self.shape, self.strides)
+        return self.address + begin * self.itemsize, self.address + end * self.itemsize
 
 
-def _library(value: Any) -> str:
-    """The package that a value's type comes from."""
-    return _root(type(value).__module__)
+@lru_cache(maxsize=4096)
+def _reach(shape: Ints, strides: Ints) -> tuple[int, int]:
+    """First element, and the one behind the last, from the one at index 0."""
+    if not math.prod(shape):
+        return 0, 0
+    steps = [(n - 1) * s for n, s in zip(shape, strides, strict=True)]
+    return sum(min(0, step) for step in steps), sum(max(0, step) for step in steps) + 1
 
 
-@lru_cache(maxsize=1024)
-def _root(module: str) -> str:
-    return str(module).partition(".")[0]
+def lying(lies: Lies, number: int) -> Buffer:
+    """A buffer like those that lie so, at its place from a 16-byte boundary; a number for its owner."""
+    shape, strides, dtype, address = lies
+    return Buffer(address, shape, strides, dtype, False, None, number)
+
+
+def library(value: Any) -> str:
+    """The package that an array comes from: "torch" and "cupy" of subclasses too."""
+    kind: Any = type(value)
+    return _root(kind)
+
+
+@lru_cache(maxsize=256)
+def _root(kind: Any) -> str:
+    roots = [str(base.__module__).partition(".")[0] for base in kind.__mro__]
+    return next((root for root in roots if root in ("torch", "cupy")), roots[0])
 
 
 @lru_cache(maxsize=1)
-def _memory() -> Any:
+def memory() -> Any:
     """Where memory of a GPU comes from: imported late, for it imports numba.cuda; an import in a function takes 1 us, again and again."""
     from fastbn.kernels.cuda import _jit
 
@@ -105,7 +128,7 @@ def view(given: Any, name: str) -> Buffer:
             None,
             given,
         )
-    if _library(given) == "torch":
+    if library(given) == "torch":
         return _tensor(given, name)
     interface = given.__cuda_array_interface__
     try:
@@ -119,103 +142,98 @@ def view(given: Any, name: str) -> Buffer:
     if interface.get("mask") is not None:
         raise TypeError(f"{name}: given a masked array, whose mask would be ignored; want a plain array")
     itemsize, steps, address = STORED[dtype].itemsize, interface.get("strides"), address or 0
-    strides = _compact(shape) if steps is None else tuple(step // itemsize for step in steps)
+    strides = compact(shape) if steps is None else tuple(step // itemsize for step in steps)
     if len(strides) != len(shape):
         raise ValueError(f"{name}: its __cuda_array_interface__ has strides {steps} for shape {shape}")
     if address % itemsize or (steps is not None and any(step % itemsize for step in steps)):
         raise ValueError(f"{name}: given an array off its elements' boundary (address {address}, strides {steps}); copy it first")
     if not address and math.prod(shape):
         raise ValueError(f"{name}: given a null pointer for shape {shape}")
-    return Buffer(address, shape, strides, dtype, bool(readonly), interface.get("stream"), given)
+    stream = interface.get("stream")
+    return Buffer(address, shape, strides, dtype, bool(readonly), None if stream is None else stream or LEGACY, given)
 
 
 @lru_cache(maxsize=4096)
-def _compact(shape: Ints) -> Ints:
+def compact(shape: Ints) -> Ints:
     """Strides of an array without gaps."""
     return tuple(math.prod(shape[a + 1 :]) for a in range(len(shape)))
 
 
 def _tensor(given: Any, name: str) -> Buffer:
-    dtype = str(given.dtype).rpartition(".")[2]
-    if dtype not in STORED:
+    dtype = _of_torch(given.dtype)
+    if dtype is None:
         raise TypeError(f"{name}: given dtype {given.dtype}, want {dtypes.WANTED}: convert it first, e.g. {name}.float()")
-    return Buffer(given.data_ptr(), tuple(given.shape), tuple(given.stride()), dtype, False, None, given)
+    if given.requires_grad:
+        instead = "or a module of fastbn.torch, such as BatchNorm2d"
+        raise TypeError(f"{name}: given a tensor that requires a gradient, which this call does not record: {name}.detach(), {instead}")
+    try:
+        address, strides = given.data_ptr(), given.stride()
+    except Exception as error:  # sparse ones; those of torch.func's transformations
+        raise TypeError(f"{name}: given a tensor without memory of its own ({error}), want a plain one: {name}.to_dense()") from error
+    if given.is_neg():
+        raise TypeError(f"{name}: given a view whose memory holds the negated values, want memory of its own: {name}.resolve_neg()")
+    if not address and given.numel():
+        raise TypeError(f"{name}: given a tensor without memory (of zeros, or a fake one), want a plain one: {name}.clone()")
+    return Buffer(address, tuple(given.shape), strides, dtype, False, None, given)
+
+
+@lru_cache(maxsize=64)
+def _of_torch(dtype: Any) -> str | None:
+    """The name of PyTorch's dtype; None where kernels have none of it."""
+    name = str(dtype).rpartition(".")[2]
+    return name if name in STORED else None
+
+
+def address(array: Any) -> int:
+    """Where fresh memory begins: on a 16-byte boundary."""
+    found: int = array.data_ptr() if library(array) == "torch" else view(array, "result").address
+    if found & 15:
+        raise RuntimeError(f"{type(array).__name__}: fresh memory at address {found:#x}, want a 16-byte boundary: please report this")
+    return found
 
 
 def device_of(buffer: Buffer) -> int:
     """The index of the GPU that a buffer lies on."""
-    root = _library(buffer.owner)
+    root = library(buffer.owner)
     if root == "torch":
         return int(buffer.owner.device.index)
     if root == "cupy":
         return int(buffer.owner.device.id)
     if is_simulated(buffer.owner) or not buffer.address:
         return 0
-    return int(_memory().device_of(buffer.address))
-
-
-def current_stream(buffer: Buffer) -> int:
-    """The stream that work on a buffer goes to unless the caller names one: its library's current one, as a handle."""
-    root = _library(buffer.owner)
-    if root == "torch":
-        import torch
-
-        return int(torch.cuda.current_stream(buffer.owner.device).cuda_stream)
-    if root == "cupy":
-        import cupy
-
-        return int(cupy.cuda.get_current_stream().ptr)
-    return buffer.stream or 0
-
-
-def handle(stream: Any) -> int:
-    """The handle of a stream: of a number, or of PyTorch's, CuPy's or numba's stream.
-
-    Raises
-    ------
-    TypeError
-        Something else.
-    """
-    if isinstance(stream, int) and not isinstance(stream, bool):
-        if not 0 <= stream < 2**64:
-            raise ValueError(f"stream: given {scalars.shown(stream)}, want a handle: the address of a stream, or 0")
-        return stream
-    for attribute in ("cuda_stream", "ptr"):
-        if isinstance(found := getattr(stream, attribute, None), int):
-            return found
-    found = getattr(stream, "handle", None)
-    value = getattr(found, "value", found)
-    if found is not None and (value is None or isinstance(value, int)):
-        return value or 0
-    raise TypeError(f"stream: given {type(stream).__name__}, want a handle (int), or a stream of PyTorch, CuPy or numba")
+    return int(memory().device_of(buffer.address))
 
 
 def empty(shape: Ints, order: Ints, dtype: str, like: Buffer) -> Any:
-    """Fresh memory on the device of `like`, an array of its kind; `order` lists the axes from the outermost in memory."""
-    root = _library(like.owner)
+    """Fresh memory on the device of `like`, the current one, an array of its kind; `order` lists the axes from the outermost in memory."""
+    root = library(like.owner)
     sizes, back, steps = _laid(shape, order)
     if root == "torch":
-        import torch
-
-        return torch.empty(sizes, dtype=getattr(torch, dtype), device=like.owner.device).permute(back)
+        torch = sys.modules["torch"]
+        made = torch.empty(sizes, dtype=getattr(torch, dtype), device=like.owner.device)
+        return made if back is None else made.permute(back)
     if root == "cupy":
-        import cupy
-
         kind = like.owner.dtype if dtype == "bfloat16" else dtype
         with like.owner.device:
-            return cupy.empty(sizes, kind).transpose(back)
+            made = sys.modules["cupy"].empty(sizes, kind)
+        return made if back is None else made.transpose(back)
     if dtype == "bfloat16":
         raise TypeError(f"x: given bfloat16 in a {type(like.owner).__name__}; want a PyTorch tensor or a CuPy array for it, or give out=")
     itemsize = STORED[dtype].itemsize
-    return _memory().empty(shape, tuple(step * itemsize for step in steps), np.dtype(dtype))
+    return memory().empty(shape, tuple(step * itemsize for step in steps), np.dtype(dtype))
 
 
 @lru_cache(maxsize=4096)
-def _laid(shape: Ints, order: Ints) -> tuple[Ints, Ints, Ints]:
-    """Sizes from the outermost axis in memory, each axis' place among them, and strides in elements."""
+def _laid(shape: Ints, order: Ints) -> tuple[Ints, Ints | None, Ints]:
+    """Sizes from the outermost axis in memory, each axis' place among them (None where it is its own), and strides in elements."""
     sizes, back = tuple(shape[a] for a in order), tuple(order.index(a) for a in range(len(order)))
-    steps = _compact(sizes)
-    return sizes, back, tuple(steps[k] for k in back)
+    steps = compact(sizes)
+    return sizes, None if back == tuple(range(len(back))) else back, tuple(steps[k] for k in back)
+
+
+def strides_of(shape: Ints, order: Ints) -> Ints:
+    """Strides, in elements, of what `empty` makes."""
+    return _laid(shape, order)[2]
 
 
 OLDEST = (8, 0)  # compute capability; bfloat16 is rounded by an instruction of it
@@ -236,8 +254,10 @@ def declines() -> str | None:
             "import _numba_cuda_redirector before numba, or install into an environment"
         )
     if not cuda.is_available():
-        error = getattr(cuda.cudadrv.driver.driver, "initialization_error", None) or "which reports no error"
-        said = " ".join(str(error).split())
+        error = getattr(cuda.cudadrv.driver.driver, "initialization_error", None)
+        if error is None and not cuda.cudadrv.nvvm.is_available():
+            return f"libNVVM, which compiles the kernels, is not installed: {INSTALL}, or a CUDA toolkit, and CUDA_HOME says where it is"
+        said = " ".join(str(error or "which reports no error").split())
         return f"no CUDA driver that works ({said}): install NVIDIA's driver, or give the container its GPUs (--gpus all)"
     if not len(cuda.gpus):
         return "the CUDA driver shows no device: check CUDA_VISIBLE_DEVICES"

@@ -1,93 +1,197 @@
-"""Launches on a GPU: canonical views of its arrays, streams, workspaces, and which kernel on which grid."""
+"""Launches on a GPU: what a call launches, written down once for arrays that lie alike, and run on the memory and stream of each call."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Hashable
+from contextlib import ExitStack
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastbn.backends import devices, grids
-from fastbn.backends.devices import STORED, Buffer
+from fastbn.backends import devices, grids, streams
+from fastbn.backends.devices import STORED, Buffer, Lies
 from fastbn.backends.views import DOUBLE, Sized, View, flat, kind_of, pad_of
 from fastbn.kernels.cuda import _gpu, _jit, columns, finish, moving, rows
 
 ALIGNED = 256  # bytes
+PROGRAMS = 1024  # kept; of the arrays of a network there are some hundred
+WORK = 0  # the number of the workspace among what a program is given
 
 
-def pointer(buffer: Buffer) -> Any:
-    """What a kernel takes for a buffer."""
-    return _jit.pointer(buffer.address, *buffer.span(), STORED[buffer.dtype]) if _gpu.SIMULATED else buffer.address
+class Place(NamedTuple):
+    """What a program learns at each call: where memory is, bytes from the 16-byte boundary below what has a number; or a value."""
+
+    number: int
+    offset: int = 0
+    span: tuple[int, int] = (0, 0)  # of the memory, from the same boundary
+    dtype: np.dtype[Any] | None = None  # None of a value
 
 
-class _Work:
-    """Memory for partial results of one stream of one device, kept from call to call; grown memory stays, for launches may still use it."""
+class Step(NamedTuple):
+    """A launch, but for where its memory is."""
 
-    def __init__(self) -> None:
-        self.lock = threading.RLock()
-        self._kept: list[Any] = []
-        self._begin = self._size = self._used = 0
-
-    def reserve(self, nbytes: int) -> None:
-        """Begin a call that needs so much."""
-        self._used = 0
-        if nbytes > self._size:
-            self._size = max(nbytes, 2 * self._size, 1 << 20)
-            owner, self._begin = _jit.raw(self._size)
-            self._kept.append(owner)
-
-    def take(self, count: int, dtype: np.dtype[Any]) -> Any:
-        """A pointer to so many elements of what was reserved."""
-        return self.take_place(count, dtype)[1]
-
-    def take_place(self, count: int, dtype: np.dtype[Any]) -> tuple[int, Any]:
-        """(address, pointer) of the same."""
-        low, nbytes = self._begin + self._used, count * dtype.itemsize
-        self._used += -(-nbytes // ALIGNED) * ALIGNED
-        if self._used > self._size:  # a kernel would write where another stream's workspace lies
-            raise RuntimeError(f"a workspace of {self._size} bytes was reserved, and {self._used} are taken: please report this")
-        return low, _jit.pointer(low, low, low + nbytes, dtype)
+    kernel: _jit.Kernel
+    dtype: np.dtype[Any]
+    statistic: np.dtype[Any]
+    blocks: int
+    arguments: list[Any]  # as the driver takes them
+    places: list[tuple[int, Place]]  # of arguments that are filled in
 
 
-_work: dict[tuple[int, int], _Work] = {}
-_guard = threading.Lock()
+class Program(NamedTuple):
+    """What a call launches."""
+
+    steps: list[Step]
+    work: int  # bytes of workspace
+    found: Any  # what else was found for arrays that lie so
 
 
-class Call(NamedTuple):
-    """One call on one stream of one device."""
+class Call:
+    """Writes a program: takes the launches of a call, and lays its workspace out."""
 
-    device: int
-    stream: int
-    work: _Work
-    about: str  # shape and dtype, for errors
+    def __init__(self, arrays: int) -> None:
+        self.steps: list[Step] = []
+        self.work = 0
+        self._arrays = arrays
+
+    def value(self, k: int) -> Place:
+        """The k-th of the numbers that vary from call to call."""
+        return Place(1 + self._arrays + k)
+
+    def take(self, count: int, dtype: np.dtype[Any]) -> Place:
+        """So many elements of the workspace."""
+        low, nbytes = self.work, count * dtype.itemsize
+        self.work += -(-nbytes // ALIGNED) * ALIGNED
+        return Place(WORK, low, (low, low + nbytes), dtype)
+
+    def take_like(self, buffer: Buffer, dtype: str, strides: tuple[int, ...]) -> Buffer:
+        """Room in the workspace for the values of an array."""
+        place = self.take(buffer.size, STORED[dtype])
+        return buffer._replace(address=place.offset, strides=strides, dtype=dtype, owner=WORK)
 
     def launch(self, kernel: _jit.Kernel, dtype: np.dtype[Any], blocks: int, *arguments: Any, statistic: str = "float64") -> None:
         """Launch a kernel for memory of a dtype, and given statistics of another.
 
         Raises
         ------
-        RuntimeError
-            CUDA refuses it, or reports what went wrong before.
+        ValueError
+            A number that the kernel has no room for.
         """
+        prepared = kernel.prepared(arguments)
+        places = [(k, value) for k, value in enumerate(arguments) if isinstance(value, Place)]
+        self.steps.append(Step(kernel, dtype, STORED[statistic], blocks, prepared, places))
+
+
+def pointer(buffer: Buffer) -> Place:
+    """What a kernel takes for a buffer."""
+    return Place(buffer.owner, buffer.address, buffer.span(), STORED[buffer.dtype])
+
+
+@lru_cache(maxsize=PROGRAMS)
+def program(write: Callable[..., Any], arrays: tuple[Lies | None, ...], *options: Hashable) -> Program:
+    """What `write` launches for arrays that lie so, each None where it is absent: it gets buffers, whose owner is their number."""
+    call = Call(len(arrays))
+    found = write(call, *(None if lies is None else devices.lying(lies, k) for k, lies in enumerate(arrays, 1)), *options)
+    return Program(call.steps, call.work, found)
+
+
+def fresh(number: int, shape: tuple[int, ...], dtype: str) -> Place:
+    """Where a compact result is that each call makes."""
+    buffer = Buffer(0, shape, devices.compact(shape), dtype, False, None, number)
+    return pointer(buffer)
+
+
+class Queue:
+    """One call on a stream of x's device, within which results are allocated: what is allocated belongs to that stream.
+
+    Parameters
+    ----------
+    x : Buffer
+        Whose library's memory and current stream are taken.
+    stream : int or stream, optional
+        Another stream.
+    **arrays : Buffer, optional
+        All arrays of the call.
+
+    Raises
+    ------
+    TypeError, ValueError
+        What is no stream; an array on another GPU than x.
+    """
+
+    __slots__ = ("_arrays", "_inside", "_x", "apart", "device", "stream")
+
+    def __init__(self, x: Buffer, stream: Any, **arrays: Buffer | None) -> None:
+        self.device = devices.device_of(x)
+        own = streams.current_stream(x, self.device)
+        self.stream = own if stream is None else streams.handle(stream)
+        self.apart = self.stream != own
+        self._x, self._arrays = x, [buffer for buffer in arrays.values() if buffer is not None]
+        for name, buffer in arrays.items():
+            if buffer is not None and buffer is not x and buffer.size and (there := devices.device_of(buffer)) != self.device:
+                raise ValueError(f"{name}: given an array on GPU {there}, want GPU {self.device}, where x is")
+
+    def __enter__(self) -> Queue:
+        self._inside: ExitStack | None = None
+        if self.apart or _jit.current() != self.device:
+            with ExitStack() as stack:
+                if _jit.current() != self.device:
+                    stack.enter_context(_jit.on(self.device))
+                if self.apart:
+                    stack.enter_context(streams.allocating(self._x, self.stream, self.device))
+                self._inside = stack.pop_all()
+        waited = {self.stream}
+        for buffer in (self._x, *self._arrays):
+            if buffer.stream is not None and buffer.stream not in waited:
+                waited.add(buffer.stream)
+                _jit.wait(self.stream, buffer.stream)
+        return self
+
+    def __exit__(self, *reason: Any) -> None:
+        if self._inside is not None:
+            if self.apart:
+                for buffer in (self._x, *self._arrays):
+                    streams.used(buffer, self.stream, self.device)
+            self._inside.__exit__(*reason)
+
+    def run(self, program: Program, arrays: tuple[Any, ...], *values: float) -> None:
+        """Launch a program on the arrays that it was written for, each a buffer, an address, or None where it is absent, and its values.
+
+        Raises
+        ------
+        RuntimeError
+            CUDA refuses a launch, or reports what went wrong before.
+        """
+        if not program.steps:
+            return
+        owner, work = streams.workspace(program.work, self._x, self.stream, self.device) if program.work else (None, 0)
         try:
-            kernel.launch(dtype, STORED[statistic], blocks, grids.THREADS, self.stream, self.device, arguments)
-        except Exception as error:
-            where = f"kernel {kernel.name}, {blocks} blocks of {grids.THREADS} threads, x {self.about}, stream {self.stream:#x}"
-            raise RuntimeError(f"CUDA failed at {where}: {error}") from error
+            self._launch(program, [work, *map(_boundary, arrays), *map(np.float64, values)])
+        finally:
+            streams.give_back(owner)
+
+    def _launch(self, program: Program, given: list[Any]) -> None:
+        stream, device = self.stream, self.device
+        for kernel, dtype, statistic, blocks, prepared, places in program.steps:
+            arguments = prepared.copy()
+            for k, (number, offset, span, kind) in places:
+                base = given[number]
+                arguments[k] = base if kind is None else base + offset
+                if _gpu.SIMULATED and kind is not None:
+                    arguments[k] = _jit.pointer(base + offset, base + span[0], base + span[1], kind)
+            try:
+                kernel.launch(dtype, statistic, blocks, grids.THREADS, stream, device, arguments)
+            except Exception as error:
+                about = f"x {self._x.shape} {self._x.dtype}, stream {stream:#x}"
+                where = f"kernel {kernel.name}, {blocks} blocks of {grids.THREADS} threads, {about}"
+                raise RuntimeError(f"CUDA failed at {where}: {error}") from error
 
 
-@contextmanager
-def calling(x: Buffer, stream: Any) -> Iterator[Call]:
-    """A call on x's device and a stream; two Python threads take turns on one stream, whose workspace they share."""
-    device = devices.device_of(x)
-    handle = devices.current_stream(x) if stream is None else devices.handle(stream)
-    with nullcontext() if device == _jit.current() else _jit.on(device):
-        with _guard:
-            work = _work.setdefault((device, handle), _Work())
-        with work.lock:
-            yield Call(device, handle, work, f"{x.shape} {x.dtype}")
+def _boundary(array: Any) -> int:
+    """The 16-byte boundary below an array."""
+    address: int = array if type(array) is int else 0 if array is None else array.address
+    return address & -16
 
 
 def copy(call: Call, source: Buffer, target: Buffer) -> None:
@@ -116,12 +220,6 @@ def copy(call: Call, source: Buffer, target: Buffer) -> None:
     call.launch(moving.move, kind, blocks, pointer(source), pointer(target), *sizes, *first, *second)
 
 
-def workspace(C: int, plan: Sized | None) -> int:
-    """Bytes that a call takes at most: partial results, what they deviate from, coefficients, sums, and statistics of another dtype."""
-    partial = 0 if plan is None else 3 * plan.entries * plan.width + 2 * plan.width
-    return 8 * (partial + 5 * pad_of(C) + 4 * C) + 8 * ALIGNED
-
-
 def alike(call: Call, mean: Buffer, var: Buffer) -> tuple[Buffer, Buffer]:
     """Given statistics in one dtype: float64 where they are of two."""
     if mean.dtype == var.dtype:
@@ -133,15 +231,15 @@ def wide(call: Call, values: Buffer) -> Buffer:
     """Statistics in float64."""
     if values.dtype == "float64":
         return values
-    address, wide = call.work.take_place(values.size, DOUBLE)
-    call.launch(finish.widen, DOUBLE, threads(values.size), pointer(values), values.size, wide, statistic=values.dtype)
-    return values._replace(address=address, dtype="float64", owner=None, strides=(1,))
+    wide = call.take_like(values, "float64", (1,))
+    call.launch(finish.widen, DOUBLE, threads(values.size), pointer(values), values.size, pointer(wide), statistic=values.dtype)
+    return wide
 
 
 def partial_moments(call: Call, x: View, plan: Sized) -> tuple[Any, Any]:
     """(partial, given): what `finish` merges to moments."""
     kind, stored = kind_of(x), STORED[x.buffer.dtype]
-    given, partial = call.work.take(2 * plan.width, kind), call.work.take(3 * plan.entries * plan.width, kind)
+    given, partial = call.take(2 * plan.width, kind), call.take(3 * plan.entries * plan.width, kind)
     if (grid := plan.rows) is not None:
         call.launch(
             rows.moments_rows, stored, grid.blocks(x.C), pointer(x.buffer), x.N, x.C, x.S, x.outer, x.inner, x.base, grid.slots, grid.rest,
@@ -158,7 +256,7 @@ def partial_moments(call: Call, x: View, plan: Sized) -> tuple[Any, Any]:
 def partial_sums(call: Call, dy: View, x: View, mean: Buffer, plan: Sized) -> Any:
     """What `finish_backward` merges to the sums of dy and dy * (x - mean)."""
     kind, stored = kind_of(x), STORED[x.buffer.dtype]
-    partial = call.work.take(2 * plan.entries * plan.width, kind)
+    partial = call.take(2 * plan.entries * plan.width, kind)
     if (grid := plan.rows) is not None:
         call.launch(
             rows.sums_rows, stored, grid.blocks(x.C), pointer(x.buffer), pointer(dy.buffer), pointer(mean), x.N, x.C, x.S, x.outer, x.inner,

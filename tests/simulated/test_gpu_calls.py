@@ -11,14 +11,13 @@ import pytest
 import test_contract as contract
 import test_kept
 from numba import cuda as numba_cuda
-from numba.cuda.simulator.cudadrv.devicearray import FakeCUDAArray
 from shapes import Case
 from test_contract import inputs, verify
 from tolerances import check
 
 import fastbn
-from fastbn.backends import cuda, devices, grids, launches, views
-from fastbn.kernels.cuda import _simulated, apply
+from fastbn.backends import devices, grids, launches, streams, views
+from fastbn.kernels.cuda import _jit, _simulated, apply
 
 WRITING = {name: call for name, call in contract.WRITING.items() if not name.startswith("BatchNorm")}
 ONE_LAUNCH = (
@@ -47,6 +46,7 @@ def test_positions_of_64_bits_give_the_same_bits(call: str, monkeypatch: pytest.
         want = WRITING[call](i, "cuda")
         with monkeypatch.context() as patch:
             patch.setattr(grids, "LONG", 0)
+            launches.program.cache_clear()
             for kernel in (apply.normalize, apply.gradient):  # which would be the wrong ones
                 patch.setattr(kernel, "launch", None)
             for name, array in WRITING[call](i, "cuda").items():
@@ -93,32 +93,20 @@ def test_a_constant_channel_gives_beta(shape: tuple[int, ...]) -> None:
         assert (m.m2 == 0).all()
 
 
-def test_bfloat16_memory_in_every_kernel() -> None:
-    """Through the host side with buffers of its own, for numba's arrays have no bfloat16: the float32 result, rounded."""
+def test_bfloat16_memory_in_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With arrays that say they hold it, for numba's have no bfloat16: the float32 result, rounded."""
+    monkeypatch.setattr(devices, "_dtype", lambda given, interface, name: "bfloat16" if given.dtype == np.int16 else str(given.dtype))
     for shape in ((3, 2, 5, 7), (21, 16), (9, 5)):
         x, dy = (np.random.default_rng(seed).standard_normal(shape).astype(ml_dtypes.bfloat16) for seed in (4, 5))
-        C = shape[1]
-        plan = fastbn.layout.planned(shape, x.strides, 1, 2)
-        bits = [array.view(np.int16) for array in (x, dy, np.zeros_like(x), np.zeros_like(x))]
-        seen = [views.view(_buffer(array), plan) for array in bits]
-        assert None not in seen
-        stats, grads = np.zeros((2, C)), np.zeros((2, C), np.float32)
-        with launches.calling(_buffer(bits[0]), None) as call:
-            cuda.forward(call, seen[0], None, None, 1e-5, seen[2], _simulated.Memory(stats.reshape(-1)))
-            mean, m2 = (_buffer(row, "float64") for row in stats)
-            count = float(x.size // C)
-            cuda.backward(call, seen[1], seen[0], mean, m2, count, 1e-5, None, seen[3], True, _simulated.Memory(grads.reshape(-1)))
-        y, m = fastbn.batch_norm(x, backend="reference")
-        dx = fastbn.batch_norm_backward(dy, x, m, backend="reference")[0]
-        for found, want in ((bits[2], y), (bits[3], dx)):
-            found = found.view(ml_dtypes.bfloat16).astype(np.float32)
-            np.testing.assert_allclose(found, want.astype(np.float32), rtol=2**-8, atol=1e-6)
-        np.testing.assert_allclose(stats[0], m.mean, rtol=1e-6, atol=1e-7)
-
-
-def _buffer(array: np.ndarray, dtype: str = "bfloat16") -> devices.Buffer:
-    strides = tuple(step // array.itemsize for step in array.strides)
-    return devices.Buffer(array.ctypes.data, array.shape, strides, dtype, False, None, FakeCUDAArray(array))
+        bits = [gpu.on_gpu(array.view(np.int16)) for array in (x, dy, np.zeros_like(x), np.zeros_like(x))]
+        m = fastbn.batch_norm(bits[0], out=bits[2])[1]
+        fastbn.batch_norm_backward(bits[1], bits[0], m, out=bits[3])
+        y, want = fastbn.batch_norm(x, backend="reference")
+        dx = fastbn.batch_norm_backward(dy, x, want, backend="reference")[0]
+        for found, expected in ((bits[2], y), (bits[3], dx)):
+            values = gpu.on_host(found).view(ml_dtypes.bfloat16).astype(np.float32)
+            np.testing.assert_allclose(values, expected.astype(np.float32), rtol=2**-8, atol=1e-6)
+        np.testing.assert_allclose(gpu.on_host(m.mean), want.mean, rtol=1e-6, atol=1e-7)
 
 
 def test_moments_are_values_on_the_gpu() -> None:
@@ -165,19 +153,33 @@ def test_every_run_gives_the_same_bits() -> None:
                 np.testing.assert_array_equal(array, first[name][key])
 
 
-def test_workspaces_are_kept_and_each_stream_has_its_own() -> None:
+def test_a_call_takes_its_own_workspace_and_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[tuple[int, int]] = []
+    raw = _jit.raw
+    monkeypatch.setattr(_jit, "raw", lambda nbytes, stream, device: taken.append((nbytes, stream)) or raw(nbytes, stream, device))
     x = gpu.on_gpu(np.random.default_rng(7).standard_normal((4, 3, 5)).astype(np.float32))
-    launches._work.clear()
-    for _ in range(3):
-        fastbn.batch_norm(x)
-    (work,) = launches._work.values()
-    assert len(work._kept) == 1
-    fastbn.batch_norm(x, stream=5)
-    assert set(launches._work) == {(0, 0), (0, 5)}
-    work.reserve(4 << 20)
-    assert len(work._kept) == 2
+    for stream in (None, None, 5, np.int64(5)):
+        fastbn.batch_norm(x, stream=stream)
+    assert [stream for _, stream in taken] == [devices.LEGACY, devices.LEGACY, 5, 5]
+    assert len({nbytes for nbytes, _ in taken}) == 1
+    assert taken[0][0] < 4096
     with pytest.raises(TypeError, match="stream: given str"):
         fastbn.batch_norm(x, stream="5")
+
+
+def test_what_is_launched_is_written_once_for_arrays_that_lie_alike() -> None:
+    x = np.random.default_rng(7).standard_normal((4, 3, 5)).astype(np.float32)
+    for _ in range(3):
+        for eps in (1e-5, 1e-3):
+            y = fastbn.batch_norm(gpu.on_gpu(x.copy()), eps=eps)[0]
+            want = fastbn.batch_norm(x, eps=eps, backend="reference")[0]
+            np.testing.assert_allclose(gpu.on_host(y), want, rtol=1e-5, atol=1e-6)
+    assert launches.program.cache_info().misses == 1
+    assert launches.program.cache_info().maxsize == launches.PROGRAMS  # others make room
+    fastbn.batch_norm(gpu.on_gpu(x[:2]))
+    fastbn.batch_norm(gpu.on_gpu(x.astype(np.float64)))
+    fastbn.batch_norm(gpu.on_gpu(x), axis=0)
+    assert launches.program.cache_info().misses == 4
 
 
 def test_a_launch_that_fails_says_where(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,23 +189,25 @@ def test_a_launch_that_fails_says_where(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(apply.normalize, "launch", fail)
     x = gpu.on_gpu(np.ones((4, 3, 5), np.float32))
     words = r"CUDA failed at kernel apply.normalize, 1 blocks of 8 threads, x \(4, 3, 5\) float32, stream 0x5: out of luck"
+    given: list[Any] = []
+    monkeypatch.setattr(streams, "give_back", given.append)
     with pytest.raises(RuntimeError, match=words):
         fastbn.batch_norm(x, stream=5)
-    monkeypatch.undo()
-    fastbn.batch_norm(x, stream=5)  # its lock was given back
+    assert len(given) == 1  # its workspace
 
 
-def test_two_threads_take_turns_on_a_stream() -> None:
+def test_threads_at_once_on_a_stream() -> None:
     x = np.random.default_rng(8).standard_normal((4, 3, 5)).astype(np.float32)
     want = gpu.batch_norm(x, None, None, 1, 1e-5, None, backend="cuda")[0]
-    with launches.calling(devices.view(gpu.on_gpu(x), "x"), None):
-        found: list[np.ndarray] = []
-        waiting = threading.Thread(target=lambda: found.append(gpu.batch_norm(x, None, None, 1, 1e-5, None, backend="cuda")[0]))
-        waiting.start()
-        waiting.join(0.2)
-        assert not found
-    waiting.join(30)
-    np.testing.assert_array_equal(found[0], want)
+    found: list[np.ndarray] = []
+    work = [threading.Thread(target=lambda: found.append(gpu.batch_norm(x, None, None, 1, 1e-5, None, backend="cuda")[0])) for _ in "abc"]
+    for thread in work:
+        thread.start()
+    for thread in work:
+        thread.join(30)
+    for array in found:
+        np.testing.assert_array_equal(array, want)
+    assert len(found) == 3
 
 
 X = np.ones((4, 3, 5), np.float32)
@@ -289,19 +293,19 @@ def test_strides_of_more_axes_than_a_copy_takes() -> None:
 @pytest.mark.parametrize("call", ["batch_norm", "batch_norm_backward"])
 def test_one_launch_gives_the_bits_of_three(call: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
-    launch = launches.Call.launch
-    monkeypatch.setattr(
-        launches.Call, "launch", lambda self, kernel, *given, **more: seen.append(kernel.name) or launch(self, kernel, *given, **more)
-    )
+    launch = _jit.Kernel.launch
+    monkeypatch.setattr(_jit.Kernel, "launch", lambda kernel, *given: seen.append(kernel.name) or launch(kernel, *given))
     monkeypatch.setattr(grids, "DEEP", 1000)  # one part to a channel, whatever its size
     for case in ONE_LAUNCH:
         i = inputs(case, dtype)
         views._sized.cache_clear()
         views._sized_for.cache_clear()
+        launches.program.cache_clear()
         found, fused = WRITING[call](i, "cuda"), seen.copy()
         seen.clear()
         with monkeypatch.context() as patch:
             patch.setattr(views, "sized_for", lambda out, *arrays: views.sized(*arrays))
+            launches.program.cache_clear()
             want, apart = WRITING[call](i, "cuda"), seen.copy()
         seen.clear()
         assert [name.startswith("fused.") for name in fused].count(True) == 1
