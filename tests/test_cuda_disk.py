@@ -62,6 +62,8 @@ def test_a_kernel_is_compiled_once_for_all_processes(folder: Path, compilations:
     entry, code = compiled()
     assert entry.encode() in code
     assert os.listdir(folder) == [NAME]
+    os.umask(mask := os.umask(0))
+    assert (folder / NAME).stat().st_mode & 0o777 == 0o666 & ~mask  # as any file: who installs may be another than who runs
     assert compiled() == (entry, code)
     assert compilations == ["finish.clear"]
 

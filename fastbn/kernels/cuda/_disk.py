@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import pkgutil
-import tempfile
+import uuid
 from contextlib import suppress
 from functools import lru_cache
 from importlib import metadata
@@ -70,13 +70,12 @@ def save(name: str, entry: str, code: bytes) -> None:
     for path in _paths(name):
         if _cache.writable(path.parent):
             with suppress(OSError):  # a full disk: what was compiled serves without a file
-                handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f"{name}.")
+                beside = path.with_name(f"{path.name}.{uuid.uuid4().hex}")  # not tempfile's, which others may not read
                 try:
-                    with os.fdopen(handle, "wb") as file:
-                        file.write(first.encode() + b"\n" + code)
+                    beside.write_bytes(first.encode() + b"\n" + code)
                     os.replace(beside, path)
                 finally:
-                    Path(beside).unlink(missing_ok=True)
+                    beside.unlink(missing_ok=True)
                 return
 
 
