@@ -90,8 +90,10 @@ def to_host(array: Any) -> Array:
         return own
     if not devices.on_device(array):
         return np.array(array)
-    root = type(array).__module__.partition(".")[0]
-    found: Any = array.cpu().numpy() if root == "torch" else array.get() if root == "cupy" else array.copy_to_host()
+    root = devices.library(array)
+    if root == "torch":
+        array = array.detach().resolve_neg().cpu()
+    found: Any = array.numpy() if root == "torch" else array.get() if root == "cupy" else array.copy_to_host()
     host: Array = np.asarray(found)
     return host
 
@@ -101,11 +103,11 @@ def overwrite(target: Any, values: Array) -> None:
     if isinstance(target, np.ndarray):
         target[...] = values
         return
-    root, values = type(target).__module__.partition(".")[0], np.ascontiguousarray(values, to_host(target).dtype)
+    root, values = devices.library(target), np.ascontiguousarray(values, str(target.dtype).rpartition(".")[2])
     if root == "torch":
         import torch
 
-        target.copy_(torch.from_numpy(values))
+        target.detach().copy_(torch.from_numpy(values))
     elif root == "cupy":
         target.set(values)
     else:

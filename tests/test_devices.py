@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import fastbn
-from fastbn import config
+from fastbn import config, residence
 from fastbn.backends import devices, streams
 
 
@@ -136,6 +136,9 @@ def declines(monkeypatch: pytest.MonkeyPatch) -> Any:
     return ask
 
 
+NVVM = SimpleNamespace(is_available=lambda: True)
+
+
 def _gpus(*versions: tuple[int, int]) -> list[Any]:
     return [SimpleNamespace(compute_capability=version) for version in versions]
 
@@ -143,10 +146,17 @@ def _gpus(*versions: tuple[int, int]) -> list[Any]:
 def test_each_reason_to_decline_has_its_remedy(declines: Any) -> None:
     assert "not installed: pip install 'fastbn[cuda13]'" in declines(False, None)
     assert "import _numba_cuda_redirector" in declines(True, Machine(implementation="Built-in"))
-    broken = SimpleNamespace(driver=SimpleNamespace(driver=SimpleNamespace(initialization_error="no libcuda.so")))
+    broken = SimpleNamespace(driver=SimpleNamespace(driver=SimpleNamespace(initialization_error="no libcuda.so")), nvvm=NVVM)
     without = declines(True, Machine(implementation="NVIDIA", driver=False, cudadrv=broken))
     assert "no CUDA driver that works (no libcuda.so)" in without
     assert "install NVIDIA's driver" in without
+    works = SimpleNamespace(driver=SimpleNamespace(initialization_error=None))
+    silent = declines(True, Machine(implementation="NVIDIA", driver=False, cudadrv=SimpleNamespace(driver=works, nvvm=NVVM)))
+    assert "no CUDA driver that works (which reports no error)" in silent
+    uncompiled = SimpleNamespace(driver=works, nvvm=SimpleNamespace(is_available=lambda: False))
+    said = declines(True, Machine(implementation="NVIDIA", driver=False, cudadrv=uncompiled))
+    assert said.startswith("libNVVM, which compiles the kernels, is not installed: pip install 'fastbn[cuda13]'")
+    assert "driver that works" not in said
     assert "CUDA_VISIBLE_DEVICES" in declines(True, Machine(implementation="NVIDIA", driver=True, gpus=[]))
     assert "compute capability 7.5, want 8.0 or later" in declines(
         True, Machine(implementation="NVIDIA", driver=True, gpus=_gpus((7, 0), (7, 5)))
@@ -219,6 +229,50 @@ def test_results_are_tensors_beside_tensors() -> None:
         assert (made.dtype, tuple(made.stride())) == (dtype, (12, 1, 3))
     with pytest.raises(TypeError, match=r"x: given dtype torch.int32, want float16.*x.float\(\)"):
         devices.view(torch.zeros(3, dtype=torch.int32), "x")
+
+
+@pytest.mark.peers
+def test_tensors_whose_values_are_not_those_of_their_memory_are_refused() -> None:
+    torch = pytest.importorskip("torch", reason="its tensors are made and read")
+    plain = torch.ones(2, 3)
+    negated = torch.complex(plain, plain).conj().imag
+    for given, words in (
+        (
+            plain.clone().requires_grad_(),
+            r"x: given a tensor that requires a gradient, .*: x.detach\(\), or a module of fastbn.torch, such as",
+        ),
+        (torch.nn.Parameter(plain), r"x: given a tensor that requires a gradient"),
+        (negated, r"x: given a view whose memory holds the negated values, want memory of its own: x.resolve_neg\(\)"),
+        (torch._efficientzerotensor((2, 3)), r"x: given a tensor without memory .*: x.clone\(\)"),
+        (plain.to_sparse(), r"x: given a tensor without memory of its own .*: x.to_dense\(\)"),
+    ):
+        with pytest.raises(TypeError, match=words):
+            devices.view(given, "x")
+    with pytest.raises(TypeError, match="x: given a tensor without memory of its own"):
+        torch.func.vmap(lambda row: devices.view(row, "x"))(plain)
+    assert devices.view(negated.resolve_neg(), "x").shape == (2, 3)
+    kind = type("Mine", (torch.Tensor,), {})
+    assert devices.library(plain.as_subclass(kind)) == "torch"
+    assert devices.view(plain.as_subclass(kind), "x").owner is not None
+
+
+@pytest.mark.peers
+def test_values_come_and_go_whatever_a_tensor_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch", reason="its tensors are made and read")
+    monkeypatch.setattr(devices, "on_device", lambda array: True)
+    gamma = torch.nn.Parameter(torch.ones(3))
+    assert list(residence.to_host(gamma)) == [1, 1, 1]
+    residence.overwrite(gamma, np.arange(3.0))
+    assert gamma.tolist() == [0, 1, 2]
+    assert gamma.requires_grad
+    assert list(residence.to_host(torch.complex(gamma.detach(), gamma.detach()).conj().imag)) == [0, -1, -2]
+
+
+def test_values_are_overwritten_without_a_copy_to_the_host(cupy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Tensor, "get", lambda self: pytest.fail("copied to learn its dtype"))
+    target = Tensor(np.ones(3, np.float32))
+    residence.overwrite(target, np.arange(3))
+    assert target.array.tolist() == [0, 1, 2]
 
 
 def test_a_layer_moves_to_cupy_and_back(cupy: Any, served: None) -> None:
