@@ -12,13 +12,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import command, gpu_checks, gpu_timing
+from bench import command, gpu_checks, gpu_host, gpu_timing
 from bench.gpu_problem import SHAPES, Problem
 from bench.peers import RESULTS, relative, rounded, write_result
 from bench.plot import LOOK, OFFSET, ROW_INCHES
 from bench.problem import PASSES
 from fastbn import info, screen
 from fastbn.backends import devices
+from fastbn.errors import MissingExtra
 from fastbn.quickbench import replace_block
 
 COMMAND = "python -m bench.gpu"
@@ -28,6 +29,7 @@ QUICK = ("32x64x56x56", "32x64x56x56 last", "65536x64")
 OF_COPY, RATIO, GEOMEAN = 0.85, 1.0, 1.3  # targets
 OF_COPY_BYTES, RATIO_BYTES = 256 * 2**20, 4 * 2**20  # from which they hold
 SMALL = "32x64"
+FAULTS = 3  # cases in a row that raise, after which the device is taken for gone
 
 
 def plan(quick: bool) -> list[tuple[str, str]]:
@@ -53,43 +55,75 @@ def facts() -> dict[str, Any]:
     }
 
 
-def check() -> list[dict[str, Any]]:
-    """Every comparison that is out of its limit."""
-    found, worst = [], 0.0
-    for what, off, limit in gpu_checks.checks():
-        worst = max(worst, off / limit)
-        if not off <= limit:
-            found.append({"what": what, "error": off, "limit": limit})
-    print(f"checks: the worst error is {worst:.2f} of its limit; {len(found)} beyond")
-    return found
+class Failures:
+    """What went wrong, and whether the device still answers: after a fault of a kernel it refuses everything."""
+
+    def __init__(self, found: list[dict[str, Any]]) -> None:
+        self.found, self._row = found, 0
+
+    def caught(self, what: str, error: Exception) -> None:
+        """Keep an error with what was done."""
+        self.found.append({"what": what, "raised": gpu_timing.said(error)})
+        self._row += 1
+
+    def passed(self) -> None:
+        """Something went well."""
+        self._row = 0
+
+    @property
+    def gone(self) -> bool:
+        """Whether going on would only repeat the last error."""
+        return self._row >= FAULTS
 
 
-def timed(seconds: float, quick: bool) -> tuple[list[dict[str, Any]], list[str]]:
-    """(records, what there was no time for)."""
+def check(found: list[dict[str, Any]], quick: bool) -> None:
+    """Add every comparison that is out of its limit, and every case that raises."""
+    worst, failures, number = 0.0, Failures(found), 0
+    for what, run in gpu_checks.cases(quick):
+        try:
+            for name, off, limit in run():
+                number += 1
+                worst = max(worst, off / limit)
+                if not off <= limit:
+                    found.append({"what": f"{what}: {name}", "error": off, "limit": limit})
+            failures.passed()
+        except Exception as error:  # an AssertionError too: the others are still looked at, and what there is gets written
+            failures.caught(what, error)
+        if failures.gone:
+            found.append({"what": "the checks behind that", "raised": f"not run: {FAULTS} cases in a row raised"})
+            break
+    print(f"checks: of {number} comparisons the worst error is {worst:.2f} of its limit; {len(found)} failed")
+
+
+def timed(result: dict[str, Any], seconds: float, quick: bool) -> None:
+    """Add the records, what failed, and what there was no time for."""
     import torch
 
-    records: list[dict[str, Any]] = []
-    left: list[str] = []
-    start = time.perf_counter()
+    failures, start = Failures(result["failed"]), time.perf_counter()
     for name, dtype in plan(quick):
-        if time.perf_counter() - start > seconds:
-            left.append(f"{name} {dtype}")
+        if failures.gone or time.perf_counter() - start > seconds:
+            result["left"].append(f"{name} {dtype}")
             continue
-        problem = Problem(name, dtype)
         compiled = name in COMPILED and dtype == "float32"
-        records += [gpu_timing.record(name, what, problem, compiled) for what in PASSES]
-        last = {r["pass"]: r for r in records[-len(PASSES) :]}
+        last: dict[str, dict[str, Any]] = {}
+        try:
+            problem = Problem(name, dtype)
+            for what in PASSES:
+                last[what] = gpu_timing.record(name, what, problem, compiled)
+                result["records"].append(last[what])
+            failures.passed()
+            del problem
+            torch.cuda.empty_cache()
+        except Exception as error:  # of memory, of a fault
+            failures.caught(f"{name} {dtype}", error)
         print(f"{time.perf_counter() - start:6.0f} s  {name} {dtype}  " + "  ".join(f"{w} {cell(r)}" for w, r in last.items()), flush=True)
-        del problem
-        torch.cuda.empty_cache()
-    return records, left
 
 
 def host() -> dict[str, float]:
     """Microseconds of the host for each call on a small array."""
     import torch
 
-    problem = Problem(SMALL, "float32")
+    problem = Problem(SMALL, "float32", sets=2)
     calls = {f"fastbn {what}": problem.fastbn(what) for what in PASSES}
     calls["F.batch_norm forward"] = problem.pytorch("forward", torch.nn.functional.batch_norm)
     return {what: gpu_timing.host_microseconds(call, torch) for what, call in calls.items()}
@@ -191,36 +225,66 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--from", type=Path, dest="source", metavar="FILE", help="measure nothing: print and write an earlier result")
     parser.add_argument("--readme", type=Path, metavar="FILE", help="replace the block between <!-- gpu:begin --> and <!-- gpu:end -->")
     parser.add_argument("--seconds", type=float, default=SECONDS, metavar="S", help=f"for all timings together (default: {SECONDS:g})")
+    parser.add_argument("--host", action="store_true", help="only what Python takes of calls whose launches are faked: no GPU is needed")
     parser.add_argument("--quick", action="store_true", help=f"{', '.join(QUICK)} only")
     return parser
 
 
+def measure(result: dict[str, Any], path: Path, args: argparse.Namespace) -> None:
+    """Check and time; what there is gets written after each, and whatever ends the run."""
+    try:
+        check(result["failed"], args.quick)
+        write_result(path, result)
+        try:
+            result["host"] = host()
+        except Exception as error:
+            Failures(result["failed"]).caught(f"host time of {SMALL}", error)
+        timed(result, args.seconds, args.quick)
+    finally:
+        write_result(path, result)
+        print(f"wrote {path}")
+
+
+def plotted(result: Mapping[str, Any], path: Path) -> None:
+    """Draw, where there is something to draw, and with what: `--from` draws it later."""
+    try:
+        screen.need("matplotlib", command="the plot", named="matplotlib")
+    except MissingExtra as error:
+        print(f"{error}; then {COMMAND} --from {path.with_suffix('.json')} draws it")
+        return
+    if result["records"]:
+        draw(result, path)
+        print(f"wrote {path}")
+
+
 def run(args: argparse.Namespace) -> int:
     """Run the command; 1 where a check fails."""
-    screen.need("rich", "matplotlib", command=COMMAND, named="rich and matplotlib")
+    if args.host:
+        print("What Python takes of a call, its launches faked: arguments packed for the driver, and no more.")
+        print(*gpu_host.report(), sep="\n")
+        return 0
     if args.readme:
         replace_block(args.readme, "gpu", None)
     path = args.source or args.json
     if args.source:
         result = json.loads(args.source.read_text(encoding="utf-8"))
+        if not args.source.with_suffix(".png").exists():
+            plotted(result, args.source.with_suffix(".png"))
     else:
         if (reason := devices.declines()) is not None:
             raise ValueError(reason)
         machine = facts()
         slug = "-".join(machine["device"].lower().split())
         path = args.json or RESULTS / f"gpu-{machine['date']}-{slug}.json"
-        result = {"kind": "gpu", "machine": machine, "failed": check(), "host": {}, "records": [], "left": []}
-        write_result(path, result)
-        result["host"] = host()
-        result["records"], result["left"] = timed(args.seconds, args.quick)
+        result = {"kind": "gpu", "machine": machine, "failed": [], "host": {}, "records": [], "left": []}
+        measure(result, path, args)
         result = rounded(result)
-        write_result(path, result)
-        draw(result, path.with_suffix(".png"))
-        print(f"wrote {path} and {path.with_suffix('.png')}")
+        plotted(result, path.with_suffix(".png"))
     for line in (*summary(result["records"]), note(result), *(f"no time for {what}" for what in result["left"])):
         print(line)
     for failed in result["failed"]:
-        print(f"{COMMAND}: {failed['what']} is off by {failed['error']:.2g}, want at most {failed['limit']:.2g}", file=sys.stderr)
+        how = failed.get("raised") or f"off by {failed['error']:.2g}, want at most {failed['limit']:.2g}"
+        print(f"{COMMAND}: {failed['what']}: {how}", file=sys.stderr)
     if result["failed"]:
         return 1
     if args.readme:

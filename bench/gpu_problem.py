@@ -12,6 +12,7 @@ from fastbn.backends import model
 
 EPS = 1e-5
 CACHED_BYTES = 256 * 2**20  # of all sets of x: several times the cache of any GPU
+SETS = 512  # at most: smaller arrays are bound by the host, wherever they lie
 LARGE: tuple[tuple[int, ...], ...] = ((256, 64, 112, 112), (256, 256, 56, 56), (64, 64, 224, 224), (16, 32, 64, 128, 128))
 SHAPES: dict[str, Case] = {
     **CASES,
@@ -31,13 +32,13 @@ def dims(case: Case) -> tuple[int, ...]:
 class Problem:
     """Tensors of a case and dtype, in as many sets as outgrow the cache, and the calls on a set."""
 
-    def __init__(self, name: str, dtype: str) -> None:
+    def __init__(self, name: str, dtype: str, sets: int = SETS) -> None:
         import torch
 
         self.torch, self.case, self.dtype = torch, SHAPES[name], dtype
         shape, kind = self.case.shape, getattr(torch, dtype)
         self.bytes = math.prod(shape) * kind.itemsize
-        self.sets = max(2, -(-CACHED_BYTES // self.bytes))
+        self.sets = max(2, min(sets, -(-CACHED_BYTES // self.bytes)))
         self.parameter = torch.float64 if dtype == "float64" else torch.float32
         self.x, self.dy, self.y = ([self._drawn(shape, kind, seed + i) for i in range(self.sets)] for seed in (0, 1000, 2000))
         C = shape[1]

@@ -16,27 +16,27 @@ HOST_CALLS = 300
 PEERS = ("PyTorch cuDNN", "PyTorch native", "torch.compile")
 
 
-def contestants(problem: Problem, what: str, compiled: bool) -> dict[str, Call]:
-    """Everyone who can do a pass, fastbn first; whoever raises is left out, with the reason in the record."""
+def contestants(problem: Problem, what: str, compiled: bool) -> dict[str, Callable[[], Call]]:
+    """Who takes part in a pass, fastbn first, and how each call is made, which may raise: PyTorch's backward runs a forward for it."""
     torch = problem.torch
-    found: dict[str, Call] = {"fastbn": problem.fastbn(what)}
+    found: dict[str, Callable[[], Call]] = {"fastbn": lambda: problem.fastbn(what)}
     plain = torch.nn.functional.batch_norm
     if what == "moments":
-        return {**found, "PyTorch native": problem.pytorch(what, plain)}
-    with torch.backends.cudnn.flags(enabled=False):
-        native = problem.pytorch(what, plain)
-    found["PyTorch cuDNN"] = problem.pytorch(what, plain)
-    found["PyTorch native"] = _without_cudnn(torch, native)
+        return {**found, "PyTorch native": lambda: problem.pytorch(what, plain)}
+    found["PyTorch cuDNN"] = lambda: problem.pytorch(what, plain)
+    found["PyTorch native"] = lambda: _without_cudnn(torch, lambda: problem.pytorch(what, plain))
     if compiled:
-        found["torch.compile"] = problem.pytorch(what, torch.compile(plain, dynamic=False))
+        found["torch.compile"] = lambda: problem.pytorch(what, torch.compile(plain, dynamic=False))
     return found
 
 
-def _without_cudnn(torch: Any, call: Call) -> Call:
+def _without_cudnn(torch: Any, build: Callable[[], Call]) -> Call:
     def run(k: int) -> Any:
         with torch.backends.cudnn.flags(enabled=False):
             return call(k)
 
+    with torch.backends.cudnn.flags(enabled=False):
+        call = build()
     return run
 
 
@@ -51,28 +51,41 @@ def _batch(torch: Any, call: Call, sets: int, number: int) -> float:
     return float(start.elapsed_time(end)) * 1e-3 / number
 
 
-def _refusal(torch: Any, call: Call) -> str | None:
-    """Why a call can't be timed; None where it runs."""
+def said(error: Exception) -> str:
+    """An error in a record: its type and the beginning of its words, on one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
+def ready(torch: Any, builds: Mapping[str, Callable[[], Call]]) -> tuple[dict[str, Call], dict[str, str]]:
+    """The calls that run, and why each of the others can't be timed."""
+    calls: dict[str, Call] = {}
+    refused: dict[str, str] = {}
+    for who, build in builds.items():
+        if isinstance(found := _tried(torch, build), str):
+            refused[who] = found
+        else:
+            calls[who] = found
+    return calls, refused
+
+
+def _tried(torch: Any, build: Callable[[], Call]) -> Call | str:
+    """A call that runs, or why it does not."""
     try:
+        call = build()
         for k in range(2):
             call(k)
         torch.cuda.synchronize()
     except Exception as error:
-        return f"{type(error).__name__}: {error}"[:200]
-    return None
+        return said(error)
+    return call
 
 
 def record(name: str, what: str, problem: Problem, compiled: bool) -> dict[str, Any]:
     """Everyone's time for a pass, as ratios paired within a round, and fastbn's bandwidth beside the copy's."""
     torch = problem.torch
-    calls, refused = contestants(problem, what, compiled), {}
-    for who in list(calls):
-        reason = _refusal(torch, calls[who])
-        if reason is not None and who == "fastbn":
-            raise RuntimeError(f"fastbn fails at {name} {problem.dtype} {what}: {reason}")
-        if reason is not None:
-            refused[who] = reason
-            del calls[who]
+    calls, refused = ready(torch, contestants(problem, what, compiled))
+    if "fastbn" in refused:
+        raise RuntimeError(f"fastbn fails at {name} {problem.dtype} {what}: {refused['fastbn']}")
     calls["copy"] = problem.copy
     each = {who: _batch(torch, call, problem.sets, 3) for who, call in calls.items()}
     number = {who: max(3, int(BATCH_SECONDS / seconds)) for who, seconds in each.items()}

@@ -2,12 +2,14 @@
 
 import json
 import math
+import sys
 from types import SimpleNamespace
 
 import pytest
 
-from bench import gpu, gpu_problem, gpu_timing
+from bench import gpu, gpu_checks, gpu_host, gpu_problem, gpu_timing
 from fastbn.backends import devices, model
+from fastbn.errors import MissingExtra
 
 LARGE, SMALL = "256x64x112x112", "32x64x56x56 last"
 FACTS = ("date", "device", "cudnn", "cuda", "fastbn", "numba", "numba-cuda", "numpy", "torch")
@@ -44,10 +46,103 @@ def test_what_was_measured_is_shown_and_written_unless_a_check_failed(tmp_path, 
     assert "no time for x float32" in capsys.readouterr().out
     data.write_text(json.dumps({**result, "failed": [{"what": "y", "error": 1.0, "limit": 0.5}]}))
     assert gpu.main(["--from", str(data), "--readme", str(readme)]) == 1
-    assert "y is off by 1, want at most 0.5" in capsys.readouterr().err
+    assert "y: off by 1, want at most 0.5" in capsys.readouterr().err
     assert readme.read_text() == text
     gpu.draw(result, tmp_path / "gpu.png")
     assert (tmp_path / "gpu.png").read_bytes().startswith(b"\x89PNG")
+
+
+def _raising(error):
+    def run(*_, **__):
+        raise error
+
+    return run
+
+
+@pytest.fixture
+def machine(monkeypatch, tmp_path):
+    """A command line on a machine that seems to have a GPU; the checks are of these cases."""
+    cases = []
+    monkeypatch.setattr(devices, "declines", lambda: None)
+    monkeypatch.setattr(gpu, "facts", lambda: dict.fromkeys(FACTS, "9.9"))
+    monkeypatch.setattr(gpu, "host", lambda: {"fastbn forward": 30.0})
+    monkeypatch.setattr(gpu_checks, "cases", lambda quick: iter(cases))
+    monkeypatch.setattr(gpu, "timed", lambda result, seconds, quick: result["records"].append(_record(SMALL, 30e-6, 15e-6, 10e-6)))
+    return SimpleNamespace(cases=cases, path=tmp_path / "gpu.json", argv=["--json", str(tmp_path / "gpu.json")])
+
+
+def test_a_check_that_raises_leaves_the_others_and_the_result(machine, capsys):
+    machine.cases += [
+        ("the first", _raising(AssertionError("another run gives other bits"))),
+        ("the second", lambda: iter([("y", 3.0, 1.0), ("mean", 0.5, 1.0)])),
+        ("the third", lambda: iter([])),
+    ]
+    assert gpu.main(machine.argv) == 1
+    out, err = capsys.readouterr()
+    assert "python -m bench.gpu: the first: AssertionError: another run gives other bits\n" in err
+    assert "python -m bench.gpu: the second: y: off by 3, want at most 1\n" in err
+    assert "of 2 comparisons the worst error is 3.00 of its limit; 2 failed" in out
+    result = json.loads(machine.path.read_text())
+    assert [failed["what"] for failed in result["failed"]] == ["the first", "the second: y"]
+    assert result["records"]
+
+
+def test_a_device_that_is_gone_is_not_asked_again_and_again(machine, capsys):
+    asked = []
+    fault = RuntimeError("an illegal\nmemory access")
+    machine.cases += [(str(k), lambda k=k: asked.append(k) or _raising(fault)()) for k in range(10)]
+    assert gpu.main(machine.argv) == 1
+    assert asked == [0, 1, 2]
+    assert "python -m bench.gpu: 2: RuntimeError: an illegal memory access\n" in capsys.readouterr().err
+    assert len(json.loads(machine.path.read_text())["failed"]) == 4  # the last says that the others were not run
+
+
+def test_what_there_is_gets_written_whatever_ends_the_run(machine, monkeypatch):
+    monkeypatch.setattr(gpu, "timed", _raising(KeyboardInterrupt()))
+    monkeypatch.setattr(gpu, "host", _raising(RuntimeError("out of memory")))
+    machine.cases.append(("one", lambda: iter([("y", 3.0, 1.0)])))
+    assert gpu.main(machine.argv) == 130
+    failed = json.loads(machine.path.read_text())["failed"]
+    assert [f["what"] for f in failed] == ["one: y", "host time of 32x64"]
+
+
+def test_the_plot_is_drawn_where_matplotlib_is(machine, monkeypatch, capsys):
+    monkeypatch.setattr(gpu.screen, "need", _raising(MissingExtra("the plot needs matplotlib: pip install 'fastbn[demo]'")))
+    assert gpu.main(machine.argv) == 0
+    assert "the plot needs matplotlib: pip install 'fastbn[demo]'; then python -m bench.gpu --from" in capsys.readouterr().out
+    assert not machine.path.with_suffix(".png").exists()
+    monkeypatch.undo()
+    assert gpu.main(["--from", str(machine.path)]) == 0
+    assert machine.path.with_suffix(".png").exists()
+
+
+def test_a_shape_that_fails_leaves_the_others_and_a_peer_that_refuses_is_left_out(monkeypatch):
+    torch = SimpleNamespace(cuda=SimpleNamespace(empty_cache=lambda: None, synchronize=lambda: None))
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    monkeypatch.setattr(gpu, "Problem", lambda name, dtype: SimpleNamespace(name=name) if name != LARGE else _raising(MemoryError())())
+    monkeypatch.setattr(gpu, "plan", lambda quick: [(LARGE, "float32"), (SMALL, "float32")])
+    monkeypatch.setattr(gpu_timing, "record", lambda name, what, problem, compiled: _record(name, 30e-6, 15e-6, 10e-6) | {"pass": what})
+    result = {"records": [], "failed": [], "left": []}
+    gpu.timed(result, 60.0, True)
+    assert [failed["what"] for failed in result["failed"]] == [f"{LARGE} float32"]
+    assert {record["shape"] for record in result["records"]} == {SMALL}
+    builds = {
+        "fastbn": lambda: lambda k: k,
+        "cuDNN": _raising(RuntimeError("no\nplan")),
+        "native": lambda: _raising(ValueError("not this")),
+    }
+    calls, refused = gpu_timing.ready(torch, builds)
+    assert list(calls) == ["fastbn"]
+    assert refused == {"cuDNN": "RuntimeError: no plan", "native": "ValueError: not this"}
+
+
+@pytest.mark.peers
+def test_host_time_is_measured_without_a_gpu(monkeypatch):
+    pytest.importorskip("numba_cuda", reason="its bindings pack the arguments")
+    monkeypatch.setattr(gpu_host, "CALLS", 2)
+    lines = gpu_host.report(rounds=1)
+    assert [line.partition(":")[2].split(",")[0].strip() for line in lines[:-1]] == [f"{n} launches" for n in (1, 1, 2, 2, 3, 3, 2, 2)]
+    assert lines[-1].startswith("a launch with 17 arguments: ")
 
 
 def test_without_a_gpu_it_says_why(monkeypatch, capsys):

@@ -43,7 +43,6 @@ CONTRACT = {
 NO_ARRAY = {
     **{f"backends.devices.{name}": "arithmetic on an address" for name in ("Buffer", "Buffer.span", "Buffer.lies", "lying")},
     "backends.launches.Queue.run": "its workspace is memory of its own; its arrays are those of the program, whose call sites are listed",
-    "backends.launches._boundary": "arithmetic on an address",
     "backends.streams.workspace": "memory of its own",
     "device_checks.check_out": "compares addresses",
     "backends.devices.device_of": "asks the driver whose memory it is",

@@ -20,7 +20,7 @@ WORK = 0  # the number of the workspace among what a program is given
 
 
 class Place(NamedTuple):
-    """What a program learns at each call: where memory is, bytes from the 16-byte boundary below what has a number; or a value."""
+    """What a program learns at each call: where memory is, bytes from the 16-byte boundary below the array of a number; or a value."""
 
     number: int
     offset: int = 0
@@ -36,7 +36,8 @@ class Step(NamedTuple):
     statistic: np.dtype[Any]
     blocks: int
     arguments: list[Any]  # as the driver takes them
-    places: list[tuple[int, Place]]  # of arguments that are filled in
+    places: list[tuple[int, int, int]]  # arguments that are filled in: which, by what has this number, bytes behind that
+    memory: list[Place]  # the same, as the simulator has to know them
 
 
 class Program(NamedTuple):
@@ -79,8 +80,9 @@ class Call:
             A number that the kernel has no room for.
         """
         prepared = kernel.prepared(arguments)
-        places = [(k, value) for k, value in enumerate(arguments) if isinstance(value, Place)]
-        self.steps.append(Step(kernel, dtype, STORED[statistic], blocks, prepared, places))
+        places = [(k, value.number, value.offset) for k, value in enumerate(arguments) if isinstance(value, Place)]
+        memory = [value for value in arguments if isinstance(value, Place)]
+        self.steps.append(Step(kernel, dtype, STORED[statistic], blocks, prepared, places, memory))
 
 
 def pointer(buffer: Buffer) -> Place:
@@ -167,31 +169,27 @@ class Queue:
             return
         owner, work = streams.workspace(program.work, self._x, self.stream, self.device) if program.work else (None, 0)
         try:
-            self._launch(program, [work, *map(_boundary, arrays), *map(np.float64, values)])
+            bases = [0 if a is None else (a if type(a) is int else a.address) & -16 for a in arrays]
+            self._launch(program, [work, *bases, *map(np.float64, values)])
         finally:
             streams.give_back(owner)
 
     def _launch(self, program: Program, given: list[Any]) -> None:
         stream, device = self.stream, self.device
-        for kernel, dtype, statistic, blocks, prepared, places in program.steps:
+        for kernel, dtype, statistic, blocks, prepared, places, memory in program.steps:
             arguments = prepared.copy()
-            for k, (number, offset, span, kind) in places:
-                base = given[number]
-                arguments[k] = base if kind is None else base + offset
-                if _gpu.SIMULATED and kind is not None:
-                    arguments[k] = _jit.pointer(base + offset, base + span[0], base + span[1], kind)
+            for k, number, offset in places:
+                arguments[k] = given[number] + offset
+            if _gpu.SIMULATED:
+                for (k, number, _), (_, _, (low, high), kind) in zip(places, memory, strict=True):
+                    if kind is not None:
+                        arguments[k] = _jit.pointer(arguments[k], given[number] + low, given[number] + high, kind)
             try:
                 kernel.launch(dtype, statistic, blocks, grids.THREADS, stream, device, arguments)
             except Exception as error:
                 about = f"x {self._x.shape} {self._x.dtype}, stream {stream:#x}"
                 where = f"kernel {kernel.name}, {blocks} blocks of {grids.THREADS} threads, {about}"
                 raise RuntimeError(f"CUDA failed at {where}: {error}") from error
-
-
-def _boundary(array: Any) -> int:
-    """The 16-byte boundary below an array."""
-    address: int = array if type(array) is int else 0 if array is None else array.address
-    return address & -16
 
 
 def copy(call: Call, source: Buffer, target: Buffer) -> None:
