@@ -1,5 +1,6 @@
 """Arrays on a GPU, as far as no GPU is needed: what their interface says, what is refused and with which words, who serves them."""
 
+import importlib
 import importlib.util
 import subprocess
 import sys
@@ -254,6 +255,15 @@ def test_tensors_whose_values_are_not_those_of_their_memory_are_refused() -> Non
     kind = type("Mine", (torch.Tensor,), {})
     assert devices.library(plain.as_subclass(kind)) == "torch"
     assert devices.view(plain.as_subclass(kind), "x").owner is not None
+
+
+@pytest.mark.peers
+def test_the_bridge_to_pytorch_gives_what_is_not_refused() -> None:
+    torch = pytest.importorskip("torch", reason="its tensors are made and read")
+    kernels = importlib.import_module("fastbn.torch.kernels")
+    elsewhere = torch.nn.Parameter(torch.ones(3, device="meta"))  # as one on a GPU: not on the host
+    assert not kernels.array(elsewhere).requires_grad
+    assert kernels.array(elsewhere).is_meta
 
 
 @pytest.mark.peers
