@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -39,7 +38,6 @@ def view(buffer: Buffer, plan: layout.Plan) -> View | None:
     return None if found is None else View(buffer, *found)
 
 
-@lru_cache(maxsize=4096)
 def _walk(shape: Ints, strides: Ints, order: Ints | None, axis: int, kind: str) -> tuple[int, int, int, int, int] | None:
     axes = order or tuple(range(len(shape)))
     cut = axes.index(axis)
@@ -87,7 +85,6 @@ def sized_for(out: View, *views: View) -> Sized:
     return _sized_for((out.base, out.outer, out.inner), views[0][1:4], arrays, 16 // views[0].buffer.itemsize)
 
 
-@lru_cache(maxsize=4096)
 def _sized_for(out: tuple[int, int, int], dims: tuple[int, int, int], arrays: tuple[tuple[int, int, int], ...], lanes: int) -> Sized:
     plan, (N, _, S) = _sized(dims, arrays, lanes), dims
     if plan.entries > 1:
@@ -100,7 +97,6 @@ def _sized_for(out: tuple[int, int, int], dims: tuple[int, int, int], arrays: tu
     return plan._replace(whole=True, even=even) if plan.fold == plan.share == inner == 1 else plan
 
 
-@lru_cache(maxsize=4096)
 def _sized(dims: tuple[int, int, int], arrays: tuple[tuple[int, int, int], ...], lanes: int) -> Sized:
     """For (N, C, S), and (base, outer, inner) of each array."""
     N, C, S = dims
@@ -128,7 +124,6 @@ def flat(*views: View) -> Flat:
     return _flat(views[0][1:4], tuple((v.base, v.outer, v.inner) for v in views), 16 // views[0].buffer.itemsize)
 
 
-@lru_cache(maxsize=4096)
 def _flat(dims: tuple[int, int, int], arrays: tuple[tuple[int, int, int], ...], lanes: int) -> Flat:
     grid = grids.runs(*dims, lanes, [(outer, inner) for _, outer, inner in arrays])
     apart = [(0, 0) if grid.runs == 1 else (outer, inner if grid.inner > 1 else 0) for _, outer, inner in arrays]
