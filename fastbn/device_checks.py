@@ -79,7 +79,7 @@ def check_room(out: Buffer | None, x: Buffer) -> None:
 def check_out(out: Buffer | None, inputs: Sequence[Buffer], **others: Buffer | None) -> None:
     """An `out` where the result may be written, as `checks.check_out` has it for the host: each input either itself or apart from it.
 
-    Bounds tell in 1 us, and NumPy is asked only where they meet: its views of an `out` and four arrays beside it take 40.
+    NumPy is asked only where bounds meet: for an `out` and three arrays beside it that takes 12 us, bounds 2.
     """
     if out is None:
         return

@@ -114,7 +114,7 @@ class Queue:
     stream : int or stream, optional
         Another stream.
     **arrays : Buffer, optional
-        All arrays of the call.
+        The other arrays of the call.
 
     Raises
     ------
@@ -129,31 +129,30 @@ class Queue:
         own = streams.current_stream(x, self.device)
         self.stream = own if stream is None else streams.handle(stream)
         self.apart = self.stream != own
-        self._x, self._arrays = x, [buffer for buffer in arrays.values() if buffer is not None]
+        self._x, self._arrays = x, [x, *(buffer for buffer in arrays.values() if buffer is not None)]
         for name, buffer in arrays.items():
             if buffer is not None and buffer is not x and buffer.size and (there := devices.device_of(buffer)) != self.device:
                 raise ValueError(f"{name}: given an array on GPU {there}, want GPU {self.device}, where x is")
 
     def __enter__(self) -> Queue:
         self._inside: ExitStack | None = None
-        if self.apart or _jit.current() != self.device:
+        others = [buffer.stream for buffer in self._arrays if buffer.stream is not None and buffer.stream != self.stream]
+        current = _jit.current()
+        if self.apart or others or current != self.device:
             with ExitStack() as stack:
-                if _jit.current() != self.device:
+                if current != self.device:
                     stack.enter_context(_jit.on(self.device))
                 if self.apart:
                     stack.enter_context(streams.allocating(self._x, self.stream, self.device))
+                for other in dict.fromkeys(others):
+                    _jit.wait(self.stream, other)
                 self._inside = stack.pop_all()
-        waited = {self.stream}
-        for buffer in (self._x, *self._arrays):
-            if buffer.stream is not None and buffer.stream not in waited:
-                waited.add(buffer.stream)
-                _jit.wait(self.stream, buffer.stream)
         return self
 
     def __exit__(self, *reason: Any) -> None:
         if self._inside is not None:
             if self.apart:
-                for buffer in (self._x, *self._arrays):
+                for buffer in self._arrays:
                     streams.used(buffer, self.stream, self.device)
             self._inside.__exit__(*reason)
 

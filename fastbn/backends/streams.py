@@ -20,7 +20,7 @@ def current_stream(buffer: Buffer, device: int) -> int:
     root = devices.library(buffer.owner)
     if root == "torch":
         torch = sys.modules["torch"]
-        raw = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # without the object, which takes 2 us
+        raw = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # without the object
         return int(raw(device) if raw is not None else torch.cuda.current_stream(device).cuda_stream) or LEGACY
     if root == "cupy":
         return int(sys.modules["cupy"].cuda.get_current_stream(device).ptr) or LEGACY

@@ -17,6 +17,7 @@ from test_contract import inputs, verify
 from tolerances import check
 
 import fastbn
+from fastbn import device_checks
 from fastbn.backends import devices, grids, launches, streams, views
 from fastbn.kernels.cuda import _jit, _simulated, apply
 
@@ -168,7 +169,7 @@ def test_a_call_takes_its_own_workspace_and_leaves_nothing_behind(monkeypatch: p
         fastbn.batch_norm(x, stream="5")
 
 
-def test_what_is_launched_is_written_once_for_arrays_that_lie_alike() -> None:
+def test_what_is_launched_is_written_once_for_arrays_that_lie_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     x = np.random.default_rng(7).standard_normal((4, 3, 5)).astype(np.float32)
     for _ in range(3):
         for eps in (1e-5, 1e-3):
@@ -181,6 +182,10 @@ def test_what_is_launched_is_written_once_for_arrays_that_lie_alike() -> None:
     fastbn.batch_norm(gpu.on_gpu(x.astype(np.float64)))
     fastbn.batch_norm(gpu.on_gpu(x), axis=0)
     assert launches.program.cache_info().misses == 4
+    fastbn.batch_norm(gpu.on_gpu(x), out=gpu.on_gpu(x.copy()))
+    monkeypatch.setattr(device_checks, "_shadow", lambda buffer: pytest.fail("NumPy was asked about memory that lies apart"))
+    fastbn.batch_norm(given := gpu.on_gpu(x), out=given)
+    fastbn.batch_norm(gpu.on_gpu(x), out=gpu.on_gpu(x.copy()))
 
 
 def test_a_launch_that_fails_says_where(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,7 +94,7 @@ class Kernel:
     def prepared(self, arguments: Sequence[Any]) -> list[Any]:
         """Arguments as the driver takes them; what is no number stays as it is.
 
-        NumPy's numbers: a launch with 17 arguments takes 10.6 us with those of ctypes and 4 with these (of numba-cuda's own, 24).
+        NumPy's numbers: a launch with 17 arguments, without the driver, takes 10.6 us with those of ctypes made anew, 1.7 with these.
 
         Raises
         ------
@@ -227,8 +227,8 @@ class Pooled(NamedTuple):
     stream: int
 
     def close(self) -> None:
-        """Give it back, behind what the stream has been given to do."""
-        _asked("cuMemFreeAsync", self.address, self.stream)
+        """Give it back, behind what the stream has been given to do; an error would be an earlier kernel's, which a launch reports."""
+        _driver().cuMemFreeAsync(self.address, self.stream)
 
 
 @lru_cache(maxsize=64)
@@ -264,7 +264,7 @@ def device_of(address: int) -> int:
 
 
 def current() -> int | None:
-    """Index of the current device of this thread; None where it has none yet. Numba's own answer takes 15 us."""
+    """Index of the current device of this thread; None where it has none yet."""
     if _gpu.SIMULATED:
         return 0
     error, found = _driver().cuCtxGetDevice()
