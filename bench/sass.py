@@ -176,7 +176,7 @@ def assembled(kernel: Any, stored: str, statistic: str, arch: str) -> tuple[int,
     nvrtc.get_supported_ccs = lambda: [(8, 0), (9, 0), (10, 0), (12, 0)]  # where there is no driver to ask
     dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=capability[:2])
     signature = kernel.signature(np.dtype(STORED[stored]), np.dtype(statistic))
-    text, _ = cuda.compile(kernel.body, signature, cc=capability, device=False, abi="numba", **getattr(kernel, "options", {}))
+    text, _ = cuda.compile(kernel.body, signature, cc=capability, device=False, abi="numba", **kernel.options)
     with tempfile.TemporaryDirectory() as folder:
         source, binary = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
         source.write_text(text)

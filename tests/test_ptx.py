@@ -65,7 +65,7 @@ def no_driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def assemble(body: Any, signature: Any, architecture: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> Assembled:
     capability = ARCHITECTURES[architecture]
     monkeypatch.setattr(dispatcher, "get_current_device", lambda: SimpleNamespace(compute_capability=capability))
-    ptx, _ = cuda.compile(body, signature, cc=capability, device=False, abi="numba")
+    ptx, _ = cuda.compile(body, signature, cc=capability, device=False, abi="numba", **_jit.Kernel.options)
     source = folder / "kernel.ptx"
     source.write_text(ptx)
     command = [str(ASSEMBLER), f"-arch={architecture}", "-v", str(source), "-o", str(folder / "kernel.cubin")]

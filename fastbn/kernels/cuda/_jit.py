@@ -9,7 +9,7 @@ import re
 import threading
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from numba import cuda
@@ -41,7 +41,15 @@ class Kernel:
         to statistics of a dtype of their own. Numbers: i4 and i8 integers, f float64.
     name : str, optional
         What errors call it; the body's name if None.
+
+    Attributes
+    ----------
+    options : dict
+        What the compiler is told beside the signature. Without bounds ptxas allows for blocks of 1024 threads: it keeps within 64
+        registers and takes the loads of a step apart, so that each waits for the one before (`python -m bench.sass`: 2 of 4 at once).
     """
+
+    options: ClassVar[dict[str, Any]] = {"launch_bounds": (256, 2)}  # threads of a block, blocks of a multiprocessor: 128 registers
 
     def __init__(self, body: Callable[..., Any], arguments: str, name: str | None = None) -> None:
         self.body, self.arguments = body, arguments.split()
@@ -88,7 +96,7 @@ class Kernel:
 
     def ptx(self, dtype: np.dtype[Any], statistic: np.dtype[Any], target: Target) -> str:
         """What runs, but for the assembler's work: no link-time optimization comes between."""
-        found: str = cuda.compile(self.body, self.signature(dtype, statistic), cc=target, device=False, abi="numba")[0]
+        found: str = cuda.compile(self.body, self.signature(dtype, statistic), cc=target, device=False, abi="numba", **self.options)[0]
         return found
 
     def prepared(self, arguments: Sequence[Any]) -> list[Any]:
