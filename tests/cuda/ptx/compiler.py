@@ -57,11 +57,11 @@ def without_a_driver(capability: tuple[Any, ...]) -> Iterator[None]:
 
 
 def compiled(body: Any, signature: Any, architecture: str, lto: bool = False) -> str:
-    """PTX of a function as a kernel."""
+    """PTX of a function as a kernel, compiled as the project compiles its own."""
     capability = ARCHITECTURES[architecture]
     with without_a_driver(capability):
         kind = "ltoir" if lto else "ptx"
-        found, _ = numba_cuda.compile(body, signature, cc=capability, device=False, abi="numba", output=kind)
+        found, _ = numba_cuda.compile(body, signature, cc=capability, device=False, abi="numba", output=kind, **_jit.Kernel.options)
     return _linked(found, architecture) if lto else str(found)
 
 
