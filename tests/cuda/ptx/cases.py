@@ -110,13 +110,21 @@ def covering(dtype: str) -> list[Case]:
     for k, (layout, shifts) in enumerate(missing):
         affine, statistics = k % 4, (DOUBLE, SINGLE, MIXED)[k // 4 % 3]
         found.append(
-            Case(dtype, shapes[k % 3], layout, shifts, affine, statistics, more=(("own",), ("in place",), (), ("track",), ())[k % 5])
+            Case(
+                dtype,
+                shapes[k % 3],
+                layout,
+                shifts,
+                affine,
+                statistics,
+                more=(("own",), ("in place",), ("long",), ("track",), ("long", "own"))[k % 5],
+            )
         )
     mean = 8.0 if dtype.endswith("16") else 1e4
     small, large = (1.0, 1.0) if dtype == "float16" else (1e-18, 1e17)
     found += [
         Case(dtype, (64, 40), mean=mean, layouts=("first", "first", "fortran")),  # a copy last
-        Case(dtype, (3, 2, 70, 71), spread=large, layouts=("first", "last", "first")),  # dy copied
+        Case(dtype, (3, 2, 70, 71), spread=large, layouts=("first", "last", "first"), more=("long",)),  # dy copied
         Case(dtype, (2, 5, 9, 35), spread=small, layouts=("last", "last", "first")),  # out otherwise than x
         Case(dtype, (5, 6, 37), axis=2),
         Case(dtype, (5, 6, 37), axis=0),

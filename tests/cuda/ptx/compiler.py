@@ -23,7 +23,7 @@ import fastbn.kernels.cuda
 from fastbn.kernels.cuda import _jit
 
 # The targets that numba-cuda compiles for on A100, H100 and H200, B200: a is for what only that architecture has.
-ARCHITECTURES = {"sm_80": (8, 0), "sm_90a": (9, 0, "a"), "sm_100a": (10, 0, "a")}
+ARCHITECTURES = {"sm_80": (8, 0, ""), "sm_90a": (9, 0, "a"), "sm_100a": (10, 0, "a")}
 STORED = {"float32": "float32", "float64": "float64", "float16": "uint16", "bfloat16": "int16"}  # as the kernels see memory of a dtype
 STATISTICS = ("float32", "float64")
 
@@ -45,10 +45,10 @@ def takes_statistics(kernel: _jit.Kernel) -> bool:
 
 
 @contextmanager
-def without_a_driver(capability: tuple[Any, ...]) -> Iterator[None]:
+def without_a_driver(target: _jit.Target) -> Iterator[None]:
     """Answers where numba-cuda would ask a driver."""
     known = sorted(each[:2] for each in ARCHITECTURES.values())
-    current = SimpleNamespace(compute_capability=capability[:2])
+    current = SimpleNamespace(compute_capability=target[:2])
     with (
         mock.patch.object(nvrtc, "get_supported_ccs", lambda: known),
         mock.patch.object(dispatcher, "get_current_device", lambda: current),
@@ -57,11 +57,11 @@ def without_a_driver(capability: tuple[Any, ...]) -> Iterator[None]:
 
 
 def compiled(body: Any, signature: Any, architecture: str, lto: bool = False) -> str:
-    """PTX of a function as a kernel, compiled as the project compiles its own."""
-    capability = ARCHITECTURES[architecture]
-    with without_a_driver(capability):
+    """PTX of a function as a kernel."""
+    target = ARCHITECTURES[architecture]
+    with without_a_driver(target):
         kind = "ltoir" if lto else "ptx"
-        found, _ = numba_cuda.compile(body, signature, cc=capability, device=False, abi="numba", output=kind, **_jit.Kernel.options)
+        found, _ = numba_cuda.compile(body, signature, cc=target, device=False, abi="numba", output=kind, **_jit.Kernel.options)
     return _linked(found, architecture) if lto else str(found)
 
 
@@ -70,7 +70,12 @@ def ptx(name: str, stored: str, statistic: str, architecture: str, lto: bool = F
     kernel = kernels()[name]
     file = folder() / f"{name}-{stored}-{statistic}-{architecture}{'-lto' * lto}.ptx"
     if not file.exists():
-        text = compiled(kernel.body, kernel.signature(np.dtype(stored), np.dtype(statistic)), architecture, lto)
+        types = np.dtype(stored), np.dtype(statistic)
+        if lto:
+            text = compiled(kernel.body, kernel.signature(*types), architecture, lto)
+        else:  # by the project's own hand
+            with without_a_driver(ARCHITECTURES[architecture]):
+                text = kernel.ptx(*types, ARCHITECTURES[architecture])
         with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as partial:  # another process may compile the same
             partial.write(text)
         os.replace(partial.name, file)
@@ -78,7 +83,7 @@ def ptx(name: str, stored: str, statistic: str, architecture: str, lto: bool = F
 
 
 def _linked(code: bytes, architecture: str) -> str:
-    """PTX behind link-time optimization, as numba-cuda has it at run time wherever nvJitLink loads."""
+    """PTX behind link-time optimization, as numba-cuda itself has it at run time wherever nvJitLink loads."""
     from cuda.bindings import nvjitlink
 
     link = nvjitlink.create(3, [f"-arch={architecture}", "-lto", "-ptx"])

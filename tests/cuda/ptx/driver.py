@@ -1,21 +1,22 @@
 """What stands where CUDA's driver would: memory, and launches that the machine runs. `replaced` lists all that it replaces of fastbn's."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import cache
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
 
-from fastbn.backends import devices, grids, launches, views
+from fastbn.backends import devices, grids, launches, streams, views
 from fastbn.kernels.cuda import _gpu, _jit
 
 from . import compiler
 from .arrays import BOUNDARY, ITEMSIZE, Array, Ints, laid
 from .machine import Machine
-from .memory import READ, WRITE, Fault, Memory, Space
-from .parser import parse
+from .memory import GRANULE, READ, WRITE, Fault, Memory, Space
+from .parser import GAP, parse
 
 
 class Launch(NamedTuple):
@@ -53,30 +54,30 @@ class Device:
 
     def replaced(self) -> list[tuple[Any, str, Any]]:
         """(where, name, what is there meanwhile)."""
-        take = launches._Work.take_place
+        take, run = launches.Call.take, launches.Queue.run
 
-        def take_place(work: Any, count: int, dtype: np.dtype[Any]) -> tuple[int, int]:
-            """Of a workspace, each piece is memory of its own, that no kernel leaves unseen, and undefined at every call."""
-            take(work, count, dtype)
-            address = self.allocate(count * dtype.itemsize, "workspace").base
-            return address, address
+        def take_apart(call: Any, count: int, dtype: np.dtype[Any]) -> Any:
+            """A piece of workspace with a gap behind it."""
+            place = take(call, count, dtype)
+            call.work += GAP
+            return place
+
+        def run_noted(queue: Any, program: Any, *given: Any) -> None:
+            pieces = [place.span for step in program.steps for place in step.memory if place.number == launches.WORK]
+            with mock.patch.object(streams, "workspace", lambda nbytes, *_: self._workspace(nbytes, pieces)):
+                run(queue, program, *given)
 
         def launch(kernel: Any, dtype: Any, statistic: Any, blocks: int, threads: int, stream: int, device: int, arguments: Any) -> None:
             self._launch(kernel, dtype.name, statistic.name, blocks, threads, arguments)
-
-        def raw(nbytes: int) -> tuple[Any, int]:
-            memory = self.allocate(nbytes, "nobody's", allowed=0)
-            return memory, memory.base
 
         return [
             (devices, "declines", lambda: None),
             (devices, "empty", self._result),
             (_jit, "current", lambda: 0),
             (_jit, "device_of", lambda address: 0),
-            (_jit, "raw", raw),
             (_jit.Kernel, "launch", launch),
-            (launches, "_work", {}),
-            (launches._Work, "take_place", take_place),
+            (launches.Call, "take", take_apart),
+            (launches.Queue, "run", run_noted),
         ]
 
     def __enter__(self) -> "Device":
@@ -112,6 +113,13 @@ class Device:
         found.put(values)
         return found
 
+    def _workspace(self, nbytes: int, pieces: list[tuple[int, int]]) -> tuple[Any, int]:
+        """Undefined at every call; between the pieces of it lies nobody's memory, and so it is given back."""
+        memory = self.allocate(nbytes, "workspace", allowed=0)
+        for low, high in pieces:
+            memory.allowed[low // GRANULE : high // GRANULE] = READ | WRITE
+        return SimpleNamespace(close=lambda: memory.allowed.fill(0)), memory.base
+
     def _result(self, shape: Ints, order: Ints, dtype: str, like: Any, *_: Any) -> Array:
         steps = [0] * len(shape)
         step = ITEMSIZE[dtype]
@@ -129,7 +137,7 @@ class Device:
             self.machines[key] = Machine(kernel, self.space)
         return self.machines[key]
 
-    def _launch(self, kernel: Any, stored: str, statistic: str, blocks: int, threads: int, arguments: tuple[Any, ...]) -> None:
+    def _launch(self, kernel: Any, stored: str, statistic: str, blocks: int, threads: int, arguments: Sequence[Any]) -> None:
         name = next(name for name, known in compiler.kernels().items() if known is kernel)
         known = statistic if compiler.takes_statistics(kernel) else ""
         self.launches.append(Launch(name, stored, known, blocks, threads))
@@ -138,29 +146,23 @@ class Device:
         if self.dry:
             return
         machine = self.machine(name, stored, statistic if known else "float64")
-        prepared = [convert(value) for convert, value in zip(kernel.converters, arguments, strict=True)]
-        machine.launch(blocks, threads, _packed(machine, prepared, arguments))
+        machine.launch(blocks, threads, _packed(machine, arguments))
 
 
-def _packed(machine: Machine, prepared: list[Any], given: tuple[Any, ...]) -> bytes:
+def _packed(machine: Machine, arguments: Sequence[Any]) -> bytes:
     """Arguments as a kernel finds them.
 
     Raises
     ------
     Fault
-        Another number of them, one of another size than its parameter's, one that its type doesn't hold.
+        Another number of them, one of another size than its parameter's.
     """
     parameters, name = machine.kernel.parameters, machine.kernel.name
-    if len(prepared) != len(parameters):
-        raise Fault(f"{name}: {len(prepared)} arguments for {len(parameters)} parameters")
+    if len(arguments) != len(parameters):
+        raise Fault(f"{name}: {len(arguments)} arguments for {len(parameters)} parameters")
     found = bytearray(machine.kernel.parameter_bytes)
-    for parameter, value, before in zip(parameters, prepared, given, strict=True):
-        if getattr(value, "value", value) != before:
-            raise Fault(f"{name}: {parameter.name}: {before} became {value}")
-        if isinstance(value, int):  # an address
-            content = int(value).to_bytes(8, "little")
-        else:
-            content = value.tobytes() if isinstance(value, np.generic) else bytes(value)
+    for parameter, value in zip(parameters, arguments, strict=True):
+        content = value.tobytes() if isinstance(value, np.generic) else int(value).to_bytes(8, "little")  # an address
         if len(content) != parameter.size:
             raise Fault(f"{name}: parameter {parameter.name} takes {parameter.size} bytes, given {len(content)}")
         found[parameter.at : parameter.at + parameter.size] = content
@@ -168,7 +170,7 @@ def _packed(machine: Machine, prepared: list[Any], given: tuple[Any, ...]) -> by
 
 
 def plans_forgotten() -> None:
-    """What fastbn plans for a shape is planned anew, after `grids` was changed."""
+    """What fastbn plans for arrays that lie so is planned anew: `grids` was changed, or workspaces are laid out otherwise."""
     for module in (views, grids, launches):
         for value in vars(module).values():
             if callable(getattr(value, "cache_clear", None)):

@@ -1,5 +1,6 @@
 """The CUDA kernels executed from their PTX, by a machine that checks every access: a covering set of cases, and faults that it must see."""
 
+from collections.abc import Iterator
 from itertools import product
 from typing import Any
 
@@ -21,6 +22,14 @@ pytestmark = [pytest.mark.ptx, pytest.mark.peers]
 ARCHITECTURE = {"float32": "sm_90a", "float64": "sm_80", "float16": "sm_90a", "bfloat16": "sm_80"}
 NEVER = {("finish.rstd", "float64", "float32")}  # the moments that it is given are float64
 EVERY = [case for dtype in cases.DTYPES for case in cases.covering(dtype)]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def plans() -> Iterator[None]:
+    """Kept from case to case, as in any program, and neither from the tests before nor for those after."""
+    driver.plans_forgotten()
+    yield
+    driver.plans_forgotten()
 
 
 @pytest.mark.parametrize("case", EVERY, ids=str)
