@@ -112,6 +112,9 @@ class Torch(Array):
     def stride(self) -> tuple[int, ...]:
         return tuple(step // self.array.itemsize for step in self.array.strides)
 
+    def numel(self) -> int:
+        return self.array.size
+
     def is_neg(self) -> bool:
         return False
 

@@ -258,6 +258,21 @@ def test_tensors_whose_values_are_not_those_of_their_memory_are_refused() -> Non
 
 
 @pytest.mark.peers
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+def test_fresh_memory_has_an_address_on_a_boundary() -> None:
+    torch = pytest.importorskip("torch", reason="its tensors are made and read")
+    tensor = torch.empty(16)
+    assert devices.address(tensor) == tensor.data_ptr()
+    assert devices.address(tensor[:0]) % 16 == 0
+    with pytest.raises(RuntimeError, match="want a 16-byte boundary"):
+        devices.address(tensor[1:])
+    with pytest.raises(RuntimeError, match=r"PyTorch makes tensors without memory here, .*: call fastbn outside of it"):
+        devices.address(torch._efficientzerotensor(3))
+    with importlib.import_module("torch._subclasses").FakeTensorMode(), pytest.raises(RuntimeError, match="without memory here"):
+        devices.address(torch.empty(3))
+
+
+@pytest.mark.peers
 def test_the_bridge_to_pytorch_gives_what_is_not_refused() -> None:
     torch = pytest.importorskip("torch", reason="its tensors are made and read")
     kernels = importlib.import_module("fastbn.torch.kernels")

@@ -185,8 +185,17 @@ def _of_torch(dtype: Any) -> str | None:
 
 
 def address(array: Any) -> int:
-    """Where fresh memory begins: on a 16-byte boundary."""
-    found: int = array.data_ptr() if library(array) == "torch" else view(array, "result").address
+    """Where fresh memory begins: on a 16-byte boundary.
+
+    Raises
+    ------
+    RuntimeError
+        On none; without memory, as PyTorch makes tensors in some of its modes.
+    """
+    if library(array) != "torch":
+        found = view(array, "result").address
+    elif not (found := array.data_ptr()) and array.numel():
+        raise RuntimeError("PyTorch makes tensors without memory here, as within FakeTensorMode: call fastbn outside of it")
     if found & 15:
         raise RuntimeError(f"{type(array).__name__}: fresh memory at address {found:#x}, want a 16-byte boundary: please report this")
     return found

@@ -98,7 +98,7 @@ def workspace(nbytes: int, like: Buffer, stream: int, device: int) -> tuple[Any,
     if root == "torch":
         torch = sys.modules["torch"]
         owner = torch.empty(nbytes, dtype=torch.uint8, device=like.owner.device)
-        return owner, owner.data_ptr()
+        return owner, devices.address(owner)
     if root == "cupy":
         cupy = sys.modules["cupy"]
         with like.owner.device:
