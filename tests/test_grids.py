@@ -41,21 +41,30 @@ def test_rows_cover_every_element_once(N: int, C: int, S: int, lanes: int, begin
     assert (grid.step_n * grid.slots + grid.step_v, grid.step_v < grid.slots) == (grids.THREADS, True)
 
 
-@given(R=st.integers(1, 3000), C=SIZES, S=st.integers(1, 20), lanes=LANES, contiguous=st.booleans())
+@given(R=st.integers(1, 3000), C=SIZES, S=st.integers(1, grids.SHORT), lanes=LANES, contiguous=st.booleans())
 def test_columns_cover_every_element_once(R: int, C: int, S: int, lanes: int, contiguous: bool) -> None:
     grid = grids.columns(R, C, S, lanes, contiguous)
     assert grid.R * grid.W + grid.rest == R * C * S
     assert grid.rest < grid.W
     assert contiguous or (grid.fold, grid.rest) == (1, 0)
     seen = np.zeros((grid.R, -(-grid.W // lanes)), int)
-    down = grids.THREADS // grid.across
-    assert grid.across * down == grids.THREADS
-    for block in range(grid.blocks(lanes)):
-        part, first = block % grid.parts, block // grid.parts * grid.across
+    assert 1 <= grid.across <= grids.THREADS
+    assert grid.units == 1 or grid.across * lanes % S == 0, "a channel of two blocks"
+    for block in range(grid.blocks):
+        part, first = block // grid.units, block % grid.units * grid.across
         start = part * grid.chunk
         assert start < grid.R, "a part without rows"
         seen[start : start + grid.chunk, first : first + grid.across] += 1
     assert (seen == 1).all()
+    assert grid.copies == (grid.fold if grid.units > 1 else 1)
+
+
+@given(entries=st.integers(1, 5000), C=st.integers(1, 5000))
+def test_every_channel_is_finished_once(entries: int, C: int) -> None:
+    across = grids.finish(entries, C)
+    assert grids.THREADS % across == 0
+    assert across * min(grids.THREADS, entries) <= grids.THREADS
+    assert across < 2 * C
 
 
 @given(N=SIZES, C=SIZES, S=SIZES, lanes=LANES, gaps=st.sampled_from(["none", "outer", "both"]))
@@ -95,7 +104,7 @@ def test_arrays_of_billions_of_elements(N: int, C: int, S: int, lanes: int) -> N
         assert cut.R * cut.W + cut.rest == N * C * S
         assert cut.parts * cut.chunk >= cut.R
         assert cut.chunk <= grids.EXACT
-        assert cut.blocks(lanes) < 2**31
+        assert cut.blocks < 2**31
     flat = grids.runs(N, C, S, lanes, [(C * S, S)])
     assert flat.runs * flat.length == N * C * S
     assert flat.blocks(grids.THREADS) < 2**31
@@ -104,7 +113,7 @@ def test_arrays_of_billions_of_elements(N: int, C: int, S: int, lanes: int) -> N
 def test_large_arrays_keep_a_device_busy_and_small_ones_do_not_shatter() -> None:
     for N, C, S in ((32, 64, 112 * 112), (32, 1024, 14 * 14), (4, 8, 640 * 1024), (1, 3, 1024 * 1024)):
         assert grids.FULL <= grids.rows(N, C, S, 4, True).blocks(C) <= 2 * grids.BLOCKS
-    assert grids.columns(65536, 64, 1, 4, True).blocks(4) >= grids.FULL
+    assert grids.columns(65536, 64, 1, 4, True).blocks >= grids.FULL
     assert grids.rows(2, 16, 64, 4, True).parts == 1
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastbn.backends import launches, views
+from fastbn.backends import grids, launches, views
 from fastbn.backends.devices import STORED, Buffer
 from fastbn.backends.launches import Call, pointer
 from fastbn.backends.views import View, kind_of, pad_of
@@ -27,23 +27,24 @@ def _parameters(x: View, gamma: Buffer | None, beta: Buffer | None = None) -> tu
 def moments(call: Call, x: View, stats: Any) -> None:
     """Mean and m2 of each channel into `stats` (2, C)."""
     plan = views.sized(x)
-    partial, given = launches.partial_moments(call, x, plan)
+    partial, across = launches.partial_moments(call, x, plan), grids.finish(plan.entries, x.C)
     call.launch(
-        finish.finish_moments, kind_of(x), launches.warps(x.C), partial, given, plan.entries, plan.fold, x.C, plan.share, plan.width, stats
+        finish.finish_moments, STORED[x.buffer.dtype], -(-x.C // across), partial, plan.entries, x.C, across,
+        pointer(x.buffer), x.N, x.S, x.outer, x.inner, stats,
     )  # fmt: skip
 
 
 def forward(call: Call, x: View, gamma: Buffer | None, beta: Buffer | None, eps: Any, out: View, stats: Any) -> None:
     """Moments into `stats` (2, C), and y."""
     plan, kind, pad = views.sized_for(out, x), kind_of(x), pad_of(x.C)
-    coefs = call.take(5 * pad, kind)
+    coefs = call.take(4 * pad, kind)
     if plan.whole:
-        _whole_forward(call, x, _parameters(x, gamma, beta), eps, out, stats, coefs, plan)
+        _whole_forward(call, x, _parameters(x, gamma, beta), eps, out, stats, plan)
         return
-    partial, given = launches.partial_moments(call, x, plan)
+    partial, across = launches.partial_moments(call, x, plan), grids.finish(plan.entries, x.C)
     call.launch(
-        finish.finish_forward, kind, launches.warps(x.C), partial, given, plan.entries, plan.fold, x.C, plan.share, plan.width, eps,
-        *_parameters(x, gamma, beta), pad, stats, coefs,
+        finish.finish_forward, STORED[x.buffer.dtype], -(-x.C // across), partial, plan.entries, x.C, across,
+        pointer(x.buffer), x.N, x.S, x.outer, x.inner, eps, *_parameters(x, gamma, beta), pad, stats, coefs,
     )  # fmt: skip
     launches.elementwise(call, NORMALIZE, coefs, x, out)
 
@@ -51,7 +52,7 @@ def forward(call: Call, x: View, gamma: Buffer | None, beta: Buffer | None, eps:
 def inference(call: Call, x: View, mean: Buffer, var: Buffer, gamma: Buffer | None, beta: Buffer | None, eps: Any, out: View) -> None:
     """The forward with given statistics."""
     kind, pad = kind_of(x), pad_of(x.C)
-    coefs = call.take(5 * pad, kind)
+    coefs = call.take(4 * pad, kind)
     mean, var = launches.alike(call, mean, var)
     call.launch(
         finish.set_scale, kind, launches.threads(x.C), pointer(mean), pointer(var), 1.0, eps, *_parameters(x, gamma, beta), x.C, pad, coefs,
@@ -75,10 +76,10 @@ def backward(
 ) -> None:
     """dx, and the sums of dy and dy * xhat into `grads` (2, C); the variance is spread / count."""
     plan, kind, pad = views.sized_for(out, x, dy), kind_of(x), pad_of(x.C)
-    coefs, sums = call.take(5 * pad, kind), call.take(2 * x.C, STORED["float64"])
+    coefs, sums = call.take(4 * pad, kind), call.take(2 * x.C, STORED["float64"])
     mean, spread = launches.alike(call, mean, spread)
     if training and plan.whole:
-        _whole_backward(call, dy, x, mean, spread, count, eps, gamma, out, grads, coefs, plan)
+        _whole_backward(call, dy, x, mean, spread, count, eps, gamma, out, grads, plan)
         return
     _finish_sums(call, dy, x, mean, spread, count, eps, gamma, training, (sums, grads, coefs), plan)
     if training:
@@ -101,10 +102,11 @@ def _finish_sums(
     plan: views.Sized,
 ) -> None:
     """Sums of dy and dy * xhat (2, C) in float64 and as parameters, and coefficients of the elementwise pass."""
-    partial = launches.partial_sums(call, dy, x, mean, plan)
+    partial, across = launches.partial_sums(call, dy, x, mean, plan), grids.finish(plan.entries, x.C)
     weight, _, affine = _parameters(x, gamma)
     call.launch(
-        finish.finish_backward, kind_of(x), launches.warps(x.C), partial, plan.entries, plan.fold, x.C, plan.share, plan.width,
+        finish.finish_backward, STORED[x.buffer.dtype], -(-x.C // across), partial, plan.entries, x.C, across,
+        pointer(x.buffer), pointer(dy.buffer), x.N, x.S, x.outer, x.inner, dy.outer, dy.inner,
         pointer(mean), pointer(spread), count, eps, float(x.N * x.S), weight, affine, int(training), pad_of(x.C), *found,
         statistic=mean.dtype,
     )  # fmt: skip
@@ -113,7 +115,7 @@ def _finish_sums(
 def grad_reduce(call: Call, dy: View, x: View, mean: Buffer, var: Buffer, eps: Any, sums: Any) -> None:
     """Sums of dy and dy * xhat into `sums` (2, C)."""
     plan, kind = views.sized(x, dy), kind_of(x)
-    coefs, grads = call.take(5 * pad_of(x.C), kind), call.take(2 * x.C, kind)
+    coefs, grads = call.take(4 * pad_of(x.C), kind), call.take(2 * x.C, kind)
     mean, var = launches.alike(call, mean, var)
     _finish_sums(call, dy, x, mean, var, 1.0, eps, None, True, (sums, grads, coefs), plan)
 
@@ -132,7 +134,7 @@ def grad_input(
 ) -> None:
     """dx, from the sums of dy and dy * xhat over `values` per channel."""
     kind, pad = kind_of(x), pad_of(x.C)
-    coefs = call.take(5 * pad, kind)
+    coefs = call.take(4 * pad, kind)
     mean, var = launches.alike(call, mean, var)
     sums = launches.wide(call, sums[0]), launches.wide(call, sums[1])
     weight, _, affine = _parameters(x, gamma)
@@ -143,9 +145,7 @@ def grad_input(
     launches.elementwise(call, GRADIENT, coefs, x, dy, out)
 
 
-def _whole_forward(
-    call: Call, x: View, parameters: tuple[Any, Any, int], eps: Any, out: View, stats: Any, coefs: Any, plan: views.Sized
-) -> None:
+def _whole_forward(call: Call, x: View, parameters: tuple[Any, Any, int], eps: Any, out: View, stats: Any, plan: views.Sized) -> None:
     """Statistics and y in one launch."""
     given, stored = (pointer(x.buffer), pointer(out.buffer), *parameters, eps), STORED[x.buffer.dtype]
     if (grid := plan.rows) is not None:
@@ -154,10 +154,8 @@ def _whole_forward(
             grid.slots, grid.rest, grid.step_n, grid.step_v, grid.chunk, grid.chunk_rest, stats,
         )  # fmt: skip
     elif (cut := plan.columns) is not None:
-        scratch = call.take(2 * x.C, kind_of(x)), call.take(3 * x.C, kind_of(x))
         call.launch(
-            fused.forward_columns, stored, cut.blocks(plan.lanes), *given, x.N, x.C, x.outer, out.outer, cut.across, plan.even, pad_of(x.C),
-            stats, *scratch, coefs,
+            fused.forward_columns, stored, cut.blocks, *given, x.N, x.C, x.outer, out.outer, cut.across, plan.even, stats,
         )  # fmt: skip
 
 
@@ -172,7 +170,6 @@ def _whole_backward(
     gamma: Buffer | None,
     out: View,
     grads: Any,
-    coefs: Any,
     plan: views.Sized,
 ) -> None:
     """Sums and dx in one launch."""
@@ -187,6 +184,6 @@ def _whole_backward(
         )  # fmt: skip
     elif (cut := plan.columns) is not None:
         call.launch(
-            fused.backward_columns, stored, cut.blocks(plan.lanes), *given, x.N, x.C, x.outer, dy.outer, out.outer, cut.across, plan.even,
-            pad_of(x.C), grads, call.take(2 * x.C, kind_of(x)), coefs, statistic=mean.dtype,
+            fused.backward_columns, stored, cut.blocks, *given, x.N, x.C, x.outer, dy.outer, out.outer, cut.across, plan.even,
+            grads, statistic=mean.dtype,
         )  # fmt: skip

@@ -14,6 +14,7 @@ THREADS = 256
 WARP = 32
 EACH = 4  # groups of a thread in the elementwise passes
 FULL = 264  # blocks that keep a device busy
+WAVE = 528  # blocks that are on a device at once, four to a multiprocessor
 BLOCKS = 2048  # blocks beyond which more only leave more to merge
 DEEP = 8  # groups of a thread below which a part is not worth a block
 SLAB = 2**17  # bytes of a channel up to which a block finds them in cache at the second reading
@@ -49,13 +50,16 @@ class Columns(NamedTuple):
     R: int
     W: int
     rest: int  # columns of one more row
-    across: int  # threads side by side
+    across: int  # threads side by side, whose groups hold whole channels
+    units: int  # blocks side by side
     parts: int  # of the rows
     chunk: int  # rows of a part
+    copies: int  # of each channel that a part leaves: one where a block has all of a row
 
-    def blocks(self, lanes: int) -> int:
-        """Blocks for groups of so many columns."""
-        return -(-self.W // (self.across * lanes)) * self.parts
+    @property
+    def blocks(self) -> int:
+        """Blocks of the grid."""
+        return self.units * self.parts
 
 
 class Runs(NamedTuple):
@@ -101,25 +105,35 @@ def rows(N: int, C: int, S: int, lanes: int, even: bool) -> Rows:
     return Rows(max(1, slots), rest, THREADS // max(1, slots), THREADS % max(1, slots), parts, chunk, chunk_rest)
 
 
-def _across(W: int, lanes: int) -> int:
-    """Threads side by side for so many columns."""
-    return min(WARP, THREADS, 1 << (-(-W // lanes) - 1).bit_length())
+def _across(W: int, S: int, lanes: int) -> int:
+    """Threads side by side for so many columns, S to a channel."""
+    least = S // math.gcd(S, lanes)
+    return min(least * max(1, WARP // least), -(-W // lanes))
 
 
 def columns(R: int, C: int, S: int, lanes: int, contiguous: bool) -> Columns:
     """The grid of R rows of C * S columns; only rows without gaps can be folded."""
     width, fold = C * S, 1
-    if contiguous and not (S == 1 and R * _across(C, lanes) < DEEP * THREADS):  # which one launch takes, a channel to a column
+    if contiguous and not (S == 1 and R * _across(C, 1, lanes) < DEEP * THREADS):  # which one launch takes, a channel to a column
         whole = lanes // math.gcd(width, lanes)  # rows that are whole groups
         fold = whole * max(1, min(WARP * lanes // (whole * width), R // (16 * whole)))
         fold = 1 if R < 16 * fold else fold
     W, folded = fold * width, R // fold
-    across = _across(W, lanes)
+    across = _across(W, S, lanes)
     units = -(-W // (across * lanes))
-    parts = parts_of(units, folded * across, folded)
+    groups = folded * across
+    parts = max(1, min(groups // (DEEP * THREADS), WAVE // units))
+    if units * parts < FULL and groups >= DEEP * THREADS:  # fewer groups a thread rather than idle multiprocessors
+        parts = max(parts, min(groups // (2 * THREADS), -(-FULL // units)))
+    parts = max(parts, -(-folded * min(across * lanes, W) // (C * EXACT)) if units == 1 else -(-folded * S // EXACT))
     chunk = -(-folded // parts)
     parts = -(-folded // chunk)  # no part without rows
-    return Columns(fold, folded, W, (R - fold * folded) * width, across, parts, chunk)
+    return Columns(fold, folded, W, R * width - folded * W, across, units, parts, chunk, fold if units > 1 else 1)
+
+
+def finish(entries: int, C: int) -> int:
+    """Channels of a block that merges so many partial results of each: as few as leave a thread to each result."""
+    return max(1, min(THREADS >> (entries - 1).bit_length(), 1 << (C - 1).bit_length()))
 
 
 def runs(N: int, C: int, S: int, lanes: int, steps: Sequence[tuple[int, int]]) -> Runs:

@@ -11,7 +11,7 @@ import numpy as np
 
 from fastbn.backends import devices, grids, streams
 from fastbn.backends.devices import STORED, Buffer, Lies
-from fastbn.backends.views import DOUBLE, Sized, View, flat, kind_of, pad_of
+from fastbn.backends.views import DOUBLE, Sized, View, flat, pad_of
 from fastbn.kernels.cuda import _gpu, _jit, columns, finish, moving, rows
 
 ALIGNED = 256  # bytes
@@ -233,45 +233,38 @@ def wide(call: Call, values: Buffer) -> Buffer:
     return wide
 
 
-def partial_moments(call: Call, x: View, plan: Sized) -> tuple[Any, Any]:
-    """(partial, given): what `finish` merges to moments."""
-    kind, stored = kind_of(x), STORED[x.buffer.dtype]
-    given, partial = call.take(2 * plan.width, kind), call.take(3 * plan.entries * plan.width, kind)
+def partial_moments(call: Call, x: View, plan: Sized) -> Any:
+    """(count, mean, m2) of each part of each channel, (entries, 3, C) in float64: what `finish` merges to moments."""
+    stored, partial = STORED[x.buffer.dtype], call.take(3 * plan.entries * x.C, DOUBLE)
     if (grid := plan.rows) is not None:
         call.launch(
             rows.moments_rows, stored, grid.blocks(x.C), pointer(x.buffer), x.N, x.C, x.S, x.outer, x.inner, x.base, grid.slots, grid.rest,
-            grid.step_n, grid.step_v, grid.parts, grid.chunk, grid.chunk_rest, given, partial,
+            grid.step_n, grid.step_v, grid.chunk, grid.chunk_rest, partial,
         )  # fmt: skip
     elif (cut := plan.columns) is not None:
         call.launch(
-            columns.moments_columns, stored, cut.blocks(plan.lanes), pointer(x.buffer), cut.R, cut.W, cut.fold * x.outer, cut.rest,
-            cut.across, cut.parts, cut.chunk, plan.even, given, partial,
-        )  # fmt: skip
-    return partial, given
-
-
-def partial_sums(call: Call, dy: View, x: View, mean: Buffer, plan: Sized) -> Any:
-    """What `finish_backward` merges to the sums of dy and dy * (x - mean)."""
-    kind, stored = kind_of(x), STORED[x.buffer.dtype]
-    partial = call.take(2 * plan.entries * plan.width, kind)
-    if (grid := plan.rows) is not None:
-        call.launch(
-            rows.sums_rows, stored, grid.blocks(x.C), pointer(x.buffer), pointer(dy.buffer), pointer(mean), x.N, x.C, x.S, x.outer, x.inner,
-            dy.outer, dy.inner, x.base, dy.base, grid.slots, grid.rest, grid.step_n, grid.step_v, grid.parts, grid.chunk, grid.chunk_rest,
-            partial, statistic=mean.dtype,
-        )  # fmt: skip
-    elif (cut := plan.columns) is not None:
-        call.launch(
-            columns.sums_columns, stored, cut.blocks(plan.lanes), pointer(x.buffer), pointer(dy.buffer), pointer(mean), cut.R, cut.W,
-            x.C, x.S, cut.fold * x.outer, cut.fold * dy.outer, cut.rest, cut.across, cut.parts, cut.chunk, plan.even,
-            partial, statistic=mean.dtype,
+            columns.moments_columns, stored, cut.blocks, pointer(x.buffer), cut.R, cut.W, x.C, x.S, cut.fold * x.outer, cut.rest,
+            cut.across, cut.units, cut.chunk, cut.copies, plan.even, partial,
         )  # fmt: skip
     return partial
 
 
-def warps(C: int) -> int:
-    """Blocks of a kernel that takes a channel per warp."""
-    return -(-C // (grids.THREADS // grids.WARP))
+def partial_sums(call: Call, dy: View, x: View, mean: Buffer, plan: Sized) -> Any:
+    """What `finish_backward` merges to the sums of dy and dy * (x - mean): (entries, 2, C) in float64."""
+    stored, partial = STORED[x.buffer.dtype], call.take(2 * plan.entries * x.C, DOUBLE)
+    if (grid := plan.rows) is not None:
+        call.launch(
+            rows.sums_rows, stored, grid.blocks(x.C), pointer(x.buffer), pointer(dy.buffer), pointer(mean), x.N, x.C, x.S, x.outer, x.inner,
+            dy.outer, dy.inner, x.base, dy.base, grid.slots, grid.rest, grid.step_n, grid.step_v, grid.chunk, grid.chunk_rest,
+            partial, statistic=mean.dtype,
+        )  # fmt: skip
+    elif (cut := plan.columns) is not None:
+        call.launch(
+            columns.sums_columns, stored, cut.blocks, pointer(x.buffer), pointer(dy.buffer), pointer(mean), cut.R, cut.W,
+            x.C, x.S, cut.fold * x.outer, cut.fold * dy.outer, cut.rest, cut.across, cut.units, cut.chunk, cut.copies, plan.even,
+            partial, statistic=mean.dtype,
+        )  # fmt: skip
+    return partial
 
 
 def threads(C: int) -> int:

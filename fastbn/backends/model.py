@@ -49,24 +49,24 @@ def launches(name: str, dims: tuple[int, ...], dtype: str) -> list[Launch]:
     plan, whole = views.sized(x), {"forward": views.sized_for(x, x).whole, "backward": views.sized_for(x, x, x).whole}
     walked = "columns" if plan.columns is not None else "rows"
     if plan.columns is not None:
-        blocks = plan.columns.blocks(plan.lanes)
+        blocks = plan.columns.blocks
     else:
         assert plan.rows is not None
         blocks = plan.rows.blocks(x.C)
     if whole.get(name):
         return [Launch(f"fused.{name}_{walked}", blocks, size if name == "forward" else 2 * size, size)]
-    flat = grids.runs(x.N, x.C, x.S, plan.lanes, [(x.outer, x.inner)]).blocks(grids.THREADS)
+    flat = grids.runs(x.N, x.C, x.S, 16 // x.buffer.itemsize, [(x.outer, x.inner)]).blocks(grids.THREADS)
     wide = "_long" if x.buffer.size >= grids.LONG else ""
-    warps = -(-x.C // (grids.THREADS // grids.WARP))
+    merging = -(-x.C // grids.finish(plan.entries, x.C))
     statistics = Launch(f"{walked}.moments_{walked}", blocks, size, 0)
     normalize = Launch(f"apply.normalize{wide}", flat, size, size)
     return {
-        "moments": [statistics, Launch("finish.finish_moments", warps, 0, 0)],
-        "forward": [statistics, Launch("finish.finish_forward", warps, 0, 0), normalize],
+        "moments": [statistics, Launch("finish.finish_moments", merging, 0, 0)],
+        "forward": [statistics, Launch("finish.finish_forward", merging, 0, 0), normalize],
         "inference": [Launch("finish.set_scale", -(-x.C // grids.THREADS), 0, 0), normalize],
         "backward": [
             Launch(f"{walked}.sums_{walked}", blocks, 2 * size, 0),
-            Launch("finish.finish_backward", warps, 0, 0),
+            Launch("finish.finish_backward", merging, 0, 0),
             Launch(f"apply.gradient{wide}", flat, 2 * size, size),
         ],
     }[name]

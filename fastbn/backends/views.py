@@ -65,11 +65,7 @@ class Sized(NamedTuple):
 
     rows: grids.Rows | None
     columns: grids.Columns | None
-    entries: int  # parts of the partial results
-    fold: int
-    share: int  # columns of a channel; 1 for rows
-    width: int  # values of one quantity of a part
-    lanes: int
+    entries: int  # partial results of a channel
     even: bool  # whether every row and column group of all arrays lies on 16-byte boundaries
     whole: bool = False  # whether a block takes all of a channel, so that statistics and result are one launch
 
@@ -94,7 +90,8 @@ def _sized_for(out: tuple[int, int, int], dims: tuple[int, int, int], arrays: tu
         return plan._replace(whole=alike and N * S * (16 // lanes) <= grids.SLAB)
     base, outer, inner = out
     even = plan.even and grids.even_rows(base, [outer], lanes)
-    return plan._replace(whole=True, even=even) if plan.fold == plan.share == inner == 1 else plan
+    assert plan.columns is not None
+    return plan._replace(whole=True, even=even) if plan.columns.fold == S == inner == 1 else plan
 
 
 def _sized(dims: tuple[int, int, int], arrays: tuple[tuple[int, int, int], ...], lanes: int) -> Sized:
@@ -103,12 +100,12 @@ def _sized(dims: tuple[int, int, int], arrays: tuple[tuple[int, int, int], ...],
     if S <= grids.SHORT and all(inner == S for _, _, inner in arrays) and (S == 1 or N * C * S > grids.SMALL):
         cut = grids.columns(N, C, S, lanes, all(outer == C * S for _, outer, _ in arrays))
         even = cut.W % lanes == 0 and all(grids.even_rows(base, [cut.fold * outer], lanes) for base, outer, _ in arrays)
-        return Sized(None, cut, cut.parts + (cut.rest > 0), cut.fold, S, cut.W, lanes, even)
+        return Sized(None, cut, cut.parts * cut.copies, even)
     even = S % lanes == 0 and all(grids.even_rows(base, (outer, inner), lanes) for base, outer, inner in arrays)
     plan = grids.rows(N, C, S, lanes, even)
     if any((one - first) % lanes for array in arrays for one, first in zip(array, arrays[0], strict=True)):
         plan = grids.rows(N, C, S, S + 1, False)  # none of them lies alike: element by element
-    return Sized(plan, None, plan.parts, 1, 1, C, lanes, even)
+    return Sized(plan, None, plan.parts, even)
 
 
 class Flat(NamedTuple):

@@ -8,7 +8,7 @@ import pytest
 from numba.cuda.simulator import kernel as simulator
 
 from fastbn.backends import grids, launches
-from fastbn.kernels.cuda import _gpu, _simulated
+from fastbn.kernels.cuda import _simulated
 
 THREADS, WARP = 8, 4
 
@@ -48,7 +48,5 @@ _simulated._mine = lambda: greenlet.getcurrent().kernel_thread
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks and warps of a few threads and parts of a few values, so that small arrays take every branch."""
     launches.program.cache_clear()
-    for module in (grids, _simulated, _gpu):
-        monkeypatch.setattr(module, "WARP", WARP)
-    for name, value in {"THREADS": THREADS, "DEEP": 1, "FULL": 6, "SHORT": 16, "SMALL": 40}.items():
+    for name, value in {"THREADS": THREADS, "WARP": WARP, "WAVE": 12, "DEEP": 1, "FULL": 6, "SHORT": 8, "SMALL": 40}.items():
         monkeypatch.setattr(grids, name, value)

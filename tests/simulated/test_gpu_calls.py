@@ -62,7 +62,7 @@ def test_accuracy_at_any_mean(shape: tuple[int, ...], offset: float) -> None:
     _held(x)
 
 
-@pytest.mark.parametrize("scale", [1e-18, 1e30])
+@pytest.mark.parametrize("scale", [1e-38, 1e-25, 1e-18, 1e13, 1e30, 1e37])
 @pytest.mark.parametrize("shape", [(4, 2, 6, 6), (40, 6)])
 def test_accuracy_at_any_scale(shape: tuple[int, ...], scale: float) -> None:
     _held((np.random.default_rng(2).standard_normal(shape) * scale).astype(np.float32))
@@ -74,6 +74,27 @@ def test_accuracy_beside_an_outlier(shape: tuple[int, ...], where: int) -> None:
     x = np.random.default_rng(3).standard_normal(shape).astype(np.float32)
     x[where % shape[0]] = 1e6
     _held(x)
+
+
+@pytest.mark.parametrize("shape", [(8, 2, 6, 6), (64, 6), (4, 2, 53)])
+def test_accuracy_where_both_ends_are_atypical(shape: tuple[int, ...]) -> None:
+    x = (np.random.default_rng(4).standard_normal(shape) + 1e5).astype(np.float32)
+    for ends in (np.s_[[0, -1]], np.s_[..., [0, -1]], np.s_[: shape[0] // 2]):
+        padded = x.copy()
+        padded[ends] = 0.0
+        _held(padded)
+
+
+@pytest.mark.parametrize("shape", [(8, 2, 6, 6), (64, 6), (4, 2, 53)])
+def test_sums_that_only_float64_holds(shape: tuple[int, ...]) -> None:
+    x, dy = np.random.default_rng(5).standard_normal(shape).astype(np.float32), np.full(shape, 2e37, np.float32)
+    dy[0] *= -1
+    s = published.statistics(x, 1)
+    want = published.gradients(dy, x, s.mean, s.var, None, 1, 1e-5, True)
+    terms = np.abs(dy.astype(np.float64)).sum(tuple(a for a in range(x.ndim) if a != 1))
+    found = gpu.batch_norm_backward_reduce(dy, x, s.mean, s.var, 1, 1e-5, backend="cuda")
+    for got, wanted in zip(found, (want.dbeta, want.dgamma), strict=True):
+        assert (np.abs(got - wanted) <= 1e-6 * terms).all()
 
 
 def _held(x: np.ndarray) -> None:

@@ -13,9 +13,8 @@ from numba.cuda.extending import intrinsic
 
 from fastbn.kernels.cuda._group import FLOAT, GROUP_BYTES, I32, I64, SHARED, Group, arithmetic, read, splat, write
 
-WARP = 32
 BLOCK = 256  # threads, at most
-FEW = BLOCK  # numbers in shared memory
+PLANES = 4  # numbers of a slot in shared memory
 
 
 def device(function: Any) -> Any:
@@ -48,9 +47,9 @@ def sync():
 
 
 @device
-def from_lane(value, apart):
-    """The value of the lane so many further in the warp."""
-    return cuda.shfl_down_sync(0xFFFFFFFF, value, apart)
+def blocks():
+    """Blocks of the grid."""
+    return cuda.gridDim.x
 
 
 def _lanes(x: Any) -> int:
@@ -236,112 +235,102 @@ def inverse(typingctx, value):
 
 
 @intrinsic
-def median(typingctx, a, b, c):
-    """Of each lane; 0 where one is not finite."""
-
-    def codegen(context, builder, sig, args):
-        _, middle, _ = _ordered(builder, *args)
-        return builder.select(_finite(builder, *args), middle, ir.Constant(middle.type, None))
-
-    return a(a, b, c), codegen
-
-
-@intrinsic
-def unit(typingctx, a, b, c):
-    """A power of two for each lane that takes the largest of three to 1 or a little over, at most 2**24; 1 for zeros, Inf and NaN."""
-    bits, mantissa, bias = (64, 52, 1023) if a.dtype.bitwidth == 64 else (32, 23, 127)
-
-    def codegen(context, builder, sig, args):
-        low, _, high = _ordered(builder, *args)
-        zeros, kind = ir.Constant(low.type, None), ir.VectorType(ir.IntType(bits), a.lanes)
-
-        def constant(value: int) -> Any:
-            return ir.Constant(kind, [value] * a.lanes)
-
-        below = builder.fsub(zeros, low)
-        largest = builder.select(builder.fcmp_ordered(">", high, below), high, below)
-        wanted = builder.sub(constant(2 * bias), builder.lshr(builder.bitcast(largest, kind), constant(mantissa)))
-        for bound, beyond in ((1, "<"), (bias + 24, ">")):
-            wanted = builder.select(builder.icmp_signed(beyond, wanted, constant(bound)), constant(bound), wanted)
-        found = builder.bitcast(builder.shl(wanted, constant(mantissa)), low.type)
-        usable = builder.and_(_finite(builder, *args), builder.fcmp_ordered(">", largest, zeros))
-        return builder.select(usable, found, ir.Constant(low.type, [1.0] * a.lanes))
-
-    return a(a, b, c), codegen
-
-
-@intrinsic
 def first(typingctx, group):
     """The first lane."""
     return group.dtype(group), lambda context, builder, sig, args: builder.extract_element(args[0], ir.Constant(I32, 0))
 
 
-def _ordered(builder: Any, a: Any, b: Any, c: Any) -> tuple[Any, Any, Any]:
-    """Smallest, middle and largest of each lane."""
-    swap = builder.fcmp_ordered("<", b, a)
-    low, high = builder.select(swap, b, a), builder.select(swap, a, b)
-    under, over = builder.fcmp_ordered("<", c, low), builder.fcmp_ordered(">", c, high)
-    middle = builder.select(under, low, builder.select(over, high, c))
-    return builder.select(under, c, low), middle, builder.select(over, c, high)
-
-
-def _finite(builder: Any, *groups: Any) -> Any:
-    """Whether a lane is finite in all."""
-    tests = [builder.fcmp_ordered("==", builder.fsub(group, group), ir.Constant(group.type, None)) for group in groups]
-    return builder.and_(builder.and_(tests[0], tests[1]), tests[2])
-
-
-def _shared(builder: Any, name: str, kind: Any, count: int, index: Any) -> Any:
-    """Address of an element of this block's shared memory of a name."""
+def _shared(builder: Any, place: tuple[str, Any, int], index: Any) -> Any:
+    """Address of a number in this block's shared memory, an array of a name, type and size."""
+    name, kind, count = place
     array = ir.ArrayType(kind, count)
-    name = f"fastbn_{name}_{count}_{str(kind).replace(' ', '_').strip('<>')}"
+    name = f"fastbn_{name}_{count}_{kind}"
     found = builder.module.globals.get(name) or cgutils.add_global_variable(builder.module, array, name, addrspace=SHARED)
     # Each device function is a module of its own: with "internal" linkage what one puts is in another array than what the next takes.
-    found.linkage, found.initializer = "linkonce_odr", ir.Constant(array, ir.Undefined)
+    found.linkage, found.initializer, found.align = "linkonce_odr", ir.Constant(array, ir.Undefined), GROUP_BYTES
     return builder.gep(found, [ir.Constant(I32, 0), index])
 
 
-def _exchange(name: str, typed: Any, kind: Any, count: int) -> tuple[Any, Any]:
-    """The code of (put, take) for a type."""
+def _few(x: Any) -> tuple[str, Any, int]:
+    """The array with a slot for each thread."""
+    return "few", Group(x.dtype).ir.element, PLANES * BLOCK
 
-    def put(context, builder, sig, args):
-        builder.store(args[2], _shared(builder, name, kind, count, args[1]))
+
+def _many(x: Any) -> tuple[str, Any, int]:
+    """The array with a slot for each lane of each thread."""
+    return "many", Group(x.dtype).ir.element, PLANES * BLOCK * _lanes(x)
+
+
+def _putting(array: Any) -> Any:
+    def codegen(context, builder, sig, args):
+        builder.store(args[2], _shared(builder, array, args[1]))
         return context.get_dummy_value()
 
-    def take(context, builder, sig, args):
-        return builder.load(_shared(builder, name, kind, count, args[1]), typ=kind)
-
-    return put, take
+    return codegen
 
 
-def _few(x: Any) -> tuple[Any, Any]:
-    kind = arithmetic(x.dtype)
-    return _exchange("few", kind, FLOAT if kind.bitwidth == 32 else ir.DoubleType(), FEW)
+def _taking(array: Any) -> Any:
+    return lambda context, builder, sig, args: builder.load(_shared(builder, array, args[1]), typ=array[1])
 
 
-def _many(x: Any) -> tuple[Any, Any]:
-    return _exchange("many", Group(x.dtype), Group(x.dtype).ir, 2 * BLOCK)
+@intrinsic
+def few(typingctx, x):
+    """Slots of the array with one for each thread; a constant."""
+    return types.int32(x), lambda context, builder, sig, args: ir.Constant(I32, BLOCK)
+
+
+@intrinsic
+def many(typingctx, x):
+    """Slots of the array with one for each lane of each thread; a constant."""
+    number = BLOCK * _lanes(x)
+    return types.int32(x), lambda context, builder, sig, args: ir.Constant(I32, number)
 
 
 @intrinsic
 def put(typingctx, x, index, value):
-    """Keep a number of x's arithmetic in shared memory."""
-    return types.none(x, types.int32, arithmetic(x.dtype)), _few(x)[0]
+    """Keep a number of x's arithmetic in shared memory, in the array of few."""
+    return types.none(x, types.int32, arithmetic(x.dtype)), _putting(_few(x))
 
 
 @intrinsic
 def take(typingctx, x, index):
-    """A number from shared memory."""
-    return arithmetic(x.dtype)(x, types.int32), _few(x)[1]
+    """A number from the array of few."""
+    return arithmetic(x.dtype)(x, types.int32), _taking(_few(x))
+
+
+@intrinsic
+def put_lane(typingctx, x, index, value):
+    """Keep a number of x's arithmetic in shared memory, in the array of many."""
+    return types.none(x, types.int32, arithmetic(x.dtype)), _putting(_many(x))
+
+
+@intrinsic
+def take_lane(typingctx, x, index):
+    """A number from the array of many."""
+    return arithmetic(x.dtype)(x, types.int32), _taking(_many(x))
 
 
 @intrinsic
 def put_group(typingctx, x, index, group):
-    """Keep a group of x in shared memory, apart from the numbers."""
-    return types.none(x, types.int32, Group(x.dtype)), _many(x)[0]
+    """A group of x to the array of many, from a multiple of its lanes on."""
+    kind = Group(x.dtype)
+
+    def codegen(context, builder, sig, args):
+        at = builder.bitcast(_shared(builder, _many(x), args[1]), ir.PointerType(kind.ir, SHARED))
+        builder.store(args[2], at).align = GROUP_BYTES
+        return context.get_dummy_value()
+
+    return types.none(x, types.int32, kind), codegen
 
 
 @intrinsic
 def take_group(typingctx, x, index):
-    """A group from shared memory."""
-    return Group(x.dtype)(x, types.int32), _many(x)[1]
+    """A group from there."""
+    kind = Group(x.dtype)
+
+    def codegen(context, builder, sig, args):
+        loaded = builder.load(builder.bitcast(_shared(builder, _many(x), args[1]), ir.PointerType(kind.ir, SHARED)), typ=kind.ir)
+        loaded.align = GROUP_BYTES
+        return loaded
+
+    return kind(x, types.int32), codegen

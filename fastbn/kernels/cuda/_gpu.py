@@ -18,10 +18,10 @@ if SIMULATED:
 else:
     from fastbn.kernels.cuda import _device as _form
 
-WARP, device = _form.WARP, _form.device
-block, thread, threads, sync, from_lane = _form.block, _form.thread, _form.threads, _form.sync, _form.from_lane
+device, block, blocks, thread, threads, sync = _form.device, _form.block, _form.blocks, _form.thread, _form.threads, _form.sync
 lanes, scalar, spread, quotient = _form.lanes, _form.scalar, _form.spread, _form.quotient
 load, load_group, load_any, load_table, gather = _form.load, _form.load_group, _form.load_any, _form.load_table, _form.gather
 store, store_group, store_any = _form.store, _form.store_group, _form.store_any
-put, take, put_group, take_group = _form.put, _form.take, _form.put_group, _form.take_group
-first, total, inverse, median, unit = _form.first, _form.total, _form.inverse, _form.median, _form.unit
+few, put, take = _form.few, _form.put, _form.take
+many, put_lane, take_lane, put_group, take_group = _form.many, _form.put_lane, _form.take_lane, _form.put_group, _form.take_group
+first, total, inverse = _form.first, _form.total, _form.inverse

@@ -1,7 +1,7 @@
 """The same functions as `_device` in plain Python, for numba's simulator: kernels as they stand, every line counted and debuggable.
 
 A pointer is a `Memory`, which refuses what a GPU would do without a word: indices outside, groups off their boundary. A group is a NumPy
-array. A warp is WARP threads; tests make it small, for each thread of the simulator is one of Python's.
+array. Tests make blocks small, for each thread of the simulator is one of Python's.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-WARP = 32
+PLANES = 4  # numbers of a slot in shared memory
 
 Array = NDArray[Any]
 
@@ -59,6 +59,11 @@ def threads() -> int:
     return int(_mine()._manager._block_dim[0])
 
 
+def blocks() -> int:
+    """Blocks of the grid."""
+    return int(_mine()._manager._grid_dim[0])
+
+
 def sync() -> None:
     """Wait for the block's other threads."""
     _mine().syncthreads()
@@ -67,17 +72,6 @@ def sync() -> None:
 def _slots(name: str) -> dict[int, Any]:
     """Shared memory of this block, of a name."""
     found: dict[int, Any] = _mine()._manager.__dict__.setdefault(f"fastbn_{name}", {})
-    return found
-
-
-def from_lane(value: Any, apart: int) -> Any:
-    """The value of the lane so many further in the warp; every thread of the block asks together here."""
-    slots, mine = _slots("warp"), thread()
-    slots[mine] = value
-    sync()
-    other = mine + apart
-    found = slots[other] if other // WARP == mine // WARP and other in slots else value
-    sync()
     return found
 
 
@@ -181,43 +175,46 @@ def inverse(value: Any) -> Any:
     return type(value)(1) / value
 
 
-def median(a: Array, b: Array, c: Array) -> Array:
-    """Of each lane; 0 where one is not finite."""
-    three = np.array([a, b, c])
-    middle: Array = np.where(np.isfinite(three).all(0), np.sort(three, 0)[1], a.dtype.type(0))
-    return middle
-
-
-def unit(a: Array, b: Array, c: Array) -> Array:
-    """A power of two for each lane that takes the largest of three to 1 or a little over, at most 2**24; 1 for zeros, Inf and NaN."""
-    largest = np.abs([a, b, c]).max(0)
-    usable = np.isfinite(largest) & (largest > 0)
-    exponent = 1 - np.frexp(np.where(usable, largest, 1))[1]
-    found: Array = np.where(usable, np.ldexp(a.dtype.type(1), np.clip(exponent, np.finfo(a.dtype).minexp, 24)), a.dtype.type(1))
-    return found
-
-
 def first(group: Array) -> Any:
     """The first lane."""
     return group[0]
 
 
-def put(x: Memory, index: int, value: Any) -> None:
-    """Keep a number in shared memory."""
-    _slots("few")[index] = value
+def few(x: Memory) -> int:
+    """Slots of the array with one for each thread."""
+    return threads()
 
 
-def take(x: Memory, index: int) -> Any:
-    """A number from shared memory."""
-    return _slots("few")[index]
+def many(x: Memory) -> int:
+    """Slots of the array with one for each lane of each thread."""
+    return threads() * lanes(x)
+
+
+def _putting(name: str, size: Callable[[Memory], int]) -> Callable[[Memory, int, Any], None]:
+    def put(x: Memory, index: int, value: Any) -> None:
+        assert 0 <= index < PLANES * size(x), f"slot {index} of {PLANES} x {size(x)}"
+        _slots(f"{name} {x.kind.__name__}")[int(index)] = x.kind(value)
+
+    return put
+
+
+def _taking(name: str) -> Callable[[Memory, int], Any]:
+    return lambda x, index: _slots(f"{name} {x.kind.__name__}")[int(index)]
+
+
+put, take = _putting("few", few), _taking("few")
+put_lane, take_lane = _putting("many", many), _taking("many")
 
 
 def put_group(x: Memory, index: int, group: Array) -> None:
-    """Keep a group in shared memory."""
-    _slots("many")[index] = group
+    """A group of x to the array of many, from a multiple of its lanes on."""
+    assert index % lanes(x) == 0, f"a group off its boundary: slot {index}"
+    for k, value in enumerate(group):
+        put_lane(x, index + k, value)
 
 
 def take_group(x: Memory, index: int) -> Array:
-    """A group from shared memory."""
-    group: Array = _slots("many")[index]
-    return group
+    """A group from there; NaN in lanes that nothing was put in."""
+    assert index % lanes(x) == 0, f"a group off its boundary: slot {index}"
+    slots = _slots(f"many {x.kind.__name__}")
+    return np.array([slots.get(int(index) + k, np.nan) for k in range(lanes(x))], x.kind)

@@ -84,15 +84,14 @@ def _normalize(x, y, coefs, pad, C, S, runs, length, per_run, inner, xn, xm, yn,
 
 @gpu.device
 def sloped(x, dy, group, coefs, pad, run, e, C, S, per_run, even):
-    """gamma * rstd * (dy - level - xhat * slope) of a group."""
+    """(dy - (x - near) * slope) * scale - level of a group."""
     c, s = channel_of(run, e, C, S, per_run)
-    hat = (group - coefficient(x, coefs, 0, c, s, C, S, even)) * coefficient(x, coefs, pad, c, s, C, S, even)
-    left = dy - hat * coefficient(x, coefs, 2 * pad, c, s, C, S, even) - coefficient(x, coefs, 3 * pad, c, s, C, S, even)
-    return left * coefficient(x, coefs, 4 * pad, c, s, C, S, even)
+    left = dy - (group - coefficient(x, coefs, 0, c, s, C, S, even)) * coefficient(x, coefs, pad, c, s, C, S, even)
+    return left * coefficient(x, coefs, 3 * pad, c, s, C, S, even) - coefficient(x, coefs, 2 * pad, c, s, C, S, even)
 
 
 def _gradient(x, dy, dx, coefs, pad, C, S, runs, length, per_run, inner, xn, xm, dn, dm, yn, ym, groups, even, aligned):
-    """dx = scale * (dy - level - (x - near) * rstd * slope), with `finish.finish_backward`'s coefficients (5, pad); as `_normalize`."""
+    """dx = (dy - (x - near) * slope) * scale - level, with `finish.finish_backward`'s coefficients (4, pad); as `_normalize`."""
     lanes, threads = gpu.lanes(x), gpu.threads()
     u, end = gpu.block() * EACH * threads + gpu.thread(), runs * groups
     if aligned and u - gpu.thread() + EACH * threads <= runs * gpu.quotient(length, lanes):

@@ -1,13 +1,27 @@
 """Channels last on the GPU: partial moments and gradients' sums of columns (R, W), W contiguous.
 
-A thread takes one group of columns and every so many rows, a block a few hundred columns and one part of the rows: its threads stand
-`across` columns, the others below them. Short rows of channels first are columns too, S to a channel; rows of few channels are folded
-together, and the last, shorter one is read apart.
+A thread takes one group of columns and every so many rows, a block `across` groups, which hold whole channels, and one part of the rows.
+Short rows of channels first are columns too, S to a channel; rows of few channels are folded together, and the last, shorter one is read
+apart. A block merges what it has of a channel: rows, folded rows and columns.
 """
 
 from fastbn.kernels.cuda import _gpu as gpu
 from fastbn.kernels.cuda._jit import kernel
-from fastbn.kernels.cuda.merging import add, deviate, join_two
+from fastbn.kernels.cuda.merging import (
+    LEAF,
+    add,
+    grow,
+    join,
+    join_lanes,
+    keep_lane,
+    keep_lane_sums,
+    kept_lane,
+    kept_lane_sums,
+    store_moments,
+    store_sums,
+    sum_lanes,
+    weights,
+)
 
 
 @gpu.device
@@ -19,165 +33,169 @@ def fetch(x, i, count, aligned):
 
 
 @gpu.device
-def column_moments(x, at, step, start, stop, every, wide, aligned, shift, unit):
-    """(rows, mean, m2) of each lane for the columns at `at`: rows start, start + every, ... below stop."""
-    one = gpu.scalar(x, 1.0)
-    count, mean = one - one, gpu.spread(x, one - one)
-    m2, lost = mean, mean
-    r = start
-    while r + 3 * every < stop:  # four loads on their way at once
-        i, apart = at + r * step, every * step
-        a, b = fetch(x, i, wide, aligned), fetch(x, i + apart, wide, aligned)
-        c, d = fetch(x, i + 2 * apart, wide, aligned), fetch(x, i + 3 * apart, wide, aligned)
-        mean, m2, lost = deviate((a - shift) * unit, gpu.spread(x, gpu.inverse(count + one)), mean, m2, lost)
-        mean, m2, lost = deviate((b - shift) * unit, gpu.spread(x, gpu.inverse(count + one + one)), mean, m2, lost)
-        mean, m2, lost = deviate((c - shift) * unit, gpu.spread(x, gpu.inverse(count + one + one + one)), mean, m2, lost)
-        count += one + one + one + one
-        mean, m2, lost = deviate((d - shift) * unit, gpu.spread(x, gpu.inverse(count)), mean, m2, lost)
-        r += 4 * every
+def column_moments(x, at, step, start, stop, every, wide, aligned):
+    """(rows, base, rest, m2) of each lane for the columns at `at`: rows start, start + every, ... below stop; rows are of all lanes."""
+    zero, one = gpu.scalar(x, 0.0), gpu.scalar(x, 1.0)
+    nil = gpu.spread(x, zero)
+    count, origin, beside, m2, lost = zero, nil, nil, nil, nil
+    i, apart = at + start * step, every * step
+    if start < stop:
+        origin = fetch(x, i, wide, aligned)
+    r, until = start, start + 4 * every  # the first leaf is short: one value may be far from all others
     while r < stop:
-        count += one
-        group = (fetch(x, at + r * step, wide, aligned) - shift) * unit
-        mean, m2, lost = deviate(group, gpu.spread(x, gpu.inverse(count)), mean, m2, lost)
-        r += every
-    return count, mean, m2
-
-
-@gpu.device
-def join_columns(x, across, count, mean, m2):
-    """(rows, mean, m2) of each lane of the threads one below the other, in the topmost; always in the same order."""
-    thread = gpu.thread()
-    half = gpu.threads() // 2
-    while half >= across:
-        gpu.put(x, thread, count)
-        gpu.put_group(x, thread, mean)
-        gpu.put_group(x, gpu.threads() + thread, m2)
-        gpu.sync()
-        if thread < half:
-            other = gpu.take(x, thread + half)
-            if other:
-                here, there = gpu.spread(x, count), gpu.spread(x, other)
-                others = gpu.take_group(x, thread + half), gpu.take_group(x, gpu.threads() + thread + half)
-                _, mean, m2 = join_two(here, mean, m2, there, *others)
-                count += other
-        gpu.sync()
-        half //= 2
-    return count, mean, m2
+        terms, total, squares = zero, nil, nil
+        until = min(until, stop)
+        while r + 3 * every < until:  # four loads on their way at once
+            a, b = fetch(x, i, wide, aligned), fetch(x, i + apart, wide, aligned)
+            c, d = fetch(x, i + 2 * apart, wide, aligned), fetch(x, i + 3 * apart, wide, aligned)
+            a, b, c, d = a - origin, b - origin, c - origin, d - origin
+            total = total + ((a + b) + (c + d))
+            squares = squares + a * a + b * b + c * c + d * d
+            terms += one + one + one + one
+            r += 4 * every
+            i += 4 * apart
+        while r < until:
+            a = fetch(x, i, wide, aligned) - origin
+            total, squares = total + a, squares + a * a
+            terms += one
+            r += every
+            i += apart
+        inverse, weight, both = weights(count, terms)
+        inverse, weight, both = gpu.spread(x, inverse), gpu.spread(x, weight), gpu.spread(x, both)
+        origin, beside, m2, lost = grow(total, squares, inverse, weight, both, origin, beside, m2, lost)
+        count += terms
+        until = r + LEAF * every
+    return count, origin, beside, m2
 
 
 @gpu.device
 def column_sums(x, dy, at, step, at_dy, step_dy, start, stop, every, wide, aligned, means):
     """(sum of dy, sum of dy * (x - mean)) of each lane, as `column_moments`."""
-    total = gpu.spread(x, gpu.scalar(x, 0.0))
-    lost, product, missing = total, total, total
+    nil = gpu.spread(x, gpu.scalar(x, 0.0))
+    total, lost, product, missing = nil, nil, nil, nil
+    i, j, apart, apart_dy = at + start * step, at_dy + start * step_dy, every * step, every * step_dy
     r = start
-    while r + every < stop:  # two loads of each array on their way at once
-        i, j, apart, apart_dy = at + r * step, at_dy + r * step_dy, every * step, every * step_dy
-        a, da = fetch(x, i, wide, aligned), fetch(dy, j, wide, aligned)
-        b, db = fetch(x, i + apart, wide, aligned), fetch(dy, j + apart_dy, wide, aligned)
-        total, lost = add(total, lost, da)
-        product, missing = add(product, missing, da * (a - means))
-        total, lost = add(total, lost, db)
-        product, missing = add(product, missing, db * (b - means))
-        r += 2 * every
     while r < stop:
-        group = fetch(dy, at_dy + r * step_dy, wide, aligned)
-        total, lost = add(total, lost, group)
-        product, missing = add(product, missing, group * (fetch(x, at + r * step, wide, aligned) - means))
-        r += every
+        some, products = nil, nil
+        until = min(r + LEAF * every, stop)
+        while r + every < until:  # two loads of each array on their way at once
+            a, da = fetch(x, i, wide, aligned), fetch(dy, j, wide, aligned)
+            b, db = fetch(x, i + apart, wide, aligned), fetch(dy, j + apart_dy, wide, aligned)
+            some = some + (da + db)
+            products = products + da * (a - means) + db * (b - means)
+            r += 2 * every
+            i += 2 * apart
+            j += 2 * apart_dy
+        while r < until:
+            da = fetch(dy, j, wide, aligned)
+            some, products = some + da, products + da * (fetch(x, i, wide, aligned) - means)
+            r += every
+            i += apart
+            j += apart_dy
+        total, lost = add(total, lost, some)
+        product, missing = add(product, missing, products)
     return total, product
 
 
 @gpu.device
-def sum_columns(x, across, a, b):
-    """Both sums of each lane of the threads one below the other, in the topmost; always in the same order."""
-    thread = gpu.thread()
-    half = gpu.threads() // 2
-    while half >= across:
-        gpu.put_group(x, thread, a)
-        gpu.put_group(x, gpu.threads() + thread, b)
-        gpu.sync()
-        if thread < half:
-            a = a + gpu.take_group(x, thread + half)
-            b = b + gpu.take_group(x, gpu.threads() + thread + half)
-        gpu.sync()
-        half //= 2
-    return a, b
-
-
-@gpu.device
-def part_moments(x, R, W, step, across, parts, chunk, aligned, given, partial):
-    """A block's part into `partial` (parts, 3, W), its shift and unit into `given` (2, W); this thread's part, columns, shift and unit."""
-    block, thread, lanes = gpu.block(), gpu.thread(), gpu.lanes(x)
-    part, column = block % parts, (block // parts * across + thread % across) * lanes
-    wide = min(lanes, W - column)  # none at all beyond the last column
-    start = part * chunk
-    stop = min(start + chunk, R) if wide > 0 else start
-    last = (R - 1) * step
-    shift, unit = gpu.spread(x, gpu.scalar(x, 0.0)), gpu.spread(x, gpu.scalar(x, 1.0))
-    if wide > 0:
-        a, c = fetch(x, column, wide, aligned), fetch(x, column + last, wide, aligned)
-        b = fetch(x, column + R // 2 * step, wide, aligned)
-        shift, unit = gpu.median(a, b, c), gpu.unit(a, b, c)
+def place_of(x, R, W, across, unit, part, chunk):
+    """(first column of the block's, this thread's, how many it has, rows from, to, every)."""
+    thread, lanes = gpu.thread(), gpu.lanes(x)
     every = gpu.threads() // across
-    count, mean, m2 = column_moments(x, column, step, start + thread // across, stop, every, wide, aligned, shift, unit)
-    count, mean, m2 = join_columns(x, across, count, mean, m2)
-    if thread < across and wide > 0:
-        gpu.store_any(partial, (part * 3) * W + column, wide, gpu.spread(x, count))
-        gpu.store_any(partial, (part * 3 + 1) * W + column, wide, mean)
-        gpu.store_any(partial, (part * 3 + 2) * W + column, wide, m2)
-        if part == 0:
-            gpu.store_any(given, column, wide, shift)
-            gpu.store_any(given, W + column, wide, unit)
-    return part, column, wide, shift, unit
+    below = gpu.quotient(thread, across)
+    first = unit * across * lanes
+    column = first + (thread - below * across) * lanes
+    wide = min(lanes, W - column) if below < every else 0  # threads that no row is for, and columns beyond the last
+    start = part * chunk + below
+    return first, column, wide, start, min(part * chunk + chunk, R) if wide > 0 else start, every
 
 
 @gpu.device
-def part_sums(x, dy, mean, R, W, C, S, step, step_dy, across, parts, chunk, aligned, partial):
-    """A block's part into `partial` (parts, 2, W); this thread's part and columns, and their means."""
-    block, thread, lanes = gpu.block(), gpu.thread(), gpu.lanes(x)
-    part, column = block % parts, (block // parts * across + thread % across) * lanes
-    wide = min(lanes, W - column)
-    start = part * chunk
-    stop = min(start + chunk, R) if wide > 0 else start
+def part_moments(x, R, W, C, S, step, rest, across, units, unit, part, chunk, aligned):
+    """A block's part of each of its channels into slot 0, S, 2 * S, ... of shared memory; how many channels, and which is the first.
+
+    Channels of folded rows are merged where a block has all of them; else channel C is channel 0 of the next row.
+    """
+    lanes, thread = gpu.lanes(x), gpu.thread()
+    first, column, wide, start, stop, every = place_of(x, R, W, across, unit, part, chunk)
+    count, base, beside, m2 = column_moments(x, column, step, start, stop, every, wide, aligned)
+    plane = gpu.many(x)
+    gpu.put_group(x, thread * lanes, gpu.spread(x, count))
+    gpu.put_group(x, plane + thread * lanes, base)
+    gpu.put_group(x, 2 * plane + thread * lanes, beside)
+    gpu.put_group(x, 3 * plane + thread * lanes, m2)
+    columns = min(across * lanes, W - first)
+    if part == 0 and rest > first:
+        gpu.sync()
+        i, zero = thread, gpu.scalar(x, 0.0)
+        while i < min(rest - first, columns):
+            keep_lane(x, i, *join(*kept_lane(x, i), gpu.scalar(x, 1.0), gpu.load(x, first + i + R * step), zero, zero))
+            i += gpu.threads()
+    join_lanes(x, every, across * lanes, 1, 0)
+    channels = gpu.quotient(columns, S)
+    if units == 1:
+        join_lanes(x, gpu.quotient(channels, C), C * S, 1, 0)
+        channels = min(channels, C)
+    join_lanes(x, S, 1, channels, S)
+    return channels, gpu.quotient(first, S)
+
+
+@gpu.device
+def part_sums(x, dy, mean, R, W, C, S, step, step_dy, rest, across, units, unit, part, chunk, aligned):
+    """The same for the sums of dy and dy * (x - mean)."""
+    lanes, thread = gpu.lanes(x), gpu.thread()
+    first, column, wide, start, stop, every = place_of(x, R, W, across, unit, part, chunk)
     means = gpu.spread(x, gpu.scalar(x, 0.0))
     if wide > 0:
         means = gpu.gather(x, mean, 0, column // S % C, column % S, S, C)
-    every = gpu.threads() // across
-    a, b = column_sums(x, dy, column, step, column, step_dy, start + thread // across, stop, every, wide, aligned, means)
-    a, b = sum_columns(x, across, a, b)
-    if thread < across and wide > 0:
-        gpu.store_any(partial, (part * 2) * W + column, wide, a)
-        gpu.store_any(partial, (part * 2 + 1) * W + column, wide, b)
-    return part, column, wide, means
+    a, b = column_sums(x, dy, column, step, column, step_dy, start, stop, every, wide, aligned, means)
+    gpu.put_group(x, thread * lanes, a)
+    gpu.put_group(x, gpu.many(x) + thread * lanes, b)
+    columns = min(across * lanes, W - first)
+    if part == 0 and rest > first:
+        gpu.sync()
+        i = thread
+        while i < min(rest - first, columns):
+            value, middle = gpu.load(dy, first + i + R * step_dy), gpu.scalar(x, gpu.load(mean, (first + i) // S % C))
+            one, other = kept_lane_sums(x, i)
+            keep_lane_sums(x, i, one + value, other + value * (gpu.load(x, first + i + R * step) - middle))
+            i += gpu.threads()
+    sum_lanes(x, every, across * lanes, 1, 0)
+    channels = gpu.quotient(columns, S)
+    if units == 1:
+        sum_lanes(x, gpu.quotient(channels, C), C * S, 1, 0)
+        channels = min(channels, C)
+    sum_lanes(x, S, 1, channels, S)
+    return channels, gpu.quotient(first, S)
 
 
-@kernel("x i8 i8 i8 i4 i4 i4 i8 i4 w w")
-def moments_columns(x, R, W, step, rest, across, parts, chunk, aligned, given, partial):
-    """(rows, mean, m2) of each part of each column into `partial` (parts, 3, W), as deviations; their shift and unit into `given` (2, W).
+@kernel("x i8 i8 i4 i4 i8 i4 i4 i4 i8 i4 i4 s")
+def moments_columns(x, R, W, C, S, step, rest, across, units, chunk, copies, aligned, partial):
+    """(count, mean, m2) of each part of each channel into `partial` (parts * copies, 3, C).
 
-    A part is `chunk` rows. Where `rest` columns of one more row are left, they are a part of their own, the last of `partial`.
+    A part is `chunk` rows, a row `copies` times C channels of S columns where a block has not all of it, else 1. Of one more row `rest`
+    columns are left. Blocks side by side take one part of all columns: what is read last lies together.
     """
-    part, column, wide, shift, unit = part_moments(x, R, W, step, across, parts, chunk, aligned, given, partial)
-    if part == 0 and rest > 0 and gpu.thread() < across and wide > 0:
-        left = min(max(rest - column, 0), wide)
-        nothing = gpu.spread(x, gpu.scalar(x, 0.0))
-        value = (gpu.load_any(x, column + R * step, left) - shift) * unit
-        gpu.store_any(partial, (parts * 3) * W + column, wide, nothing)
-        gpu.store_any(partial, (parts * 3) * W + column, left, gpu.spread(x, gpu.scalar(x, 1.0)))
-        gpu.store_any(partial, (parts * 3 + 1) * W + column, wide, value)
-        gpu.store_any(partial, (parts * 3 + 2) * W + column, wide, nothing)
+    part = gpu.quotient(gpu.block(), units)
+    channels, first = part_moments(x, R, W, C, S, step, rest, across, units, gpu.block() - part * units, part, chunk, aligned)
+    i = gpu.thread()
+    while i < channels:
+        copy = gpu.quotient(first + i, C)
+        store_moments(partial, part * copies + copy, first + i - copy * C, C, *kept_lane(x, i * S))
+        i += gpu.threads()
 
 
-@kernel("x x t i8 i8 i4 i4 i8 i8 i4 i4 i4 i8 i4 w")
-def sums_columns(x, dy, mean, R, W, C, S, step, step_dy, rest, across, parts, chunk, aligned, partial):
-    """(sum of dy, sum of dy * (x - mean)) of each part of each column into `partial` (parts, 2, W), parts as in `moments_columns`.
+@kernel("x x t i8 i8 i4 i4 i8 i8 i4 i4 i4 i8 i4 i4 s")
+def sums_columns(x, dy, mean, R, W, C, S, step, step_dy, rest, across, units, chunk, copies, aligned, partial):
+    """(sum of dy, sum of dy * (x - mean)) of each part of each channel into `partial` (parts * copies, 2, C), as `moments_columns`.
 
-    S columns of a row are one channel's; `mean` (C,) is rounded as x is computed in.
+    `mean` (C,) is rounded as x is computed in.
     """
-    part, column, wide, means = part_sums(x, dy, mean, R, W, C, S, step, step_dy, across, parts, chunk, aligned, partial)
-    if part == 0 and rest > 0 and gpu.thread() < across and wide > 0:
-        left = min(max(rest - column, 0), wide)
-        value = gpu.load_any(dy, column + R * step_dy, left)
-        gpu.store_any(partial, (parts * 2) * W + column, wide, value)
-        gpu.store_any(partial, (parts * 2 + 1) * W + column, wide, value * (gpu.load_any(x, column + R * step, left) - means))
+    part = gpu.quotient(gpu.block(), units)
+    unit = gpu.block() - part * units
+    channels, first = part_sums(x, dy, mean, R, W, C, S, step, step_dy, rest, across, units, unit, part, chunk, aligned)
+    i = gpu.thread()
+    while i < channels:
+        copy = gpu.quotient(first + i, C)
+        store_sums(partial, part * copies + copy, first + i - copy * C, C, *kept_lane_sums(x, i * S))
+        i += gpu.threads()

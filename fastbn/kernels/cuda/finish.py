@@ -1,42 +1,48 @@
 """What is left to do per channel, in float64: merge the partial statistics of a channel's parts, and compute the passes' coefficients.
 
-A warp takes a channel, its lanes the partial results in turn; the order, and so every bit, comes from the shape.
+A block takes `across` channels and divides its threads among them, each reads partial results in turn; the order, and so every bit, comes
+from the shape. Channels that float32 has too little range for are read again.
 """
 
 from math import sqrt
 
 from fastbn.kernels.cuda import _gpu as gpu
 from fastbn.kernels.cuda._jit import kernel
-from fastbn.kernels.cuda.merging import join, join_warp, sum_warp
+from fastbn.kernels.cuda.merging import doubtful, join, join_slots, keep, keep_sums, kept, kept_sums, reread, reread_sums, sum_slots
 
 
 @gpu.device
-def entry(e, C, S, fold, channel):
-    """(part, column) of a channel's e-th partial result; `fold` rows of C * S columns are one."""
-    q = e % (fold * S)
-    return e // (fold * S), q // S * (C * S) + channel * S + q % S
+def share_of(across):
+    """(channel, its place among those of a block, this thread's among the channel's, how many these are)."""
+    below = gpu.quotient(gpu.thread(), across)
+    beside = gpu.thread() - below * across
+    return gpu.block() * across + beside, beside, below, gpu.threads() // across
 
 
 @gpu.device
-def moments_of(partial, given, parts, fold, C, S, W, channel, stats):
-    """(count, mean, m2) of a channel, in the first lane of its warp."""
+def moments_of(partial, entries, C, across, x, N, S, sn, sc, stats):
+    """(channel, whether this thread is to finish it, count, mean, m2), from partial results (entries, 3, C)."""
+    channel, beside, below, every = share_of(across)
     zero = gpu.scalar(stats, 0.0)
-    count, mean, m2 = zero, zero, zero
-    e = gpu.thread() % gpu.WARP
-    while channel < C and e < parts * fold * S:
-        part, column = entry(e, C, S, fold, channel)
-        at = part * 3 * W + column
-        deviation = gpu.load(given, column), gpu.load(given, W + column), gpu.load(partial, at + W), gpu.load(partial, at + 2 * W)
-        count, mean, m2 = join(count, mean, m2, gpu.scalar(stats, gpu.load(partial, at)), *lifted(stats, *deviation))
-        e += gpu.WARP
-    return join_warp(count, mean, m2)
-
-
-@gpu.device
-def lifted(stats, shift, unit, mean, m2):
-    """Mean and m2 in float64 of what deviates from `shift` in units of 1 / `unit`."""
-    unit = gpu.scalar(stats, unit)
-    return gpu.scalar(stats, shift) + gpu.scalar(stats, mean) / unit, gpu.scalar(stats, m2) / unit / unit
+    nothing = zero, zero, zero, zero
+    found = nothing
+    e = below
+    while channel < C and e < entries:
+        at = e * 3 * C + channel
+        found = join(*found, gpu.load(partial, at), gpu.load(partial, at + C), zero, gpu.load(partial, at + 2 * C))
+        e += every
+    keep(stats, gpu.thread(), *found)
+    join_slots(stats, every, across, 1, 0)
+    count, base, rest, m2 = kept(stats, beside)
+    gpu.sync()
+    if doubtful(x, count, base + rest, m2):
+        found = reread(x, channel * sc, N, S, sn, below, every)
+    else:
+        found = (count, base, rest, m2) if below == 0 else nothing
+    keep(stats, gpu.thread(), *found)
+    join_slots(stats, every, across, 1, 0)
+    count, base, rest, m2 = kept(stats, beside)
+    return channel, channel < C and below == 0, count, base + rest, m2
 
 
 @gpu.device
@@ -52,11 +58,11 @@ def scaled(x, mean, rstd, gamma, beta, affine, channel):
 
 @gpu.device
 def sloped(x, mean, rstd, gamma, affine, channel, a, dgamma, values):
-    """(near, rstd, slope, level, scale) of dx = scale * (dy - level - (x - near) * rstd * slope), from the sums of dy and dy * xhat."""
-    near, slope = gpu.scalar(x, mean), dgamma / values
-    level = a / values - (mean - near) * rstd * slope
+    """(near, slope, level, scale) of dx = (dy - (x - near) * slope) * scale - level, from the sums of dy and dy * xhat."""
+    near, slope = gpu.scalar(x, mean), dgamma / values * rstd
+    level = a / values - (mean - near) * slope
     scale = rstd * gpu.load(gamma, channel) if affine & 1 else rstd
-    return near, gpu.scalar(x, rstd), gpu.scalar(x, slope), gpu.scalar(x, level), gpu.scalar(x, scale)
+    return near, gpu.scalar(x, slope), gpu.scalar(x, level * scale), gpu.scalar(x, scale)
 
 
 @gpu.device
@@ -77,30 +83,27 @@ def keep_scale(mean, rstd, gamma, beta, affine, channel, pad, coefs):
 @gpu.device
 def keep_slope(mean, rstd, gamma, affine, channel, a, dgamma, values, pad, coefs):
     """What `apply.gradient` needs of a channel."""
-    near, inverse, slope, level, scale = sloped(coefs, mean, rstd, gamma, affine, channel, a, dgamma, values)
+    near, slope, level, scale = sloped(coefs, mean, rstd, gamma, affine, channel, a, dgamma, values)
     gpu.store(coefs, channel, near)
-    gpu.store(coefs, pad + channel, inverse)
-    gpu.store(coefs, 2 * pad + channel, slope)
-    gpu.store(coefs, 3 * pad + channel, level)
-    gpu.store(coefs, 4 * pad + channel, scale)
+    gpu.store(coefs, pad + channel, slope)
+    gpu.store(coefs, 2 * pad + channel, level)
+    gpu.store(coefs, 3 * pad + channel, scale)
 
 
-@kernel("w w i4 i4 i4 i4 i8 s")
-def finish_moments(partial, given, parts, fold, C, S, W, stats):
-    """Mean and m2 of each channel into `stats` (2, C), from partial results (parts, 3, W) and what they deviate from (2, W)."""
-    channel = gpu.block() * (gpu.threads() // gpu.WARP) + gpu.thread() // gpu.WARP
-    _, mean, m2 = moments_of(partial, given, parts, fold, C, S, W, channel, stats)
-    if channel < C and gpu.thread() % gpu.WARP == 0:
+@kernel("s i4 i4 i4 x i8 i8 i8 i8 s")
+def finish_moments(partial, entries, C, across, x, N, S, sn, sc, stats):
+    """Mean and m2 of each channel into `stats` (2, C), from partial results (entries, 3, C) of x (N, C, S)."""
+    channel, mine, _, mean, m2 = moments_of(partial, entries, C, across, x, N, S, sn, sc, stats)
+    if mine:
         gpu.store(stats, channel, mean)
         gpu.store(stats, C + channel, m2)
 
 
-@kernel("w w i4 i4 i4 i4 i8 f w w i4 i4 s w")
-def finish_forward(partial, given, parts, fold, C, S, W, eps, gamma, beta, affine, pad, stats, coefs):
+@kernel("s i4 i4 i4 x i8 i8 i8 i8 f w w i4 i4 s w")
+def finish_forward(partial, entries, C, across, x, N, S, sn, sc, eps, gamma, beta, affine, pad, stats, coefs):
     """The same, and coefficients (3, pad) for `apply.normalize`; `affine` is 1 with gamma, 2 with beta, 3 with both."""
-    channel = gpu.block() * (gpu.threads() // gpu.WARP) + gpu.thread() // gpu.WARP
-    count, mean, m2 = moments_of(partial, given, parts, fold, C, S, W, channel, stats)
-    if channel < C and gpu.thread() % gpu.WARP == 0:
+    channel, mine, count, mean, m2 = moments_of(partial, entries, C, across, x, N, S, sn, sc, stats)
+    if mine:
         gpu.store(stats, channel, mean)
         gpu.store(stats, C + channel, m2)
         keep_scale(mean, 1.0 / sqrt(m2 / count + eps), gamma, beta, affine, channel, pad, coefs)
@@ -116,24 +119,44 @@ def set_scale(mean, m2, count, eps, gamma, beta, affine, C, pad, coefs):
         keep_scale(gpu.load(mean, channel), rstd, gamma, beta, affine, channel, pad, coefs)
 
 
-@kernel("w i4 i4 i4 i4 i8 t t f f f w i4 i4 i4 s w w")
-def finish_backward(partial, parts, fold, C, S, W, mean, m2, count, eps, values, gamma, affine, training, pad, sums, grads, coefs):
-    """Sums of dy and dy * xhat into `sums` and `grads` (2, C), and coefficients (5, pad) for `apply.gradient`, or for `apply.normalize`.
+@gpu.device
+def sums_of(partial, entries, C, across, x, dy, mean, N, S, sn, sc, dn, dc, sums):
+    """(channel, whether this thread is to finish it, sum of dy, sum of dy * (x - mean)), from partial sums (entries, 2, C)."""
+    channel, beside, below, every = share_of(across)
+    zero = gpu.scalar(sums, 0.0)
+    a, b = zero, zero
+    e = below
+    while channel < C and e < entries:
+        a += gpu.load(partial, e * 2 * C + channel)
+        b += gpu.load(partial, (e * 2 + 1) * C + channel)
+        e += every
+    keep_sums(sums, gpu.thread(), a, b)
+    sum_slots(sums, every, across, 1, 0)
+    a, b = kept_sums(sums, beside)
+    gpu.sync()
+    if channel < C and gpu.lanes(x) > 2 and not (a - a == 0.0 and b - b == 0.0):
+        near = gpu.scalar(sums, gpu.scalar(x, gpu.load(mean, channel)))
+        a, b = reread_sums(x, dy, channel * sc, channel * dc, N, S, sn, dn, below, every, near)
+    elif below > 0:
+        a, b = zero, zero
+    keep_sums(sums, gpu.thread(), a, b)
+    sum_slots(sums, every, across, 1, 0)
+    a, b = kept_sums(sums, beside)
+    return channel, channel < C and below == 0, a, b
 
-    From partial sums (parts, 2, W); `values` per channel; m2 is 1 / sqrt(var + eps) where count is 0. If not `training`,
-    statistics are constants, and dx is dy scaled: no coefficient of x's.
+
+@kernel("s i4 i4 i4 x x i8 i8 i8 i8 i8 i8 t t f f f w i4 i4 i4 s w w")
+def finish_backward(
+    partial, entries, C, across, x, dy, N, S, sn, sc, dn, dc, mean, m2, count, eps, values, gamma, affine, training, pad, sums, grads, coefs
+):
+    """Sums of dy and dy * xhat into `sums` and `grads` (2, C), and coefficients (4, pad) for `apply.gradient`, or for `apply.normalize`.
+
+    From partial sums (entries, 2, C) of x and dy (N, C, S); `values` per channel; m2 is 1 / sqrt(var + eps) where count is 0. If not
+    `training`, statistics are constants, and dx is dy scaled: no coefficient of x's.
     """
     zero = gpu.scalar(sums, 0.0)
-    channel = gpu.block() * (gpu.threads() // gpu.WARP) + gpu.thread() // gpu.WARP
-    a, b = zero, zero
-    e = gpu.thread() % gpu.WARP
-    while channel < C and e < parts * fold * S:
-        part, column = entry(e, C, S, fold, channel)
-        a += gpu.load(partial, part * 2 * W + column)
-        b += gpu.load(partial, (part * 2 + 1) * W + column)
-        e += gpu.WARP
-    a, b = sum_warp(a, b)
-    if channel < C and gpu.thread() % gpu.WARP == 0:
+    channel, mine, a, b = sums_of(partial, entries, C, across, x, dy, mean, N, S, sn, sc, dn, dc, sums)
+    if mine:
         spread, middle = gpu.load(m2, channel), gpu.load(mean, channel)
         rstd = 1.0 / sqrt(spread / count + eps) if count else spread
         dgamma = slope_of(coefs, middle, rstd, a, b)
@@ -151,7 +174,7 @@ def finish_backward(partial, parts, fold, C, S, W, mean, m2, count, eps, values,
 
 @kernel("t t f f s s f w i4 i4 i4 w")
 def set_slope(mean, m2, count, eps, sum_dy, sum_dy_xhat, values, gamma, affine, C, pad, coefs):
-    """Coefficients (5, pad) for `apply.gradient` from given statistics and sums (C,) over `values` per channel; m2 as `set_scale`."""
+    """Coefficients (4, pad) for `apply.gradient` from given statistics and sums (C,) over `values` per channel; m2 as `set_scale`."""
     channel = gpu.block() * gpu.threads() + gpu.thread()
     if channel < C:
         spread = gpu.load(m2, channel)
@@ -193,9 +216,9 @@ def join_moments(count, mean, m2, other_count, other_mean, other_m2, C, found, f
     """Moments of both groups of values, all (C,)."""
     channel = gpu.block() * gpu.threads() + gpu.thread()
     if channel < C:
-        here = gpu.load(mean, channel), gpu.load(m2, channel)
-        _, middle, q = join(count, *here, other_count, gpu.load(other_mean, channel), gpu.load(other_m2, channel))
-        gpu.store(found, channel, middle)
+        here = gpu.load(mean, channel), 0.0, gpu.load(m2, channel)
+        _, middle, rest, q = join(count, *here, other_count, gpu.load(other_mean, channel), 0.0, gpu.load(other_m2, channel))
+        gpu.store(found, channel, middle + rest)
         gpu.store(found_m2, channel, q)
 
 

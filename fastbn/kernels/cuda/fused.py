@@ -11,21 +11,40 @@ from numpy import float64
 from fastbn.kernels.cuda import _gpu as gpu
 from fastbn.kernels.cuda._jit import kernel
 from fastbn.kernels.cuda.columns import fetch, part_moments, part_sums
-from fastbn.kernels.cuda.finish import keep_scale, keep_slope, lifted, scaled, slope_of, sloped
-from fastbn.kernels.cuda.merging import join_block, sample, sum_block
-from fastbn.kernels.cuda.rows import four, onwards, outside, read_moments, read_sums, spot
+from fastbn.kernels.cuda.finish import scaled, slope_of, sloped
+from fastbn.kernels.cuda.merging import doubtful, kept_lane, kept_lane_sums, reread, reread_sums
+from fastbn.kernels.cuda.rows import four, onwards, outside, row_moments, row_sums, spot
 
 
 @gpu.device
-def kept(x, i):
+def everywhere(x, i):
     """A number of the block's, in every lane."""
     return gpu.spread(x, gpu.take(x, i))
 
 
 @gpu.device
-def slant(group, steep, near, rstd, slope, level, scale):
-    """A gradient: scale * (dy - level - xhat * slope)."""
-    return (steep - (group - near) * rstd * slope - level) * scale
+def settled(x, at, N, S, sn, count, base, rest, m2):
+    """(count, mean, m2) in float64 of the channel at `at`; where float32 has too little range, read again, by one thread."""
+    count, mean, m2 = float64(count), float64(base) + float64(rest), float64(m2)
+    if doubtful(x, count, mean, m2):
+        count, base, rest, m2 = reread(x, at, N, S, sn, 0, 1)
+        mean = base + rest
+    return count, mean, m2
+
+
+@gpu.device
+def settled_sums(x, dy, at, of, N, S, sn, dn, mean, a, b):
+    """The sums of dy and dy * (x - mean) likewise."""
+    a, b = float64(a), float64(b)
+    if gpu.lanes(x) > 2 and not (a - a == 0.0 and b - b == 0.0):
+        a, b = reread_sums(x, dy, at, of, N, S, sn, dn, 0, 1, float64(mean))
+    return a, b
+
+
+@gpu.device
+def slant(group, steep, near, slope, level, scale):
+    """A gradient, as `apply.gradient` has it."""
+    return (steep - (group - near) * slope) * scale - level
 
 
 @kernel("x x w w i4 f i4 i4 i4 i8 i8 i8 i8 i4 i4 i4 i4 i4 i4 i8 i8 s")
@@ -36,20 +55,19 @@ def forward_rows(x, y, gamma, beta, affine, eps, N, C, S, sn, sc, yn, yc, base, 
     """
     channel, thread, threads, lanes = gpu.block(), gpu.thread(), gpu.threads(), gpu.lanes(x)
     at, to = channel * sc, channel * yc
-    shifts, units = sample(x, at, N, sn, S)
-    count, mean, m2 = read_moments(x, S, at, sn, base, slots, rest, step_n, step_v, 0, stop, 0, last, shifts, units)
-    count, mean, m2 = join_block(x, count, mean, m2)
+    found = row_moments(x, S, at, sn, base, slots, rest, step_n, step_v, 0, stop, 0, last)
+    gpu.sync()
     if thread == 0:
-        middle, spread = lifted(stats, gpu.first(shifts), gpu.first(units), mean, m2)
+        count, middle, spread = settled(x, at, N, S, sn, *found)
         gpu.store(stats, channel, middle)
         gpu.store(stats, C + channel, spread)
-        rstd = 1.0 / sqrt(spread / gpu.scalar(stats, count) + eps)
+        rstd = 1.0 / sqrt(spread / count + eps)
         near, scale, shift = scaled(x, middle, rstd, gamma, beta, affine, channel)
         gpu.put(x, 0, near)
         gpu.put(x, 1, scale)
         gpu.put(x, 2, shift)
     gpu.sync()
-    near, scale, shift = kept(x, 0), kept(x, 1), kept(x, 2)
+    near, scale, shift = everywhere(x, 0), everywhere(x, 1), everywhere(x, 2)
     e = thread
     n, v = e // slots, e % slots
     while e + 3 * threads < stop:  # four loads on their way at once
@@ -82,41 +100,41 @@ def backward_rows(
     channel, thread, threads, lanes = gpu.block(), gpu.thread(), gpu.threads(), gpu.lanes(x)
     at, of, to = channel * sc, channel * dc, channel * yc
     middle = gpu.scalar(x, gpu.load(mean, channel))
-    a, b = read_sums(x, dy, S, at, sn, base, of, dn, base_dy, slots, rest, step_n, step_v, 0, stop, 0, last, middle)
-    a, b = sum_block(x, a, b)
-    if thread == 0:
-        spread, total = gpu.load(m2, channel), float64(a)
-        rstd = 1.0 / sqrt(spread / count + eps) if count else spread
-        dgamma = slope_of(x, gpu.load(mean, channel), rstd, total, float64(b))
-        gpu.store(grads, channel, a)
-        gpu.store(grads, C + channel, gpu.scalar(grads, dgamma))
-        near, inverse, slope, level, scale = sloped(x, gpu.load(mean, channel), rstd, gamma, affine, channel, total, dgamma, values)
-        gpu.put(x, 0, near)
-        gpu.put(x, 1, inverse)
-        gpu.put(x, 2, slope)
-        gpu.put(x, 3, level)
-        gpu.put(x, 4, scale)
+    a, b = row_sums(x, dy, S, at, sn, base, of, dn, base_dy, slots, rest, step_n, step_v, 0, stop, 0, last, middle)
     gpu.sync()
-    near, rstd, slope, level, scale = kept(x, 0), kept(x, 1), kept(x, 2), kept(x, 3), kept(x, 4)
+    if thread == 0:
+        spread = gpu.load(m2, channel)
+        total, product = settled_sums(x, dy, at, of, N, S, sn, dn, middle, a, b)
+        rstd = 1.0 / sqrt(spread / count + eps) if count else spread
+        dgamma = slope_of(x, gpu.load(mean, channel), rstd, total, product)
+        gpu.store(grads, channel, gpu.scalar(grads, total))
+        gpu.store(grads, C + channel, gpu.scalar(grads, dgamma))
+        near, slope, level, scale = sloped(x, gpu.load(mean, channel), rstd, gamma, affine, channel, total, dgamma, values)
+        gpu.put(x, 0, near)
+        gpu.put(x, 1, slope)
+        gpu.put(x, 2, level)
+        gpu.put(x, 3, scale)
+    gpu.sync()
+    near, slope, level, scale = everywhere(x, 0), everywhere(x, 1), everywhere(x, 2), everywhere(x, 3)
     e = thread
     n, v = e // slots, e % slots
     while e + threads < stop:  # two loads of each array on their way at once
         n1, v1 = onwards(n, v, step_n, step_v, slots)
         p, dp = gpu.load_group(x, spot(at + n * sn, base, lanes, v)), gpu.load_group(dy, spot(of + n * dn, base_dy, lanes, v))
         q, dq = gpu.load_group(x, spot(at + n1 * sn, base, lanes, v1)), gpu.load_group(dy, spot(of + n1 * dn, base_dy, lanes, v1))
-        gpu.store_group(dx, spot(to + n * yn, base_y, lanes, v), slant(p, dp, near, rstd, slope, level, scale))
-        gpu.store_group(dx, spot(to + n1 * yn, base_y, lanes, v1), slant(q, dq, near, rstd, slope, level, scale))
+        gpu.store_group(dx, spot(to + n * yn, base_y, lanes, v), slant(p, dp, near, slope, level, scale))
+        gpu.store_group(dx, spot(to + n1 * yn, base_y, lanes, v1), slant(q, dq, near, slope, level, scale))
         n, v = onwards(n1, v1, step_n, step_v, slots)
         e += 2 * threads
     while e < stop:
         p, dp = gpu.load_group(x, spot(at + n * sn, base, lanes, v)), gpu.load_group(dy, spot(of + n * dn, base_dy, lanes, v))
-        gpu.store_group(dx, spot(to + n * yn, base_y, lanes, v), slant(p, dp, near, rstd, slope, level, scale))
+        gpu.store_group(dx, spot(to + n * yn, base_y, lanes, v), slant(p, dp, near, slope, level, scale))
         n, v = onwards(n, v, step_n, step_v, slots)
         e += threads
     e = thread
     while e < last:
         value, steep = gpu.load(x, outside(e, at, sn, base, lanes, S, rest)), gpu.load(dy, outside(e, of, dn, base_dy, lanes, S, rest))
-        found = slant(value, steep, gpu.take(x, 0), gpu.take(x, 1), gpu.take(x, 2), gpu.take(x, 3), gpu.take(x, 4))
+        found = slant(value, steep, gpu.take(x, 0), gpu.take(x, 1), gpu.take(x, 2), gpu.take(x, 3))
         gpu.store(dx, outside(e, to, yn, base_y, lanes, S, rest), found)
         e += threads
 
@@ -130,27 +148,31 @@ def place(y, i, count, aligned, group):
         gpu.store_any(y, i, count, group)
 
 
-@kernel("x x w w i4 f i8 i4 i8 i8 i4 i4 i4 s w w w")
-def forward_columns(x, y, gamma, beta, affine, eps, R, C, step, step_y, across, aligned, pad, stats, given, partial, coefs):
-    """The same on (R, C): `columns.moments_columns` with one part; `given` (2, C), `partial` (3, C) and `coefs` (3, pad) are scratch."""
+@kernel("x x w w i4 f i8 i4 i8 i8 i4 i4 s")
+def forward_columns(x, y, gamma, beta, affine, eps, R, C, step, step_y, across, aligned, stats):
+    """The same on (R, C): `columns.moments_columns` with one part."""
     thread, threads, lanes = gpu.thread(), gpu.threads(), gpu.lanes(x)
-    _, column, wide, _, _ = part_moments(x, R, C, step, across, 1, R, aligned, given, partial)
-    gpu.sync()  # what threads of a block have stored, all of them see now
+    channels, begin = part_moments(x, R, C, C, 1, step, 0, across, gpu.blocks(), gpu.block(), 0, R, aligned)
+    gpu.sync()
     c = thread
-    while c < across * lanes:
-        channel = gpu.block() * across * lanes + c
-        if channel < C:
-            deviation = gpu.load(partial, C + channel), gpu.load(partial, 2 * C + channel)
-            mean, m2 = lifted(stats, gpu.load(given, channel), gpu.load(given, C + channel), *deviation)
-            gpu.store(stats, channel, mean)
-            gpu.store(stats, C + channel, m2)
-            keep_scale(mean, 1.0 / sqrt(m2 / float64(R) + eps), gamma, beta, affine, channel, pad, coefs)
+    while c < channels:
+        channel, found = begin + c, kept_lane(x, c)
+        count, mean, m2 = settled(x, channel, R, 1, step, *found)
+        gpu.store(stats, channel, mean)
+        gpu.store(stats, C + channel, m2)
+        near, scale, shift = scaled(x, mean, 1.0 / sqrt(m2 / count + eps), gamma, beta, affine, channel)
+        gpu.put_lane(x, c, near)
+        gpu.put_lane(x, gpu.many(x) + c, scale)
+        gpu.put_lane(x, 2 * gpu.many(x) + c, shift)
         c += threads
     gpu.sync()
-    if wide > 0:
-        near, scale = gpu.load_table(x, coefs, column), gpu.load_table(x, coefs, pad + column)
-        shift = gpu.load_table(x, coefs, 2 * pad + column)
-        r, every = thread // across, threads // across
+    every = threads // across
+    r = gpu.quotient(thread, across)
+    beside = (thread - r * across) * lanes
+    column, wide = begin + beside, min(lanes, channels - beside)
+    if wide > 0 and r < every:
+        near, scale = gpu.take_group(x, beside), gpu.take_group(x, gpu.many(x) + beside)
+        shift = gpu.take_group(x, 2 * gpu.many(x) + beside)
         while r + every < R:  # two loads on their way at once
             a, b = fetch(x, column + r * step, wide, aligned), fetch(x, column + (r + every) * step, wide, aligned)
             place(y, column + r * step_y, wide, aligned, (a - near) * scale + shift)
@@ -160,32 +182,42 @@ def forward_columns(x, y, gamma, beta, affine, eps, R, C, step, step_y, across, 
             place(y, column + r * step_y, wide, aligned, (fetch(x, column + r * step, wide, aligned) - near) * scale + shift)
 
 
-@kernel("x x x t t f f f w i4 i8 i4 i8 i8 i8 i4 i4 i4 w w w")
-def backward_columns(
-    x, dy, dx, mean, m2, count, eps, values, gamma, affine, R, C, step, step_dy, step_y, across, aligned, pad, grads, partial, coefs
-):
-    """The same on (R, C): `columns.sums_columns` with one part; `partial` (2, C) and `coefs` (5, pad) are scratch."""
+@kernel("x x x t t f f f w i4 i8 i4 i8 i8 i8 i4 i4 w")
+def backward_columns(x, dy, dx, mean, m2, count, eps, values, gamma, affine, R, C, step, step_dy, step_y, across, aligned, grads):
+    """The same on (R, C): `columns.sums_columns` with one part."""
     thread, threads, lanes = gpu.thread(), gpu.threads(), gpu.lanes(x)
-    _, column, wide, _ = part_sums(x, dy, mean, R, C, C, 1, step, step_dy, across, 1, R, aligned, partial)
+    channels, begin = part_sums(x, dy, mean, R, C, C, 1, step, step_dy, 0, across, gpu.blocks(), gpu.block(), 0, R, aligned)
     gpu.sync()
     c = thread
-    while c < across * lanes:
-        channel = gpu.block() * across * lanes + c
-        if channel < C:
-            spread, middle, total = gpu.load(m2, channel), gpu.load(mean, channel), float64(gpu.load(partial, channel))
-            rstd = 1.0 / sqrt(spread / count + eps) if count else spread
-            dgamma = slope_of(coefs, middle, rstd, total, float64(gpu.load(partial, C + channel)))
-            gpu.store(grads, channel, gpu.scalar(grads, total))
-            gpu.store(grads, C + channel, gpu.scalar(grads, dgamma))
-            keep_slope(middle, rstd, gamma, affine, channel, total, dgamma, values, pad, coefs)
+    while c < channels:
+        channel, found = begin + c, kept_lane_sums(x, c)
+        spread, middle = gpu.load(m2, channel), gpu.load(mean, channel)
+        total, product = settled_sums(x, dy, channel, channel, R, 1, step, step_dy, gpu.scalar(x, middle), *found)
+        rstd = 1.0 / sqrt(spread / count + eps) if count else spread
+        dgamma = slope_of(x, middle, rstd, total, product)
+        gpu.store(grads, channel, gpu.scalar(grads, total))
+        gpu.store(grads, C + channel, gpu.scalar(grads, dgamma))
+        near, slope, level, scale = sloped(x, middle, rstd, gamma, affine, channel, total, dgamma, values)
+        gpu.put_lane(x, c, near)
+        gpu.put_lane(x, gpu.many(x) + c, slope)
+        gpu.put_lane(x, 2 * gpu.many(x) + c, level)
+        gpu.put_lane(x, 3 * gpu.many(x) + c, scale)
         c += threads
     gpu.sync()
-    if wide > 0:
-        near, rstd = gpu.load_table(x, coefs, column), gpu.load_table(x, coefs, pad + column)
-        slope, level = gpu.load_table(x, coefs, 2 * pad + column), gpu.load_table(x, coefs, 3 * pad + column)
-        scale = gpu.load_table(x, coefs, 4 * pad + column)
-        r = thread // across
-        while r < R:
+    every = threads // across
+    r = gpu.quotient(thread, across)
+    beside = (thread - r * across) * lanes
+    column, wide = begin + beside, min(lanes, channels - beside)
+    if wide > 0 and r < every:
+        near, slope = gpu.take_group(x, beside), gpu.take_group(x, gpu.many(x) + beside)
+        level, scale = gpu.take_group(x, 2 * gpu.many(x) + beside), gpu.take_group(x, 3 * gpu.many(x) + beside)
+        while r + every < R:  # two loads of each array on their way at once
             a, da = fetch(x, column + r * step, wide, aligned), fetch(dy, column + r * step_dy, wide, aligned)
-            place(dx, column + r * step_y, wide, aligned, slant(a, da, near, rstd, slope, level, scale))
-            r += threads // across
+            b = fetch(x, column + (r + every) * step, wide, aligned)
+            db = fetch(dy, column + (r + every) * step_dy, wide, aligned)
+            place(dx, column + r * step_y, wide, aligned, slant(a, da, near, slope, level, scale))
+            place(dx, column + (r + every) * step_y, wide, aligned, slant(b, db, near, slope, level, scale))
+            r += 2 * every
+        if r < R:
+            a, da = fetch(x, column + r * step, wide, aligned), fetch(dy, column + r * step_dy, wide, aligned)
+            place(dx, column + r * step_y, wide, aligned, slant(a, da, near, slope, level, scale))

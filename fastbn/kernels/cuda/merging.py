@@ -1,109 +1,188 @@
-"""What the GPU's kernels share: one step of a statistic on a 16-byte group, and how lanes, warps and blocks merge theirs.
+"""What the GPU's kernels share: a statistic of 16-byte groups read one after the other, and how threads and blocks merge theirs.
 
-Moments are taken of (x - shift) * unit, shift a value of the channel's own and unit a power of two: both are exact, float32 keeps what a
-large mean would drown, and squares neither overflow nor vanish. Sums are compensated (Kahan 1965), for a thread adds hundreds of terms.
+A thread sums deviations and their squares of a few groups, a leaf, from a value that is near its mean so far, and merges leaf after leaf
+(Chan, Golub & LeVeque 1983): three instructions a value, and float32 keeps what a large mean would drown, wherever a typical value stands.
+A mean is two numbers, `base` and the `rest` beside it. A block merges what its threads found in slots of shared memory, by halves.
 """
 
-from fastbn.kernels import welford
+from typing import Any
+
+from numpy import float64, int32, int64
+
 from fastbn.kernels.cuda import _gpu as gpu
 
-join_two = gpu.device(welford.merge)
-
-
-@gpu.device
-def sample(x, at, rows, step, columns):
-    """(shift, unit) in every lane for a channel at `at`, from three of its values: their median, a power of two for the largest."""
-    a = gpu.spread(x, gpu.load(x, at))
-    b = gpu.spread(x, gpu.load(x, at + rows // 2 * step + columns // 2))
-    c = gpu.spread(x, gpu.load(x, at + (rows - 1) * step + columns - 1))
-    return gpu.median(a, b, c), gpu.unit(a, b, c)
+LEAF = 16  # groups: float32 sums of so many squares are good to 5e-7 in the worst case, and to a tenth of that as a rule
 
 
 @gpu.device
 def add(total, lost, term):
-    """`total` and its rounding error so far, after one more term."""
+    """`total` and its rounding error so far, after one more term (Kahan 1965)."""
     term = term - lost
     added = total + term
     return added, (added - total) - term
 
 
 @gpu.device
-def deviate(value, weight, mean, m2, lost):
-    """Welford's update (1962) by a value, or lane by lane by a group; `weight` is 1 / count, this value counted."""
-    delta = value - mean
-    mean = mean + delta * weight
-    m2, lost = add(m2, lost, delta * (value - mean))
-    return mean, m2, lost
+def weights(count, terms):
+    """1 / terms, terms / (count + terms), and count times that: of `count` values and `terms` more."""
+    weight = terms * gpu.inverse(count + terms)
+    return gpu.inverse(terms), weight, count * weight
 
 
 @gpu.device
-def level(x, count, mean, m2):
-    """(count, mean, m2) of all lanes together, each of `count` values: Chan, Golub & LeVeque (1979) for groups of one size."""
-    lanes = gpu.lanes(x)
-    middle = gpu.total(mean) * gpu.scalar(x, 1.0 / lanes)
-    apart = mean - gpu.spread(x, middle)
-    return count * gpu.scalar(x, lanes), middle, gpu.total(m2) + count * gpu.total(apart * apart)
+def grow(total, squares, inverse, weight, both, base, rest, m2, lost):
+    """(base, rest, m2, lost) after a leaf, the sums of whose deviations from `base` and of their squares are given; with its `weights`."""
+    offset = total * inverse
+    apart = offset - rest
+    m2, lost = add(m2, lost, squares - offset * total + apart * apart * both)
+    rest = rest + apart * weight
+    moved = base + rest
+    return moved, rest - (moved - base), m2, lost
 
 
 @gpu.device
-def join(count, mean, m2, other_count, other_mean, other_m2):
-    """Merge two groups of values; either may be empty."""
-    if other_count:
-        return join_two(count, mean, m2, other_count, other_mean, other_m2)
-    return count, mean, m2
+def level(x, count, base, rest, m2):
+    """(count, base, rest, m2) of all lanes together, each of `count` values."""
+    origin = gpu.first(base)
+    means = (base - gpu.spread(x, origin)) + rest
+    middle = gpu.total(means) * gpu.scalar(x, 1.0 / gpu.lanes(x))
+    apart = means - gpu.spread(x, middle)
+    moved = origin + middle
+    return count * gpu.scalar(x, gpu.lanes(x)), moved, middle - (moved - origin), gpu.total(m2) + count * gpu.total(apart * apart)
 
 
 @gpu.device
-def join_warp(count, mean, m2):
-    """(count, mean, m2) of a warp, in its first lane; always in the same order."""
-    apart = gpu.WARP // 2
-    while apart > 0:
-        others = gpu.from_lane(count, apart), gpu.from_lane(mean, apart), gpu.from_lane(m2, apart)
-        count, mean, m2 = join(count, mean, m2, *others)
-        apart //= 2
-    return count, mean, m2
+def join(count, base, rest, m2, other_count, other_base, other_rest, other_m2):
+    """Merge two groups of values (Chan, Golub & LeVeque 1979); either may be empty."""
+    if not other_count:
+        return count, base, rest, m2
+    if not count:
+        return other_count, other_base, other_rest, other_m2
+    both = count + other_count
+    weight = other_count * gpu.inverse(both)
+    apart = (other_base - base) + (other_rest - rest)
+    m2 += other_m2 + apart * apart * (count * weight)
+    rest += apart * weight
+    moved = base + rest
+    return both, moved, rest - (moved - base), m2
+
+
+def _slots(put: Any, take: Any, plane: Any) -> Any:
+    """What keeps, reads and merges slots of one array of shared memory, the numbers of a slot `plane` apart."""
+
+    @gpu.device
+    def keep(x, slot, count, base, rest, m2):
+        """Moments to a slot."""
+        apart = plane(x)
+        put(x, slot, count)
+        put(x, apart + slot, base)
+        put(x, 2 * apart + slot, rest)
+        put(x, 3 * apart + slot, m2)
+
+    @gpu.device
+    def kept(x, slot):
+        """(count, base, rest, m2) of a slot."""
+        apart = plane(x)
+        return take(x, slot), take(x, apart + slot), take(x, 2 * apart + slot), take(x, 3 * apart + slot)
+
+    @gpu.device
+    def keep_sums(x, slot, a, b):
+        """Two sums to a slot."""
+        put(x, slot, a)
+        put(x, plane(x) + slot, b)
+
+    @gpu.device
+    def kept_sums(x, slot):
+        """The two sums of a slot."""
+        return take(x, slot), take(x, plane(x) + slot)
+
+    @gpu.device
+    def join_slots(x, n, width, pieces, apart):
+        """Merge n slots, each `width` from the last, into the first: for `width` slots of each of `pieces` that begin `apart` slots apart.
+
+        The order, and so every bit, is the same in every run. All of the block come here, and see each other's slots behind it.
+        """
+        gpu.sync()
+        while n > 1:
+            half = (n + 1) // 2
+            each = int32((n - half) * width)
+            i = gpu.thread()
+            while i < each * pieces:
+                piece = gpu.quotient(i, each)
+                slot = piece * apart + (i - piece * each)
+                keep(x, slot, *join(*kept(x, slot), *kept(x, slot + half * width)))
+                i += gpu.threads()
+            gpu.sync()
+            n = half
+
+    @gpu.device
+    def sum_slots(x, n, width, pieces, apart):
+        """The same for two sums."""
+        gpu.sync()
+        while n > 1:
+            half = (n + 1) // 2
+            each = int32((n - half) * width)
+            i = gpu.thread()
+            while i < each * pieces:
+                piece = gpu.quotient(i, each)
+                slot = piece * apart + (i - piece * each)
+                a, b = kept_sums(x, slot)
+                more, most = kept_sums(x, slot + half * width)
+                keep_sums(x, slot, a + more, b + most)
+                i += gpu.threads()
+            gpu.sync()
+            n = half
+
+    return keep, kept, join_slots, keep_sums, kept_sums, sum_slots
+
+
+keep, kept, join_slots, keep_sums, kept_sums, sum_slots = _slots(gpu.put, gpu.take, gpu.few)  # a slot a thread
+keep_lane, kept_lane, join_lanes, keep_lane_sums, kept_lane_sums, sum_lanes = _slots(gpu.put_lane, gpu.take_lane, gpu.many)  # a lane
 
 
 @gpu.device
-def join_block(x, count, mean, m2):
-    """(count, mean, m2) of a block, in every thread; takes the first 3 * warps elements of shared memory."""
-    thread = gpu.thread()
-    warp, warps = thread // gpu.WARP, gpu.threads() // gpu.WARP
-    count, mean, m2 = join_warp(count, mean, m2)
-    if thread % gpu.WARP == 0:
-        gpu.put(x, 3 * warp, count)
-        gpu.put(x, 3 * warp + 1, mean)
-        gpu.put(x, 3 * warp + 2, m2)
-    gpu.sync()
-    count, mean, m2 = gpu.take(x, 0), gpu.take(x, 1), gpu.take(x, 2)
-    for w in range(1, warps):
-        count, mean, m2 = join(count, mean, m2, gpu.take(x, 3 * w), gpu.take(x, 3 * w + 1), gpu.take(x, 3 * w + 2))
-    gpu.sync()
-    return count, mean, m2
+def store_moments(partial, entry, channel, C, count, base, rest, m2):
+    """A block's moments of a channel into `partial` (entries, 3, C), in float64."""
+    at = entry * 3 * C + channel
+    gpu.store(partial, at, gpu.scalar(partial, count))
+    gpu.store(partial, at + C, gpu.scalar(partial, base) + gpu.scalar(partial, rest))
+    gpu.store(partial, at + 2 * C, gpu.scalar(partial, m2))
 
 
 @gpu.device
-def sum_warp(a, b):
-    """Both sums of a warp, in its first lane; always in the same order."""
-    apart = gpu.WARP // 2
-    while apart > 0:
-        a, b = a + gpu.from_lane(a, apart), b + gpu.from_lane(b, apart)
-        apart //= 2
-    return a, b
+def store_sums(partial, entry, channel, C, a, b):
+    """A block's sums of a channel into `partial` (entries, 2, C), in float64."""
+    gpu.store(partial, entry * 2 * C + channel, gpu.scalar(partial, a))
+    gpu.store(partial, (entry * 2 + 1) * C + channel, gpu.scalar(partial, b))
 
 
 @gpu.device
-def sum_block(x, a, b):
-    """Both sums of a block, in every thread; takes the first 2 * warps elements of shared memory."""
-    thread = gpu.thread()
-    warp, warps = thread // gpu.WARP, gpu.threads() // gpu.WARP
-    a, b = sum_warp(a, b)
-    if thread % gpu.WARP == 0:
-        gpu.put(x, 2 * warp, a)
-        gpu.put(x, 2 * warp + 1, b)
-    gpu.sync()
-    a, b = gpu.take(x, 0), gpu.take(x, 1)
-    for w in range(1, warps):
-        a, b = a + gpu.take(x, 2 * w), b + gpu.take(x, 2 * w + 1)
-    gpu.sync()
-    return a, b
+def doubtful(x, count, mean, m2):
+    """Whether float32 had too little range for a channel: squares that overflow, or that are subnormal beside what they are summed to."""
+    return gpu.lanes(x) > 2 and count > 0.0 and (not m2 - m2 == 0.0 or (m2 < 1e-37 * count and mean != 0.0))
+
+
+@gpu.device
+def reread(x, at, N, S, sn, first, every):
+    """(count, base, rest, m2) in float64 of every so many values of the channel at `at`: slow, and rare."""
+    base = float64(gpu.load(x, at))
+    count = total = squares = float64(0.0)
+    e = int64(first)
+    while e < N * S:
+        value = float64(gpu.load(x, at + e // S * sn + e % S)) - base
+        count, total, squares = count + 1.0, total + value, squares + value * value
+        e += every
+    offset = total / count if count else total
+    return count, base, offset, squares - offset * total
+
+
+@gpu.device
+def reread_sums(x, dy, at, at_dy, N, S, sn, dn, first, every, mean):
+    """(sum of dy, sum of dy * (x - mean)) likewise."""
+    total = product = float64(0.0)
+    e = int64(first)
+    while e < N * S:
+        value = float64(gpu.load(dy, at_dy + e // S * dn + e % S))
+        total, product = total + value, product + value * (float64(gpu.load(x, at + e // S * sn + e % S)) - mean)
+        e += every
+    return total, product

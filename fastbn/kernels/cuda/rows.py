@@ -7,7 +7,22 @@ cost as much as the arithmetic.
 
 from fastbn.kernels.cuda import _gpu as gpu
 from fastbn.kernels.cuda._jit import kernel
-from fastbn.kernels.cuda.merging import add, deviate, join, join_block, level, sample, sum_block
+from fastbn.kernels.cuda.merging import (
+    LEAF,
+    add,
+    grow,
+    join,
+    join_slots,
+    keep,
+    keep_sums,
+    kept,
+    kept_sums,
+    level,
+    store_moments,
+    store_sums,
+    sum_slots,
+    weights,
+)
 
 
 @gpu.device
@@ -45,38 +60,58 @@ def outside(e, at, sn, base, lanes, S, rest):
 
 
 @gpu.device
-def read_moments(x, S, at, sn, base, slots, rest, step_n, step_v, start, stop, first, last, shifts, units):
-    """(count, mean, m2) of what this thread reads of a channel that begins at `at`: of slots start to stop, and of elements outside."""
+def read_moments(x, S, at, sn, base, slots, rest, step_n, step_v, start, stop, first, last):
+    """(count, base, rest, m2) of what this thread reads of a channel that begins at `at`: of slots start to stop, and elements outside."""
     lanes, threads, thread = gpu.lanes(x), gpu.threads(), gpu.thread()
-    shift, unit, one = gpu.first(shifts), gpu.first(units), gpu.scalar(x, 1.0)
-    count, mean = gpu.scalar(x, 0.0), gpu.spread(x, gpu.scalar(x, 0.0))
-    m2, lost = mean, mean
+    zero, one = gpu.scalar(x, 0.0), gpu.scalar(x, 1.0)
+    nil = gpu.spread(x, zero)
+    count, origin, beside, m2, lost = zero, nil, nil, nil, nil
     e = start + thread
     n, v = e // slots, e % slots
-    while e + 3 * threads < stop:  # four loads on their way at once
-        i, j, k, m, n, v = four(n, v, at, sn, base, lanes, step_n, step_v, slots)
-        a, b, c, d = gpu.load_group(x, i), gpu.load_group(x, j), gpu.load_group(x, k), gpu.load_group(x, m)
-        mean, m2, lost = deviate((a - shifts) * units, gpu.spread(x, gpu.inverse(count + one)), mean, m2, lost)
-        mean, m2, lost = deviate((b - shifts) * units, gpu.spread(x, gpu.inverse(count + one + one)), mean, m2, lost)
-        mean, m2, lost = deviate((c - shifts) * units, gpu.spread(x, gpu.inverse(count + one + one + one)), mean, m2, lost)
-        count += one + one + one + one
-        mean, m2, lost = deviate((d - shifts) * units, gpu.spread(x, gpu.inverse(count)), mean, m2, lost)
-        e += 4 * threads
+    if e < stop:
+        origin = gpu.load_group(x, spot(at + n * sn, base, lanes, v))
+    until = e + 4 * threads  # the first leaf is short: one value may be far from all others
     while e < stop:
-        count += one
-        group = gpu.load_group(x, spot(at + n * sn, base, lanes, v))
-        mean, m2, lost = deviate((group - shifts) * units, gpu.spread(x, gpu.inverse(count)), mean, m2, lost)
-        n, v = onwards(n, v, step_n, step_v, slots)
-        e += threads
-    count, middle, q = level(x, count, mean, m2)
-    single, alone, spread, missing = one - one, one - one, one - one, one - one
+        terms, total, squares = zero, nil, nil
+        until = min(until, stop)
+        while e + 3 * threads < until:  # four loads on their way at once
+            i, j, k, m, n, v = four(n, v, at, sn, base, lanes, step_n, step_v, slots)
+            a, b, c, d = gpu.load_group(x, i), gpu.load_group(x, j), gpu.load_group(x, k), gpu.load_group(x, m)
+            a, b, c, d = a - origin, b - origin, c - origin, d - origin
+            total = total + ((a + b) + (c + d))
+            squares = squares + a * a + b * b + c * c + d * d
+            terms += one + one + one + one
+            e += 4 * threads
+        while e < until:
+            a = gpu.load_group(x, spot(at + n * sn, base, lanes, v)) - origin
+            total, squares = total + a, squares + a * a
+            n, v = onwards(n, v, step_n, step_v, slots)
+            terms += one
+            e += threads
+        inverse, weight, both = weights(count, terms)
+        inverse, weight, both = gpu.spread(x, inverse), gpu.spread(x, weight), gpu.spread(x, both)
+        origin, beside, m2, lost = grow(total, squares, inverse, weight, both, origin, beside, m2, lost)
+        count += terms
+        until = e + LEAF * threads
+    found = level(x, count, origin, beside, m2)
+    single, alone, more, spread, missing = zero, zero, zero, zero, zero
     e = first + thread
+    if e < last:
+        alone = gpu.load(x, outside(e, at, sn, base, lanes, S, rest))
+    until = e + 4 * threads
     while e < last:
-        single += one
-        value = (gpu.load(x, outside(e, at, sn, base, lanes, S, rest)) - shift) * unit
-        alone, spread, missing = deviate(value, gpu.inverse(single), alone, spread, missing)
-        e += threads
-    return join(count, middle, q, single, alone, spread)
+        terms, total, squares = zero, zero, zero
+        until = min(until, last)
+        while e < until:
+            a = gpu.load(x, outside(e, at, sn, base, lanes, S, rest)) - alone
+            total, squares = total + a, squares + a * a
+            terms += one
+            e += threads
+        inverse, weight, both = weights(single, terms)
+        alone, more, spread, missing = grow(total, squares, inverse, weight, both, alone, more, spread, missing)
+        single += terms
+        until = e + LEAF * threads
+    return join(*found, single, alone, more, spread)
 
 
 @gpu.device
@@ -84,27 +119,30 @@ def read_sums(x, dy, S, at, sn, base, at_dy, sn_dy, base_dy, slots, rest, step_n
     """(sum of dy, sum of dy * (x - mean)) of what this thread reads, as `read_moments`; rows of both begin alike to a boundary."""
     lanes, threads, thread = gpu.lanes(x), gpu.threads(), gpu.thread()
     means, zero = gpu.spread(x, mean), gpu.scalar(x, 0.0)
-    total = gpu.spread(x, zero)
-    lost, product, missing = total, total, total
+    nil = gpu.spread(x, zero)
+    total, lost, product, missing = nil, nil, nil, nil
     e = start + thread
     n, v = e // slots, e % slots
-    while e + threads < stop:  # two loads of each array on their way at once
-        i, j = spot(at + n * sn, base, lanes, v), spot(at_dy + n * sn_dy, base_dy, lanes, v)
-        n, v = onwards(n, v, step_n, step_v, slots)
-        k, m = spot(at + n * sn, base, lanes, v), spot(at_dy + n * sn_dy, base_dy, lanes, v)
-        n, v = onwards(n, v, step_n, step_v, slots)
-        a, da, b, db = gpu.load_group(x, i), gpu.load_group(dy, j), gpu.load_group(x, k), gpu.load_group(dy, m)
-        total, lost = add(total, lost, da)
-        product, missing = add(product, missing, da * (a - means))
-        total, lost = add(total, lost, db)
-        product, missing = add(product, missing, db * (b - means))
-        e += 2 * threads
     while e < stop:
-        group = gpu.load_group(dy, spot(at_dy + n * sn_dy, base_dy, lanes, v))
-        total, lost = add(total, lost, group)
-        product, missing = add(product, missing, group * (gpu.load_group(x, spot(at + n * sn, base, lanes, v)) - means))
-        n, v = onwards(n, v, step_n, step_v, slots)
-        e += threads
+        some, products = nil, nil
+        until = min(e + LEAF * threads, stop)
+        while e + threads < until:  # two loads of each array on their way at once
+            i, j = spot(at + n * sn, base, lanes, v), spot(at_dy + n * sn_dy, base_dy, lanes, v)
+            n, v = onwards(n, v, step_n, step_v, slots)
+            k, m = spot(at + n * sn, base, lanes, v), spot(at_dy + n * sn_dy, base_dy, lanes, v)
+            n, v = onwards(n, v, step_n, step_v, slots)
+            a, da, b, db = gpu.load_group(x, i), gpu.load_group(dy, j), gpu.load_group(x, k), gpu.load_group(dy, m)
+            some = some + (da + db)
+            products = products + da * (a - means) + db * (b - means)
+            e += 2 * threads
+        while e < until:
+            da = gpu.load_group(dy, spot(at_dy + n * sn_dy, base_dy, lanes, v))
+            some = some + da
+            products = products + da * (gpu.load_group(x, spot(at + n * sn, base, lanes, v)) - means)
+            n, v = onwards(n, v, step_n, step_v, slots)
+            e += threads
+        total, lost = add(total, lost, some)
+        product, missing = add(product, missing, products)
     a, b, la, lb = gpu.total(total), gpu.total(product), zero, zero
     e = first + thread
     while e < last:
@@ -115,41 +153,52 @@ def read_sums(x, dy, S, at, sn, base, at_dy, sn_dy, base_dy, slots, rest, step_n
     return a, b
 
 
-@kernel("x i8 i4 i8 i8 i8 i4 i8 i8 i4 i4 i4 i8 i8 w w")
-def moments_rows(x, N, C, S, sn, sc, base, slots, rest, step_n, step_v, parts, chunk, chunk_rest, given, partial):
-    """(count, mean, m2) of each part of each channel into `partial` (parts, 3, C), as deviations; their shift and unit into `given` (2, C).
+@gpu.device
+def row_moments(x, S, at, sn, base, slots, rest, step_n, step_v, start, stop, first, last):
+    """(count, base, rest, m2) of what a block reads so."""
+    found = read_moments(x, S, at, sn, base, slots, rest, step_n, step_v, start, stop, first, last)
+    keep(x, gpu.thread(), *found)
+    join_slots(x, gpu.threads(), 1, 1, 0)
+    return kept(x, 0)
 
-    A part is `chunk` slots and `chunk_rest` elements outside them; a block's step is `step_n` rows and `step_v` slots.
+
+@gpu.device
+def row_sums(x, dy, S, at, sn, base, at_dy, sn_dy, base_dy, slots, rest, step_n, step_v, start, stop, first, last, mean):
+    """(sum of dy, sum of dy * (x - mean)) of what a block reads so."""
+    a, b = read_sums(
+        x, dy, S, at, sn, base, at_dy, sn_dy, base_dy, slots, rest, step_n, step_v, start, stop, first, last, mean
+    )  # fmt: skip
+    keep_sums(x, gpu.thread(), a, b)
+    sum_slots(x, gpu.threads(), 1, 1, 0)
+    return kept_sums(x, 0)
+
+
+@kernel("x i8 i4 i8 i8 i8 i4 i8 i8 i4 i4 i8 i8 s")
+def moments_rows(x, N, C, S, sn, sc, base, slots, rest, step_n, step_v, chunk, chunk_rest, partial):
+    """(count, mean, m2) of each part of each channel into `partial` (parts, 3, C).
+
+    A part is `chunk` slots and `chunk_rest` elements outside them; a block's step is `step_n` rows and `step_v` slots. Blocks side by side
+    take one part of all channels: what is read last lies together.
     """
-    block = gpu.block()
-    channel, part = block // parts, block % parts
-    at = channel * sc
-    shifts, units = sample(x, at, N, sn, S)
+    part = gpu.quotient(gpu.block(), C)
+    channel = gpu.block() - part * C
     start, first = part * chunk, part * chunk_rest
     stop, last = min(start + chunk, N * slots), min(first + chunk_rest, N * rest)
-    count, mean, m2 = read_moments(x, S, at, sn, base, slots, rest, step_n, step_v, start, stop, first, last, shifts, units)
-    count, mean, m2 = join_block(x, count, mean, m2)
+    found = row_moments(x, S, channel * sc, sn, base, slots, rest, step_n, step_v, start, stop, first, last)
     if gpu.thread() == 0:
-        gpu.store(partial, (part * 3) * C + channel, count)
-        gpu.store(partial, (part * 3 + 1) * C + channel, mean)
-        gpu.store(partial, (part * 3 + 2) * C + channel, m2)
-        if part == 0:
-            gpu.store(given, channel, gpu.first(shifts))
-            gpu.store(given, C + channel, gpu.first(units))
+        store_moments(partial, part, channel, C, *found)
 
 
-@kernel("x x t i8 i4 i8 i8 i8 i8 i8 i4 i4 i8 i8 i4 i4 i4 i8 i8 w")
-def sums_rows(x, dy, mean, N, C, S, sn, sc, dn, dc, base, base_dy, slots, rest, step_n, step_v, parts, chunk, chunk_rest, partial):
+@kernel("x x t i8 i4 i8 i8 i8 i8 i8 i4 i4 i8 i8 i4 i4 i8 i8 s")
+def sums_rows(x, dy, mean, N, C, S, sn, sc, dn, dc, base, base_dy, slots, rest, step_n, step_v, chunk, chunk_rest, partial):
     """(sum of dy, sum of dy * (x - mean)) of each part of each channel into `partial` (parts, 2, C), `mean` rounded as x is computed in."""
-    block = gpu.block()
-    channel, part = block // parts, block % parts
+    part = gpu.quotient(gpu.block(), C)
+    channel = gpu.block() - part * C
     start, first = part * chunk, part * chunk_rest
     stop, last = min(start + chunk, N * slots), min(first + chunk_rest, N * rest)
     middle = gpu.scalar(x, gpu.load(mean, channel))
-    a, b = read_sums(
+    a, b = row_sums(
         x, dy, S, channel * sc, sn, base, channel * dc, dn, base_dy, slots, rest, step_n, step_v, start, stop, first, last, middle
     )  # fmt: skip
-    a, b = sum_block(x, a, b)
     if gpu.thread() == 0:
-        gpu.store(partial, (part * 2) * C + channel, a)
-        gpu.store(partial, (part * 2 + 1) * C + channel, b)
+        store_sums(partial, part, channel, C, a, b)
