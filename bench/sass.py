@@ -40,7 +40,7 @@ class Instruction(NamedTuple):
 
 
 class Stretch(NamedTuple):
-    """The cheapest way through a loop, or through a kernel without one, that stores (else reads) the most groups of 16 bytes."""
+    """The way through a loop, or through a kernel without one, that is cheapest for each group of 16 bytes it stores, else reads."""
 
     instructions: int
     loads: int  # of 16 bytes
@@ -122,11 +122,9 @@ def stretches(code: Sequence[Instruction]) -> list[Stretch]:
         names = [one.name for one in code[low : high + 1]]
         what = next(what for what in (WIDE_STORE, WIDE_LOAD, "LDG", "") if any(re.match(what, name) for name in names))
         most = sum(bool(re.match(what, name)) for name in names) if what else 0
-        for wide in range(most, -1, -1):
-            ends = (lambda k, high=high: k == high) if low else lambda k: code[k].name == "EXIT" and not code[k].guard
-            if (way := cheapest(code, low, ends, what, wide)) is not None:
-                found.append(measured([code[k] for k in way]))
-                break
+        ends = (lambda k, high=high: k == high) if low else lambda k: code[k].name == "EXIT" and not code[k].guard
+        ways = {wide: way for wide in range(most + 1) if (way := cheapest(code, low, ends, what, wide)) is not None}
+        found.append(measured([code[k] for k in ways[min(ways, key=lambda wide: len(ways[wide]) / max(wide, 0.01))]]))
     return found
 
 

@@ -63,7 +63,7 @@ def test_columns_cover_every_element_once(R: int, C: int, S: int, lanes: int, co
 def test_every_channel_is_finished_once(entries: int, C: int) -> None:
     across = grids.finish(entries, C)
     assert grids.THREADS % across == 0
-    assert across * min(grids.THREADS, entries) <= grids.THREADS
+    assert across * min(grids.THREADS // grids.SECTOR, entries) <= grids.THREADS
     assert across < 2 * C
 
 
@@ -85,7 +85,37 @@ def test_runs_cover_every_element_once_and_know_its_channel(N: int, C: int, S: i
             seen[image, channel, position] += 1
     assert (seen == 1).all()
     assert grid.groups * lanes >= grid.length > (grid.groups - 1) * lanes
-    assert grid.blocks(grids.THREADS) * grids.THREADS * grids.EACH >= grid.runs * grid.groups
+    threads = np.arange(grid.blocks(grids.THREADS) * grids.THREADS)
+    first = threads + threads // grid.apart * (grids.EACH - 1) * grid.apart  # as `apply.first_of` has it
+    groups = first[:, None] + np.arange(grids.EACH) * grid.apart
+    assert (np.sort(groups[groups < grid.runs * grid.groups]) == np.arange(grid.runs * grid.groups)).all()
+    if grid.steps[0] and not (grid.runs > 1 and grid.length % lanes):
+        taken = groups[groups[:, -1] < grid.runs * (grid.length // lanes)]
+        run, e = taken // grid.groups, taken % grid.groups * lanes
+        at = run // grid.inner * outer + run % grid.inner * inner + e
+        assert (np.diff(at) == grid.steps[0]).all()
+        found = (run * grid.per_run + e // grid.S) % grid.C, e % grid.S
+        channels = (run * grid.per_run + e // S) % C
+        assert (channels == channels[:, :1]).all()
+        assert (found[0] == found[0][:, :1]).all()
+        assert grid.mode == grids.ONE or (found[1] == found[1][:, :1]).all()
+
+
+@given(N=SIZES, C=SIZES, S=SIZES, lanes=LANES, gaps=st.sampled_from(["none", "outer", "both"]))
+def test_groups_find_their_coefficients(N: int, C: int, S: int, lanes: int, gaps: str) -> None:
+    outer, inner = {"none": (C * S, S), "outer": (C * S + 3, S), "both": (C * (S + 2), S + 2)}[gaps]
+    grid = grids.runs(N, C, S, lanes, [(outer, inner)])
+    places = [(copy * C + c) * grid.columns + j for copy in range(grid.copies) for c in range(C) for j in range(grid.columns)]
+    table = dict(zip(places, (c for _ in range(grid.copies) for c in range(C) for _ in range(grid.columns)), strict=True))
+    for run in range(min(grid.runs, 3 * C)):
+        for e in range(0, min(grid.length, 3 * C * S * lanes), lanes):
+            count = min(lanes, grid.length - e)
+            want = [(run * (1 if grid.runs > 1 and grid.inner > 1 else C * grid.runs) + (e + k) // S) % C for k in range(count)]
+            c, s = (run * grid.per_run + e // grid.S) % grid.C, e % grid.S
+            if grid.mode == grids.TABLE:
+                assert [table[s + k] for k in range(count)] == want
+            else:
+                assert [c if grid.mode == grids.ONE or k < S - s else (c + 1) % C for k in range(count)] == want
 
 
 HUGE = [(1, 1, 2**33), (2**13, 64, 2**14), (2**33, 1, 1), (2**25, 256, 1), (1, 2**20, 2**13), (2**10, 2**20, 8), (3, 5, 7 * 2**27 + 1)]

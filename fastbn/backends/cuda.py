@@ -36,29 +36,30 @@ def moments(call: Call, x: View, stats: Any) -> None:
 
 def forward(call: Call, x: View, gamma: Buffer | None, beta: Buffer | None, eps: Any, out: View, stats: Any) -> None:
     """Moments into `stats` (2, C), and y."""
-    plan, kind, pad = views.sized_for(out, x), kind_of(x), pad_of(x.C)
-    coefs = call.take(4 * pad, kind)
+    plan = views.sized_for(out, x)
     if plan.whole:
         _whole_forward(call, x, _parameters(x, gamma, beta), eps, out, stats, plan)
         return
+    flat = views.flat(x, out)
+    coefs = call.take(4 * flat.table[2], kind_of(x))
     partial, across = launches.partial_moments(call, x, plan), grids.finish(plan.entries, x.C)
     call.launch(
         finish.finish_forward, STORED[x.buffer.dtype], -(-x.C // across), partial, plan.entries, x.C, across,
-        pointer(x.buffer), x.N, x.S, x.outer, x.inner, eps, *_parameters(x, gamma, beta), pad, stats, coefs,
+        pointer(x.buffer), x.N, x.S, x.outer, x.inner, eps, *_parameters(x, gamma, beta), *flat.table, stats, coefs,
     )  # fmt: skip
-    launches.elementwise(call, NORMALIZE, coefs, x, out)
+    launches.elementwise(call, NORMALIZE, flat, coefs, x, out)
 
 
 def inference(call: Call, x: View, mean: Buffer, var: Buffer, gamma: Buffer | None, beta: Buffer | None, eps: Any, out: View) -> None:
     """The forward with given statistics."""
-    kind, pad = kind_of(x), pad_of(x.C)
-    coefs = call.take(4 * pad, kind)
+    kind, flat = kind_of(x), views.flat(x, out)
+    coefs = call.take(4 * flat.table[2], kind)
     mean, var = launches.alike(call, mean, var)
     call.launch(
-        finish.set_scale, kind, launches.threads(x.C), pointer(mean), pointer(var), 1.0, eps, *_parameters(x, gamma, beta), x.C, pad, coefs,
-        statistic=mean.dtype,
+        finish.set_scale, kind, launches.threads(x.C), pointer(mean), pointer(var), 1.0, eps, *_parameters(x, gamma, beta), x.C,
+        *flat.table, coefs, statistic=mean.dtype,
     )  # fmt: skip
-    launches.elementwise(call, NORMALIZE, coefs, x, out)
+    launches.elementwise(call, NORMALIZE, flat, coefs, x, out)
 
 
 def backward(
@@ -75,17 +76,17 @@ def backward(
     grads: Any,
 ) -> None:
     """dx, and the sums of dy and dy * xhat into `grads` (2, C); the variance is spread / count."""
-    plan, kind, pad = views.sized_for(out, x, dy), kind_of(x), pad_of(x.C)
-    coefs, sums = call.take(4 * pad, kind), call.take(2 * x.C, STORED["float64"])
+    plan, flat = views.sized_for(out, x, dy), views.flat(x, dy, out) if training else views.flat(dy, out)
+    coefs, sums = call.take(4 * flat.table[2], kind_of(x)), call.take(2 * x.C, STORED["float64"])
     mean, spread = launches.alike(call, mean, spread)
     if training and plan.whole:
         _whole_backward(call, dy, x, mean, spread, count, eps, gamma, out, grads, plan)
         return
-    _finish_sums(call, dy, x, mean, spread, count, eps, gamma, training, (sums, grads, coefs), plan)
+    _finish_sums(call, dy, x, mean, spread, count, eps, gamma, training, flat.table, (sums, grads, coefs), plan)
     if training:
-        launches.elementwise(call, GRADIENT, coefs, x, dy, out)
+        launches.elementwise(call, GRADIENT, flat, coefs, x, dy, out)
     else:  # x is not read again, nor its NaN
-        launches.elementwise(call, NORMALIZE, coefs, dy, out)
+        launches.elementwise(call, NORMALIZE, flat, coefs, dy, out)
 
 
 def _finish_sums(
@@ -98,6 +99,7 @@ def _finish_sums(
     eps: Any,
     gamma: Buffer | None,
     training: bool,
+    table: tuple[int, int, int],
     found: tuple[Any, Any, Any],
     plan: views.Sized,
 ) -> None:
@@ -107,7 +109,7 @@ def _finish_sums(
     call.launch(
         finish.finish_backward, STORED[x.buffer.dtype], -(-x.C // across), partial, plan.entries, x.C, across,
         pointer(x.buffer), pointer(dy.buffer), x.N, x.S, x.outer, x.inner, dy.outer, dy.inner,
-        pointer(mean), pointer(spread), count, eps, float(x.N * x.S), weight, affine, int(training), pad_of(x.C), *found,
+        pointer(mean), pointer(spread), count, eps, float(x.N * x.S), weight, affine, int(training), *table, *found,
         statistic=mean.dtype,
     )  # fmt: skip
 
@@ -117,7 +119,7 @@ def grad_reduce(call: Call, dy: View, x: View, mean: Buffer, var: Buffer, eps: A
     plan, kind = views.sized(x, dy), kind_of(x)
     coefs, grads = call.take(4 * pad_of(x.C), kind), call.take(2 * x.C, kind)
     mean, var = launches.alike(call, mean, var)
-    _finish_sums(call, dy, x, mean, var, 1.0, eps, None, True, (sums, grads, coefs), plan)
+    _finish_sums(call, dy, x, mean, var, 1.0, eps, None, True, (1, 1, pad_of(x.C)), (sums, grads, coefs), plan)
 
 
 def grad_input(
@@ -133,16 +135,16 @@ def grad_input(
     out: View,
 ) -> None:
     """dx, from the sums of dy and dy * xhat over `values` per channel."""
-    kind, pad = kind_of(x), pad_of(x.C)
-    coefs = call.take(4 * pad, kind)
+    kind, flat = kind_of(x), views.flat(x, dy, out)
+    coefs = call.take(4 * flat.table[2], kind)
     mean, var = launches.alike(call, mean, var)
     sums = launches.wide(call, sums[0]), launches.wide(call, sums[1])
     weight, _, affine = _parameters(x, gamma)
     call.launch(
         finish.set_slope, kind, launches.threads(x.C), pointer(mean), pointer(var), 1.0, eps, *map(pointer, sums), values, weight, affine,
-        x.C, pad, coefs, statistic=mean.dtype,
+        x.C, *flat.table, coefs, statistic=mean.dtype,
     )  # fmt: skip
-    launches.elementwise(call, GRADIENT, coefs, x, dy, out)
+    launches.elementwise(call, GRADIENT, flat, coefs, x, dy, out)
 
 
 def _whole_forward(call: Call, x: View, parameters: tuple[Any, Any, int], eps: Any, out: View, stats: Any, plan: views.Sized) -> None:

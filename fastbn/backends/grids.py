@@ -13,10 +13,12 @@ from typing import NamedTuple
 THREADS = 256
 WARP = 32
 EACH = 4  # groups of a thread in the elementwise passes
+ONE, TWO, TABLE = 0, 1, 2  # channels of a group there: see `fastbn.kernels.cuda.apply`
 FULL = 264  # blocks that keep a device busy
 WAVE = 528  # blocks that are on a device at once, four to a multiprocessor
 BLOCKS = 2048  # blocks beyond which more only leave more to merge
 DEEP = 8  # groups of a thread below which a part is not worth a block
+SECTOR = 4  # numbers of float64 that memory moves at least
 SLAB = 2**17  # bytes of a channel up to which a block finds them in cache at the second reading
 SMALL = 2**16  # values of an array for which one launch counts more than short rows
 EXACT = 2**24  # values that a float32 counts
@@ -70,11 +72,17 @@ class Runs(NamedTuple):
     per_run: int  # channels of a run
     inner: int  # runs of one step of the outer stride
     groups: int  # of a run
-    even: bool  # whether a group holds channels side by side, in whole groups
+    mode: int  # ONE, TWO or TABLE: how a group finds its coefficients
+    C: int  # channels, and columns of each, as a group finds them; of a table, 1 and its columns
+    S: int
+    columns: int  # places of a channel in the table of coefficients, side by side
+    copies: int  # of all channels there
+    apart: int  # groups between one of a thread's and the next
+    steps: tuple[int, ...]  # elements between them, of each array; 0 where the next is no such step further
 
     def blocks(self, threads: int) -> int:
         """Blocks of so many threads."""
-        return -(-self.runs * self.groups // (EACH * threads))
+        return -(-(-(-self.runs * self.groups // (EACH * self.apart)) * self.apart) // threads)
 
 
 def parts_of(units: int, groups: int, values: int) -> int:
@@ -132,17 +140,30 @@ def columns(R: int, C: int, S: int, lanes: int, contiguous: bool) -> Columns:
 
 
 def finish(entries: int, C: int) -> int:
-    """Channels of a block that merges so many partial results of each: as few as leave a thread to each result."""
-    return max(1, min(THREADS >> (entries - 1).bit_length(), 1 << (C - 1).bit_length()))
+    """Channels of a block that merges so many partial results of each: as few as leave a thread to each, but what 32 bytes hold."""
+    return min(max(SECTOR, THREADS >> (entries - 1).bit_length()), 1 << (C - 1).bit_length())
 
 
 def runs(N: int, C: int, S: int, lanes: int, steps: Sequence[tuple[int, int]]) -> Runs:
     """The runs of arrays (N, C, S) with these (outer, channel) strides each; channels last is S = 1."""
     if all(step == (C * S, S) for step in steps):
-        found = 1, N * C * S, N * C, 1
+        runs, length, per_run, inner = 1, N * C * S, N * C, 1
     elif all(step[1] == S for step in steps):
-        found = N, C * S, C, 1
+        runs, length, per_run, inner = N, C * S, C, 1
     else:
-        found = N * C, S, 1, C
-    length = found[1]
-    return Runs(*found, -(-length // lanes), S == 1 and C % lanes == 0 and length % lanes == 0)
+        runs, length, per_run, inner = N * C, S, 1, C
+    groups, image = -(-length // lanes), C * S
+    if runs == 1:
+        image = math.lcm(image, lanes)  # columns from which on all is as it was
+    mode = ONE if per_run == 1 or S % lanes == 0 else TWO if S > lanes else TABLE
+    found = (1, -(-image // lanes) * lanes, S, image // (C * S)) if mode == TABLE else (C, S, 1, 1)
+    period = image // lanes if runs == 1 else groups * inner  # groups from which on all is as it was
+    images = length // image if runs == 1 else N
+    if images >= EACH:
+        times = max(1, min(-(-THREADS // period), images // EACH))
+        apart, further = times * period, tuple(times * (image if runs == 1 else outer) for outer, _ in steps)
+    elif mode == ONE and S % (EACH * lanes) == 0:
+        apart, further = S // (EACH * lanes), (S // EACH,) * len(steps)
+    else:
+        apart, further = THREADS, (0,) * len(steps)
+    return Runs(runs, length, per_run, inner, groups, mode, *found, apart, further)

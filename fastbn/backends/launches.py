@@ -11,7 +11,7 @@ import numpy as np
 
 from fastbn.backends import devices, grids, streams
 from fastbn.backends.devices import STORED, Buffer, Lies
-from fastbn.backends.views import DOUBLE, Sized, View, flat, pad_of
+from fastbn.backends.views import DOUBLE, Flat, Sized, View
 from fastbn.kernels.cuda import _gpu, _jit, columns, finish, moving, rows
 
 ALIGNED = 256  # bytes
@@ -272,12 +272,11 @@ def threads(C: int) -> int:
     return -(-C // grids.THREADS)
 
 
-def elementwise(call: Call, kernels: tuple[_jit.Kernel, _jit.Kernel], coefs: Any, *views: View) -> None:
+def elementwise(call: Call, kernels: tuple[_jit.Kernel, _jit.Kernel], flat: Flat, coefs: Any, *views: View) -> None:
     """An elementwise pass over inputs and, last, the result; `kernels` for positions of 32 and of 64 bits."""
-    x = views[0]
-    grid, steps, aligned = flat(*views)
+    x, grid = views[0], flat.grid
     call.launch(
         kernels[x.N * x.C * x.S >= grids.LONG], STORED[x.buffer.dtype], grid.blocks(grids.THREADS),
-        *(pointer(v.buffer) for v in views), coefs, pad_of(x.C), x.C, x.S, grid.runs, grid.length, grid.per_run, grid.inner, *steps,
-        grid.groups, grid.even, aligned,
+        *(pointer(v.buffer) for v in views), coefs, flat.table[2], grid.C, grid.S, grid.runs, grid.length, grid.per_run, grid.inner,
+        *flat.steps, grid.groups, grid.mode, flat.aligned, grid.apart, *grid.steps,
     )  # fmt: skip

@@ -115,6 +115,12 @@ class Flat(NamedTuple):
     steps: Ints  # outer and inner of each array; 0 where there is but one run
     aligned: bool  # whether every group of every array lies on a 16-byte boundary
 
+    @property
+    def table(self) -> tuple[int, int, int]:
+        """What kernels need to know of the table of coefficients: columns of a channel, copies of all, and the length of a row."""
+        grid = self.grid
+        return grid.columns, grid.copies, pad_of(grid.S if grid.mode == grids.TABLE else grid.C)
+
 
 def flat(*views: View) -> Flat:
     """How an elementwise pass walks its arrays."""

@@ -208,6 +208,19 @@ def gather(typingctx, x, table, at, channel, column, columns, channels):
 
 
 @intrinsic
+def split(typingctx, x, low, high, count):
+    """One number in the first `count` lanes of a group of x, another in the others."""
+    group = Group(x.dtype)
+
+    def codegen(context, builder, sig, args):
+        lanes = ir.Constant(ir.VectorType(I32, group.lanes), list(range(group.lanes)))
+        first = builder.icmp_signed("<", lanes, splat(builder, args[3], lanes.type))
+        return builder.select(first, splat(builder, args[1], group.ir), splat(builder, args[2], group.ir))
+
+    return group(x, group.dtype, group.dtype, types.int32), codegen
+
+
+@intrinsic
 def total(typingctx, group):
     """Sum of the lanes, by halves."""
 

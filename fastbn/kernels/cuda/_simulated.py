@@ -163,6 +163,11 @@ def gather(x: Memory, table: Memory, at: int, channel: int, column: int, columns
     return np.array([load(table, at + (channel + (column + k) // columns) % channels) for k in range(lanes(x))], x.kind)
 
 
+def split(x: Memory, low: Any, high: Any, count: int) -> Array:
+    """One number in the first `count` lanes of a group of x, another in the others."""
+    return np.array([low if k < count else high for k in range(lanes(x))], x.kind)
+
+
 def total(group: Array) -> Any:
     """Sum of the lanes, by halves."""
     while group.size > 1:

@@ -1,14 +1,23 @@
 """The elementwise passes on the GPU, on any layout: runs of contiguous memory, cut into groups of 16 bytes.
 
 An array is `runs` pieces of `length` elements: one where all is contiguous, N or R where images or rows are apart, N * C where channels
-are. A block takes four groups a thread, loaded before the first is stored. Every kernel stands here twice, for positions that fit 32 bits
-and for longer arrays: a division of 64 bits takes as long as the rest of a group's work.
+are. A thread takes four groups at the same place of four images, or of one channel: one position and one set of coefficients serve all
+four, and nothing is stored before the last is loaded. Blocks go through an array from its end, which the pass before has left in cache.
+Every kernel stands here twice, for positions that fit 32 bits and for longer arrays: a division of 64 bits takes as long as the rest.
 """
 
 from fastbn.kernels.cuda import _gpu as gpu
 from fastbn.kernels.cuda._jit import kernel
 
 EACH = 4  # groups of a thread
+ONE, TWO, TABLE = 0, 1, 2  # channels of a group: one, two at most, or any of a table that is written out column by column
+
+
+@gpu.device
+def first_of(apart):
+    """A thread's first group; the others follow so many groups apart."""
+    i = (gpu.blocks() - 1 - gpu.block()) * gpu.threads() + gpu.thread()
+    return i + gpu.quotient(i, apart) * (EACH - 1) * apart
 
 
 @gpu.device
@@ -34,92 +43,101 @@ def channel_of(run, e, C, S, per_run):
 
 
 @gpu.device
-def coefficient(x, table, at, c, s, C, S, even):
-    """A row of a table of coefficients for the lanes of a group that begins with channel c at position s."""
-    if s + gpu.lanes(x) <= S:
-        return gpu.spread(x, gpu.load(table, at + c))
-    if even:  # channels side by side, in whole groups
-        return gpu.load_table(x, table, at + c)
-    return gpu.gather(x, table, at, c, s, S, C)
-
-
-@gpu.device
-def normalized(x, group, coefs, pad, run, e, C, S, per_run, even):
-    """gamma * xhat + beta of a group."""
+def affine_of(x, coefs, pad, run, e, C, S, per_run, mode):
+    """The first three rows of a table of coefficients for the lanes of a group that begins at element e of a run."""
     c, s = channel_of(run, e, C, S, per_run)
-    scaled = (group - coefficient(x, coefs, 0, c, s, C, S, even)) * coefficient(x, coefs, pad, c, s, C, S, even)
-    return scaled + coefficient(x, coefs, 2 * pad, c, s, C, S, even)
+    if mode == TABLE:
+        return gpu.load_table(x, coefs, s), gpu.load_table(x, coefs, pad + s), gpu.load_table(x, coefs, 2 * pad + s)
+    p, q, r = gpu.load(coefs, c), gpu.load(coefs, pad + c), gpu.load(coefs, 2 * pad + c)
+    if mode == ONE:
+        return gpu.spread(x, p), gpu.spread(x, q), gpu.spread(x, r)
+    c, left = c + 1 if c + 1 < C else 0, S - s
+    p, q = gpu.split(x, p, gpu.load(coefs, c), left), gpu.split(x, q, gpu.load(coefs, pad + c), left)
+    return p, q, gpu.split(x, r, gpu.load(coefs, 2 * pad + c), left)
 
 
-def _normalize(x, y, coefs, pad, C, S, runs, length, per_run, inner, xn, xm, yn, ym, groups, even, aligned):
+def _normalize(x, y, coefs, pad, C, S, runs, length, per_run, inner, xn, xm, yn, ym, groups, mode, aligned, apart, xd, yd):
     """y = (x - near) * scale + shift, with `finish.keep_scale`'s coefficients (3, pad).
 
-    Run r begins at r // inner * xn + r % inner * xm in x, and in y alike; it holds `per_run` channels of S elements, in `groups` groups.
+    Run r begins at r // inner * xn + r % inner * xm in x, and in y alike; it holds `per_run` channels of S elements, in `groups` groups. A
+    thread's four lie `apart` groups and xd elements apart, if those are not 0. In mode TABLE a table of S columns is that of one channel.
     """
-    lanes, threads = gpu.lanes(x), gpu.threads()
-    u, end = gpu.block() * EACH * threads + gpu.thread(), runs * groups
-    if aligned and u - gpu.thread() + EACH * threads <= runs * gpu.quotient(length, lanes):
+    lanes = gpu.lanes(x)
+    u = first_of(apart)
+    if aligned and xd and u + (EACH - 1) * apart < runs * gpu.quotient(length, lanes):
         r, e = run_of(u, groups, lanes)
-        r1, e1 = run_of(u + threads, groups, lanes)
-        r2, e2 = run_of(u + 2 * threads, groups, lanes)
-        r3, e3 = run_of(u + 3 * threads, groups, lanes)
-        a = gpu.load_group(x, start_of(r, inner, xn, xm) + e)
-        b = gpu.load_group(x, start_of(r1, inner, xn, xm) + e1)
-        c = gpu.load_group(x, start_of(r2, inner, xn, xm) + e2)
-        d = gpu.load_group(x, start_of(r3, inner, xn, xm) + e3)
-        gpu.store_group(y, start_of(r, inner, yn, ym) + e, normalized(x, a, coefs, pad, r, e, C, S, per_run, even))
-        gpu.store_group(y, start_of(r1, inner, yn, ym) + e1, normalized(x, b, coefs, pad, r1, e1, C, S, per_run, even))
-        gpu.store_group(y, start_of(r2, inner, yn, ym) + e2, normalized(x, c, coefs, pad, r2, e2, C, S, per_run, even))
-        gpu.store_group(y, start_of(r3, inner, yn, ym) + e3, normalized(x, d, coefs, pad, r3, e3, C, S, per_run, even))
+        i, j = start_of(r, inner, xn, xm) + e, start_of(r, inner, yn, ym) + e
+        a, b = gpu.load_group(x, i), gpu.load_group(x, i + xd)
+        c, d = gpu.load_group(x, i + 2 * xd), gpu.load_group(x, i + 3 * xd)
+        near, scale, shift = affine_of(x, coefs, pad, r, e, C, S, per_run, mode)
+        gpu.store_group(y, j, (a - near) * scale + shift)
+        gpu.store_group(y, j + yd, (b - near) * scale + shift)
+        gpu.store_group(y, j + 2 * yd, (c - near) * scale + shift)
+        gpu.store_group(y, j + 3 * yd, (d - near) * scale + shift)
         return
     for _ in range(EACH):
-        if u < end:
+        if u < runs * groups:
             r, e = run_of(u, groups, lanes)
-            count = min(lanes, length - e)
-            group = gpu.load_any(x, start_of(r, inner, xn, xm) + e, count)
-            found = normalized(x, group, coefs, pad, r, e, C, S, per_run, even)
-            gpu.store_any(y, start_of(r, inner, yn, ym) + e, count, found)
-        u += threads
+            i, j, count = start_of(r, inner, xn, xm) + e, start_of(r, inner, yn, ym) + e, min(lanes, length - e)
+            near, scale, shift = affine_of(x, coefs, pad, r, e, C, S, per_run, mode)
+            if aligned and count == lanes:
+                gpu.store_group(y, j, (gpu.load_group(x, i) - near) * scale + shift)
+            else:
+                gpu.store_any(y, j, count, (gpu.load_any(x, i, count) - near) * scale + shift)
+        u += apart
 
 
 @gpu.device
-def sloped(x, dy, group, coefs, pad, run, e, C, S, per_run, even):
-    """(dy - (x - near) * slope) * scale - level of a group."""
+def slope_of(x, coefs, pad, run, e, C, S, per_run, mode):
+    """All four rows likewise."""
+    near, slope, level = affine_of(x, coefs, pad, run, e, C, S, per_run, mode)
     c, s = channel_of(run, e, C, S, per_run)
-    left = dy - (group - coefficient(x, coefs, 0, c, s, C, S, even)) * coefficient(x, coefs, pad, c, s, C, S, even)
-    return left * coefficient(x, coefs, 3 * pad, c, s, C, S, even) - coefficient(x, coefs, 2 * pad, c, s, C, S, even)
+    if mode == TABLE:
+        return near, slope, level, gpu.load_table(x, coefs, 3 * pad + s)
+    scale = gpu.load(coefs, 3 * pad + c)
+    if mode == ONE:
+        return near, slope, level, gpu.spread(x, scale)
+    return near, slope, level, gpu.split(x, scale, gpu.load(coefs, 3 * pad + (c + 1 if c + 1 < C else 0)), S - s)
 
 
-def _gradient(x, dy, dx, coefs, pad, C, S, runs, length, per_run, inner, xn, xm, dn, dm, yn, ym, groups, even, aligned):
-    """dx = (dy - (x - near) * slope) * scale - level, with `finish.finish_backward`'s coefficients (4, pad); as `_normalize`."""
-    lanes, threads = gpu.lanes(x), gpu.threads()
-    u, end = gpu.block() * EACH * threads + gpu.thread(), runs * groups
-    if aligned and u - gpu.thread() + EACH * threads <= runs * gpu.quotient(length, lanes):
+@gpu.device
+def slant(group, steep, near, slope, level, scale):
+    """A gradient."""
+    return (steep - (group - near) * slope) * scale - level
+
+
+def _gradient(x, dy, dx, coefs, pad, C, S, runs, length, per_run, inner, xn, xm, dn, dm, yn, ym, groups, mode, aligned, apart, xd, dd, yd):
+    """dx = (dy - (x - near) * slope) * scale - level, with `finish.keep_slope`'s coefficients (4, pad); as `_normalize`."""
+    lanes = gpu.lanes(x)
+    u = first_of(apart)
+    if aligned and xd and u + (EACH - 1) * apart < runs * gpu.quotient(length, lanes):
         r, e = run_of(u, groups, lanes)
-        r1, e1 = run_of(u + threads, groups, lanes)
-        r2, e2 = run_of(u + 2 * threads, groups, lanes)
-        r3, e3 = run_of(u + 3 * threads, groups, lanes)
-        a, da = gpu.load_group(x, start_of(r, inner, xn, xm) + e), gpu.load_group(dy, start_of(r, inner, dn, dm) + e)
-        b, db = gpu.load_group(x, start_of(r1, inner, xn, xm) + e1), gpu.load_group(dy, start_of(r1, inner, dn, dm) + e1)
-        c, dc = gpu.load_group(x, start_of(r2, inner, xn, xm) + e2), gpu.load_group(dy, start_of(r2, inner, dn, dm) + e2)
-        d, dd = gpu.load_group(x, start_of(r3, inner, xn, xm) + e3), gpu.load_group(dy, start_of(r3, inner, dn, dm) + e3)
-        gpu.store_group(dx, start_of(r, inner, yn, ym) + e, sloped(x, da, a, coefs, pad, r, e, C, S, per_run, even))
-        gpu.store_group(dx, start_of(r1, inner, yn, ym) + e1, sloped(x, db, b, coefs, pad, r1, e1, C, S, per_run, even))
-        gpu.store_group(dx, start_of(r2, inner, yn, ym) + e2, sloped(x, dc, c, coefs, pad, r2, e2, C, S, per_run, even))
-        gpu.store_group(dx, start_of(r3, inner, yn, ym) + e3, sloped(x, dd, d, coefs, pad, r3, e3, C, S, per_run, even))
+        i, k, j = start_of(r, inner, xn, xm) + e, start_of(r, inner, dn, dm) + e, start_of(r, inner, yn, ym) + e
+        a, b = gpu.load_group(x, i), gpu.load_group(x, i + xd)
+        c, d = gpu.load_group(x, i + 2 * xd), gpu.load_group(x, i + 3 * xd)
+        da, db = gpu.load_group(dy, k), gpu.load_group(dy, k + dd)
+        dc, ddy = gpu.load_group(dy, k + 2 * dd), gpu.load_group(dy, k + 3 * dd)
+        near, slope, level, scale = slope_of(x, coefs, pad, r, e, C, S, per_run, mode)
+        gpu.store_group(dx, j, slant(a, da, near, slope, level, scale))
+        gpu.store_group(dx, j + yd, slant(b, db, near, slope, level, scale))
+        gpu.store_group(dx, j + 2 * yd, slant(c, dc, near, slope, level, scale))
+        gpu.store_group(dx, j + 3 * yd, slant(d, ddy, near, slope, level, scale))
         return
     for _ in range(EACH):
-        if u < end:
+        if u < runs * groups:
             r, e = run_of(u, groups, lanes)
+            i, k, j = start_of(r, inner, xn, xm) + e, start_of(r, inner, dn, dm) + e, start_of(r, inner, yn, ym) + e
+            near, slope, level, scale = slope_of(x, coefs, pad, r, e, C, S, per_run, mode)
             count = min(lanes, length - e)
-            group = gpu.load_any(x, start_of(r, inner, xn, xm) + e, count)
-            steep = gpu.load_any(dy, start_of(r, inner, dn, dm) + e, count)
-            found = sloped(x, steep, group, coefs, pad, r, e, C, S, per_run, even)
-            gpu.store_any(dx, start_of(r, inner, yn, ym) + e, count, found)
-        u += threads
+            if aligned and count == lanes:
+                gpu.store_group(dx, j, slant(gpu.load_group(x, i), gpu.load_group(dy, k), near, slope, level, scale))
+            else:
+                found = slant(gpu.load_any(x, i, count), gpu.load_any(dy, k, count), near, slope, level, scale)
+                gpu.store_any(dx, j, count, found)
+        u += apart
 
 
-normalize = kernel("x x w i4 i4 i4 i8 i8 i8 i4 i8 i8 i8 i8 i4 i4 i4", "normalize")(_normalize)
-normalize_long = kernel("x x w i4 i8 i8 i8 i8 i8 i8 i8 i8 i8 i8 i8 i4 i4", "normalize_long")(_normalize)
-gradient = kernel("x x x w i4 i4 i4 i8 i8 i8 i4 i8 i8 i8 i8 i8 i8 i4 i4 i4", "gradient")(_gradient)
-gradient_long = kernel("x x x w i4 i8 i8 i8 i8 i8 i8 i8 i8 i8 i8 i8 i8 i8 i4 i4", "gradient_long")(_gradient)
+normalize = kernel("x x w i4 i4 i4 i8 i8 i8 i4 i8 i8 i8 i8 i4 i4 i4 i4 i8 i8", "normalize")(_normalize)
+normalize_long = kernel("x x w i4 i8 i8 i8 i8 i8 i8 i8 i8 i8 i8 i8 i4 i4 i8 i8 i8", "normalize_long")(_normalize)
+gradient = kernel("x x x w i4 i4 i4 i8 i8 i8 i4 i8 i8 i8 i8 i8 i8 i4 i4 i4 i4 i8 i8 i8", "gradient")(_gradient)
+gradient_long = kernel("x x x w i4 i8 i8 i8 i8 i8 i8 i8 i8 i8 i8 i8 i8 i8 i4 i4 i8 i8 i8 i8", "gradient_long")(_gradient)

@@ -72,22 +72,32 @@ def slope_of(x, mean, rstd, a, b):
 
 
 @gpu.device
-def keep_scale(mean, rstd, gamma, beta, affine, channel, pad, coefs):
-    """What `apply.normalize` needs of a channel."""
-    near, scale, shift = scaled(coefs, mean, rstd, gamma, beta, affine, channel)
-    gpu.store(coefs, channel, near)
-    gpu.store(coefs, pad + channel, scale)
-    gpu.store(coefs, 2 * pad + channel, shift)
+def keep_affine(near, scale, shift, channel, C, columns, copies, pad, coefs):
+    """What `apply.normalize` needs of a channel: in each of its columns of each copy of C channels."""
+    for i in range(copies):
+        at = (i * C + channel) * columns
+        for j in range(at, at + columns):
+            gpu.store(coefs, j, near)
+            gpu.store(coefs, pad + j, scale)
+            gpu.store(coefs, 2 * pad + j, shift)
 
 
 @gpu.device
-def keep_slope(mean, rstd, gamma, affine, channel, a, dgamma, values, pad, coefs):
-    """What `apply.gradient` needs of a channel."""
+def keep_scale(mean, rstd, gamma, beta, affine, channel, C, columns, copies, pad, coefs):
+    """The same, from statistics."""
+    near, scale, shift = scaled(coefs, mean, rstd, gamma, beta, affine, channel)
+    keep_affine(near, scale, shift, channel, C, columns, copies, pad, coefs)
+
+
+@gpu.device
+def keep_slope(mean, rstd, gamma, affine, channel, a, dgamma, values, C, columns, copies, pad, coefs):
+    """What `apply.gradient` needs of a channel, likewise."""
     near, slope, level, scale = sloped(coefs, mean, rstd, gamma, affine, channel, a, dgamma, values)
-    gpu.store(coefs, channel, near)
-    gpu.store(coefs, pad + channel, slope)
-    gpu.store(coefs, 2 * pad + channel, level)
-    gpu.store(coefs, 3 * pad + channel, scale)
+    keep_affine(near, slope, level, channel, C, columns, copies, pad, coefs)
+    for i in range(copies):
+        at = 3 * pad + (i * C + channel) * columns
+        for j in range(at, at + columns):
+            gpu.store(coefs, j, scale)
 
 
 @kernel("s i4 i4 i4 x i8 i8 i8 i8 s")
@@ -99,24 +109,24 @@ def finish_moments(partial, entries, C, across, x, N, S, sn, sc, stats):
         gpu.store(stats, C + channel, m2)
 
 
-@kernel("s i4 i4 i4 x i8 i8 i8 i8 f w w i4 i4 s w")
-def finish_forward(partial, entries, C, across, x, N, S, sn, sc, eps, gamma, beta, affine, pad, stats, coefs):
+@kernel("s i4 i4 i4 x i8 i8 i8 i8 f w w i4 i4 i4 i4 s w")
+def finish_forward(partial, entries, C, across, x, N, S, sn, sc, eps, gamma, beta, affine, columns, copies, pad, stats, coefs):
     """The same, and coefficients (3, pad) for `apply.normalize`; `affine` is 1 with gamma, 2 with beta, 3 with both."""
     channel, mine, count, mean, m2 = moments_of(partial, entries, C, across, x, N, S, sn, sc, stats)
     if mine:
         gpu.store(stats, channel, mean)
         gpu.store(stats, C + channel, m2)
-        keep_scale(mean, 1.0 / sqrt(m2 / count + eps), gamma, beta, affine, channel, pad, coefs)
+        keep_scale(mean, 1.0 / sqrt(m2 / count + eps), gamma, beta, affine, channel, C, columns, copies, pad, coefs)
 
 
-@kernel("t t f f w w i4 i4 i4 w")
-def set_scale(mean, m2, count, eps, gamma, beta, affine, C, pad, coefs):
+@kernel("t t f f w w i4 i4 i4 i4 i4 w")
+def set_scale(mean, m2, count, eps, gamma, beta, affine, C, columns, copies, pad, coefs):
     """Coefficients (3, pad) for `apply.normalize` from given statistics (C,); m2 is 1 / sqrt(var + eps) where count is 0."""
     channel = gpu.block() * gpu.threads() + gpu.thread()
     if channel < C:
         spread = gpu.load(m2, channel)
         rstd = 1.0 / sqrt(spread / count + eps) if count else spread
-        keep_scale(gpu.load(mean, channel), rstd, gamma, beta, affine, channel, pad, coefs)
+        keep_scale(gpu.load(mean, channel), rstd, gamma, beta, affine, channel, C, columns, copies, pad, coefs)
 
 
 @gpu.device
@@ -145,10 +155,11 @@ def sums_of(partial, entries, C, across, x, dy, mean, N, S, sn, sc, dn, dc, sums
     return channel, channel < C and below == 0, a, b
 
 
-@kernel("s i4 i4 i4 x x i8 i8 i8 i8 i8 i8 t t f f f w i4 i4 i4 s w w")
+@kernel("s i4 i4 i4 x x i8 i8 i8 i8 i8 i8 t t f f f w i4 i4 i4 i4 i4 s w w")
 def finish_backward(
-    partial, entries, C, across, x, dy, N, S, sn, sc, dn, dc, mean, m2, count, eps, values, gamma, affine, training, pad, sums, grads, coefs
-):
+    partial, entries, C, across, x, dy, N, S, sn, sc, dn, dc, mean, m2, count, eps, values, gamma, affine, training,
+    columns, copies, pad, sums, grads, coefs,
+):  # fmt: skip
     """Sums of dy and dy * xhat into `sums` and `grads` (2, C), and coefficients (4, pad) for `apply.gradient`, or for `apply.normalize`.
 
     From partial sums (entries, 2, C) of x and dy (N, C, S); `values` per channel; m2 is 1 / sqrt(var + eps) where count is 0. If not
@@ -165,22 +176,22 @@ def finish_backward(
         gpu.store(grads, channel, gpu.scalar(grads, a))
         gpu.store(grads, C + channel, gpu.scalar(grads, dgamma))
         if training:
-            keep_slope(middle, rstd, gamma, affine, channel, a, dgamma, values, pad, coefs)
+            keep_slope(middle, rstd, gamma, affine, channel, a, dgamma, values, C, columns, copies, pad, coefs)
         else:
-            gpu.store(coefs, channel, gpu.scalar(coefs, zero))
-            gpu.store(coefs, pad + channel, gpu.scalar(coefs, rstd * gpu.load(gamma, channel) if affine & 1 else rstd))
-            gpu.store(coefs, 2 * pad + channel, gpu.scalar(coefs, zero))
+            scale, none = gpu.scalar(coefs, rstd * gpu.load(gamma, channel) if affine & 1 else rstd), gpu.scalar(coefs, zero)
+            keep_affine(none, scale, none, channel, C, columns, copies, pad, coefs)
 
 
-@kernel("t t f f s s f w i4 i4 i4 w")
-def set_slope(mean, m2, count, eps, sum_dy, sum_dy_xhat, values, gamma, affine, C, pad, coefs):
+@kernel("t t f f s s f w i4 i4 i4 i4 i4 w")
+def set_slope(mean, m2, count, eps, sum_dy, sum_dy_xhat, values, gamma, affine, C, columns, copies, pad, coefs):
     """Coefficients (4, pad) for `apply.gradient` from given statistics and sums (C,) over `values` per channel; m2 as `set_scale`."""
     channel = gpu.block() * gpu.threads() + gpu.thread()
     if channel < C:
         spread = gpu.load(m2, channel)
         rstd = 1.0 / sqrt(spread / count + eps) if count else spread
         a, dgamma = gpu.load(sum_dy, channel), gpu.load(sum_dy_xhat, channel)
-        keep_slope(gpu.scalar(sum_dy, gpu.load(mean, channel)), rstd, gamma, affine, channel, a, dgamma, values, pad, coefs)
+        middle = gpu.scalar(sum_dy, gpu.load(mean, channel))
+        keep_slope(middle, rstd, gamma, affine, channel, a, dgamma, values, C, columns, copies, pad, coefs)
 
 
 @kernel("s s f f i4 w w")

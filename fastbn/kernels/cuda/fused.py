@@ -10,6 +10,7 @@ from numpy import float64
 
 from fastbn.kernels.cuda import _gpu as gpu
 from fastbn.kernels.cuda._jit import kernel
+from fastbn.kernels.cuda.apply import slant
 from fastbn.kernels.cuda.columns import fetch, part_moments, part_sums
 from fastbn.kernels.cuda.finish import scaled, slope_of, sloped
 from fastbn.kernels.cuda.merging import doubtful, kept_lane, kept_lane_sums, reread, reread_sums
@@ -39,12 +40,6 @@ def settled_sums(x, dy, at, of, N, S, sn, dn, mean, a, b):
     if gpu.lanes(x) > 2 and not (a - a == 0.0 and b - b == 0.0):
         a, b = reread_sums(x, dy, at, of, N, S, sn, dn, 0, 1, float64(mean))
     return a, b
-
-
-@gpu.device
-def slant(group, steep, near, slope, level, scale):
-    """A gradient, as `apply.gradient` has it."""
-    return (steep - (group - near) * slope) * scale - level
 
 
 @kernel("x x w w i4 f i4 i4 i4 i8 i8 i8 i8 i4 i4 i4 i4 i4 i4 i8 i8 s")
