@@ -1,0 +1,137 @@
+"""The accuracy promised, held by the CUDA kernels as executed from their PTX: the CPU's table of hard data, and the CPU's limits.
+
+That the data catch poor statistics, `test_accuracy` shows.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import published
+import pytest
+from test_accuracy import EPS, NAMES, Problem
+from tolerances import check, excess, scales
+
+pytest.importorskip("numba_cuda", reason="needs numba-cuda: pip install 'fastbn[cuda13]'")
+pytest.importorskip("nvidia", reason="needs nvidia-nvvm, or a CUDA toolkit")
+
+from fastbn.kernels.cuda import _gpu
+
+if _gpu.SIMULATED:
+    pytest.skip("the simulator and the compiler can't share a process", allow_module_level=True)
+
+import fastbn
+from ptx import driver
+
+pytestmark = [pytest.mark.ptx, pytest.mark.peers]
+
+DEVICE = driver.device("sm_90a")
+PLACES = {"C": "first", "channels_last": "last"}  # layouts
+# What the grids make of them, with the channels first and last.
+SHAPES = (
+    (8, 24, 14, 14),  # one launch; columns in parts
+    (64, 8, 7, 7),  # many short rows
+    (3, 5, 17, 13),  # no whole groups
+    (2, 2, 150, 151),  # parts of a channel; two columns, folded
+    (300, 37),  # one launch, a channel to a column
+    (20000, 3),  # folded, parts
+    (5, 200),  # few rows
+)
+WAYS = [(shape, layout) for shape in SHAPES for layout in PLACES if len(shape) > 2 or layout == "C"]
+SCALES = (1e-18, 1e13, 1e17, 1e30)  # whose squares vanish or overflow in float32, of values and of what a unit makes of them
+
+
+@pytest.fixture(autouse=True)
+def device() -> Iterator[driver.Device]:
+    with DEVICE:
+        yield DEVICE
+
+
+def placed(values: np.ndarray, layout: str) -> Any:
+    return DEVICE.array(values, "float32", "x", PLACES[layout] if values.ndim > 2 else "first")
+
+
+def parameter(values: np.ndarray) -> Any:
+    return DEVICE.array(values, "float32", "a parameter")
+
+
+def held(p: Any, layout: str) -> None:
+    """Every quantity of a problem within its limit."""
+    x, dy = placed(p.x, layout), placed(p.dy, layout)
+    gamma, beta = parameter(p.gamma), parameter(p.beta)
+    y, m = fastbn.batch_norm(x, gamma, beta, eps=EPS)
+    found = {"mean": m.mean, "var": m.var(), "y": y}
+    wanted = {"mean": p.stats.mean, "var": p.stats.var, "y": p.y} | p.gradients._asdict()
+    found |= dict(zip(("dx", "dgamma", "dbeta"), fastbn.batch_norm_backward(dy, x, m, gamma, eps=EPS), strict=True))
+    found["constant y"] = fastbn.batch_norm_inference(x, m.mean, m.var(), gamma, beta, eps=EPS)
+    wanted["constant y"] = p.y
+    beyond = {}
+    for name, got in found.items():
+        quantity = name.rpartition(" ")[2]
+        beyond[name] = excess(quantity, np.float32, got.get(), wanted[name], getattr(p.scales, quantity))
+    assert {name: share for name, share in beyond.items() if not share <= 1} == {}
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("shape", "layout"), WAYS, ids=str)
+def test_within_the_limits(shape: tuple[int, ...], layout: str, name: str) -> None:
+    held(Problem(shape, name), layout)
+
+
+class Scaled:
+    """Noise of a standard deviation, dy of 1."""
+
+    def __init__(self, shape: tuple[int, ...], scale: float) -> None:
+        rng = np.random.default_rng(3)
+        self.x = (rng.standard_normal(shape) * scale).astype(np.float32)
+        self.dy = rng.standard_normal(shape).astype(np.float32)
+        self.gamma, self.beta = (rng.uniform(0.5, 1, shape[1]).astype(np.float32) for _ in range(2))
+        self.stats = published.statistics(self.x, 1)
+        given = self.stats.mean, self.stats.var
+        self.y = published.normalized(self.x, *given, self.gamma, self.beta, 1, EPS)
+        self.gradients = published.gradients(self.dy, self.x, *given, self.gamma, 1, EPS, True)
+        self.scales = scales(self.dy, self.x, *given, self.gamma, self.beta, 1, EPS, True)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize(("shape", "layout"), WAYS, ids=str)
+def test_any_scale(shape: tuple[int, ...], layout: str, scale: float) -> None:
+    held(Scaled(shape, scale), layout)
+
+
+@pytest.mark.parametrize(("shape", "layout"), WAYS, ids=str)
+def test_a_constant_channel_gives_exactly_beta(shape: tuple[int, ...], layout: str) -> None:
+    p = Problem(shape, "constant 1e7/3")
+    x = placed(p.x, layout)
+    y, m = fastbn.batch_norm(x, parameter(p.gamma), parameter(p.beta), eps=EPS)
+    np.testing.assert_array_equal(m.mean.get(), np.float32(1e7 / 3).astype(np.float64))
+    np.testing.assert_array_equal(m.m2.get(), 0.0)
+    np.testing.assert_array_equal(y.get(), np.broadcast_to(p.beta.reshape(-1, *(1,) * (p.x.ndim - 2)), p.x.shape).astype(np.float64))
+
+
+BULKS = {"zeros": (0.0, 0.0), "all alike": (1 / 3, 0.0), "normal": (10.0, 1.0), "offset 1e5": (1e5, 1.0)}  # mean, std
+
+
+def judged(values: np.ndarray, layout: str, where: object) -> None:
+    """Variance and y of values, in one layout."""
+    stats = published.statistics(values, 1)
+    y, m = fastbn.batch_norm(placed(values, layout), eps=EPS)
+    check("var", np.float32, m.var().get(), stats.var, stats.var)
+    hat = published.xhat(values, stats.mean, stats.var, 1, EPS)
+    error = np.abs(y.get() - hat) / np.maximum(1.0, np.abs(hat))
+    assert error.max() <= 1e-6, (where, layout, error.max())
+    DEVICE.space.keep([])
+
+
+@pytest.mark.parametrize("bulk", BULKS)
+@pytest.mark.parametrize(("shape", "size"), [((48, 17), 1e5), ((33, 33), 1e2), ((24, 5, 3, 3), 10.0), ((10, 3, 20, 20), 1e5)], ids=str)
+def test_an_outlier_in_every_row(shape: tuple[int, ...], size: float, bulk: str) -> None:
+    """Wherever the values that a shift is made of are taken: one row far from the others."""
+    rng = np.random.default_rng(0)
+    mean, std = BULKS[bulk]
+    usual = (mean + std * rng.standard_normal(shape)).astype(np.float32)
+    for row in range(shape[0]):
+        values = usual.copy()
+        values[row] = rng.uniform(size, 2 * size, shape[1:])
+        for layout in PLACES if len(shape) > 2 else ["C"]:
+            judged(values, layout, row)
