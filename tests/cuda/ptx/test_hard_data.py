@@ -4,6 +4,7 @@ That the data catch poor statistics, `test_accuracy` shows.
 """
 
 from collections.abc import Iterator
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -135,3 +136,25 @@ def test_an_outlier_in_every_row(shape: tuple[int, ...], size: float, bulk: str)
         values[row] = rng.uniform(size, 2 * size, shape[1:])
         for layout in PLACES if len(shape) > 2 else ["C"]:
             judged(values, layout, row)
+
+
+LARGE = {"scale 1e13": (0.0, 1e13), "scale 1e17": (0.0, 1e17), "scale 1e30": (0.0, 1e30)}
+
+
+@pytest.mark.parametrize("bulk", BULKS | LARGE)
+@pytest.mark.parametrize("shape", [(48, 17), (1100, 3), (2100, 40), (8, 3, 20, 20), (2, 2, 65, 66)], ids=str)
+def test_where_the_ends_are_not_like_the_others(shape: tuple[int, ...], bulk: str) -> None:
+    """Two of the first, the middle and the last value of a channel are far away, or all: no shift or unit of these alone will do."""
+    rng = np.random.default_rng(0)
+    mean, std = (BULKS | LARGE)[bulk]
+    usual = (mean + std * rng.standard_normal(shape)).astype(np.float32)
+    flat = np.moveaxis(usual, 1, -1).reshape(-1, shape[1])
+    count = len(flat)
+    ends = (0, count // 2, count - 1)
+    for far in (0.0, 1e-9, 1e5)[: 2 if bulk in LARGE else None]:
+        for chosen in (*combinations(ends, 2), ends):
+            values = flat.copy()
+            values[list(chosen)] = far * (1 + 1e-3 * rng.standard_normal((len(chosen), shape[1])))
+            x = np.moveaxis(values.reshape(shape[0], *shape[2:], shape[1]), -1, 1)
+            for layout in PLACES if len(shape) > 2 else ["C"]:
+                judged(np.ascontiguousarray(x), layout, (far, chosen))
