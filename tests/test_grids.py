@@ -154,3 +154,15 @@ def test_more_channels_than_32_bits_count_are_refused() -> None:
         plan = layout.planned(shape, tuple(2 * step for step in buffer.strides), axis, 2)
         with pytest.raises(ValueError, match=rf"x: given {shape[1]} channels, want at most 2147483640 on a GPU: pass it in slices"):
             views.view(buffer, plan)
+
+
+def test_one_launch_where_two_parts_would_only_fill_idle_multiprocessors() -> None:
+    for C, whole in ((grids.ENOUGH, True), (grids.ENOUGH - 1, False)):
+        buffer = devices.Buffer(0, (8, C, 1120), (C * 1120, 1120, 1), "float32", False, None, None)
+        x = views.View(buffer, 8, C, 1120, C * 1120, 1120)
+        assert views.sized(x).entries > 1
+        plan = views.sized_for(x, x)
+        assert (plan.whole, plan.entries == 1) == (whole, whole)
+        assert plan.rows is not None
+        assert plan.rows.parts * plan.rows.chunk >= 8 * 280
+        assert plan.rows.chunk == 8 * 280 or not whole

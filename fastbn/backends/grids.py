@@ -15,6 +15,7 @@ WARP = 32
 EACH = 4  # groups of a thread in the elementwise passes
 ONE, TWO, TABLE = 0, 1, 2  # channels of a group there: see `fastbn.kernels.cuda.apply`
 FULL = 264  # blocks that keep a device busy
+ENOUGH = 132  # blocks, one to a multiprocessor, that are better than twice as many and a second reading from memory
 WAVE = 528  # blocks that are on a device at once, four to a multiprocessor
 BLOCKS = 2048  # blocks beyond which more only leave more to merge
 DEEP = 8  # groups of a thread below which a part is not worth a block
@@ -111,6 +112,11 @@ def rows(N: int, C: int, S: int, lanes: int, even: bool) -> Rows:
     parts = parts_of(C, N * slots, N * S)
     chunk, chunk_rest = (-(-N * each // parts) for each in (slots, rest))
     return Rows(max(1, slots), rest, THREADS // max(1, slots), THREADS % max(1, slots), parts, chunk, chunk_rest)
+
+
+def undivided(grid: Rows, N: int) -> Rows:
+    """The same with one part, for N rows of each channel."""
+    return grid._replace(parts=1, chunk=N * grid.slots if grid.chunk else 0, chunk_rest=N * grid.rest)
 
 
 def _across(W: int, S: int, lanes: int) -> int:

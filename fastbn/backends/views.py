@@ -82,12 +82,14 @@ def sized_for(out: View, *views: View) -> Sized:
 
 
 def _sized_for(out: tuple[int, int, int], dims: tuple[int, int, int], arrays: tuple[tuple[int, int, int], ...], lanes: int) -> Sized:
-    plan, (N, _, S) = _sized(dims, arrays, lanes), dims
-    if plan.entries > 1:
-        return plan
+    plan, (N, C, S) = _sized(dims, arrays, lanes), dims
     if plan.rows is not None:
         alike = plan.rows.chunk == 0 or not any((one - first) % lanes for one, first in zip(out, arrays[0], strict=True))
-        return plan._replace(whole=alike and N * S * (16 // lanes) <= grids.SLAB)
+        if not alike or N * S * (16 // lanes) > grids.SLAB or (plan.entries > 1 and C < grids.ENOUGH):
+            return plan
+        return plan._replace(rows=grids.undivided(plan.rows, N), entries=1, whole=True)
+    if plan.entries > 1:
+        return plan
     base, outer, inner = out
     even = plan.even and grids.even_rows(base, [outer], lanes)
     assert plan.columns is not None
