@@ -48,7 +48,6 @@ def test_what_was_measured_is_shown_and_written_unless_a_check_failed(tmp_path, 
     assert gpu.main(["--from", str(data), "--readme", str(readme)]) == 1
     assert "y: off by 1, want at most 0.5" in capsys.readouterr().err
     assert readme.read_text() == text
-    gpu.draw(result, tmp_path / "gpu.png")
     assert (tmp_path / "gpu.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -66,6 +65,7 @@ def machine(monkeypatch, tmp_path):
     monkeypatch.setattr(devices, "declines", lambda: None)
     monkeypatch.setattr(gpu, "facts", lambda: dict.fromkeys(FACTS, "9.9"))
     monkeypatch.setattr(gpu, "host", lambda: {"fastbn forward": 30.0})
+    monkeypatch.setattr(gpu, "draw", lambda result, path: path.write_bytes(b"a plot"))
     monkeypatch.setattr(gpu_checks, "cases", lambda quick: iter(cases))
     monkeypatch.setattr(gpu, "timed", lambda result, seconds, quick: result["records"].append(_record(SMALL, 30e-6, 15e-6, 10e-6)))
     return SimpleNamespace(cases=cases, path=tmp_path / "gpu.json", argv=["--json", str(tmp_path / "gpu.json")])
@@ -107,11 +107,11 @@ def test_what_there_is_gets_written_whatever_ends_the_run(machine, monkeypatch):
 
 
 def test_the_plot_is_drawn_where_matplotlib_is(machine, monkeypatch, capsys):
-    monkeypatch.setattr(gpu.screen, "need", _raising(MissingExtra("the plot needs matplotlib: pip install 'fastbn[demo]'")))
-    assert gpu.main(machine.argv) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(gpu.screen, "need", _raising(MissingExtra("the plot needs matplotlib: pip install 'fastbn[demo]'")))
+        assert gpu.main(machine.argv) == 0
     assert "the plot needs matplotlib: pip install 'fastbn[demo]'; then python -m bench.gpu --from" in capsys.readouterr().out
     assert not machine.path.with_suffix(".png").exists()
-    monkeypatch.undo()
     assert gpu.main(["--from", str(machine.path)]) == 0
     assert machine.path.with_suffix(".png").exists()
 
