@@ -2,15 +2,19 @@
 
 from typing import Any
 
+import gpu
 import greenlet
 import numpy as np
 import pytest
+import test_contract as contract
 from numba.cuda.simulator import kernel as simulator
 
 from fastbn.backends import grids, launches
 from fastbn.kernels.cuda import _simulated
 
 THREADS, WARP = 8, 4
+
+contract.fastbn = gpu  # its calls are the same, on arrays of the GPU
 
 
 class Thread:

@@ -1,4 +1,4 @@
-"""The simulated GPU's results on hard data, within the project's limits: see `tests/cuda/ptx/test_hard_data.py` for the compiled kernels."""
+"""The simulated GPU on hard data, within the limits of `tolerances`; the compiled kernels: `tests/cuda/ptx/test_hard_data.py`."""
 
 import gpu
 import numpy as np

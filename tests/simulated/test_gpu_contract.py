@@ -2,14 +2,12 @@
 
 from typing import Any
 
-import gpu
 import numpy as np
 import pytest
 import test_contract as contract
 from shapes import DTYPES, LAYOUTS, Case, memory_order
 from test_contract import WHOLE, inputs, verify, written
 
-contract.fastbn = gpu  # the calls below are the same, on arrays of the GPU
 CALLS = contract.CALLS
 WRITING = contract.WRITING
 DTYPES = [dtype for dtype in DTYPES if dtype != "bfloat16"]  # which numba's arrays do not know
