@@ -8,13 +8,28 @@ from typing import Any
 
 from llvmlite import ir
 from numba import cuda
-from numba.cuda import cgutils, types
+from numba.cuda import types
 from numba.cuda.extending import intrinsic
 
-from fastbn.kernels.cuda._group import FLOAT, GROUP_BYTES, I32, I64, SHARED, Group, arithmetic, read, splat, write
-
-BLOCK = 256  # threads, at most
-PLANES = 4  # numbers of a slot in shared memory
+from fastbn.kernels.cuda._group import (
+    BLOCK,
+    FLOAT,
+    GROUP_BYTES,
+    I32,
+    I64,
+    SHARED,
+    Group,
+    arithmetic,
+    few_of,
+    lanes_of,
+    many_of,
+    putting,
+    read,
+    shared,
+    splat,
+    taking,
+    write,
+)  # fmt: skip
 
 
 def device(function: Any) -> Any:
@@ -52,14 +67,10 @@ def blocks():
     return cuda.gridDim.x
 
 
-def _lanes(x: Any) -> int:
-    return int(GROUP_BYTES * 8 // x.dtype.bitwidth)
-
-
 @intrinsic
 def lanes(typingctx, x):
     """Elements of a group of x; a constant."""
-    number = _lanes(x)
+    number = lanes_of(x)
     return types.int32(x), lambda context, builder, sig, args: ir.Constant(I32, number)
 
 
@@ -248,42 +259,15 @@ def inverse(typingctx, value):
 
 
 @intrinsic
+def half(typingctx, value):
+    """0.5 in the type of a number."""
+    return value(value), lambda context, builder, sig, args: ir.Constant(args[0].type, 0.5)
+
+
+@intrinsic
 def first(typingctx, group):
     """The first lane."""
     return group.dtype(group), lambda context, builder, sig, args: builder.extract_element(args[0], ir.Constant(I32, 0))
-
-
-def _shared(builder: Any, place: tuple[str, Any, int], index: Any) -> Any:
-    """Address of a number in this block's shared memory, an array of a name, type and size."""
-    name, kind, count = place
-    array = ir.ArrayType(kind, count)
-    name = f"fastbn_{name}_{count}_{kind}"
-    found = builder.module.globals.get(name) or cgutils.add_global_variable(builder.module, array, name, addrspace=SHARED)
-    # Each device function is a module of its own: with "internal" linkage what one puts is in another array than what the next takes.
-    found.linkage, found.initializer, found.align = "linkonce_odr", ir.Constant(array, ir.Undefined), GROUP_BYTES
-    return builder.gep(found, [ir.Constant(I32, 0), index])
-
-
-def _few(x: Any) -> tuple[str, Any, int]:
-    """The array with a slot for each thread."""
-    return "few", Group(x.dtype).ir.element, PLANES * BLOCK
-
-
-def _many(x: Any) -> tuple[str, Any, int]:
-    """The array with a slot for each lane of each thread."""
-    return "many", Group(x.dtype).ir.element, PLANES * BLOCK * _lanes(x)
-
-
-def _putting(array: Any) -> Any:
-    def codegen(context, builder, sig, args):
-        builder.store(args[2], _shared(builder, array, args[1]))
-        return context.get_dummy_value()
-
-    return codegen
-
-
-def _taking(array: Any) -> Any:
-    return lambda context, builder, sig, args: builder.load(_shared(builder, array, args[1]), typ=array[1])
 
 
 @intrinsic
@@ -295,32 +279,32 @@ def few(typingctx, x):
 @intrinsic
 def many(typingctx, x):
     """Slots of the array with one for each lane of each thread; a constant."""
-    number = BLOCK * _lanes(x)
+    number = BLOCK * lanes_of(x)
     return types.int32(x), lambda context, builder, sig, args: ir.Constant(I32, number)
 
 
 @intrinsic
 def put(typingctx, x, index, value):
     """Keep a number of x's arithmetic in shared memory, in the array of few."""
-    return types.none(x, types.int32, arithmetic(x.dtype)), _putting(_few(x))
+    return types.none(x, types.int32, arithmetic(x.dtype)), putting(few_of(x))
 
 
 @intrinsic
 def take(typingctx, x, index):
     """A number from the array of few."""
-    return arithmetic(x.dtype)(x, types.int32), _taking(_few(x))
+    return arithmetic(x.dtype)(x, types.int32), taking(few_of(x))
 
 
 @intrinsic
 def put_lane(typingctx, x, index, value):
     """Keep a number of x's arithmetic in shared memory, in the array of many."""
-    return types.none(x, types.int32, arithmetic(x.dtype)), _putting(_many(x))
+    return types.none(x, types.int32, arithmetic(x.dtype)), putting(many_of(x))
 
 
 @intrinsic
 def take_lane(typingctx, x, index):
     """A number from the array of many."""
-    return arithmetic(x.dtype)(x, types.int32), _taking(_many(x))
+    return arithmetic(x.dtype)(x, types.int32), taking(many_of(x))
 
 
 @intrinsic
@@ -329,7 +313,7 @@ def put_group(typingctx, x, index, group):
     kind = Group(x.dtype)
 
     def codegen(context, builder, sig, args):
-        at = builder.bitcast(_shared(builder, _many(x), args[1]), ir.PointerType(kind.ir, SHARED))
+        at = builder.bitcast(shared(builder, many_of(x), args[1]), ir.PointerType(kind.ir, SHARED))
         builder.store(args[2], at).align = GROUP_BYTES
         return context.get_dummy_value()
 
@@ -342,7 +326,7 @@ def take_group(typingctx, x, index):
     kind = Group(x.dtype)
 
     def codegen(context, builder, sig, args):
-        loaded = builder.load(builder.bitcast(_shared(builder, _many(x), args[1]), ir.PointerType(kind.ir, SHARED)), typ=kind.ir)
+        loaded = builder.load(builder.bitcast(shared(builder, many_of(x), args[1]), ir.PointerType(kind.ir, SHARED)), typ=kind.ir)
         loaded.align = GROUP_BYTES
         return loaded
 

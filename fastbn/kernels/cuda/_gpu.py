@@ -24,4 +24,4 @@ load, load_group, load_any, load_table, gather = _form.load, _form.load_group, _
 store, store_group, store_any = _form.store, _form.store_group, _form.store_any
 few, put, take = _form.few, _form.put, _form.take
 many, put_lane, take_lane, put_group, take_group = _form.many, _form.put_lane, _form.take_lane, _form.put_group, _form.take_group
-first, split, total, inverse = _form.first, _form.split, _form.total, _form.inverse
+first, split, total, inverse, half = _form.first, _form.split, _form.total, _form.inverse, _form.half

@@ -1,4 +1,4 @@
-"""The vector type of the GPU kernels and how its lanes are kept in memory: the LLVM side of `_device`.
+"""The vector type of the GPU kernels, how its lanes are kept in memory, and shared memory: the LLVM side of `_device`.
 
 A group is what 16 bytes of memory hold: 4 float32, 2 float64, 8 of half precision. Arithmetic is in float32 or float64; float16 memory is
 seen as its bits in uint16, bfloat16 memory as its bits in int16, so that the two are told apart.
@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
-from numba.cuda import types
+from numba.cuda import cgutils, types
 from numba.cuda.cudadecl import registry as typings
 from numba.cuda.cudaimpl import registry as lowerings
 from numba.cuda.datamodel import PrimitiveModel
@@ -17,6 +17,8 @@ from numba.cuda.models import register_model
 from numba.cuda.typing.templates import AbstractTemplate, signature
 
 GROUP_BYTES = 16
+BLOCK = 256  # threads, at most
+PLANES = 4  # numbers of a slot in shared memory
 I16, I32, I64 = (ir.IntType(bits) for bits in (16, 32, 64))
 FLOAT, DOUBLE, HALF = ir.FloatType(), ir.DoubleType(), ir.HalfType()
 GLOBAL, SHARED = 1, 3  # address spaces
@@ -142,3 +144,44 @@ def packed(builder: Any, values: list[Any]) -> Any:
     for k, value in enumerate(values):
         vector = builder.insert_element(vector, value, ir.Constant(I32, k))
     return vector
+
+
+def lanes_of(x: Any) -> int:
+    """Elements of a group of x."""
+    return int(GROUP_BYTES * 8 // x.dtype.bitwidth)
+
+
+def shared(builder: Any, place: tuple[str, Any, int], index: Any) -> Any:
+    """Address of a number in this block's shared memory, an array of a name, type and size."""
+    name, kind, count = place
+    array = ir.ArrayType(kind, count)
+    name = f"fastbn_{name}_{count}_{kind}"
+    found = builder.module.globals.get(name) or cgutils.add_global_variable(builder.module, array, name, addrspace=SHARED)
+    # Each device function is a module of its own: with "internal" linkage what one puts is in another array than what the next takes.
+    found.linkage, found.initializer, found.align = "linkonce_odr", ir.Constant(array, ir.Undefined), GROUP_BYTES
+    return builder.gep(found, [ir.Constant(I32, 0), index])
+
+
+def few_of(x: Any) -> tuple[str, Any, int]:
+    """The array with a slot for each thread."""
+    return "few", Group(x.dtype).ir.element, PLANES * BLOCK
+
+
+def many_of(x: Any) -> tuple[str, Any, int]:
+    """The array with a slot for each lane of each thread."""
+    return "many", Group(x.dtype).ir.element, PLANES * BLOCK * lanes_of(x)
+
+
+def putting(array: Any) -> Any:
+    """The code that keeps a number there."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        builder.store(args[2], shared(builder, array, args[1]))
+        return context.get_dummy_value()
+
+    return codegen
+
+
+def taking(array: Any) -> Any:
+    """The code that reads one."""
+    return lambda context, builder, sig, args: builder.load(shared(builder, array, args[1]), typ=array[1])

@@ -180,6 +180,11 @@ def inverse(value: Any) -> Any:
     return type(value)(1) / value
 
 
+def half(value: Any) -> Any:
+    """0.5 in the type of a number."""
+    return type(value)(0.5)
+
+
 def first(group: Array) -> Any:
     """The first lane."""
     return group[0]

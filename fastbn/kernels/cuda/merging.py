@@ -59,7 +59,9 @@ def join(count, base, rest, m2, other_count, other_base, other_rest, other_m2):
     if not count:
         return other_count, other_base, other_rest, other_m2
     both = count + other_count
-    weight = other_count * gpu.inverse(both)
+    weight = gpu.half(both)  # most parts are of one size; a division in float64 takes as long as all the rest
+    if count != other_count:
+        weight = other_count * gpu.inverse(both)
     apart = (other_base - base) + (other_rest - rest)
     m2 += other_m2 + apart * apart * (count * weight)
     rest += apart * weight
