@@ -118,7 +118,10 @@ def part_moments(x, R, W, C, S, step, rest, across, units, unit, part, chunk, al
     """
     lanes, thread = gpu.lanes(x), gpu.thread()
     first, column, wide, start, stop, every = place_of(x, R, W, across, unit, part, chunk)
-    count, base, beside, m2 = column_moments(x, column, step, start, stop, every, wide, aligned)
+    if aligned:  # a loop of its own: a choice at each load would hold back the next until this one is there
+        count, base, beside, m2 = column_moments(x, column, step, start, stop, every, wide, True)
+    else:
+        count, base, beside, m2 = column_moments(x, column, step, start, stop, every, wide, False)
     plane = gpu.many(x)
     gpu.put_group(x, thread * lanes, gpu.spread(x, count))
     gpu.put_group(x, plane + thread * lanes, base)
@@ -148,7 +151,10 @@ def part_sums(x, dy, mean, R, W, C, S, step, step_dy, rest, across, units, unit,
     means = gpu.spread(x, gpu.scalar(x, 0.0))
     if wide > 0:
         means = gpu.gather(x, mean, 0, column // S % C, column % S, S, C)
-    a, b = column_sums(x, dy, column, step, column, step_dy, start, stop, every, wide, aligned, means)
+    if aligned:
+        a, b = column_sums(x, dy, column, step, column, step_dy, start, stop, every, wide, True, means)
+    else:
+        a, b = column_sums(x, dy, column, step, column, step_dy, start, stop, every, wide, False, means)
     gpu.put_group(x, thread * lanes, a)
     gpu.put_group(x, gpu.many(x) + thread * lanes, b)
     columns = min(across * lanes, W - first)

@@ -143,6 +143,45 @@ def place(y, i, count, aligned, group):
         gpu.store_any(y, i, count, group)
 
 
+@gpu.device
+def normalize_columns(x, y, column, step, step_y, r, R, every, wide, aligned, near, scale, shift):
+    """y of the columns of a thread, rows r, r + every, ... below R."""
+    i, j, apart, apart_y = column + r * step, column + r * step_y, every * step, every * step_y
+    while r + 3 * every < R:  # four loads on their way at once
+        a, b = fetch(x, i, wide, aligned), fetch(x, i + apart, wide, aligned)
+        c, d = fetch(x, i + 2 * apart, wide, aligned), fetch(x, i + 3 * apart, wide, aligned)
+        place(y, j, wide, aligned, (a - near) * scale + shift)
+        place(y, j + apart_y, wide, aligned, (b - near) * scale + shift)
+        place(y, j + 2 * apart_y, wide, aligned, (c - near) * scale + shift)
+        place(y, j + 3 * apart_y, wide, aligned, (d - near) * scale + shift)
+        r += 4 * every
+        i += 4 * apart
+        j += 4 * apart_y
+    while r < R:
+        place(y, j, wide, aligned, (fetch(x, i, wide, aligned) - near) * scale + shift)
+        r += every
+        i += apart
+        j += apart_y
+
+
+@gpu.device
+def slant_columns(x, dy, dx, column, step, step_dy, step_y, r, R, every, wide, aligned, near, slope, level, scale):
+    """dx of the columns of a thread likewise."""
+    i, k, j = column + r * step, column + r * step_dy, column + r * step_y
+    while r + every < R:  # two loads of each array on their way at once
+        a, da = fetch(x, i, wide, aligned), fetch(dy, k, wide, aligned)
+        b, db = fetch(x, i + every * step, wide, aligned), fetch(dy, k + every * step_dy, wide, aligned)
+        place(dx, j, wide, aligned, slant(a, da, near, slope, level, scale))
+        place(dx, j + every * step_y, wide, aligned, slant(b, db, near, slope, level, scale))
+        r += 2 * every
+        i += 2 * every * step
+        k += 2 * every * step_dy
+        j += 2 * every * step_y
+    if r < R:
+        found = slant(fetch(x, i, wide, aligned), fetch(dy, k, wide, aligned), near, slope, level, scale)
+        place(dx, j, wide, aligned, found)
+
+
 @kernel("x x w w i4 f i8 i4 i8 i8 i4 i4 s")
 def forward_columns(x, y, gamma, beta, affine, eps, R, C, step, step_y, across, aligned, stats):
     """The same on (R, C): `columns.moments_columns` with one part."""
@@ -168,13 +207,10 @@ def forward_columns(x, y, gamma, beta, affine, eps, R, C, step, step_y, across, 
     if wide > 0 and r < every:
         near, scale = gpu.take_group(x, beside), gpu.take_group(x, gpu.many(x) + beside)
         shift = gpu.take_group(x, 2 * gpu.many(x) + beside)
-        while r + every < R:  # two loads on their way at once
-            a, b = fetch(x, column + r * step, wide, aligned), fetch(x, column + (r + every) * step, wide, aligned)
-            place(y, column + r * step_y, wide, aligned, (a - near) * scale + shift)
-            place(y, column + (r + every) * step_y, wide, aligned, (b - near) * scale + shift)
-            r += 2 * every
-        if r < R:
-            place(y, column + r * step_y, wide, aligned, (fetch(x, column + r * step, wide, aligned) - near) * scale + shift)
+        if aligned:
+            normalize_columns(x, y, column, step, step_y, r, R, every, wide, True, near, scale, shift)
+        else:
+            normalize_columns(x, y, column, step, step_y, r, R, every, wide, False, near, scale, shift)
 
 
 @kernel("x x x t t f f f w i4 i8 i4 i8 i8 i8 i4 i4 w")
@@ -206,13 +242,7 @@ def backward_columns(x, dy, dx, mean, m2, count, eps, values, gamma, affine, R, 
     if wide > 0 and r < every:
         near, slope = gpu.take_group(x, beside), gpu.take_group(x, gpu.many(x) + beside)
         level, scale = gpu.take_group(x, 2 * gpu.many(x) + beside), gpu.take_group(x, 3 * gpu.many(x) + beside)
-        while r + every < R:  # two loads of each array on their way at once
-            a, da = fetch(x, column + r * step, wide, aligned), fetch(dy, column + r * step_dy, wide, aligned)
-            b = fetch(x, column + (r + every) * step, wide, aligned)
-            db = fetch(dy, column + (r + every) * step_dy, wide, aligned)
-            place(dx, column + r * step_y, wide, aligned, slant(a, da, near, slope, level, scale))
-            place(dx, column + (r + every) * step_y, wide, aligned, slant(b, db, near, slope, level, scale))
-            r += 2 * every
-        if r < R:
-            a, da = fetch(x, column + r * step, wide, aligned), fetch(dy, column + r * step_dy, wide, aligned)
-            place(dx, column + r * step_y, wide, aligned, slant(a, da, near, slope, level, scale))
+        if aligned:
+            slant_columns(x, dy, dx, column, step, step_dy, step_y, r, R, every, wide, True, near, slope, level, scale)
+        else:
+            slant_columns(x, dy, dx, column, step, step_dy, step_y, r, R, every, wide, False, near, slope, level, scale)
