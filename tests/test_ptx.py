@@ -29,10 +29,9 @@ KERNELS = compiler.kernels()
 FORMS = [
     (name, statistic) for name, kernel in KERNELS.items() for statistic in compiler.STATISTICS[not compiler.takes_statistics(kernel) :]
 ]
-# The others are on (C,) numbers, and double on purpose.
-ELEMENTS = [name for name, kernel in KERNELS.items() if "x" in kernel.arguments and not name.startswith("finish.")]
+ELEMENTS = [name for name in KERNELS if not name.startswith("finish.")]  # which are on a channel's numbers, and double on purpose
 REGISTERS = 128  # with which two blocks of 256 threads share a multiprocessor
-STORED_DOUBLE = {"rows.moments_rows": 1, "columns.moments_columns": 4}  # additions of a mean's two parts, once per channel, unrolled
+DOUBLE_FEW = 2  # instructions that add the parts of a mean, once per channel; a pass would have dozens
 DOUBLE_ENDS = 80  # instructions of `fused` that finish a channel's statistics, unrolled; its passes would have hundreds
 DOUBLE = re.compile(r"\b(?:add|sub|mul|fma|div|rcp|sqrt|neg|abs|setp\.\w+)\S*\.f64\b")
 CONSTANT = re.compile(r"\b0(?:[fF]([0-9a-fA-F]{8})|[dD]([0-9a-fA-F]{16}))\b")
@@ -100,7 +99,7 @@ def complaints(ptx: str, name: str, stored: str) -> list[str]:
         "no load of 16 bytes": groups and not re.search(rf"ld\.global\S*\.{WIDE}", ptx),
         "no store of 16 bytes": name.startswith(("apply", "fused")) and not re.search(rf"st\.global\S*\.{WIDE}", ptx),
         "no end in double precision": finishes and not double,
-        "double precision": memory and stored != "float64" and double > (DOUBLE_ENDS if finishes else STORED_DOUBLE.get(name, 0)),
+        "double precision": memory and stored != "float64" and double > (DOUBLE_ENDS if finishes else DOUBLE_FEW),
     }
     return [words for words, wrong in found.items() if wrong]
 

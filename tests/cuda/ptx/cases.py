@@ -59,8 +59,7 @@ def _special(dtype: str) -> Iterator[Case]:
     for shape in ((70, 3), (2, 5, 9, 35), (3, 2, 70, 71), (515, 7), (64, 40)):
         yield Case(dtype, shape, mean=mean)
         if dtype != "float16":
-            yield Case(dtype, shape, spread=1e-18)
-            yield Case(dtype, shape, spread=1e17)
+            yield from (Case(dtype, shape, spread=spread) for spread in (1e-18, 1e17, 1e30))
         images = len(shape) > 2
         yield Case(dtype, shape, layouts=("first", "last", "first") if images else ("first", "crop", "reversed"))
         yield Case(dtype, shape, layouts=("last", "last", "first") if images else ("first", "first", "fortran"))
@@ -76,7 +75,7 @@ def everything(dtype: str) -> list[Case]:
     return [case._replace(more=case.more + tuple(name for name, every in turns if k % every == 0)) for k, case in enumerate(found)]
 
 
-# The covering set: some 45 cases of each dtype instead of 360. Each of these rows stands for a way through grids and kernels, which its
+# The covering set: 50 cases of each dtype instead of 369. Each of these rows stands for a way through grids and kernels, which its
 # comment names; layouts and alignments are spread over them, and `covering` adds those pairs of the two that no row has, on shapes that
 # take no time. So every pair of layout and alignment is there, every pair of parameters and given statistics, every shape and kind of
 # data. That every kernel is launched for every dtype, and that these pairs are there, `test_executed` checks; `run` prints the basic
@@ -86,6 +85,7 @@ ROWS = (
     ((9, 5), "fortran", (1, 1, 1), 0, DOUBLE, ("in place",)),  # the same, unaligned, fewer columns than a group
     ((2100, 40), "first", (0, 1, 0), 1, MIXED, ()),  # several parts, x aligned and dy not
     ((4099, 3), "first", (0, 0, 0), 2, SINGLE, ("track",)),  # rows folded, rows left over, several parts
+    ((6000, 33), "first", (0, 0, 0), 3, SINGLE, ("own",)),  # more parts than threads of a channel that finish it
     ((515, 7), "crop", (2, 2, 1), 3, DOUBLE, ()),  # rows with gaps, an odd width
     ((3, 300), "strided", (0, 0, 0), 0, SINGLE, ("own",)),  # a copy first, few rows and many channels
     ((70, 3), "reversed", (1, 0, 2), 2, MIXED, ("in place",)),  # a negative stride
@@ -121,7 +121,7 @@ def covering(dtype: str) -> list[Case]:
             )
         )
     mean = 8.0 if dtype.endswith("16") else 1e4
-    small, large = (1.0, 1.0) if dtype == "float16" else (1e-18, 1e17)
+    small, large = (1.0, 1.0) if dtype == "float16" else (1e-18, 1e30)
     found += [
         Case(dtype, (64, 40), mean=mean, layouts=("first", "first", "fortran")),  # a copy last
         Case(dtype, (3, 2, 70, 71), spread=large, layouts=("first", "last", "first"), more=("long",)),  # dy copied
