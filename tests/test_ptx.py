@@ -31,7 +31,7 @@ FORMS = [
 ]
 ELEMENTS = [name for name in KERNELS if not name.startswith("finish.")]  # which are on a channel's numbers, and double on purpose
 REGISTERS = 128  # with which two blocks of 256 threads share a multiprocessor
-DOUBLE_FEW = 2  # instructions that add the parts of a mean, once per channel; a pass would have dozens
+DOUBLE_FEW = 4  # additions of the parts of a mean, once per channel, unrolled; a pass would have dozens
 DOUBLE_ENDS = 80  # instructions of `fused` that finish a channel's statistics, unrolled; its passes would have hundreds
 DOUBLE = re.compile(r"\b(?:add|sub|mul|fma|div|rcp|sqrt|neg|abs|setp\.\w+)\S*\.f64\b")
 CONSTANT = re.compile(r"\b0(?:[fF]([0-9a-fA-F]{8})|[dD]([0-9a-fA-F]{16}))\b")
@@ -89,7 +89,7 @@ def complaints(ptx: str, name: str, stored: str) -> list[str]:
     shared, double, memory = SHARED.findall(ptx), len(DOUBLE.findall(ptx)), name in ELEMENTS
     groups = memory and not name.startswith("moving")
     finishes = name.startswith("fused") and stored != "float64"  # once per channel, by one thread
-    converted = len(re.findall(r"\bcvt\.f32\.f16\b", ptx))
+    converted = len(re.findall(r"\bcvt\.f(?:32|64)\.f16\b", ptx))
     found = {
         "NaN constants": nans(ptx),
         "shared memory of one name twice": len(shared) != len(set(shared)),
