@@ -69,7 +69,8 @@ class BatchNorm(State):
     Raises
     ------
     TypeError, ValueError
-        A parameter of the wrong kind or out of range; what is assigned to its attribute later is refused when it is used.
+        A parameter of the wrong kind or out of range, for momentum any finite number, as PyTorch has it; what is assigned to its attribute
+        later is refused when it is used.
 
     References
     ----------

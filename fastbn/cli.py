@@ -128,7 +128,7 @@ COMMANDS = (
     ),
     Command(
         "check",
-        "hold every public function against the float64 reference on this machine, in seconds (at first a minute: it compiles)",
+        "hold every public function against the float64 reference on this machine, in seconds (at first some minutes: it compiles)",
         ("check", "check --backend reference"),
         check.add_arguments,
         check.run,
