@@ -97,6 +97,44 @@ def test_memory_belongs_to_the_stream_of_the_call_and_its_gpu(kind: str, stream:
     assert set(machine.recorded) == (recorded if kind == "torch" and want != own else set())
 
 
+@pytest.mark.parametrize(
+    ("kind", "current", "stream", "recorded"),
+    [
+        ("cupy", OTHER, None, True),  # CuPy's current stream, which is not PyTorch's
+        ("cupy", OWN, None, False),
+        ("cupy", OTHER, OWN, False),  # PyTorch's, though not CuPy's
+        ("cupy", OWN, OTHER, True),
+        ("numba", OWN, None, True),  # the legacy default stream
+        ("numba", OWN, OWN, False),
+        ("numba", OWN, OTHER, True),
+        ("torch", OWN, OTHER, True),
+        ("torch", OWN, None, False),
+    ],
+)
+def test_a_tensor_is_recorded_wherever_the_stream_is_not_pytorchs(
+    kind: str, current: int, stream: int | None, recorded: bool, machine: Machine
+) -> None:
+    machine.current["cupy"] = current
+    x, gamma, out = given(machine, kind, (4, 3, 5)), given(machine, "torch", (3,)), given(machine, "torch", (4, 3, 5))
+    fastbn.batch_norm(x, gamma, out=out, stream=stream)
+    want = {array.array.ctypes.data for array in (x, gamma, out) if type(array) is KINDS["torch"]}
+    assert {address for address, _ in machine.recorded} == (want if recorded else set())
+    assert {under for _, under in machine.recorded} == ({machine.launched[0][1]} if recorded else set())
+    assert (machine.device, machine.current) == (0, {"torch": OWN, "cupy": current})
+
+
+@pytest.mark.parametrize("kind", ["torch", "cupy"])
+def test_a_tensor_that_can_not_be_recorded_leaves_the_current_gpu_and_stream(
+    kind: str, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr(KINDS["torch"], "record_stream", lambda tensor, stream: asked.append(tensor) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        fastbn.batch_norm(given(machine, kind, (4, 3, 5)), given(machine, "torch", (3,)), given(machine, "torch", (3,)), stream=OTHER)
+    assert (machine.device, machine.current) == (0, {"torch": OWN, "cupy": OWN})
+    assert len(asked) == (3 if kind == "torch" else 2)  # the others are recorded all the same
+
+
 def test_memory_is_given_back_where_a_launch_fails(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_jit.Kernel, "launch", lambda *given: 1 / 0)
     with pytest.raises(RuntimeError, match=r"CUDA failed at kernel rows\.moments_rows, .*stream 0x200: division by zero"):

@@ -122,7 +122,7 @@ class Queue:
         What is no stream; an array on another GPU than x.
     """
 
-    __slots__ = ("_arrays", "_inside", "_x", "apart", "device", "stream")
+    __slots__ = ("_arrays", "_inside", "_lent", "_x", "apart", "device", "stream")
 
     def __init__(self, x: Buffer, stream: Any, **arrays: Buffer | None) -> None:
         self.device = devices.device_of(x)
@@ -133,12 +133,13 @@ class Queue:
         for name, buffer in arrays.items():
             if buffer is not None and buffer is not x and buffer.size and (there := devices.device_of(buffer)) != self.device:
                 raise ValueError(f"{name}: given an array on GPU {there}, want GPU {self.device}, where x is")
+        self._lent = streams.lent(self._arrays, self.stream, self.device)
 
     def __enter__(self) -> Queue:
         self._inside: ExitStack | None = None
         others = [buffer.stream for buffer in self._arrays if buffer.stream is not None and buffer.stream != self.stream]
         current = _jit.current()
-        if self.apart or others or current != self.device:
+        if self.apart or others or self._lent or current != self.device:
             with ExitStack() as stack:
                 if current != self.device:
                     stack.enter_context(_jit.on(self.device))
@@ -146,14 +147,13 @@ class Queue:
                     stack.enter_context(streams.allocating(self._x, self.stream, self.device))
                 for other in dict.fromkeys(others):
                     _jit.wait(self.stream, other)
+                for buffer in self._lent:
+                    stack.callback(streams.used, buffer, self.stream, self.device)
                 self._inside = stack.pop_all()
         return self
 
     def __exit__(self, *reason: Any) -> None:
         if self._inside is not None:
-            if self.apart:
-                for buffer in self._arrays:
-                    streams.used(buffer, self.stream, self.device)
             self._inside.__exit__(*reason)
 
     def run(self, program: Program, arrays: tuple[Any, ...], *values: float) -> None:

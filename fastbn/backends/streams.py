@@ -5,6 +5,7 @@ from __future__ import annotations
 import numbers
 import operator
 import sys
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
@@ -81,10 +82,15 @@ def allocating(like: Buffer, stream: int, device: int) -> AbstractContextManager
     return own
 
 
-def used(buffer: Buffer, stream: int, device: int) -> None:
-    """Tell PyTorch that a stream works on a tensor: its memory is not another's before that is done. The others don't ask."""
-    if devices.library(buffer.owner) == "torch" and buffer.size:
-        buffer.owner.record_stream(_of_library(sys.modules["torch"].cuda, stream, device))
+def lent(arrays: Sequence[Buffer], stream: int, device: int) -> list[Buffer]:
+    """PyTorch's tensors among the arrays of a call on a stream that is not PyTorch's current one: see `used`."""
+    tensors = [buffer for buffer in arrays if devices.library(buffer.owner) == "torch" and buffer.size]
+    return tensors if tensors and current_stream(tensors[0], device) != stream else []
+
+
+def used(tensor: Buffer, stream: int, device: int) -> None:
+    """Tell PyTorch that a stream works on a tensor: its memory is not another's before that is done. The other libraries don't ask."""
+    tensor.owner.record_stream(_of_library(sys.modules["torch"].cuda, stream, device))
 
 
 def _of_library(cuda: Any, stream: int, device: int) -> Any:
