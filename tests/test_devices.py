@@ -39,6 +39,15 @@ def test_what_the_interface_says() -> None:
     assert devices.view(OnGpu(shape=(0, 3), data=(0, False)), "x").span() == (0, 0)
 
 
+def test_numbers_of_an_interface_are_pythons_whatever_they_were() -> None:
+    for kind in (np.int32, np.int64, np.uint64):
+        shape, strides = (tuple(map(kind, numbers)) for numbers in ((2, 3, 4), (48, 16, 4)))
+        found = devices.view(OnGpu(shape=shape, strides=strides, data=(kind(8192), np.True_), stream=kind(7)), "x")
+        assert found[:6] == (8192, (2, 3, 4), (12, 4, 1), "float32", True, 7)
+        assert {type(number) for number in (found.address, *found.shape, *found.strides, found.stream)} == {int}
+    assert devices.view(OnGpu(stream=np.int64(0)), "x").stream == devices.LEGACY
+
+
 @pytest.mark.parametrize(
     ("changed", "error", "words"),
     [
@@ -49,6 +58,10 @@ def test_what_the_interface_says() -> None:
         ({"typestr": "absent", "data": "absent"}, TypeError, "lacks typestr, data"),
         ({"mask": object()}, TypeError, "masked array"),
         ({"strides": (12, 4)}, ValueError, r"strides \(12, 4\) for shape \(2, 3, 4\)"),
+        ({"shape": (2, 3.0, 4)}, TypeError, r"x: its __cuda_array_interface__ has \(2, 3.0, 4\) where it should have whole numbers"),
+        ({"strides": (48, 16, 4.0)}, TypeError, "4.0.* where it should have whole numbers"),
+        ({"shape": None}, TypeError, "has None where it should have whole numbers"),
+        ({"stream": "7"}, TypeError, "has \\('7',\\) where it should"),
         ({"strides": (24, 8, 2)}, ValueError, "off its elements' boundary"),
         ({"data": (4098, False)}, ValueError, "off its elements' boundary"),
         ({"data": (0, False)}, ValueError, "null pointer"),

@@ -151,6 +151,17 @@ def test_a_number_that_does_not_fit_is_refused() -> None:
             kernel.prepared([value])
 
 
+@pytest.mark.parametrize("kind", [np.int8, np.int32, np.int64, np.uint64, np.float32, np.float64, np.bool_])
+def test_a_number_of_numpy_becomes_as_wide_as_its_argument(kind: Any) -> None:
+    kernel = _jit.Kernel(lambda *given: None, "x i4 i8 f")
+    address, *numbers = kernel.prepared([kind(1)] * 4)
+    assert type(address) in (int, float, bool)  # no number of NumPy, which the driver would take by its own width
+    assert [number.dtype for number in numbers] == [np.int32, np.int64, np.float64]
+    if np.dtype(kind).itemsize == 8:
+        with pytest.raises(ValueError, match=rf"whose argument 1 of 32 bits would be {kind(2**31)}: give"):
+            kernel.prepared([0, kind(2**31), 0, 0.0])
+
+
 def test_a_launch_is_handed_over_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
     core = SimpleNamespace(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import operator
 import sys
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -132,7 +133,7 @@ def view(given: Any, name: str) -> Buffer:
         return _tensor(given, name)
     interface = given.__cuda_array_interface__
     try:
-        shape, (address, readonly), version = tuple(interface["shape"]), interface["data"], interface["version"]
+        shape, (address, readonly), version = _ints(interface["shape"], name), interface["data"], interface["version"]
         dtype = _TYPES.get(interface["typestr"]) or _dtype(given, interface, name)
     except KeyError:
         missing = [key for key in ("shape", "typestr", "data", "version") if key not in interface]
@@ -141,16 +142,25 @@ def view(given: Any, name: str) -> Buffer:
         raise TypeError(f"{name}: its __cuda_array_interface__ is of version {version}, want 2 or 3")
     if interface.get("mask") is not None:
         raise TypeError(f"{name}: given a masked array, whose mask would be ignored; want a plain array")
-    itemsize, steps, address = STORED[dtype].itemsize, interface.get("strides"), address or 0
+    itemsize, steps, stream = STORED[dtype].itemsize, interface.get("strides"), interface.get("stream")
+    address, steps = _ints((address or 0,), name)[0], None if steps is None else _ints(steps, name)
     strides = compact(shape) if steps is None else tuple(step // itemsize for step in steps)
     if len(strides) != len(shape):
         raise ValueError(f"{name}: its __cuda_array_interface__ has strides {steps} for shape {shape}")
     if address % itemsize or (steps is not None and any(step % itemsize for step in steps)):
         raise ValueError(f"{name}: given an array off its elements' boundary (address {address}, strides {steps}); copy it first")
-    if not address and math.prod(shape):
+    if not address and 0 not in shape:
         raise ValueError(f"{name}: given a null pointer for shape {shape}")
-    stream = interface.get("stream")
-    return Buffer(address, shape, strides, dtype, bool(readonly), None if stream is None else stream or LEGACY, given)
+    producer = None if stream is None else _ints((stream,), name)[0] or LEGACY
+    return Buffer(address, shape, strides, dtype, bool(readonly), producer, given)
+
+
+def _ints(given: Any, name: str) -> Ints:
+    """Whole numbers of an interface as Python's: those of NumPy have a width, in which products and masks wrap or raise."""
+    try:
+        return tuple(map(operator.index, given))
+    except TypeError:
+        raise TypeError(f"{name}: its __cuda_array_interface__ has {given!r} where it should have whole numbers") from None
 
 
 @lru_cache(maxsize=4096)

@@ -133,6 +133,8 @@ class Kernel:
 
 
 def _number(kernel: Kernel, k: int, token: str, value: Any) -> Any:
+    if isinstance(value, np.generic):  # of its own width, and no int to the check
+        value = value.item()
     if not isinstance(value, int | float):
         return value
     if token in _WHOLE and not -(1 << (bits := _WHOLE[token]) - 1) <= value < 1 << bits - 1:
