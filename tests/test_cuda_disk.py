@@ -79,7 +79,8 @@ def test_a_file_that_is_not_this_kernel_is_compiled_anew(folder: Path, compilati
     made = compiled()
     path = folder / NAME
     whole = path.read_bytes()
-    first, code = whole.split(b"\n", 1)
+    digest, entry, code = whole.split(b"\n", 2)
+    first = digest + b"\n" + entry
     for damaged in (
         b"",
         whole[:-1],
@@ -89,15 +90,37 @@ def test_a_file_that_is_not_this_kernel_is_compiled_anew(folder: Path, compilati
         b"[1]\n" + code,
         b"{}\n" + code,
         b"\xff\xfe\n" + code,
-        whole.replace(_disk.stamp().encode(), b"0" * 64),
+        b"[" * 200_000 + b"\n" + code,
+        digest + b"\nnull\n" + code,
+        digest + b"\n" + code,
     ):
         path.write_bytes(damaged)
         compilations.clear()
         assert alike(compiled(), made)
         assert compilations == ["finish.clear"]
-        assert compiled()[1] == path.read_bytes().split(b"\n", 1)[1]
+        assert compiled()[1] == path.read_bytes().split(b"\n", 2)[2]
         assert compilations == ["finish.clear"]
     assert os.listdir(folder) == [NAME]
+
+
+def test_no_bit_of_a_file_its_name_or_its_stamp_may_be_another(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, made = "finish.clear", ("entry", b"\x7fELF\n\ncode\n")
+    _disk.save(name, *made)
+    path = folder / f"cuda-{name}.cubin"
+    whole = path.read_bytes()
+    assert _disk.load(name) == made
+    for bit in range(8 * len(whole)):
+        other = bytearray(whole)
+        other[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(other)
+        assert _disk.load(name) is None, (bit, bytes(other))
+    path.write_bytes(whole)
+    path.with_name("cuda-rows.moments_rows.cubin").write_bytes(whole)
+    assert _disk.load("rows.moments_rows") is None  # what another kernel left under this one's name
+    with monkeypatch.context() as patch:
+        patch.setattr(_disk, "stamp", lambda: "0" * 64)
+        assert _disk.load(name) is None
+    assert _disk.load(name) == made
 
 
 def test_what_can_not_be_kept_serves_all_the_same(folder: Path, compilations: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import pkgutil
 import uuid
@@ -56,27 +55,31 @@ def _compiler() -> str:
 def load(name: str) -> tuple[str, bytes] | None:
     """(entry, code) as they were saved; None where they weren't, are of other sources, or damaged."""
     for path in _paths(name):
-        with suppress(OSError, ValueError, TypeError, KeyError):  # whoever wrote it: it is compiled anew
-            first, code = path.read_bytes().split(b"\n", 1)
-            kept = json.loads(first)
-            if kept["stamp"] == stamp() and kept["sha256"] == hashlib.sha256(code).hexdigest():
-                return str(kept["entry"]), code
+        with suppress(OSError, MemoryError, ValueError):  # whoever wrote it: it is compiled anew
+            digest, entry, code = path.read_bytes().split(b"\n", 2)
+            if digest == _digest(name, entry, code):
+                return entry.decode(), code
     return None
 
 
 def save(name: str, entry: str, code: bytes) -> None:
     """Keep a kernel, where anything can be kept: a file is there whole or not at all."""
-    first = json.dumps({"stamp": stamp(), "entry": entry, "sha256": hashlib.sha256(code).hexdigest()})
+    whole = b"\n".join((_digest(name, entry.encode(), code), entry.encode(), code))
     for path in _paths(name):
         if _cache.writable(path.parent):
             with suppress(OSError):  # a full disk: what was compiled serves without a file
                 beside = path.with_name(f"{path.name}.{uuid.uuid4().hex}")  # not tempfile's, which others may not read
                 try:
-                    beside.write_bytes(first.encode() + b"\n" + code)
+                    beside.write_bytes(whole)
                     os.replace(beside, path)
                 finally:
                     beside.unlink(missing_ok=True)
                 return
+
+
+def _digest(name: str, entry: bytes, code: bytes) -> bytes:
+    """Of all that a kernel is taken by; neither of the first two has a line break."""
+    return hashlib.sha256(b"\n".join((f"{stamp()} {name}".encode(), entry, code))).hexdigest().encode()
 
 
 def _paths(name: str) -> list[Path]:
