@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 from bench.gpu_problem import Call, Problem
@@ -56,6 +58,13 @@ def said(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
+def released(torch: Any) -> None:
+    """What is done, or failed, gives its memory back; a device that is gone refuses that too."""
+    gc.collect()
+    with suppress(Exception):
+        torch.cuda.empty_cache()
+
+
 def ready(torch: Any, builds: Mapping[str, Callable[[], Call]]) -> tuple[dict[str, Call], dict[str, str]]:
     """The calls that run, and why each of the others can't be timed."""
     calls: dict[str, Call] = {}
@@ -63,6 +72,7 @@ def ready(torch: Any, builds: Mapping[str, Callable[[], Call]]) -> tuple[dict[st
     for who, build in builds.items():
         if isinstance(found := _tried(torch, build), str):
             refused[who] = found
+            released(torch)
         else:
             calls[who] = found
     return calls, refused
@@ -87,10 +97,29 @@ def record(name: str, what: str, problem: Problem, compiled: bool) -> dict[str, 
     if "fastbn" in refused:
         raise RuntimeError(f"fastbn fails at {name} {problem.dtype} {what}: {refused['fastbn']}")
     calls["copy"] = problem.copy
-    each = {who: _batch(torch, call, problem.sets, 3) for who, call in calls.items()}
-    number = {who: max(3, int(BATCH_SECONDS / seconds)) for who, seconds in each.items()}
-    rounds = [{who: _batch(torch, call, problem.sets, number[who]) for who, call in calls.items()} for _ in range(ROUNDS)]
-    return summed_up(name, what, problem, rounds, refused)
+    try:
+        each = _by_turns(torch, calls, refused, problem.sets, dict.fromkeys(calls, 3))
+        number = {who: max(3, int(BATCH_SECONDS / seconds)) for who, seconds in each.items()}
+        rounds = [_by_turns(torch, calls, refused, problem.sets, number) for _ in range(ROUNDS)]
+    except Exception as error:
+        raise RuntimeError(f"fastbn or the copy fails at {name} {problem.dtype} {what}, timed: {said(error)}") from error
+    return summed_up(name, what, problem, [{who: seconds[who] for who in calls} for seconds in rounds], refused)
+
+
+def _by_turns(torch: Any, calls: dict[str, Call], refused: dict[str, str], sets: int, number: Mapping[str, int]) -> dict[str, float]:
+    """Seconds per call of each. A peer that raises is left out from then on; what fastbn raises, or the copy, goes to the caller."""
+    found = {}
+    for who in list(calls):
+        try:
+            found[who] = _batch(torch, calls[who], sets, number[who])
+        except Exception as error:
+            if who not in PEERS:
+                raise
+            refused[who] = said(error)
+        if who in refused:
+            del calls[who]
+            released(torch)
+    return found
 
 
 def summed_up(name: str, what: str, problem: Any, rounds: list[Mapping[str, float]], refused: Mapping[str, str]) -> dict[str, Any]:

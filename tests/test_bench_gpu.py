@@ -4,6 +4,7 @@ import json
 import math
 import re
 import sys
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -13,6 +14,7 @@ from fastbn.backends import devices, model
 from fastbn.errors import MissingExtra
 
 LARGE, SMALL = "256x64x112x112", "32x64x56x56 last"
+DTYPES = ("float32", "float16", "bfloat16", "float64", "float32")
 FACTS = ("date", "device", "cudnn", "cuda", "fastbn", "numba", "numba-cuda", "numpy", "torch")
 
 
@@ -135,6 +137,104 @@ def test_a_shape_that_fails_leaves_the_others_and_a_peer_that_refuses_is_left_ou
     calls, refused = gpu_timing.ready(torch, builds)
     assert list(calls) == ["fastbn"]
     assert refused == {"cuDNN": "RuntimeError: no plan", "native": "ValueError: not this"}
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_every_dtype_and_layout_is_checked_with_statistics_of_both_dtypes(quick, monkeypatch):
+    seen = []
+    monkeypatch.setattr(gpu_checks, "_compared", lambda *case: seen.append(case))
+    for what, run in gpu_checks.cases(quick):
+        if what[0] in "fb":  # of a dtype, not of a library
+            run()
+    assert {(dtype, statistic) for dtype, *_, statistic in seen} == {(a, b) for a in gpu_checks.LIMITS for b in ("float32", "float64")}
+    assert {(layout, statistic) for _, _, layout, _, statistic in seen} == {
+        (a, b) for a in gpu_checks.LAYOUTS for b in ("float32", "float64")
+    }
+    assert {shape for _, shape, *_ in seen} == set(gpu_checks.SHAPES)
+
+
+class Timed:
+    """A contestant that raises at its n-th call, if ever."""
+
+    def __init__(self, error=None, at=math.inf):
+        self.error, self.at, self.calls = error, at, 0
+
+    def __call__(self, k):
+        self.calls += 1
+        if self.calls >= self.at:
+            raise type(self.error)(*self.error.args)  # another, without the frames of the one before
+
+
+@pytest.fixture
+def timing(monkeypatch):
+    """Contestants by name that are timed on no GPU; how often memory was released."""
+    released = []
+    monkeypatch.setattr(gpu_timing.gc, "collect", lambda: 0)  # a tenth of a second each
+    cuda = SimpleNamespace(
+        empty_cache=lambda: released.append(1),
+        synchronize=lambda: None,
+        Event=lambda **_: SimpleNamespace(record=lambda: None, synchronize=lambda: None, elapsed_time=lambda end: 1.0),
+    )
+    torch = SimpleNamespace(cuda=cuda)
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    case = gpu_problem.SHAPES[SMALL]
+    taking = {"fastbn": Timed(), "PyTorch cuDNN": Timed(), "PyTorch native": Timed()}
+    monkeypatch.setattr(gpu_timing, "contestants", lambda *_: {who: lambda call=call: call for who, call in taking.items()})
+
+    def problem(name, dtype):
+        return SimpleNamespace(
+            torch=torch, case=case, dtype=dtype, bytes=4 * math.prod(case.shape), sets=2, moved=lambda what: 1, copy=Timed()
+        )
+
+    monkeypatch.setattr(gpu, "Problem", problem)
+    monkeypatch.setattr(gpu, "plan", lambda quick: [(SMALL, dtype) for dtype in DTYPES])
+    return SimpleNamespace(taking=taking, released=released, result={"records": [], "failed": [], "left": []})
+
+
+@pytest.mark.parametrize("at", [1, 3, 7])  # of its first two calls, of those that count how many make a batch, of the rounds
+def test_a_peer_that_fails_while_it_is_timed_costs_that_peer_alone(at, timing):
+    timing.taking["PyTorch cuDNN"] = Timed(RuntimeError("CUDA out\nof memory"), at)
+    gpu.timed(timing.result, 60.0, True)
+    assert (timing.result["failed"], timing.result["left"]) == ([], [])
+    assert len(timing.result["records"]) == 5 * len(gpu.PASSES)
+    for record in timing.result["records"]:
+        assert set(record["seconds"]) == {"fastbn", "PyTorch native", "copy"}
+        assert record["refused"] == {"PyTorch cuDNN": "RuntimeError: CUDA out of memory"}
+    assert len(timing.released) == 5 * (len(gpu.PASSES) + 1)  # by each peer that fails, behind each shape
+
+
+@pytest.mark.parametrize("at", [1, 3, 7])
+@pytest.mark.parametrize(
+    ("error", "asked"),
+    [
+        (RuntimeError("an illegal memory access"), 3),
+        (RuntimeError("CUDA failed at cuMemAllocFromPoolAsync: CUDA_ERROR_OUT_OF_MEMORY"), 5),
+        (type("OutOfMemoryError", (RuntimeError,), {})("tried to allocate 2 GiB"), 5),
+        (MemoryError(), 5),
+    ],
+)
+def test_a_device_is_gone_where_fastbn_fails_time_and_again_and_not_for_want_of_memory(at, error, asked, timing):
+    timing.taking["fastbn"] = Timed(error, at)
+    gpu.timed(timing.result, 60.0, True)
+    assert not timing.result["records"]
+    assert [failed["what"] for failed in timing.result["failed"]] == [f"{SMALL} {dtype}" for dtype in DTYPES[:asked]]
+    assert all(f"{SMALL} " in failed["raised"] and " forward" in failed["raised"] for failed in timing.result["failed"])
+    assert len(timing.result["left"]) == 5 - asked
+    assert len(timing.released) >= asked
+
+
+def test_a_problem_that_fails_is_released_before_the_next(timing, monkeypatch):
+    problem, alive = gpu.Problem, weakref.WeakSet()
+
+    def one_at_a_time(name, dtype):
+        assert not alive
+        alive.add((made := problem(name, dtype)).copy)
+        return made
+
+    monkeypatch.setattr(gpu, "Problem", one_at_a_time)
+    timing.taking["fastbn"] = Timed(MemoryError(), 3)
+    gpu.timed(timing.result, 60.0, True)
+    assert [failed["raised"].endswith(" MemoryError:") for failed in timing.result["failed"]] == [True] * 5
 
 
 @pytest.mark.peers
