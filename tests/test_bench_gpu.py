@@ -224,7 +224,8 @@ def test_a_device_is_gone_where_fastbn_fails_time_and_again_and_not_for_want_of_
 
 
 def test_a_problem_that_fails_is_released_before_the_next(timing, monkeypatch):
-    problem, alive = gpu.Problem, weakref.WeakSet()
+    problem, alive, left = gpu.Problem, weakref.WeakSet(), []
+    monkeypatch.setattr(sys.modules["torch"].cuda, "empty_cache", lambda: left.append(len(alive)))
 
     def one_at_a_time(name, dtype):
         assert not alive
@@ -232,9 +233,10 @@ def test_a_problem_that_fails_is_released_before_the_next(timing, monkeypatch):
         return made
 
     monkeypatch.setattr(gpu, "Problem", one_at_a_time)
-    timing.taking["fastbn"] = Timed(MemoryError(), 3)
+    timing.taking["fastbn"] = Timed(MemoryError(), 3)  # all that a shape held is let go before the cache is emptied
     gpu.timed(timing.result, 60.0, True)
     assert [failed["raised"].endswith(" MemoryError:") for failed in timing.result["failed"]] == [True] * 5
+    assert left == [0, *[1, 0] * 4]  # in the rounds; then at the first call, where the others still run on the problem
 
 
 @pytest.mark.peers
