@@ -37,6 +37,7 @@ SINGLE, DOUBLE, MIXED = ("float32",) * 2, ("float64",) * 2, ("float32", "float64
 FLAT = ((32, 64), (9, 5), (70, 3), (2, 1), (515, 7), (3, 300), (4099, 3), (2100, 40))
 IMAGES = ((4, 3, 7, 7), (2, 5, 9, 35), (3, 2, 70, 71), (5, 3, 2, 64), (2, 3, 1, 515), (1, 2, 33, 128))
 SHORT = ((32, 43, 7, 7), (37, 450, 2, 2))  # rows of channels first as columns: more than grids.SMALL values
+LANES = {"float64": 2, "float32": 4}  # of 16 bytes; of half precision 8
 SHIFTS = ((0, 0, 0), (1, 1, 1), (3, 3, 3), (0, 1, 0), (1, 0, 2), (2, 2, 1))
 
 
@@ -67,15 +68,23 @@ def _special(dtype: str) -> Iterator[Case]:
     yield Case(dtype, (5, 6, 37), axis=0)
 
 
+def _whole(dtype: str) -> Iterator[Case]:
+    """One launch each, in which every thread has more than one step of four loads: 1250 groups of a channel, and 1280 of columns."""
+    lanes = LANES.get(dtype, 8)
+    yield Case(dtype, (2, 5, 25 * lanes, 25), more=("own",))
+    yield Case(dtype, (2, 5, 25 * lanes + 1, 25), shifts=(1, 1, 1), affine=0, statistics=SINGLE)  # and what lies outside groups
+    yield Case(dtype, (20 * lanes, 64), affine=1, statistics=SINGLE)
+
+
 def everything(dtype: str) -> list[Case]:
     """The whole product of a dtype; what else a case runs is dealt out in turn."""
-    plain = [*_plain(dtype), *_special(dtype)]
+    plain = [*_plain(dtype), *_special(dtype), *_whole(dtype)]
     found = [*plain, *(case._replace(more=("long",)) for case in plain[::9])]
     turns = (("own", 3), ("in place", 4), ("track", 5))
     return [case._replace(more=case.more + tuple(name for name, every in turns if k % every == 0)) for k, case in enumerate(found)]
 
 
-# The covering set: 50 cases of each dtype instead of 369. Each of these rows stands for a way through grids and kernels, which its
+# The covering set: 53 cases of each dtype instead of 372. Each of these rows stands for a way through grids and kernels, which its
 # comment names; layouts and alignments are spread over them, and `covering` adds those pairs of the two that no row has, on shapes that
 # take no time. So every pair of layout and alignment is there, every pair of parameters and given statistics, every shape and kind of
 # data. That every kernel is launched for every dtype, and that these pairs are there, `test_executed` checks; `run` prints the basic
@@ -128,5 +137,6 @@ def covering(dtype: str) -> list[Case]:
         Case(dtype, (2, 5, 9, 35), spread=small, layouts=("last", "last", "first")),  # out otherwise than x
         Case(dtype, (5, 6, 37), axis=2),
         Case(dtype, (5, 6, 37), axis=0),
+        *_whole(dtype),
     ]
     return found
