@@ -11,6 +11,8 @@ from numpy import float64, int32, int64
 
 from fastbn.kernels.cuda import _gpu as gpu
 
+# Squares vanish in float32 below 1e-19, and numbers near a mean are 6e-8 of it apart: beyond 2e-12 they are equal or their squares stand.
+VANISHING = 1e-11
 LEAF = 16  # groups: float32 sums of so many squares are good to 5e-7 in the worst case, and to a tenth of that as a rule
 
 
@@ -161,7 +163,8 @@ def store_sums(partial, entry, channel, C, a, b):
 @gpu.device
 def doubtful(x, count, mean, m2):
     """Whether float32 had too little range for a channel: squares that overflow, or that are subnormal beside what they are summed to."""
-    return gpu.lanes(x) > 2 and count > 0.0 and (not m2 - m2 == 0.0 or (m2 < 1e-37 * count and mean != 0.0))
+    vanished = m2 < 1e-37 * count and mean != 0.0 and -VANISHING < mean < VANISHING
+    return gpu.lanes(x) > 2 and count > 0.0 and (not m2 - m2 == 0.0 or vanished)
 
 
 @gpu.device
@@ -175,7 +178,8 @@ def reread(x, at, N, S, sn, first, every):
         count, total, squares = count + 1.0, total + value, squares + value * value
         e += every
     offset = total / count if count else total
-    return count, base, offset, squares - offset * total
+    m2 = squares - offset * total
+    return count, base, offset + (m2 - m2), m2  # of one infinite value the mean is NaN too, as wherever threads merge theirs
 
 
 @gpu.device

@@ -39,7 +39,9 @@ SHAPES = (
     (5, 200),  # few rows
 )
 WAYS = [(shape, layout) for shape in SHAPES for layout in PLACES if len(shape) > 2 or layout == "C"]
-SCALES = (1e-18, 1e13, 1e17, 1e30)  # whose squares vanish or overflow in float32, of values and of what a unit makes of them
+# Whose squares overflow in float32, at once or once summed; are subnormal; or vanish, as 1e-38 nearly does itself. Then channels are
+# read again in float64, by one thread in one launch, by many in three.
+SCALES = (1e-38, 1e-25, 1e-18, 1e13, 1e17, 1e30)
 
 
 @pytest.fixture(autouse=True)
@@ -98,6 +100,74 @@ class Scaled:
 @pytest.mark.parametrize(("shape", "layout"), WAYS, ids=str)
 def test_any_scale(shape: tuple[int, ...], layout: str, scale: float) -> None:
     held(Scaled(shape, scale), layout)
+
+
+SUMS = {"sum of dy": (1.0, 2e37, 1.0), "products": (1e4, 0.0, 1e36)}  # std of x, mean and std of dy, of which float32 has no sum
+
+
+@pytest.mark.parametrize("of", SUMS)
+@pytest.mark.parametrize(("shape", "layout"), WAYS, ids=str)
+def test_sums_beyond_float32(shape: tuple[int, ...], layout: str, of: str) -> None:
+    """dx is right where the sums of the backward only fit float64, and so are those that fit the dtype of the parameters."""
+    rng = np.random.default_rng(6)
+    spread, mean, noise = SUMS[of]
+    x = (rng.standard_normal(shape) * spread).astype(np.float32)
+    dy = (rng.standard_normal(shape) * (mean / 10 or noise) + mean).astype(np.float32)
+    s = published.statistics(x, 1)
+    given = s.mean, s.var, None, 1, EPS, True
+    want = published.gradients(dy, x, *given)
+    scale = scales(dy, x, s.mean, s.var, None, None, 1, EPS, True)
+    placed_x, placed_dy = placed(x, layout), placed(dy, layout)
+    found = fastbn.batch_norm_backward(placed_dy, placed_x, fastbn.batch_norm(placed_x, eps=EPS)[1], eps=EPS)
+    check("dx", np.float32, found[0].get(), want.dx, scale.dx)
+    for name, got in zip(("dgamma", "dbeta"), found[1:], strict=True):
+        wanted = getattr(want, name)
+        if (np.abs(wanted) < np.finfo(np.float32).max).all():
+            check(name, np.float32, got.get(), wanted, getattr(scale, name))
+        else:
+            assert not np.isnan(got.get()).any()
+    sums = fastbn.batch_norm_backward_reduce(placed_dy, placed_x, *map(parameter, (s.mean, s.var)), eps=EPS)
+    for name, got in zip(("dbeta", "dgamma"), sums, strict=True):
+        check(name, np.float32, got.get(), getattr(want, name), getattr(scale, name))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(("shape", "layout"), [*WAYS, ((5, 2, 70), "C")], ids=str)
+def test_nan_and_inf_stay_in_their_channel(shape: tuple[int, ...], layout: str, dtype: str, value: float) -> None:
+    """The statistics of theirs are NaN in every function, as the reference has them."""
+    clean = np.random.default_rng(7).standard_normal(shape)
+    poisoned = clean.copy()
+    poisoned[(shape[0] - 1, 1, *(n // 2 for n in shape[2:]))] = value
+    others = np.arange(shape[1]) != 1
+    found = []
+    for values in (clean, poisoned):
+        x = DEVICE.array(values, dtype, "x", PLACES[layout] if values.ndim > 2 else "first")
+        dy = DEVICE.array(clean, dtype, "dy", PLACES[layout] if values.ndim > 2 else "first")
+        y, m = fastbn.batch_norm(x, eps=EPS)
+        n = fastbn.moments(x)
+        dx, dgamma, dbeta = fastbn.batch_norm_backward(dy, x, m, eps=EPS)
+        whole = [np.moveaxis(each.get(), 1, 0) for each in (y, dx)]
+        found.append([*whole, *(each.get() for each in (m.mean, m.m2, n.mean, n.m2, dgamma))])
+    for before, after in zip(*found, strict=True):
+        np.testing.assert_array_equal(after[others], before[others])
+        assert np.isnan(after[1]).all()
+
+
+@pytest.mark.parametrize(("shape", "layout"), [((4, 24, 24, 24), "C"), ((4, 24, 24, 24), "channels_last"), ((300, 37), "C")], ids=str)
+def test_a_constant_channel_costs_no_more(shape: tuple[int, ...], layout: str) -> None:
+    """It is not read again: in one launch one thread would read all of it."""
+    noise = np.random.default_rng(8).standard_normal(shape)
+    counts = []
+    for constant in (None, 1.0, 0.0, -1e-3):
+        values = noise.copy()
+        if constant is not None:
+            values[:, 1] = constant
+        x = placed(values, layout)
+        before = sum(machine.executed.total() for machine in DEVICE.machines.values())
+        fastbn.batch_norm(x, eps=EPS)
+        counts.append(sum(machine.executed.total() for machine in DEVICE.machines.values()) - before)
+    assert max(counts) <= 1.001 * min(counts)
 
 
 @pytest.mark.parametrize(("shape", "layout"), WAYS, ids=str)
