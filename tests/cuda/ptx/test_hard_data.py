@@ -34,7 +34,7 @@ SHAPES = (
     (64, 8, 7, 7),  # many short rows
     (3, 5, 17, 13),  # no whole groups
     (2, 2, 150, 151),  # parts of a channel; two columns, folded
-    (300, 37),  # one launch, a channel to a column
+    (150, 37),  # one launch, a channel to a column
     (20000, 3),  # folded, parts
     (5, 200),  # few rows
 )
@@ -154,7 +154,7 @@ def test_nan_and_inf_stay_in_their_channel(shape: tuple[int, ...], layout: str, 
         assert np.isnan(after[1]).all()
 
 
-@pytest.mark.parametrize(("shape", "layout"), [((4, 24, 24, 24), "C"), ((4, 24, 24, 24), "channels_last"), ((300, 37), "C")], ids=str)
+@pytest.mark.parametrize(("shape", "layout"), [((4, 24, 24, 24), "C"), ((4, 24, 24, 24), "channels_last"), ((150, 37), "C")], ids=str)
 def test_a_constant_channel_costs_no_more(shape: tuple[int, ...], layout: str) -> None:
     """It is not read again: in one launch one thread would read all of it."""
     noise = np.random.default_rng(8).standard_normal(shape)
