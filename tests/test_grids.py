@@ -1,6 +1,7 @@
 """How arrays are cut for a GPU: every element exactly once, at any size, and sizes that the hardware and float32 can take."""
 
 import math
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -67,10 +68,11 @@ def test_every_channel_is_finished_once(entries: int, C: int) -> None:
     assert across < 2 * C
 
 
-@given(N=SIZES, C=SIZES, S=SIZES, lanes=LANES, gaps=st.sampled_from(["none", "outer", "both"]))
-def test_runs_cover_every_element_once_and_know_its_channel(N: int, C: int, S: int, lanes: int, gaps: str) -> None:
+@given(N=SIZES, C=SIZES, S=SIZES, lanes=LANES, tables=st.sampled_from([1, grids.TABLES]), gaps=st.sampled_from(["none", "outer", "both"]))
+def test_runs_cover_every_element_once_and_know_its_channel(N: int, C: int, S: int, lanes: int, tables: int, gaps: str) -> None:
     outer, inner = {"none": (C * S, S), "outer": (C * S + 3, S), "both": (C * (S + 2), S + 2)}[gaps]
-    grid = grids.runs(N, C, S, lanes, [(outer, inner)])
+    with mock.patch.object(grids, "TABLES", tables):  # of one column no table is short enough
+        grid = grids.runs(N, C, S, lanes, [(outer, inner)])
     seen = np.zeros((N, C, S), int)
     for run in range(grid.runs):
         n, m = divmod(run, grid.inner)
@@ -101,10 +103,11 @@ def test_runs_cover_every_element_once_and_know_its_channel(N: int, C: int, S: i
         assert grid.mode == grids.ONE or (found[1] == found[1][:, :1]).all()
 
 
-@given(N=SIZES, C=SIZES, S=SIZES, lanes=LANES, gaps=st.sampled_from(["none", "outer", "both"]))
-def test_groups_find_their_coefficients(N: int, C: int, S: int, lanes: int, gaps: str) -> None:
+@given(N=SIZES, C=SIZES, S=SIZES, lanes=LANES, tables=st.sampled_from([1, grids.TABLES]), gaps=st.sampled_from(["none", "outer", "both"]))
+def test_groups_find_their_coefficients(N: int, C: int, S: int, lanes: int, tables: int, gaps: str) -> None:
     outer, inner = {"none": (C * S, S), "outer": (C * S + 3, S), "both": (C * (S + 2), S + 2)}[gaps]
-    grid = grids.runs(N, C, S, lanes, [(outer, inner)])
+    with mock.patch.object(grids, "TABLES", tables):  # of one column no table is short enough
+        grid = grids.runs(N, C, S, lanes, [(outer, inner)])
     places = [(copy * C + c) * grid.columns + j for copy in range(grid.copies) for c in range(C) for j in range(grid.columns)]
     table = dict(zip(places, (c for _ in range(grid.copies) for c in range(C) for _ in range(grid.columns)), strict=True))
     for run in range(min(grid.runs, 3 * C)):
@@ -138,6 +141,18 @@ def test_arrays_of_billions_of_elements(N: int, C: int, S: int, lanes: int) -> N
     flat = grids.runs(N, C, S, lanes, [(C * S, S)])
     assert flat.runs * flat.length == N * C * S
     assert flat.blocks(grids.THREADS) < 2**31
+
+
+@pytest.mark.parametrize(
+    ("N", "C", "S"), [(2, 10_000_001, 1), (2, 2**28 + 1, 1), (8, 2**28 + 1, 1), (63, 10_000_001, 1), (2**20, 2001, 1), (3, 100_001, 5)]
+)
+@pytest.mark.parametrize("lanes", [2, 4, 8])
+def test_a_table_of_coefficients_is_no_longer_than_the_array(N: int, C: int, S: int, lanes: int) -> None:
+    """But for what each channel takes: four numbers of float32 beside as many as there are in a column, or of float64."""
+    grid = grids.runs(N, C, S, lanes, [(C * S, S)])
+    columns = grid.S if grid.mode == grids.TABLE else grid.C
+    assert 4 * columns * (8 if lanes == 2 else 4) <= max(N * C * S * 16 // lanes, 4 * (C * S + lanes) * (8 if lanes == 2 else 4))
+    assert columns < 2**31
 
 
 def test_large_arrays_keep_a_device_busy_and_small_ones_do_not_shatter() -> None:

@@ -41,7 +41,7 @@ def forward(call: Call, x: View, gamma: Buffer | None, beta: Buffer | None, eps:
         _whole_forward(call, x, _parameters(x, gamma, beta), eps, out, stats, plan)
         return
     flat = views.flat(x, out)
-    coefs = call.take(4 * flat.table[2], kind_of(x))
+    coefs = call.take(3 * flat.table[2], kind_of(x))
     partial, across = launches.partial_moments(call, x, plan), grids.finish(plan.entries, x.C)
     call.launch(
         finish.finish_forward, STORED[x.buffer.dtype], -(-x.C // across), partial, plan.entries, x.C, across,
@@ -53,7 +53,7 @@ def forward(call: Call, x: View, gamma: Buffer | None, beta: Buffer | None, eps:
 def inference(call: Call, x: View, mean: Buffer, var: Buffer, gamma: Buffer | None, beta: Buffer | None, eps: Any, out: View) -> None:
     """The forward with given statistics."""
     kind, flat = kind_of(x), views.flat(x, out)
-    coefs = call.take(4 * flat.table[2], kind)
+    coefs = call.take(3 * flat.table[2], kind)
     mean, var = launches.alike(call, mean, var)
     call.launch(
         finish.set_scale, kind, launches.threads(x.C), pointer(mean), pointer(var), 1.0, eps, *_parameters(x, gamma, beta), x.C,
@@ -76,12 +76,13 @@ def backward(
     grads: Any,
 ) -> None:
     """dx, and the sums of dy and dy * xhat into `grads` (2, C); the variance is spread / count."""
-    plan, flat = views.sized_for(out, x, dy), views.flat(x, dy, out) if training else views.flat(dy, out)
-    coefs, sums = call.take(4 * flat.table[2], kind_of(x)), call.take(2 * x.C, STORED["float64"])
+    plan = views.sized_for(out, x, dy)
     mean, spread = launches.alike(call, mean, spread)
     if training and plan.whole:
         _whole_backward(call, dy, x, mean, spread, count, eps, gamma, out, grads, plan)
         return
+    flat = views.flat(x, dy, out) if training else views.flat(dy, out)
+    coefs, sums = call.take((4 if training else 3) * flat.table[2], kind_of(x)), call.take(2 * x.C, STORED["float64"])
     _finish_sums(call, dy, x, mean, spread, count, eps, gamma, training, flat.table, (sums, grads, coefs), plan)
     if training:
         launches.elementwise(call, GRADIENT, flat, coefs, x, dy, out)

@@ -24,6 +24,7 @@ SLAB = 2**17  # bytes of a channel up to which a block finds them in cache at th
 SMALL = 2**16  # values of an array for which one launch counts more than short rows
 EXACT = 2**24  # values that a float32 counts
 SHORT = 64  # values of a row of channels first, up to which rows are treated as columns
+TABLES = 2**16  # columns of a table of coefficients, 1 MiB of float32, up to which one may be longer than the array
 LONG = 2**31  # values from which positions take 64 bits
 
 
@@ -150,6 +151,11 @@ def finish(entries: int, C: int) -> int:
     return min(max(SECTOR, THREADS >> (entries - 1).bit_length()), 1 << (C - 1).bit_length())
 
 
+def _mode(per_run: int, S: int, lanes: int) -> int:
+    """How groups of runs of so many channels of S elements find their coefficients."""
+    return ONE if per_run == 1 or S % lanes == 0 else TWO if S > lanes else TABLE
+
+
 def runs(N: int, C: int, S: int, lanes: int, steps: Sequence[tuple[int, int]]) -> Runs:
     """The runs of arrays (N, C, S) with these (outer, channel) strides each; channels last is S = 1."""
     if all(step == (C * S, S) for step in steps):
@@ -158,10 +164,12 @@ def runs(N: int, C: int, S: int, lanes: int, steps: Sequence[tuple[int, int]]) -
         runs, length, per_run, inner = N, C * S, C, 1
     else:
         runs, length, per_run, inner = N * C, S, 1, C
-    groups, image = -(-length // lanes), C * S
-    if runs == 1:
-        image = math.lcm(image, lanes)  # columns from which on all is as it was
-    mode = ONE if per_run == 1 or S % lanes == 0 else TWO if S > lanes else TABLE
+    mode = _mode(per_run, S, lanes)
+    image = math.lcm(C * S, lanes) if runs == 1 else C * S  # columns from which on all is as it was
+    if mode == TABLE and image > max(TABLES, C * S) and (image * max(EACH, lanes) > length or image >= LONG):
+        runs, length, per_run, image = N, C * S, C, C * S  # rows wherever they begin, for the table would be longer than the array
+        mode = _mode(per_run, S, lanes)
+    groups = -(-length // lanes)
     found = (1, -(-image // lanes) * lanes, S, image // (C * S)) if mode == TABLE else (C, S, 1, 1)
     period = image // lanes if runs == 1 else groups * inner  # groups from which on all is as it was
     images = length // image if runs == 1 else N

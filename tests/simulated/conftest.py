@@ -52,6 +52,6 @@ _simulated._mine = lambda: greenlet.getcurrent().kernel_thread
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks and warps of a few threads and parts of a few values, so that small arrays take every branch."""
     launches.program.cache_clear()
-    small = {"THREADS": THREADS, "WARP": WARP, "WAVE": 12, "DEEP": 1, "FULL": 6, "ENOUGH": 5, "SHORT": 8, "SMALL": 40}
+    small = {"THREADS": THREADS, "WARP": WARP, "WAVE": 12, "DEEP": 1, "FULL": 6, "ENOUGH": 5, "SHORT": 8, "SMALL": 40, "TABLES": 40}
     for name, value in small.items():
         monkeypatch.setattr(grids, name, value)

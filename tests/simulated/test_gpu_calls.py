@@ -15,7 +15,7 @@ from shapes import Case
 from test_contract import inputs, verify
 
 import fastbn
-from fastbn import device_checks
+from fastbn import device, device_checks, device_gradients
 from fastbn.backends import devices, grids, launches, streams, views
 from fastbn.kernels.cuda import _jit, _simulated, apply
 
@@ -297,3 +297,14 @@ def test_a_barrier_that_not_every_thread_reaches_is_an_error() -> None:
 
     with pytest.raises(AssertionError, match="wait at a barrier, and others have ended"):
         numba_cuda.jit(parted)[1, 8]()
+
+
+def test_workspace_is_what_a_call_needs() -> None:
+    """By arithmetic: no table of coefficients where one launch takes none, nor one longer than rows of many channels need."""
+    one = ((4, 3), (3, 1), "float32", 0)
+    given = (((3,), (1,), "float64", 0),) * 2
+    assert launches.program(device_gradients._backward, (one, one, *given, None, None, None), 1, ("mean", "var"), True).work == 0
+    for C in (10_000_001, 2**28 + 1):
+        x, means = ((2, C), (C, 1), "float16", 0), ((C,), (1,), "float32", 0)
+        program = launches.program(device._inference, (x, means, means, None, None, None), 1)
+        assert 12 * C <= program.work <= 12 * (C + 8) + launches.ALIGNED
