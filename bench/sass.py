@@ -155,7 +155,7 @@ def tool(name: str, package: str) -> str:
         None is installed.
     """
     try:
-        import nvidia  # type: ignore[import-untyped]
+        import nvidia  # type: ignore[import-untyped]  # a namespace that wheels share, without types
     except ImportError:
         raise MissingExtra(f"{COMMAND} needs {package}: pip install {package}") from None
     found = [path for root in nvidia.__path__ for path in Path(root).rglob(name) if path.is_file()]
