@@ -17,10 +17,11 @@ from bench.gpu_problem import SHAPES, Problem
 from bench.peers import RESULTS, relative, rounded, write_result
 from bench.plot import LOOK, OFFSET, ROW_INCHES
 from bench.problem import PASSES
-from fastbn import info, screen
-from fastbn.backends import devices
-from fastbn.errors import MissingExtra
-from fastbn.quickbench import replace_block
+from fastbn import progress
+from fastbn.arguments.errors import MissingExtra
+from fastbn.cli import info
+from fastbn.cli.bench import replace_block
+from fastbn.cuda import buffers
 
 COMMAND = "python -m bench.gpu"
 SECONDS = 420.0  # for all timings together; what is left out is listed
@@ -251,7 +252,7 @@ def measure(result: dict[str, Any], path: Path, args: argparse.Namespace) -> Non
 def plotted(result: Mapping[str, Any], path: Path) -> None:
     """Draw, where there is something to draw, and with what: `--from` draws it later."""
     try:
-        screen.need("matplotlib", command="the plot", named="matplotlib")
+        progress.need("matplotlib", command="the plot", named="matplotlib")
     except MissingExtra as error:
         print(f"{error}; then {COMMAND} --from {path.with_suffix('.json')} draws it")
         return
@@ -274,7 +275,7 @@ def run(args: argparse.Namespace) -> int:
         if not args.source.with_suffix(".png").exists():
             plotted(result, args.source.with_suffix(".png"))
     else:
-        if (reason := devices.declines()) is not None:
+        if (reason := buffers.declines()) is not None:
             raise ValueError(reason)
         machine = facts()
         slug = "-".join(machine["device"].lower().split())

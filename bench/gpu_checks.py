@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 import fastbn
-from fastbn.check import error
+from fastbn.cli.selftest import error
 
 Found = Iterator[tuple[str, float, float]]  # (what, worst error, limit) of each comparison
 SHAPES: tuple[tuple[int, ...], ...] = (

@@ -14,7 +14,7 @@ import numpy as np
 
 import fastbn
 from bench.suite.cases import name_of
-from fastbn.backends import devices
+from fastbn.cuda import buffers
 
 SHAPES = (32, 64), (32, 64, 56, 56)  # in one launch, and in three
 ROUNDS, CALLS = 25, 100
@@ -56,9 +56,9 @@ class Driver:
 
     def within(self) -> ExitStack:
         """A context in which fastbn asks this driver."""
-        from fastbn.kernels.cuda import _jit
+        from fastbn.cuda.kernels import jit
 
-        core = _jit._core()
+        core = jit._core()
         fakes = {
             "_core": lambda: SimpleNamespace(Stream=core.Stream, LaunchConfig=core.LaunchConfig, launch=self.launch),
             "current": lambda: 0,
@@ -67,11 +67,11 @@ class Driver:
             "raw": lambda nbytes, stream, device: self._place,
         }
         stack = ExitStack()
-        stack.enter_context(mock.patch.multiple(_jit, **fakes))
-        stack.enter_context(mock.patch.object(_jit.Kernel, "compiled", lambda *given: "the kernel"))
-        for kernel in _jit.KERNELS:
+        stack.enter_context(mock.patch.multiple(jit, **fakes))
+        stack.enter_context(mock.patch.object(jit.Kernel, "compiled", lambda *given: "the kernel"))
+        for kernel in jit.KERNELS:
             stack.enter_context(mock.patch.object(kernel, "_on", {}))
-        stack.enter_context(mock.patch.object(devices, "declines", lambda: None))
+        stack.enter_context(mock.patch.object(buffers, "declines", lambda: None))
         return stack
 
 
@@ -102,7 +102,7 @@ def microseconds(call: Callable[[], Any], rounds: int = ROUNDS) -> tuple[float, 
 
 def report(rounds: int = ROUNDS) -> list[str]:
     """A line for each call: its launches, what it takes, and what of that a launch takes."""
-    from fastbn.kernels.cuda import apply
+    from fastbn.cuda.kernels import apply
 
     lines, driver = [], Driver()
     with driver.within():

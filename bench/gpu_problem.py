@@ -8,7 +8,7 @@ from typing import Any
 
 import fastbn
 from bench.suite.cases import CASES, Case, name_of
-from fastbn.backends import model
+from fastbn.cuda import cost
 
 EPS = 1e-5
 CACHED_BYTES = 256 * 2**20  # of all sets of x: several times the cache of any GPU
@@ -56,7 +56,7 @@ class Problem:
 
     def moved(self, what: str) -> int:
         """Bytes that a pass must move by the schedule."""
-        return model.moved(what, dims(self.case), self.dtype)
+        return cost.moved(what, dims(self.case), self.dtype)
 
     def copy(self, k: int) -> Any:
         """The device's own copy of x."""

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from bench import pytorch
 from bench.problem import Problem
 from bench.suite import cases
-from fastbn.kernels._memory import fence
-from fastbn.kernels._simd import load, load_far, store, store_stream, total
+from fastbn.cpu.kernels.memory import fence
+from fastbn.cpu.kernels.simd import load, load_far, store, store_stream, total
 
 Array = NDArray[Any]
 

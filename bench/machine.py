@@ -10,7 +10,8 @@ from typing import Any
 
 import fastbn
 from bench import onnx_runtime, pytorch, xla
-from fastbn import config, info, quickbench
+from fastbn.arguments import config
+from fastbn.cli import bench, info
 
 PACKAGES = ("llvmlite", "tbb", "jax", "jaxlib", "onnx", "onnxruntime", "ml_dtypes")
 
@@ -36,7 +37,7 @@ def give_threads(number: int | None) -> int:
     if number is not None:
         fastbn.set_num_threads(number)
         numba.set_num_threads(number)  # for the limits
-    number = number or int(quickbench.machine()["threads"])
+    number = number or int(bench.machine()["threads"])
     xla.set_threads(number)
     onnx_runtime.set_threads(number)
     pytorch.set_threads(number)
@@ -53,7 +54,7 @@ def last_level_cache() -> int:
 def facts(threads: int, kept: bool) -> dict[str, Any]:
     """Processor, cores, threads, cache and versions of everything."""
     return {
-        **quickbench.machine(),
+        **bench.machine(),
         **{name: info.version(name) for name in PACKAGES},
         "threads": str(threads),
         "cores": info.cores(),
@@ -72,4 +73,4 @@ def slug(machine: dict[str, Any]) -> str:
 def sentence(machine: dict[str, Any]) -> str:
     """One line on the machine."""
     peers = ", ".join(f"{name} {machine[name]}" for name in ("jax", "onnxruntime"))
-    return f"{quickbench.sentence(machine)}; {machine['cores']} cores, {machine['cache'] / 2**20:.0f} MB of cache; {peers}"
+    return f"{bench.sentence(machine)}; {machine['cores']} cores, {machine['cache'] / 2**20:.0f} MB of cache; {peers}"

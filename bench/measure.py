@@ -15,7 +15,7 @@ from bench import limit
 from bench.contestants import disagreement, field
 from bench.problem import Problem, own
 from bench.rounds import paired, rounds
-from fastbn import quickbench
+from fastbn.cli import bench
 
 Record = dict[str, Any]
 HALF = ("float16", "bfloat16")
@@ -29,19 +29,19 @@ class Crowd:
 
     def watch(self, run: Callable[[], Any]) -> Any:
         """Run, and add what others used meanwhile."""
-        before, start = quickbench.others(), time.perf_counter()
+        before, start = bench.others(), time.perf_counter()
         result = run()
-        after = quickbench.others()
+        after = bench.others()
         self.seconds += time.perf_counter() - start
         self.used += (after or 0.0) - (before or 0.0)
         return result
 
     def doubt(self, threads: int) -> str | None:
         """Why the timings mean little; None where they do."""
-        now = quickbench.others()
+        now = bench.others()
         if now is None or not self.seconds:
             return None
-        return quickbench.crowded(now - self.used, self.seconds, threads)
+        return bench.crowded(now - self.used, self.seconds, threads)
 
 
 def _head(p: Problem, what: str) -> Record:

@@ -18,9 +18,9 @@ from bench import command, machine, measure, plot, pytorch, report, small
 from bench.contestants import PEERS, TOLERANCE
 from bench.problem import PASSES
 from bench.suite import cases
-from fastbn import screen
-from fastbn.quickbench import replace_block
-from fastbn.stream import check_output, replacing
+from fastbn import progress
+from fastbn.cli.bench import replace_block
+from fastbn.cli.npy_moments import check_output, replacing
 
 RESULTS = Path(__file__).parent / "results"
 SECONDS, QUICK_SECONDS = 4.0, 0.3  # of rounds for each shape and pass
@@ -176,7 +176,7 @@ def _write_readme(readme: Path, result: dict[str, Any], data: Path | None, pictu
 
 def run(args: argparse.Namespace) -> int:
     """Run the command; 1 where the machine was too busy for --readme."""
-    screen.need("rich", "matplotlib", command=report.COMMAND, named="rich and matplotlib")
+    progress.need("rich", "matplotlib", command=report.COMMAND, named="rich and matplotlib")
     for name, value in (("--threads", args.threads), ("--seconds", args.seconds)):
         if value is not None and value <= 0:
             raise ValueError(f"{name}: given {value}, want more than 0")
@@ -223,7 +223,7 @@ def load(path: Path) -> dict[str, Any]:
 def show(result: dict[str, Any]) -> None:
     """Print the tables and who was not timed."""
     for table in report.tables(result):
-        screen.table(*table)
+        progress.table(*table)
     for line in (report.note(result), *report.refusals(result)):
         print(textwrap.fill(line, 110))
 

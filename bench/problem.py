@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 import fastbn
 from bench.suite import cases
-from fastbn import config
+from fastbn.arguments import config
 
 Array = NDArray[Any]
 

@@ -17,7 +17,8 @@ from bench import command, machine, memory, resnet_plot
 from bench.peers import RESULTS, relative, rounded, write_result
 from bench.report import milliseconds
 from bench.rounds import paired, rounds
-from fastbn import quickbench, screen
+from fastbn import progress
+from fastbn.cli import bench
 
 COMMAND = "python -m bench.resnet"
 IMAGES, SIDE, STEPS = 32, 128, 20
@@ -185,7 +186,7 @@ def note(result: Mapping[str, Any]) -> str:
         f"Batches of {result['images']} x 3 x {result['side']}², float32. A step is forward, backward and SGD; the norms' share is what "
         f"the time shrinks by with none. fastbn is ahead in {sum(r >= 1 for r in ratios)} of {len(ratios)}, geometric mean "
         f"{statistics.geometric_mean(ratios):.2f}x. Losses of {steps} steps differ by {apart:.1e} at most (target {LOSS_ERROR:g}). Peak "
-        f"memory of the process, PyTorch / fastbn: {held}. {quickbench.sentence(result['machine'])}."
+        f"memory of the process, PyTorch / fastbn: {held}. {bench.sentence(result['machine'])}."
     )
 
 
@@ -208,9 +209,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     """Run the command."""
-    screen.need("rich", "matplotlib", command=COMMAND, named="rich and matplotlib")
+    progress.need("rich", "matplotlib", command=COMMAND, named="rich and matplotlib")
     if args.readme:
-        quickbench.replace_block(args.readme, "resnet", None)
+        bench.replace_block(args.readme, "resnet", None)
     path = args.source or args.json
     if args.source:
         result = json.loads(args.source.read_text(encoding="utf-8"))
@@ -222,13 +223,13 @@ def run(args: argparse.Namespace) -> int:
         write_result(path, result)
         resnet_plot.draw(copy.deepcopy(result), path.with_suffix(".png"))
         print(f"wrote {path} and {path.with_suffix('.png')}")
-    screen.table(*table(result))
+    progress.table(*table(result))
     print(note(result))
     if args.readme:
         data = relative(path, args.readme)
         picture = f"![step times by network, memory order and mode]({data.removesuffix('.json')}.png)"
         written = f"{picture}\n\n{note(result)} Written by `{COMMAND}` from [its results]({data})."
-        quickbench.replace_block(args.readme, "resnet", quickbench.markdown(*table(result), written))
+        bench.replace_block(args.readme, "resnet", bench.markdown(*table(result), written))
         print(f"wrote the resnet block of {args.readme}")
     return 0
 

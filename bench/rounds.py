@@ -8,7 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 
-from fastbn import timing
+from fastbn.cli import timing
 
 LEAST, MOST = 3, 15  # rounds
 SLOW = 3.0  # times the fastest of its class, from which on a contestant drops out after the least number of rounds

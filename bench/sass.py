@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bench import command
-from fastbn.errors import MissingExtra
+from fastbn.arguments.errors import MissingExtra
 
 COMMAND = "python -m bench.sass"
 STORED = {"float32": "float32", "float64": "float64", "float16": "uint16", "bfloat16": "int16"}
@@ -187,11 +187,11 @@ def assembled(kernel: Any, stored: str, statistic: str, arch: str) -> tuple[int,
 def run(args: argparse.Namespace) -> int:
     """Print a table."""
     for module in ("rows", "columns", "finish", "apply", "fused"):
-        importlib.import_module(f"fastbn.kernels.cuda.{module}")
-    from fastbn.kernels.cuda import _jit
+        importlib.import_module(f"fastbn.cuda.kernels.{module}")
+    from fastbn.cuda.kernels import jit
 
     print("| kernel | dtype | registers | instructions: loads + stores of 16 bytes, other loads, at once |\n|---|---|---|---|")
-    for kernel in _jit.KERNELS:
+    for kernel in jit.KERNELS:
         for stored in args.dtype if kernel.name.startswith(tuple(args.only)) else ():
             registers, code = assembled(kernel, stored, args.statistic, args.arch)
             shown = "; ".join(f"{s.instructions}: {s.loads} + {s.stores}, {s.singles}, {s.at_once}" for s in stretches(code))

@@ -3,15 +3,16 @@
 The names below are the public ones. Importing fastbn compiles nothing and touches no driver.
 """
 
+from fastbn import kernels as kernels
+from fastbn.arguments.errors import BackendUnavailable
 from fastbn.backends import explain
 from fastbn.batchnorm import BatchNorm
-from fastbn.errors import BackendUnavailable
+from fastbn.cpu.threads import get_num_threads, set_num_threads
 from fastbn.functional import batch_norm, batch_norm_inference, moments
 from fastbn.gradients import batch_norm_backward, batch_norm_inference_backward
-from fastbn.moments import Moments
 from fastbn.running import RunningMoments
 from fastbn.split import batch_norm_backward_input, batch_norm_backward_reduce
-from fastbn.threads import get_num_threads, set_num_threads
+from fastbn.statistics import Moments
 
 __version__ = "0.1.0"
 

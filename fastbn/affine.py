@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastbn import checks, residence
-from fastbn.moments import inverse_deviation
+from fastbn.arguments import checks
+from fastbn.cuda import placement
+from fastbn.statistics import inverse_deviation
 
 Array = NDArray[Any]
 
@@ -31,6 +32,6 @@ def folded(layer: Any) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     kept = layer._kept()
     if layer.running_mean is None:
         raise ValueError("folded_affine: this layer keeps no running statistics, and so has no fixed map")
-    host = {name: residence.to_host(array) for name, array in kept.items()}
+    host = {name: placement.to_host(array) for name, array in kept.items()}
     eps = checks.check_eps(layer.eps, training=False)
     return affine_of(host["running_mean"], host["running_var"], host.get("gamma"), host.get("beta"), eps)

@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from fastbn import affine, checks, config, distributed, dtypes, functional, gradients, overlap, recalibration, residence, results, scalars
-from fastbn.backends import devices, select
-from fastbn.moments import Moments
+from fastbn import affine, distributed, functional, gradients, recalibration, results
+from fastbn.arguments import checks, config, dtypes, overlap, scalars
+from fastbn.backends import select
+from fastbn.cuda import buffers, placement
 from fastbn.state import BEFORE, EVALUATION, FAILED, OVERWRITTEN, Gone, Saved, State
 from fastbn.state import _Saved as _Saved  # where older pickles look for it
+from fastbn.statistics import Moments
 
 Array = NDArray[Any]
 
@@ -132,15 +134,15 @@ class BatchNorm(State):
         """Running mean 0, running variance 1, no batches counted."""
         self._settle(**({"num_batches_tracked": 0} if scalars.flag(self.track_running_stats, "track_running_stats") else {}))
         if self.track_running_stats:
-            self.running_mean = residence.renewed(self.running_mean, np.zeros(self.num_features, self.dtype))
-            self.running_var = residence.renewed(self.running_var, np.ones(self.num_features, self.dtype))
+            self.running_mean = placement.renewed(self.running_mean, np.zeros(self.num_features, self.dtype))
+            self.running_var = placement.renewed(self.running_var, np.ones(self.num_features, self.dtype))
 
     def reset_parameters(self) -> None:
         """Gamma 1, beta 0, and fresh running statistics."""
         self.reset_running_stats()
         if self.affine:
-            self.gamma = residence.renewed(self.gamma, np.ones(self.num_features, self.dtype))
-            self.beta = residence.renewed(self.beta, np.zeros(self.num_features, self.dtype))
+            self.gamma = placement.renewed(self.gamma, np.ones(self.num_features, self.dtype))
+            self.beta = placement.renewed(self.beta, np.zeros(self.num_features, self.dtype))
 
     def train(self, mode: bool = True) -> BatchNorm:
         """Use batch statistics from here on (mode=False: `eval`); returns self."""
@@ -235,7 +237,7 @@ class BatchNorm(State):
 
     def _checked(self, x: Any, out: Array | None) -> tuple[Any, Any, bool]:
         """A forward's input, who serves it on a GPU, and whether `out` will overwrite it."""
-        gpu = results.on_gpu(self.backend) if type(x) is not np.ndarray and devices.on_device(x) else None
+        gpu = results.on_gpu(self.backend) if type(x) is not np.ndarray and buffers.on_device(x) else None
         if gpu is None:
             x = checks.as_input(x)
             checks.check_features(x, self.axis, self.num_features, self.dtype)
@@ -248,10 +250,10 @@ class BatchNorm(State):
         if gpu is not None or not checks.well_kept(mean, var, gamma, beta, self.num_features, self.dtype, written):
             checks.check_running(mean, var)
             statistics = {"running_mean": mean, "running_var": var}
-            residence.check(gpu is not None, gamma=gamma, beta=beta, **statistics)
-            residence.check_kept(statistics, self.num_features, self.dtype, written, gamma=gamma, beta=beta)
+            placement.check(gpu is not None, gamma=gamma, beta=beta, **statistics)
+            placement.check_kept(statistics, self.num_features, self.dtype, written, gamma=gamma, beta=beta)
         if out is not None:
-            residence.check_apart(out, running_mean=mean, running_var=var)
+            placement.check_apart(out, running_mean=mean, running_var=var)
         return x, gpu, overwritten
 
     def _track(self, running_mean: Array, running_var: Array, m: Moments, served: Any) -> None:
@@ -295,7 +297,7 @@ class BatchNorm(State):
             raise RuntimeError(BEFORE if saved is None else saved.why)
         x, statistics, gamma, shifted, axis, eps, across = saved
         try:
-            residence.check_apart(out, gamma=self.gamma, beta=self.beta, running_mean=self.running_mean, running_var=self.running_var)
+            placement.check_apart(out, gamma=self.gamma, beta=self.beta, running_mean=self.running_mean, running_var=self.running_var)
         except Exception:
             if across is not None:
                 across.decline("backward")

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastbn import scalars
+from fastbn.arguments import scalars
 
 Wide = NDArray[np.float64]
 

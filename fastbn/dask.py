@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fastbn import checks, config, dtypes, functional
-from fastbn.errors import MissingExtra
-from fastbn.moments import Moments
+from fastbn import functional
+from fastbn.arguments import checks, config, dtypes
+from fastbn.arguments.errors import MissingExtra
+from fastbn.statistics import Moments
 
 try:
     import dask

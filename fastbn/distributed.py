@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fastbn import checks, collective, config, functional, residence, results, split
-from fastbn.backends import devices
-from fastbn.moments import Moments
+from fastbn import collective, functional, results, split
+from fastbn.arguments import checks, config
+from fastbn.cuda import buffers, placement
 from fastbn.ready import ready
+from fastbn.statistics import Moments
 
 Array = NDArray[Any]
 Wide = NDArray[np.float64]
@@ -109,7 +110,7 @@ class Exchange:
             A rank failed, or is at another operation.
         """
         C, none = self.channels, Moments(0, np.zeros(self.channels), np.zeros(self.channels))
-        rows = self._swap(operation, m.count, residence.to_host(m.mean), residence.to_host(m.m2))
+        rows = self._swap(operation, m.count, placement.to_host(m.mean), placement.to_host(m.m2))
         return reduce(Moments.merge, (Moments(int(row[2]), row[HEAD : HEAD + C], row[HEAD + C :]) for row in rows), none)
 
     def batch_norm(
@@ -143,7 +144,7 @@ class Exchange:
         if m.count == 1:
             here = f"got input size {np.shape(x)} on rank {self.rank} of {self.size}"
             raise ValueError(f"Expected more than 1 value per channel when training, {here} and 1 value on all of them together")
-        if devices.on_device(x):
+        if buffers.on_device(x):
             m = results.on_gpu(backend).DeviceMoments(m.count, *_beside(x, m.mean, m.m2))
         y = functional.batch_norm_inference(x, m.mean, m.var(), gamma, beta, axis, eps, out, backend=backend, num_threads=num_threads)
         return y, m
@@ -178,7 +179,7 @@ class Exchange:
             statistics = {"moments.mean": mean, "moments.m2": moments.m2}
             kind = _check(self.channels, backend, axis, eps, out, x, dy, statistics=statistics, gamma=gamma)
             dbeta, dgamma = split.batch_norm_backward_reduce(dy, x, mean, var, axis, eps, **how)
-            sums = np.stack((residence.to_host(dbeta), residence.to_host(dgamma)))
+            sums = np.stack((placement.to_host(dbeta), placement.to_host(dgamma)))
         except Exception:
             self.decline("backward")
             raise
@@ -211,7 +212,7 @@ def _check(
 ) -> np.dtype[Any]:
     """Raise before the exchange what would be raised behind it, on this rank alone; the dtype of parameters."""
     checks.check_eps(eps, training=True)
-    if devices.on_device(x):
+    if buffers.on_device(x):
         gpu = results.on_gpu(backend)
         buffer = gpu.as_input(x)
         given, kind = buffer.shape[checks.check_axis(buffer.shape, axis)], gpu.parameters(buffer)
@@ -237,8 +238,8 @@ def _check(
 
 def _beside(x: Any, *arrays: Array) -> tuple[Any, ...]:
     """Arrays of the host where x is: themselves, or copies on its GPU of its library's kind."""
-    if not devices.on_device(x):
+    if not buffers.on_device(x):
         return arrays
-    root = devices.library(x)
-    index, kind = devices.device_of(devices.view(x, "x")), root if root in residence.KINDS else "numba"
-    return tuple(residence.to_device(array, index, kind) for array in arrays)
+    root = buffers.library(x)
+    index, kind = buffers.device_of(buffers.view(x, "x")), root if root in placement.KINDS else "numba"
+    return tuple(placement.to_device(array, index, kind) for array in arrays)

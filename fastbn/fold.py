@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fastbn import checks, scalars
 from fastbn.affine import affine_of
+from fastbn.arguments import checks, scalars
 from fastbn.batchnorm import BatchNorm
 
 __all__ = ["fold"]

@@ -12,10 +12,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fastbn import checks, config, layout, results, threads
-from fastbn.backends import Backend, devices
-from fastbn.moments import Moments, made
+from fastbn import results
+from fastbn.arguments import checks, config, layout
+from fastbn.backends import Backend
+from fastbn.cpu import threads
+from fastbn.cuda import buffers
 from fastbn.ready import ready
+from fastbn.statistics import Moments, made
 
 Array = NDArray[Any]
 
@@ -54,7 +57,7 @@ def moments(x: ArrayLike, axis: int = 1, *, backend: str | None = None, num_thre
     ValueError
         Rank below 2, axis out of range, no channels.
     """
-    if type(x) is not np.ndarray and devices.on_device(x):
+    if type(x) is not np.ndarray and buffers.on_device(x):
         found: Moments = results.on_gpu(backend).moments(x, axis, stream)
         return found
     if stream is not None:
@@ -144,7 +147,7 @@ def batch_norm(
     ValueError
         A shape, axis or eps out of range; one value per channel; an `out` that overlaps x in part, or a parameter.
     """
-    if type(x) is not np.ndarray and devices.on_device(x):
+    if type(x) is not np.ndarray and buffers.on_device(x):
         found: tuple[Array, Moments] = results.on_gpu(backend).batch_norm(x, gamma, beta, axis, eps, out, stream)
         return found
     if stream is not None:
@@ -209,7 +212,7 @@ def batch_norm_inference(
     TypeError, ValueError
         As in `batch_norm`; also mean without var.
     """
-    if type(x) is not np.ndarray and devices.on_device(x):
+    if type(x) is not np.ndarray and buffers.on_device(x):
         found: Array = results.on_gpu(backend).batch_norm_inference(x, mean, var, gamma, beta, axis, eps, out, stream)
         return found
     if stream is not None:

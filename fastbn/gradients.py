@@ -7,10 +7,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fastbn import checks, config, layout, results, threads
-from fastbn.backends import devices
-from fastbn.moments import Moments
+from fastbn import results
+from fastbn.arguments import checks, config, layout
+from fastbn.cpu import threads
+from fastbn.cuda import buffers
 from fastbn.ready import ready
+from fastbn.statistics import Moments, check_moments
 
 Array = NDArray[Any]
 
@@ -57,7 +59,7 @@ def batch_norm_backward(
     TypeError, ValueError
         As in `batch_norm`; also dy unlike x, or moments of another shape.
     """
-    if type(x) is not np.ndarray and devices.on_device(x):
+    if type(x) is not np.ndarray and buffers.on_device(x):
         found: tuple[Array, Array, Array] = results.gradients_on_gpu(backend).backward(dy, x, moments, None, gamma, axis, eps, out, stream)
         return found
     if stream is not None:
@@ -107,7 +109,7 @@ def batch_norm_inference_backward(
     TypeError, ValueError
         As in `batch_norm_inference`; also dy unlike x.
     """
-    if type(x) is not np.ndarray and devices.on_device(x):
+    if type(x) is not np.ndarray and buffers.on_device(x):
         found: tuple[Array, Array, Array] = results.gradients_on_gpu(backend).backward(
             dy, x, None, (mean, var), gamma, axis, eps, out, stream
         )
@@ -139,7 +141,7 @@ def _backward(
     gamma = checks.as_parameter(gamma, channels, kind, "gamma")
     eps = checks.check_eps(eps, training=constant is None)
     if constant is None:
-        checks.check_moments(m, channels, way.values)
+        check_moments(m, channels, way.values)
         checks.check_count(x, way.values)
         mean, count = checks.as_statistic(m.mean, channels, "moments.mean"), way.values
         spread = checks.as_statistic(m.m2, channels, "moments.m2")

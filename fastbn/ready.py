@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from numpy.typing import NDArray
 
-from fastbn import checks, config, dtypes, layout, scalars
+from fastbn.arguments import checks, config, dtypes, layout, scalars
 from fastbn.backends import Backend, select
 
 Array = NDArray[Any]

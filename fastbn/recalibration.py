@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from fastbn import checks, residence, results, scalars, screen
-from fastbn.backends import devices
+from fastbn import progress as screen
+from fastbn import results
+from fastbn.arguments import checks, scalars
+from fastbn.cuda import buffers, placement
 from fastbn.running import RunningMoments
 
 
@@ -22,8 +24,8 @@ def recalibrate(layer: Any, batches: Any, progress: bool) -> None:
     if running_mean is None:
         raise ValueError("recalibrate: this layer keeps no running statistics; make it with track_running_stats=True")
     kept = {"running_mean": running_mean, "running_var": running_var}
-    residence.check_kept(kept, layer.num_features, layer.dtype, True, gamma=layer.gamma, beta=layer.beta)
-    if hasattr(batches, "dtype") or devices.on_device(batches):  # iterating would take its first axis away
+    placement.check_kept(kept, layer.num_features, layer.dtype, True, gamma=layer.gamma, beta=layer.beta)
+    if hasattr(batches, "dtype") or buffers.on_device(batches):  # iterating would take its first axis away
         raise TypeError(f"batches: given one {type(batches).__name__}, want an iterable of arrays: [x] for a single batch")
     if isinstance(batches, Mapping):
         raise TypeError(f"batches: given {_keys(batches)}, want an iterable of arrays: its values()?")
@@ -47,10 +49,10 @@ def recalibrate(layer: Any, batches: Any, progress: bool) -> None:
     if not freedom:
         raise ValueError("batches: given one value per channel in all, want two or more: one has no unbiased variance")
     with np.errstate(over="ignore", invalid="ignore"):  # beyond float32 it is infinite, as in training
-        mean = residence.to_host(seen.moments.mean).astype(layer.dtype)
-        var = (residence.to_host(seen.moments.m2) / freedom).astype(layer.dtype)
-    residence.overwrite(running_mean, mean)
-    residence.overwrite(running_var, var)
+        mean = placement.to_host(seen.moments.mean).astype(layer.dtype)
+        var = (placement.to_host(seen.moments.m2) / freedom).astype(layer.dtype)
+    placement.overwrite(running_mean, mean)
+    placement.overwrite(running_var, var)
     layer.num_batches_tracked = tracked
 
 
@@ -66,7 +68,7 @@ def _input(batch: Any) -> Any:
         first = first[0]
     if isinstance(first, Mapping):
         raise TypeError(f"given {_keys(first)}, want arrays: (batch[key] for batch in loader), with the key of the input")
-    return first if getattr(first, "ndim", 0) or devices.on_device(first) else batch  # nested lists of numbers are an array
+    return first if getattr(first, "ndim", 0) or buffers.on_device(first) else batch  # nested lists of numbers are an array
 
 
 def _alike(given: list[Any]) -> bool:
@@ -81,11 +83,11 @@ def _keys(given: Mapping[Any, Any]) -> str:
 
 def _checked(layer: Any, x: Any) -> Any:
     """A batch that goes with the layer, as its forward has it."""
-    gpu = results.on_gpu(layer.backend) if type(x) is not np.ndarray and devices.on_device(x) else None
+    gpu = results.on_gpu(layer.backend) if type(x) is not np.ndarray and buffers.on_device(x) else None
     if gpu is None:
         x = checks.as_input(x)
         checks.check_features(x, layer.axis, layer.num_features, layer.dtype)
     else:
         gpu.check_features(x, layer.axis, layer.num_features, layer.dtype.name)
-    residence.check(gpu is not None, running_mean=layer.running_mean, running_var=layer.running_var)
+    placement.check(gpu is not None, running_mean=layer.running_mean, running_var=layer.running_var)
     return x

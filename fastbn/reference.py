@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastbn import dtypes
-from fastbn.moments import Moments, made
+from fastbn.arguments import dtypes
+from fastbn.statistics import Moments, made
 
 Array = NDArray[Any]
 Wide = NDArray[np.float64]

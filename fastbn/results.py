@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastbn import layout
+from fastbn.arguments import layout
 from fastbn.backends import select_device
 
 Array = NDArray[Any]
@@ -34,7 +34,7 @@ def finish(plan: layout.Plan, result: Array, target: Array) -> Array:
 def on_gpu(backend: str | None) -> Any:
     """The functions for arrays on a GPU; BackendUnavailable where they can't be."""
     select_device(backend)
-    from fastbn import device
+    from fastbn.cuda import backend as device
 
     return device
 
@@ -42,9 +42,9 @@ def on_gpu(backend: str | None) -> Any:
 def gradients_on_gpu(backend: str | None) -> Any:
     """The same of their gradients."""
     select_device(backend)
-    from fastbn import device_gradients
+    from fastbn.cuda import gradients
 
-    return device_gradients
+    return gradients
 
 
 def empty(x: Array, out: Array | None) -> Array:

@@ -7,9 +7,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from fastbn import checks, distributed, functional, scalars, threads
-from fastbn.backends import devices
-from fastbn.moments import Moments, Statistics, settled
+from fastbn import distributed, functional
+from fastbn.arguments import checks, scalars
+from fastbn.cpu import threads
+from fastbn.cuda import buffers
+from fastbn.statistics import Moments, Statistics, settled
 
 
 class RunningMoments:
@@ -90,7 +92,7 @@ class RunningMoments:
         found = settled(found) if isinstance(found, Moments) else found
         if isinstance(found, Moments) and found.mean.size != checks.check_channels(self.num_features):
             raise ValueError(f"{name}: given {found.mean.size} channels along axis {self.axis}, want {self.num_features}")
-        if isinstance(found, Moments) and not self.count and devices.on_device(found.mean):
+        if isinstance(found, Moments) and not self.count and buffers.on_device(found.mean):
             self.moments = found  # the first that is seen lies on a GPU: the rest is merged there
         else:
             self.moments = self.moments.merge(found)

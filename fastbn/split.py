@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fastbn import checks, config, layout, results, threads
-from fastbn.backends import devices
+from fastbn import results
+from fastbn.arguments import checks, config, layout
+from fastbn.cpu import threads
+from fastbn.cuda import buffers
 from fastbn.ready import Ready, ready
 
 Array = NDArray[Any]
@@ -59,7 +61,7 @@ def batch_norm_backward_reduce(
     TypeError, ValueError
         As in `batch_norm`; also dy unlike x.
     """
-    if type(x) is not np.ndarray and devices.on_device(x):
+    if type(x) is not np.ndarray and buffers.on_device(x):
         found: tuple[Wide, Wide] = results.gradients_on_gpu(backend).batch_norm_backward_reduce(dy, x, mean, var, axis, eps, stream)
         return found
     if stream is not None:
@@ -128,7 +130,7 @@ def batch_norm_backward_input(
     TypeError, ValueError
         As in `batch_norm`; also dy unlike x, or a count of fewer values than x has.
     """
-    if type(x) is not np.ndarray and devices.on_device(x):
+    if type(x) is not np.ndarray and buffers.on_device(x):
         gpu = results.gradients_on_gpu(backend)
         found: Array = gpu.batch_norm_backward_input(dy, x, mean, var, sum_dy, sum_dy_xhat, count, gamma, axis, eps, out, stream)
         return found

@@ -10,7 +10,9 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from fastbn import checks, residence, scalars, threads
+from fastbn.arguments import checks, scalars
+from fastbn.cpu import threads
+from fastbn.cuda import placement
 
 Array = NDArray[Any]
 Layer = TypeVar("Layer", bound="State")
@@ -113,7 +115,7 @@ class State:
         """Parameters and running statistics, those that there are; TypeError or ValueError for one that no call would take."""
         checks.check_running(self.running_mean, self.running_var)
         found = {name: array for name in KEPT if (array := getattr(self, name)) is not None}
-        residence.check_kept(found, self.num_features, self.dtype, written)
+        placement.check_kept(found, self.num_features, self.dtype, written)
         return found
 
     def _settle(self, **instead: Any) -> None:
@@ -139,12 +141,12 @@ class State:
         BackendUnavailable
             No CUDA here. A layer that holds no arrays, which has nothing to move, is taken as it is, as PyTorch's.
         """
-        index, library = residence.parsed(device), residence.chosen(kind)
+        index, library = placement.parsed(device), placement.chosen(kind)
         self._kept()
         names = ("gamma", "beta", "dgamma", "dbeta", "running_mean", "running_var")
-        moved = {name: residence.to_host(array) for name in names if (array := getattr(self, name)) is not None}
+        moved = {name: placement.to_host(array) for name in names if (array := getattr(self, name)) is not None}
         if index is not None:
-            moved = {name: residence.to_device(array, index, library) for name, array in moved.items()}
+            moved = {name: placement.to_device(array, index, library) for name, array in moved.items()}
         for name, array in moved.items():
             setattr(self, name, array)
         self._saved = None
@@ -155,7 +157,7 @@ class State:
         return self._copies(self._kept(), self.num_batches_tracked)
 
     def _copies(self, kept: Mapping[str, Any], batches: Any) -> dict[str, Array]:
-        found = {KEPT[name]: residence.to_host(array) for name, array in kept.items()}
+        found = {KEPT[name]: placement.to_host(array) for name, array in kept.items()}
         if self.running_mean is not None:
             found["num_batches_tracked"] = np.array(OPTIONS["num_batches_tracked"](batches), np.int64)
         return found
@@ -190,7 +192,7 @@ class State:
         for key, value in checked.items():
             own[key][...] = value
         for name, target in targets.items():
-            residence.overwrite(target, own[KEPT[name]])
+            placement.overwrite(target, own[KEPT[name]])
         if "num_batches_tracked" in own:
             self.num_batches_tracked = int(own["num_batches_tracked"])
         return IncompatibleKeys(missing, unexpected)

@@ -13,7 +13,7 @@ import hidden  # noqa: F401 # before fastbn
 import numpy as np
 
 import fastbn
-from fastbn import pool, threads
+from fastbn.cpu import pool, threads
 
 SHAPES = ((4, 16, 64, 64), (6000, 70))  # 1 MB and 1.6 MB: over config.SERIAL_BYTES by far, both layouts
 _drawn = [np.random.default_rng(0).normal(5, 2, shape).astype(np.float32) for shape in SHAPES]

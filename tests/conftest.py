@@ -22,7 +22,7 @@ import numba
 import pytest
 from hypothesis import HealthCheck, settings
 
-from fastbn.kernels import _cache
+from fastbn.cpu.kernels import cache
 
 for _helper in ("absurd", "processes", "published", "rank_checks", "shapes", "tolerances", "torch_pairs", "torch_ranks"):
     pytest.register_assert_rewrite(_helper)
@@ -43,8 +43,8 @@ def _kernels() -> Path:
     if "FASTBN_TEST_KERNELS" in os.environ:
         return Path(os.environ["FASTBN_TEST_KERNELS"])
     base = Path(os.environ.get("NUMBA_CACHE_DIR") or OWN)
-    base = base if _cache.writable(base) else Path(tempfile.gettempdir(), "fastbn-kernels")
-    return base / _cache.stamp()[:16]
+    base = base if cache.writable(base) else Path(tempfile.gettempdir(), "fastbn-kernels")
+    return base / cache.stamp()[:16]
 
 
 KERNELS = _kernels()
@@ -199,8 +199,10 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
 @pytest.fixture
 def replan(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     """A function that gives constants of the schedule other values; plans made before are forgotten, and those made with them."""
-    from fastbn import config, ready
-    from fastbn.backends import cpu, routes, schedule
+    from fastbn import ready
+    from fastbn.arguments import config
+    from fastbn.cpu import backend as cpu
+    from fastbn.cpu import routes, schedule
 
     plans = (schedule.first, schedule.last, routes.of, routes.fused)
     plans += (cpu._forward, cpu._backward, cpu._normalize, cpu._inference, ready._ready)
@@ -238,7 +240,7 @@ def want() -> str:
 @pytest.fixture(params=["tbb", "omp", "workqueue"])
 def layer(request: pytest.FixtureRequest) -> str:
     """The threading layer that a process of `run` finds."""
-    from fastbn import pool
+    from fastbn.cpu import pool
 
     if request.param == "tbb" and pool.layer() != "tbb":
         pytest.skip("TBB has no wheel for this machine")

@@ -17,7 +17,7 @@ import tolerances
 from fuzz_arrays import World
 from fuzz_kinds import ODD, RIGHT, UNKNOWN, WRONG, Given, Maker
 
-from fastbn.errors import BackendUnavailable, MissingExtra
+from fastbn.arguments.errors import BackendUnavailable, MissingExtra
 
 # The accuracy tests hold fastbn to its limits; here an error is a wrong number.
 SLACK = 16

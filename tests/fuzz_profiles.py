@@ -30,7 +30,7 @@ PROFILES: tuple[tuple[dict[str, int], bool], ...] = (
 
 def load(torch: bool) -> None:
     """Import what processes share, before they begin."""
-    names = ["fastbn.backends.cpu", "fastbn.reference", "fastbn.fold", "fastbn.recalibration"]
+    names = ["fastbn.cpu.backend", "fastbn.reference", "fastbn.fold", "fastbn.recalibration"]
     for name in names:
         importlib.import_module(name)
     if torch:
@@ -69,8 +69,8 @@ class Profiles:
         return found
 
     def _patch(self, constants: dict[str, int]) -> None:
-        from fastbn import config
-        from fastbn.backends import schedule
+        from fastbn.arguments import config
+        from fastbn.cpu import schedule
 
         for module, name, value in self._usual:
             setattr(module, name, value)
@@ -80,7 +80,7 @@ class Profiles:
             if module is not None:
                 self._usual.append((module, name, getattr(module, name)))
                 setattr(module, name, value)
-        places = ("fastbn.backends", "fastbn.ready", "fastbn.layout", "fastbn.torch")
+        places = ("fastbn.backends", "fastbn.ready", "fastbn.arguments.layout", "fastbn.torch")
         for module in [module for name, module in sys.modules.items() if name.startswith(places)]:
             for value in vars(module).values():  # what was planned with other constants
                 getattr(value, "cache_clear", int)()

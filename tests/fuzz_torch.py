@@ -16,7 +16,7 @@ from fuzz_words import JUNK, label
 from torch import Tensor
 
 import fastbn.torch
-from fastbn.torch import kernels
+from fastbn.torch import tensors
 
 NORMS = {
     2: fastbn.torch.BatchNorm1d,
@@ -178,9 +178,9 @@ def _forward(judge: Judge, bn: Any, x: Given, given: list[Given], before: Any, d
             truth.slack = 100.0 if dtype.itemsize > 2 else 1000.0
         kept = () if bn.training else (before["running_mean"], before["running_var"])
         yield Wrong("y is of another dtype") if y.dtype != dtype else None
-        yield _unless_theirs(bn, x.value, y, truth.slack, truth.y(accurate, kernels.array(y.detach()), *kept))
+        yield _unless_theirs(bn, x.value, y, truth.slack, truth.y(accurate, tensors.array(y.detach()), *kept))
         if steep is not None:
-            yield from truth.gradients(accurate, kernels.array(leaf.grad), None, None, *kept)
+            yield from truth.gradients(accurate, tensors.array(leaf.grad), None, None, *kept)
         weight = 1.0 / (seen + 1) if bn.momentum is None else bn.momentum
         count, mean, var = truth.batch
         for name, new in (("running_mean", mean), ("running_var", var * count / (count - 1))):
@@ -192,7 +192,7 @@ def _forward(judge: Judge, bn: Any, x: Given, given: list[Given], before: Any, d
 
     written = [one.value for name, one in by.items() if "running" in name and bn.training]
     arrays = [
-        kernels.array(value) for value in written if value.device.type == "cpu" and value.layout is torch.strided and not value.is_neg()
+        tensors.array(value) for value in written if value.device.type == "cpu" and value.layout is torch.strided and not value.is_neg()
     ]
     name = f"{type(bn).__name__}{' again' if turn else ''}"
     if any(value.is_neg() for value in written):
@@ -228,7 +228,7 @@ def operators(judge: Judge, make: Maker) -> None:
     def right(found: Any) -> Iterator[Wrong | None]:
         if truth is None:
             return
-        arrays = [kernels.array(one) for one in (found if isinstance(found, tuple) else (found,))]
+        arrays = [tensors.array(one) for one in (found if isinstance(found, tuple) else (found,))]
         if name in ("batch_norm", "batch_norm_inference"):
             yield truth.y(accurate, arrays[0], *(() if name == "batch_norm" else (mean.wide, var.wide)))
         elif name == "batch_norm_inference_backward":

@@ -8,15 +8,15 @@ from child import WANT, at_once, call, right
 from scenes import expect, scene
 
 import fastbn
-from fastbn.kernels import _jit
-from fastbn.threads import limited
+from fastbn.cpu.kernels import jit
+from fastbn.cpu.threads import limited
 
 Form = Callable[..., None]
 
 
 def replaced(work: Callable[[], object], change: Callable[[str, Form], Form]) -> object:
     """What some work returns with each compiled form replaced."""
-    kept = {kernel: kernel._compiled for kernel in _jit.KERNELS if kernel.parallel}  # the others know no limit
+    kept = {kernel: kernel._compiled for kernel in jit.KERNELS if kernel.parallel}  # the others know no limit
     try:
         for kernel, forms in kept.items():
             kernel._compiled = {key: change("parallel" if key[-1] else "serial", run) for key, run in forms.items()}

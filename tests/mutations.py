@@ -11,35 +11,36 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-KERNELS = [f"kernels/{path.name}" for path in sorted((ROOT / "fastbn" / "kernels").glob("[a-z]*.py"))]
+HOSTS = ("__init__", "cache", "half", "jit", "memory", "plain", "simd", "vector")  # what compiles, and what a kernel is made of
+KERNELS = [f"cpu/kernels/{path.name}" for path in sorted((ROOT / "fastbn/cpu/kernels").glob("*.py")) if path.stem not in HOSTS]
 SCOPE = (
     *KERNELS,
-    "backends/schedule.py",
-    "backends/routes.py",
-    "backends/cpu.py",
-    "layout.py",
-    "overlap.py",
-    "checks.py",
-    "dtypes.py",
-    "scalars.py",
-    "foreign.py",
+    "cpu/schedule.py",
+    "cpu/routes.py",
+    "cpu/backend.py",
+    "arguments/layout.py",
+    "arguments/overlap.py",
+    "arguments/checks.py",
+    "arguments/dtypes.py",
+    "arguments/scalars.py",
+    "arguments/foreign.py",
 )
 
 # A pattern of "file:function: operator" and the changed lines: why no result can show it.
 EQUIVALENT = {
-    r"cpu.py:warmup:": "compiles, and plain Python does not",
+    r"cpu/backend.py:warmup:": "compiles, and plain Python does not",
     r"routes.py:streams: (?!lost)|\+ .*\(shape\[1\], routes.streams\(": "past the cache or not: speed, never a bit",
     r"serial.py:.*\+ .*True, (y|dx)\)|affine_rest:.*\+ .*(True|1, False), rest_y": "past the cache or not: speed, never a bit",
     r"schedule.py:first:.* ahead, back_ahead": "what is fetched meanwhile: speed",
-    r"routes.py:(tasks|lot): (?!lost)|cpu.py:.*\btasks = |\+ lot, tasks = \(routes.lot\(plan, C\)": "who does what: speed",
+    r"routes.py:(tasks|lot): (?!lost)|cpu/backend.py:.*\btasks = |\+ lot, tasks = \(routes.lot\(plan, C\)": "who does what: speed",
     r"schedule.py:(short: (?!lost)|first:.*fused = |last:.*fold >= 1)|routes.py:of:.*\*shape, 2": "another walk, as right as the first",
-    r"cpu.py:grad_input:.*applied=False": "another walk, as right as the first",
+    r"cpu/backend.py:grad_input:.*applied=False": "another walk, as right as the first",
     r"(whole_rows|one_stream):.*> (W|lanes)|affine_block:.*far|tile_sums:.*PANELS": "one of two loops that do the same",
     r"affine_block:.*0 <= first|gradient_row:.*s <= s1|(grad_reduce|grad_input):.*rest >= 0": "a turn for nothing more",
     r"(wide_deviations|affine_row):.*\+ .*(8|W) < s1": "the last vector goes to the loop behind, which takes what is left",
     r"affine_rest: dropped.*fill_affine": "task 0 has left them there",
-    r"as_row:.*\(2, size\)|cpu.py:_inference.run:.*\(3, C\)|serial.py:.*\+ 17": "more room than is used",
-    r"channels_last.*:(moments|backward):.*(block \+ 1\)|task \+ 2\))|tile_sums:.*4 \+ W": "units of nothing, or the same ones twice",
+    r"as_row:.*\(2, size\)|cpu/backend.py:_inference.run:.*\(3, C\)|serial.py:.*\+ 17": "more room than is used",
+    r"columns.*:(moments|backward):.*(block \+ 1\)|task \+ 2\))|tile_sums:.*4 \+ W": "units of nothing, or the same ones twice",
     r"block_gradient:.*6 if training": "a row spread that is not read",
     r"group_rows: (?!lost)": "how many values share a sum: the last digits",
     r"Plan.__init__:.*>= abs": "axes of one stride: elements that share memory",

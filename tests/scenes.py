@@ -18,7 +18,7 @@ import numpy as np
 from child import WANT, beside, call, how, in_child, right
 
 import fastbn
-from fastbn import pool
+from fastbn.cpu import pool
 
 HOW = os.environ.get("HOW", "")  # what `how` should say
 LAYER = HOW.partition(" ")[0]
@@ -99,7 +99,7 @@ def small_arrays_and_one_thread_launch_nothing() -> None:
 
 @scene("main thread", 1, forks=False)
 def what_explain_and_info_say_before_and_after_the_first_call() -> None:
-    from fastbn import info
+    from fastbn.cli import info
 
     def facts() -> tuple[str, str, str]:
         known = dict(info.facts())
@@ -161,9 +161,9 @@ def compiling(stage: str, nth: int) -> tuple[str, list[str]]:
 @scene("main thread")
 def fork_that_gives_up_waiting_for_a_compilation() -> None:
     """Locks of fastbn, numba and LLVM are held by a thread that the child has not: its own first compilation must not wait for it."""
-    from fastbn.kernels import _cache
+    from fastbn.cpu.kernels import cache
 
-    with mock.patch.object(_cache, "directories", list), mock.patch.object(pool, "_PATIENCE", 0.1):
+    with mock.patch.object(cache, "directories", list), mock.patch.object(pool, "_PATIENCE", 0.1):
         for stage in (("numba:compile", 1), ("numba:run_pass", 20), ("numba:llvm_lock", 1), ("numba:llvm_lock", 400)):
             expect((stage, compiling(*stage)), (stage, ("[['double_serial'], ['double_serial']]", ["double_serial"])))
 
@@ -174,7 +174,7 @@ def fork_while_another_thread_compiles() -> None:
     import tiny
     from numba.core import event
 
-    from fastbn.kernels import _cache
+    from fastbn.cpu.kernels import cache
 
     begun, forking = threading.Event(), threading.Event()
 
@@ -187,7 +187,7 @@ def fork_while_another_thread_compiles() -> None:
             pass
 
     os.register_at_fork(before=forking.set)  # the last one is the first to be called: fastbn's then waits
-    with mock.patch.object(_cache, "directories", list), event.install_listener("numba:compile", Listener()):
+    with mock.patch.object(cache, "directories", list), event.install_listener("numba:compile", Listener()):
         thread = threading.Thread(target=tiny.compiled)
         thread.start()
         begun.wait()

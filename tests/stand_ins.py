@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fastbn.backends import devices
-from fastbn.kernels.cuda import _jit
+from fastbn.cuda import buffers
+from fastbn.cuda.kernels import jit
 
 LEGACY, OWN, OTHER, THIRD = 1, 0x100, 0x200, 0x300
 
@@ -161,7 +161,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Machine:
     )
     monkeypatch.setitem(sys.modules, "torch", torch)
     monkeypatch.setitem(sys.modules, "cupy", cupy)
-    monkeypatch.setattr(devices, "declines", lambda: None)
+    monkeypatch.setattr(buffers, "declines", lambda: None)
 
     def raw(nbytes: int, stream: int, device: int) -> tuple[Any, int]:
         memory = found.take("pool", (nbytes + 256,), np.uint8, found.device, stream)
@@ -182,6 +182,6 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Machine:
         "on": found.on,
         "device_of": lambda address: 1,
     }.items():
-        monkeypatch.setattr(_jit, name, fake)
-    monkeypatch.setattr(_jit.Kernel, "launch", launch)
+        monkeypatch.setattr(jit, name, fake)
+    monkeypatch.setattr(jit.Kernel, "launch", launch)
     return found

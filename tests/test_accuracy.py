@@ -12,8 +12,8 @@ from shapes import COMPACT, Case
 from tolerances import Scales, check, excess, scales
 
 import fastbn
-from fastbn.backends import schedule
-from fastbn.cases import accuracy_cases
+from fastbn.cli.cases import accuracy_cases
+from fastbn.cpu import schedule
 
 EPS = 1e-5
 

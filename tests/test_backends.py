@@ -15,7 +15,8 @@ from tolerances import check, scales
 
 import fastbn
 from fastbn import backends
-from fastbn.backends import Backend, BackendUnavailable, devices, explain, select
+from fastbn.backends import Backend, BackendUnavailable, explain, select
+from fastbn.cuda import buffers
 
 METHODS = [name for name, value in vars(Backend).items() if inspect.isfunction(value) and not name.startswith("_")]
 EPS = 1e-5
@@ -203,7 +204,7 @@ REGISTERED = "Registered: cuda: no GPU today; cpu: available; reference: availab
 
 @pytest.fixture(autouse=True)
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(devices, "declines", lambda: "no GPU today")
+    monkeypatch.setattr(buffers, "declines", lambda: "no GPU today")
 
 
 def test_the_registry_in_its_order() -> None:
@@ -214,7 +215,7 @@ def test_the_registry_in_its_order() -> None:
 @pytest.mark.skipif(bool(os.environ.get("FASTBN_BACKEND")), reason="FASTBN_BACKEND overrides the default that is tested here")
 def test_a_host_array_goes_to_the_cpu() -> None:
     assert select() is select("cpu")
-    assert select().__name__ == "fastbn.backends.cpu"
+    assert select().__name__ == "fastbn.cpu.backend"
     assert select("reference").__name__ == "fastbn.reference"
 
 
@@ -264,7 +265,7 @@ def test_what_cannot_be_served_is_refused_with_all_there_is(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["cuda", "numpy"])
 def test_a_variable_that_cannot_be_served_is_named_at_the_first_call(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastbn.config.BACKEND", name)
+    monkeypatch.setattr("fastbn.arguments.config.BACKEND", name)
     with pytest.raises(BackendUnavailable) as caught:
         fastbn.moments(np.ones((4, 3)))
     assert str(caught.value) == f"FASTBN_BACKEND={name!r} can't be served. {REGISTERED}"

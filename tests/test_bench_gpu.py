@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 
 from bench import gpu, gpu_checks, gpu_host, gpu_problem, gpu_timing
-from fastbn.backends import devices, model
-from fastbn.errors import MissingExtra
+from fastbn.arguments.errors import MissingExtra
+from fastbn.cuda import buffers, cost
 
 LARGE, SMALL = "256x64x112x112", "32x64x56x56 last"
 DTYPES = ("float32", "float16", "bfloat16", "float64", "float32")
@@ -21,7 +21,7 @@ FACTS = ("date", "device", "cudnn", "cuda", "fastbn", "numba", "numba-cuda", "nu
 def _record(name, fastbn, peer, copy):
     case = gpu_problem.SHAPES[name]
     problem = SimpleNamespace(case=case, dtype="float32", bytes=4 * math.prod(case.shape))
-    problem.moved = lambda what: model.moved(what, gpu_problem.dims(case), "float32")
+    problem.moved = lambda what: cost.moved(what, gpu_problem.dims(case), "float32")
     paces = ((1, 1), (3, 3), (1.1, 9))  # of fastbn and of the others, in each round
     rounds = [{"fastbn": fastbn * pace, "PyTorch cuDNN": peer * other, "copy": copy * other} for pace, other in paces]
     return gpu_timing.summed_up(name, "forward", problem, rounds, {})
@@ -65,7 +65,7 @@ def _raising(error):
 def machine(monkeypatch, tmp_path):
     """A command line on a machine that seems to have a GPU; the checks are of these cases."""
     cases = []
-    monkeypatch.setattr(devices, "declines", lambda: None)
+    monkeypatch.setattr(buffers, "declines", lambda: None)
     monkeypatch.setattr(gpu, "facts", lambda: dict.fromkeys(FACTS, "9.9"))
     monkeypatch.setattr(gpu, "host", lambda: {"fastbn forward": 30.0})
     monkeypatch.setattr(gpu, "draw", lambda result, path: path.write_bytes(b"a plot"))
@@ -111,7 +111,7 @@ def test_what_there_is_gets_written_whatever_ends_the_run(machine, monkeypatch):
 
 def test_the_plot_is_drawn_where_matplotlib_is(machine, monkeypatch, capsys):
     with monkeypatch.context() as patch:
-        patch.setattr(gpu.screen, "need", _raising(MissingExtra("the plot needs matplotlib: pip install 'fastbn[demo]'")))
+        patch.setattr(gpu.progress, "need", _raising(MissingExtra("the plot needs matplotlib: pip install 'fastbn[demo]'")))
         assert gpu.main(machine.argv) == 0
     assert "the plot needs matplotlib: pip install 'fastbn[demo]'; then python -m bench.gpu --from" in capsys.readouterr().out
     assert not machine.path.with_suffix(".png").exists()
@@ -249,6 +249,6 @@ def test_host_time_is_measured_without_a_gpu(monkeypatch):
 
 
 def test_without_a_gpu_it_says_why(monkeypatch, capsys):
-    monkeypatch.setattr(devices, "declines", lambda: "no GPU today")
+    monkeypatch.setattr(buffers, "declines", lambda: "no GPU today")
     assert gpu.main([]) == 2
     assert capsys.readouterr().err == "python -m bench.gpu: no GPU today\n"

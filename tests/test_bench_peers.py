@@ -14,7 +14,7 @@ import pytest
 
 from bench import contestants, limit, machine, measure, onnx_runtime, peers, pytorch, rounds, xla
 from bench.problem import PASSES, Call, Problem, Refused, own
-from fastbn import quickbench, timing
+from fastbn.cli import bench, timing
 
 ROOT = Path(__file__).parents[1]
 SHAPES = ("2x16x8x8", "1x256x24x26 last", "8x256x1120 last", "32x64")  # both orders, and rank 3
@@ -25,7 +25,7 @@ def instant(monkeypatch):
     """Turns that call once and take a millisecond, whoever's they are, on a machine that counts as quiet."""
     monkeypatch.setattr(timing, "turn", lambda call: (call(), 1.00496e-3)[1])
     monkeypatch.setattr(rounds, "LEAST", 1)
-    monkeypatch.setattr(quickbench, "others", lambda: 0.0)
+    monkeypatch.setattr(bench, "others", lambda: 0.0)
 
 
 @pytest.mark.parametrize("seconds", [2e-3, 1e-6, 0.3])

@@ -16,9 +16,13 @@ import tiny
 from numba.core import caching, codegen
 
 import fastbn
-from fastbn import dtypes, info, threads
-from fastbn.backends import cpu
-from fastbn.kernels import _cache, _jit, _team
+from fastbn.arguments import dtypes
+from fastbn.cli import info
+from fastbn.cpu import backend as cpu
+from fastbn.cpu import team as _team
+from fastbn.cpu import threads
+from fastbn.cpu.kernels import cache as _cache
+from fastbn.cpu.kernels import jit
 
 pytestmark = pytest.mark.skipif(bool(numba.config.DISABLE_JIT), reason="without the JIT nothing is compiled")
 
@@ -172,20 +176,20 @@ def test_warmup_covers_every_call(monkeypatch: pytest.MonkeyPatch, dtype: str) -
     kind = np.dtype(dtype)
     assert dtypes.supported(kind)
 
-    def compiled(kernel: _jit.Kernel, *form: Any) -> Any:
+    def compiled(kernel: jit.Kernel, *form: Any) -> Any:
         asked.add((kernel.name, *form))
         return lambda *arguments: None
 
-    monkeypatch.setattr(_jit.Kernel, "compiled", compiled)
+    monkeypatch.setattr(jit.Kernel, "compiled", compiled)
     team = _team.Runtime(1, 2, 3)  # PyTorch's threads, say
-    assert len(list(cpu.warmup([kind], team))) > len(_jit.KERNELS)
+    assert len(list(cpu.warmup([kind], team))) > len(jit.KERNELS)
     warm = asked.copy()
     asked.clear()
     for runtime in (None, team):
         with np.errstate(all="ignore"), threads.on_team(runtime):  # results are whatever the memory held
             _everything(kind, runtime)
     assert asked - warm == set()
-    assert len({name for name, *_ in asked}) == len(_jit.KERNELS)  # and each kernel is of use
+    assert len({name for name, *_ in asked}) == len(jit.KERNELS)  # and each kernel is of use
     assert not threads.usable() or {form for *_, form in warm} == {False, True, team}
 
 
@@ -217,7 +221,7 @@ def test_odd_arrays_compile_nothing() -> None:
         fastbn.batch_norm(x, out=np.empty((*y.shape, 2), y.dtype)[..., 0])
 
     def forms() -> set[Any]:
-        return {(kernel.name, *key) for kernel in _jit.KERNELS for key in kernel._compiled}
+        return {(kernel.name, *key) for kernel in jit.KERNELS for key in kernel._compiled}
 
     before = forms()
     rng = np.random.default_rng(0)

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import fastbn
-from fastbn.kernels import _cache
+from fastbn.cpu.kernels import cache as _cache
 
 pytestmark = [
     pytest.mark.process,
@@ -38,7 +38,7 @@ import json, os, sys
 import unprivileged
 unprivileged.drop()
 import fastbn, tiny
-from fastbn import info
+from fastbn.cli import info
 sealed = [unprivileged.sealed(place) for place in sys.argv[1:]]
 compiled = tiny.compiled(os.environ.get("DTYPE", "float32"))
 print(json.dumps({"file": fastbn.__file__, "sealed": sealed, "compiled": compiled, "kept": info.cache_directory()}))
@@ -55,7 +55,7 @@ class Machine:
         for path in (self.home, self.cache):
             path.mkdir(parents=True)
         shutil.copytree(PACKAGE, self.site / "fastbn", ignore=shutil.ignore_patterns("__pycache__"))
-        self.kernels = self.site / "fastbn" / "kernels"
+        self.kernels = self.site / "fastbn" / "cpu" / "kernels"
         # Where kernels are kept: without a word, and where NUMBA_CACHE_DIR names the cache.
         self.own, self.named = self.kernels / "__pycache__", self.cache / f"fastbn-{_cache.stamp()[:16]}"
 
@@ -244,7 +244,7 @@ WARMUP = """
 import sys
 from fastbn import cli
 from fastbn.backends import cpu
-from fastbn.kernels import _jit
+from fastbn.cpu.kernels import jit
 import tiny, unprivileged
 unprivileged.drop()
 sys.stderr = sys.stdout

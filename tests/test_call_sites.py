@@ -26,86 +26,89 @@ HARMLESS = {"layout.compact"}  # arithmetic on shapes
 # have from `checks` and `device`, or memory that they make. Whoever calls one is a call site too. A direct call, `cpu.moments(view)` in a
 # test or a benchmark, is internal: it has to hold the contract of `fastbn.backends.Backend` itself.
 CONTRACT = {
-    *(f"backends.cpu.{name}" for name in ("moments", "rstd", "track", "_sums", "grad_input")),
-    *(f"backends.cpu.{name}" for name in ("normalize", "grad_reduce", "forward", "_forward_in_two", "backward", "_backward_in_two")),
-    *(f"backends.cpu.{name}{run}" for name in ("_normalize", "_forward", "_backward") for run in ("", ".run")),
-    *("backends.cpu._inference", "backends.cpu._inference.run"),  # addresses: see torch.prepared.inference
-    "backends.cpu.warmup",  # compiles, without an array
-    *(f"backends.cuda.{name}" for name in ("moments", "forward", "inference", "backward", "grad_reduce", "grad_input")),
-    *(f"backends.cuda.{name}" for name in ("_parameters", "_finish_sums", "_whole_forward", "_whole_backward")),
-    *(f"backends.launches.{name}" for name in ("pointer", "fresh", "Call.launch", "Queue._launch", "copy", "alike", "wide", "elementwise")),
-    *(f"backends.launches.{name}" for name in ("partial_moments", "partial_sums")),
-    *(f"backends.devices.{name}" for name in ("view", "_tensor", "address")),  # that a library gives, with shape and strides beside it
-    *(f"device.{name}" for name in ("clear", "settled", "place_for", "pair", "new", "_each", "_join", "_copy", "_moments")),
+    *(f"cpu.backend.{name}" for name in ("moments", "rstd", "track", "_sums", "grad_input")),
+    *(f"cpu.backend.{name}" for name in ("normalize", "grad_reduce", "forward", "_forward_in_two", "backward", "_backward_in_two")),
+    *(f"cpu.backend.{name}{run}" for name in ("_normalize", "_forward", "_backward") for run in ("", ".run")),
+    *("cpu.backend._inference", "cpu.backend._inference.run"),  # addresses: see torch.inference_cache.inference
+    "cpu.backend.warmup",  # compiles, without an array
+    *(f"cuda.passes.{name}" for name in ("moments", "forward", "inference", "backward", "grad_reduce", "grad_input")),
+    *(f"cuda.passes.{name}" for name in ("_parameters", "_finish_sums", "_whole_forward", "_whole_backward")),
+    *(f"cuda.launches.{name}" for name in ("pointer", "fresh", "Call.launch", "Queue._launch", "copy", "alike", "wide", "elementwise")),
+    *(f"cuda.launches.{name}" for name in ("partial_moments", "partial_sums")),
+    *(f"cuda.buffers.{name}" for name in ("view", "_tensor", "address")),  # that a library gives, with shape and strides beside it
+    *(f"cuda.backend.{name}" for name in ("clear", "settled", "place_for", "pair", "new", "_each", "_join", "_copy", "_moments")),
 }
 
 # Addresses that nothing is read from or written to, and backends that are asked for words or for functions of a shape.
 NO_ARRAY = {
-    **{f"backends.devices.{name}": "arithmetic on an address" for name in ("Buffer", "Buffer.span", "Buffer.lies", "lying")},
-    "backends.launches.Queue.run": "its workspace is memory of its own; its arrays are those of the program, whose call sites are listed",
-    "backends.streams.workspace": "memory of its own",
-    "device_checks.check_out": "compares addresses",
-    "backends.devices.device_of": "asks the driver whose memory it is",
-    "backends.views.View.base": "arithmetic on an address",
-    "backends.cpu.compact": "functions of a shape; who calls them is listed as READY",
+    **{f"cuda.buffers.{name}": "arithmetic on an address" for name in ("Buffer", "Buffer.span", "Buffer.lies", "lying")},
+    "cuda.launches.Queue.run": "its workspace is memory of its own; its arrays are those of the program, whose call sites are listed",
+    "cuda.streams.workspace": "memory of its own",
+    "cuda.checks.check_out": "compares addresses",
+    "cuda.buffers.device_of": "asks the driver whose memory it is",
+    "cuda.views.View.base": "arithmetic on an address",
+    "cpu.backend.compact": "functions of a shape; who calls them is listed as READY",
     "backends.explain": "words about a shape",
-    "check.run": "whether the backend is there",
+    "cli.selftest.run": "whether the backend is there",
     "cli._warmup": "compiles",
-    "device_checks._Interface.__init__": "for NumPy's arithmetic on addresses; nobody reads that memory",
-    "device_checks.same_memory": "compares addresses",
+    "cuda.checks._Interface.__init__": "for NumPy's arithmetic on addresses; nobody reads that memory",
+    "cuda.checks.same_memory": "compares addresses",
     "distributed._beside": "asks on which GPU x is",
-    "layout.Plan.empty": "memory of its own",
-    "overlap.same_memory": "compares addresses",
+    "arguments.layout.Plan.empty": "memory of its own",
+    "arguments.overlap.same_memory": "compares addresses",
     "ready._ready": "functions of a shape; who calls them is listed as READY",
-    "torch.memory._fresh": "memory of its own",
-    "torch.prepared._way": "a function of a shape",
-    "torch.prepared.keep": "keeps the addresses of what torch.serves.declines let through",
-    "torch.prepared.known": "compares addresses",
-    "torch.serves.apart": "compares addresses",
-    "torch.serves.plain": "asks whether there is one",
+    "torch.allocator._fresh": "memory of its own",
+    "torch.inference_cache._way": "a function of a shape",
+    "torch.inference_cache.keep": "keeps the addresses of what torch.eligibility.declines let through",
+    "torch.inference_cache.known": "compares addresses",
+    "torch.eligibility.apart": "compares addresses",
+    "torch.eligibility.plain": "asks whether there is one",
 }
 
 # By call site: how many times it is one, and each array's check, which it calls before the first, itself or in what it calls; or
 # "CHECK in FUNCTION before CALLED".
-X, DY, OUT = {"x": "checks.as_input"}, {"dy": "checks.check_like"}, {"out": "checks.check_out"}
-PARAMETERS = {"gamma": "checks.as_parameter", "beta": "checks.as_parameter"}
-STATISTICS = {"mean": "checks.as_statistic", "var": "checks.as_statistic"}
-ON_GPU = {"x": "device_checks.as_input", "out": "device_checks.check_out"}
-LYING = {"gamma": "device_checks.check_parameter", "out": "device_checks.check_room"}  # of what writes a program for such arrays
+X, DY, OUT = {"x": "arguments.checks.as_input"}, {"dy": "arguments.checks.check_like"}, {"out": "arguments.checks.check_out"}
+PARAMETERS = {"gamma": "arguments.checks.as_parameter", "beta": "arguments.checks.as_parameter"}
+STATISTICS = {"mean": "arguments.checks.as_statistic", "var": "arguments.checks.as_statistic"}
+ON_GPU = {"x": "cuda.checks.as_input", "out": "cuda.checks.check_out"}
+LYING = {"gamma": "cuda.checks.check_parameter", "out": "cuda.checks.check_room"}  # of what writes a program for such arrays
 CHECKED: dict[str, tuple[int, dict[str, str]]] = {
     "functional.moments": (2, X),
     "functional.batch_norm": (3, X | PARAMETERS | OUT),
     "functional.batch_norm_inference": (4, X | STATISTICS | PARAMETERS | OUT),
-    "gradients._backward": (4, X | DY | STATISTICS | PARAMETERS | OUT | {"moments": "checks.check_moments"}),
+    "gradients._backward": (4, X | DY | STATISTICS | PARAMETERS | OUT | {"moments": "statistics.check_moments"}),
     "split.batch_norm_backward_reduce": (2, X | DY | STATISTICS),
-    "split.batch_norm_backward_input": (2, X | DY | STATISTICS | PARAMETERS | OUT | {"sum_dy": "checks.as_statistic"}),
-    "batchnorm.BatchNorm.forward": (1, X | {"running_mean, running_var": "checks.well_kept", "strided ones": "checks.check_kept"}),
-    "device_checks.as_input": (1, {"any": "foreign.on_device"}),
-    "device_checks.check_kept": (2, {"running_mean": "device_checks.check_parameter"}),
-    "device.DeviceMoments._of_m2": (3, {"m2": "device_checks.as_moment"}),
-    "device.DeviceMoments.merge": (3, {"mean": "device_checks.as_moment", "m2": "device_checks.as_moment"}),
-    "device.copied": (3, {"gamma": "device_checks.as_input"}),
-    "device.widened": (2, {"running_mean": "device_checks.as_input"}),
-    "device._widen": (3, {"running_mean": "device_checks.check_statistic"}),
-    "device.track": (1, {"moments": "device_checks.as_moment", "running_mean": "device_checks.as_input"}),
-    "device._track": (5, {"running_mean": "device_checks.check_statistic", "running_var": "device_checks.check_parameter"}),
-    "device.moments": (3, {"x": "device_checks.as_input"}),
-    "device.batch_norm": (3, ON_GPU),
-    "device._forward": (6, LYING),
-    "device.batch_norm_inference": (2, ON_GPU),
-    "device._inference": (4, LYING | {"mean": "device_checks.check_statistic"}),
-    "device_gradients.backward": (3, ON_GPU | {"dy": "device_checks.check_pair", "moments": "checks.check_moments"}),
-    "device_gradients._backward": (7, LYING | {"mean": "device_checks.check_statistic"}),
-    "device_gradients.batch_norm_backward_reduce": (2, {"x": "device_checks.as_input", "dy": "device_checks.check_pair"}),
-    "device_gradients._reduce": (5, {"mean": "device_checks.check_statistic"}),
-    "device_gradients.batch_norm_backward_input": (2, ON_GPU | {"dy": "device_checks.check_pair"}),
-    "device_gradients._input": (5, LYING | {"mean": "device_checks.check_statistic"}),
-    "torch.kernels.track": (1, {"running_mean": "torch.serves.declines in torch.modules.Served.forward before torch.modules._eager"}),
-    "torch.prepared.inference": (
+    "split.batch_norm_backward_input": (2, X | DY | STATISTICS | PARAMETERS | OUT | {"sum_dy": "arguments.checks.as_statistic"}),
+    "batchnorm.BatchNorm.forward": (
+        1,
+        X | {"running_mean, running_var": "arguments.checks.well_kept", "strided ones": "cuda.placement.check_kept"},
+    ),
+    "cuda.checks.as_input": (1, {"any": "arguments.foreign.on_device"}),
+    "cuda.checks.check_kept": (2, {"running_mean": "cuda.checks.check_parameter"}),
+    "cuda.backend.DeviceMoments._of_m2": (3, {"m2": "cuda.checks.as_moment"}),
+    "cuda.backend.DeviceMoments.merge": (3, {"mean": "cuda.checks.as_moment", "m2": "cuda.checks.as_moment"}),
+    "cuda.backend.copied": (3, {"gamma": "cuda.checks.as_input"}),
+    "cuda.backend.widened": (2, {"running_mean": "cuda.checks.as_input"}),
+    "cuda.backend._widen": (3, {"running_mean": "cuda.checks.check_statistic"}),
+    "cuda.backend.track": (1, {"moments": "cuda.checks.as_moment", "running_mean": "cuda.checks.as_input"}),
+    "cuda.backend._track": (5, {"running_mean": "cuda.checks.check_statistic", "running_var": "cuda.checks.check_parameter"}),
+    "cuda.backend.moments": (3, {"x": "cuda.checks.as_input"}),
+    "cuda.backend.batch_norm": (3, ON_GPU),
+    "cuda.backend._forward": (6, LYING),
+    "cuda.backend.batch_norm_inference": (2, ON_GPU),
+    "cuda.backend._inference": (4, LYING | {"mean": "cuda.checks.check_statistic"}),
+    "cuda.gradients.backward": (3, ON_GPU | {"dy": "cuda.checks.check_pair", "moments": "statistics.check_moments"}),
+    "cuda.gradients._backward": (7, LYING | {"mean": "cuda.checks.check_statistic"}),
+    "cuda.gradients.batch_norm_backward_reduce": (2, {"x": "cuda.checks.as_input", "dy": "cuda.checks.check_pair"}),
+    "cuda.gradients._reduce": (5, {"mean": "cuda.checks.check_statistic"}),
+    "cuda.gradients.batch_norm_backward_input": (2, ON_GPU | {"dy": "cuda.checks.check_pair"}),
+    "cuda.gradients._input": (5, LYING | {"mean": "cuda.checks.check_statistic"}),
+    "torch.tensors.track": (1, {"running_mean": "torch.eligibility.declines in torch.modules.Served.forward before torch.modules._eager"}),
+    "torch.inference_cache.inference": (
         3,
         {
-            "x": "torch.prepared._way in torch.prepared.inference before torch.memory.like",
-            "mean, var, gamma, beta": "torch.serves.declines in torch.modules.Served.forward before torch.prepared.keep",
+            "x": "torch.inference_cache._way in torch.inference_cache.inference before torch.allocator.like",
+            "mean, var, gamma, beta": "torch.eligibility.declines in torch.modules.Served.forward before torch.inference_cache.keep",
         },
     ),
 }
@@ -118,7 +121,7 @@ def _modules() -> dict[str, ast.Module]:
     return {
         name.removesuffix(".__init__"): ast.parse(path.read_text(encoding="utf-8"))
         for name, path in files.items()
-        if not name.startswith("kernels.")
+        if not name.startswith(("cpu.kernels.", "cuda.kernels."))
     }
 
 
@@ -253,12 +256,12 @@ def _known(argument: Any, token: str, dtype: np.dtype[Any]) -> bool:
 @pytest.fixture
 def watched(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """The kernels that run, each with all its arguments looked at first."""
-    from fastbn.kernels import _jit
+    from fastbn.cpu.kernels import jit
 
     seen: set[str] = set()
-    compiled = _jit.Kernel.compiled
+    compiled = jit.Kernel.compiled
 
-    def watching(self: _jit.Kernel, dtype: np.dtype[Any], parallel: Any) -> Callable[..., Any]:
+    def watching(self: jit.Kernel, dtype: np.dtype[Any], parallel: Any) -> Callable[..., Any]:
         run, tokens = compiled(self, dtype, parallel), self._arguments
 
         def watch(*arguments: Any) -> Any:
@@ -273,7 +276,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> set[str]:
 
         return watch
 
-    monkeypatch.setattr(_jit.Kernel, "compiled", watching)
+    monkeypatch.setattr(jit.Kernel, "compiled", watching)
     return seen
 
 
@@ -285,7 +288,7 @@ def test_what_reaches_an_entry_point_is_what_it_was_compiled_for(dtype: str, wat
     from test_contract import inputs
 
     import fastbn
-    from fastbn.kernels import _jit
+    from fastbn.cpu.kernels import jit
 
     for case in (Case((9, 5), 1, "columns"), Case((70, 33), 1, "panels"), Case((3, 4, 21), 1, "rows"), Case((2, 3, 600), 1, "long rows")):
         for arrangement in LAYOUTS:
@@ -301,4 +304,4 @@ def test_what_reaches_an_entry_point_is_what_it_was_compiled_for(dtype: str, wat
             if arrangement not in ("broadcast", "one_channel_for_all", "big_endian"):
                 bn.running_mean, bn.running_var = (LAYOUTS[arrangement](np.ones(case.shape[1], dtype), 0) for _ in range(2))
             bn(i.x)
-    assert watched == {kernel.name for kernel in _jit.KERNELS if not kernel.name.startswith("inference.")}
+    assert watched == {kernel.name for kernel in jit.KERNELS if not kernel.name.startswith("inference.")}

@@ -6,34 +6,34 @@ import numpy as np
 import pytest
 from shapes import DTYPES, HALF
 
-from fastbn import check, reference
-from fastbn.cli import main
-from fastbn.moments import Moments
+from fastbn import reference
+from fastbn.cli import main, selftest
+from fastbn.statistics import Moments
 
-SHAPES = check.SHAPES  # before the fixture makes them small
+SHAPES = selftest.SHAPES  # before the fixture makes them small
 SMALL = ((4, 6, 5, 5), (40, 7))
 
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch):
-    monkeypatch.setattr(check, "SHAPES", SMALL)
+    monkeypatch.setattr(selftest, "SHAPES", SMALL)
 
 
 def failing(capsys):
     """Names of the functions whose line says FAILED; every function has a line."""
     lines = [line for line in capsys.readouterr().out.splitlines() if line.endswith(("  ok", "  FAILED"))]
-    assert [line[:30].strip() for line in lines] == list(check.CHECKS)
+    assert [line[:30].strip() for line in lines] == list(selftest.CHECKS)
     return {line[:30].strip() for line in lines if line.endswith("FAILED")}
 
 
 @pytest.mark.parametrize("dtypes", [("float32", "float64"), pytest.param(DTYPES, marks=pytest.mark.full)], ids=["wide", "every dtype"])
 @pytest.mark.parametrize("shapes", [SMALL, ((8, 16, 28, 28),)], ids=["serial", "parallel"])
 def test_every_backend_passes(shapes, dtypes, backend, capsys, monkeypatch):
-    monkeypatch.setattr(check, "SHAPES", shapes)
-    monkeypatch.setattr(check, "DTYPES", dtypes)
+    monkeypatch.setattr(selftest, "SHAPES", shapes)
+    monkeypatch.setattr(selftest, "DTYPES", dtypes)
     assert main(["check", "--backend", backend]) == 0
     captured = capsys.readouterr()
-    assert captured.out.count("  ok\n") == len(check.CHECKS) == 8
+    assert captured.out.count("  ok\n") == len(selftest.CHECKS) == 8
     assert f"backend {backend}, 8 of 8 functions within their limits" in captured.out
     assert captured.err == ""
 
@@ -44,8 +44,8 @@ def test_rounding_is_no_error(dtype):
     exact = np.random.default_rng(0).standard_normal(2000)
     exact = np.concatenate([exact, (1 + exact * 1e-4)[:200], (-1 - np.abs(exact) * 1e-4)[:200]])
     rounded = exact.astype(np.float32).astype(dtype)
-    assert check.error(rounded, exact) <= 1e-7
-    assert check.error(np.nextafter(rounded, np.array(np.inf, dtype)), exact) > 1e-4
+    assert selftest.error(rounded, exact) <= 1e-7
+    assert selftest.error(np.nextafter(rounded, np.array(np.inf, dtype)), exact) > 1e-4
 
 
 @pytest.mark.parametrize("dtype", HALF)
@@ -57,7 +57,7 @@ def test_half_precision_is_held_to_its_rounding(dtype, serve, capsys, monkeypatc
         y[0, 0] = np.nextafter(y[0, 0], np.ones((), dtype))
         return y, m
 
-    monkeypatch.setattr(check, "DTYPES", (dtype,))
+    monkeypatch.setattr(selftest, "DTYPES", (dtype,))
     serve(forward=forward)
     assert main(["check", "--backend", "cpu"]) == 1
     assert failing(capsys) == {"batch_norm", LAYER}
@@ -68,7 +68,7 @@ def test_half_precision_is_held_to_its_rounding(dtype, serve, capsys, monkeypatc
 
 def test_bfloat16_is_left_out_where_it_cannot_be_made(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "ml_dtypes", None)
-    assert {case.x.dtype.name for case in check.cases()} == set(DTYPES) - {"bfloat16"}
+    assert {case.x.dtype.name for case in selftest.cases()} == set(DTYPES) - {"bfloat16"}
     assert main(["check", "--backend", "reference"]) == 0
     assert "bfloat16 was left out, it needs ml_dtypes: pip install 'fastbn[bfloat16]'" in capsys.readouterr().out
 
@@ -139,7 +139,7 @@ def test_a_wrong_backend_fails_by_name(replaced, expected, serve, capsys):
 
 
 def test_a_failure_says_where(serve, capsys, monkeypatch):
-    monkeypatch.setattr(check, "DTYPES", ("float32", "float64"))  # those at an offset of 1e6
+    monkeypatch.setattr(selftest, "DTYPES", ("float32", "float64"))  # those at an offset of 1e6
     serve(forward=_naive, moments=_raises)
     assert main(["check", "--backend", "cpu"]) == 1
     out = capsys.readouterr().out
@@ -156,7 +156,7 @@ def test_an_unknown_backend_is_bad_input(capsys):
 
 
 def test_cases_hold_every_dtype_memory_order_and_offset():
-    cases = list(check.cases())
+    cases = list(selftest.cases())
     assert len(cases) == len(SMALL) * 2 * (2 * 3 + 2 * 2)  # half precision at two offsets
     innermost = [case.x.strides[1] == case.x.itemsize for case in cases]
     assert sum(innermost) == len(cases) // 2
@@ -166,7 +166,7 @@ def test_cases_hold_every_dtype_memory_order_and_offset():
 
 def test_the_real_shapes_reach_every_kernel():
     """Serial and parallel, fused and in two passes, folded and not: the branches of the CPU backend's schedule."""
-    from fastbn.backends import schedule
+    from fastbn.cpu import schedule
 
     first, columns = set(), set()
     for shape in SHAPES:

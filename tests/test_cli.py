@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 import fastbn
-from fastbn import check, cli, info, interrupts, threads
-from fastbn.cli import main
-from fastbn.errors import MissingExtra
+from fastbn import cli
+from fastbn.arguments.errors import MissingExtra
+from fastbn.cli import info, main, selftest
+from fastbn.cpu import interrupts, threads
 
 NAMES = ["train", "moments", "explain", "info", "check", "bench", "warmup"]
 
@@ -135,7 +136,7 @@ def test_a_signal_leaves_nothing_behind(names, tmp_path):
     np.save(tmp_path / "x.npy", np.zeros((2000, 50), np.float32))
     # A copy that never ends: every chunk takes a second. Whoever runs the tests may ignore signals, as nohup does.
     slow = (
-        "import signal, sys, time\nfrom fastbn import functional, interrupts\nfrom fastbn.cli import main\n"
+        "import signal, sys, time\nfrom fastbn import functional\nfrom fastbn.cpu import interrupts\nfrom fastbn.cli import main\n"
         "for number in interrupts.ENDING:\n"
         "    signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)\n"
         "functional.batch_norm_inference = lambda *a, **k: time.sleep(1)\nsys.exit(main(sys.argv[1:]))"
@@ -214,8 +215,8 @@ def test_info_in_a_real_process():
 def test_the_kernel_cache_named_is_the_one_used(tmp_path):
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "NUMBA_DISABLE_JIT": "0"}
     code = (
-        "import numpy\nfrom fastbn import info\nfrom fastbn.backends import cpu\nfrom fastbn.kernels import _jit\n"
-        "_jit.KERNELS[0].form(numpy.dtype('f4'), False)\nprint(info.cache_directory())"
+        "import numpy\nfrom fastbn.cli import info\nfrom fastbn.cpu import backend\nfrom fastbn.cpu.kernels import jit\n"
+        "jit.KERNELS[0].form(numpy.dtype('f4'), False)\nprint(info.cache_directory())"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True, timeout=120)
     used = {path.parent for path in tmp_path.rglob("*.nbi")}
@@ -236,15 +237,16 @@ def test_info_without_extras_and_without_a_jit(capsys, monkeypatch):
 
 def test_warmup_compiles_and_says_what(capsys, monkeypatch):
     """Every dtype there is, for numba's threads and PyTorch's; which kernels there are, and that they are compiled, others test."""
-    from fastbn.backends import cpu  # noqa: F401  # registers the kernels
-    from fastbn.kernels import _jit, _team
+    from fastbn.cpu import backend as cpu  # noqa: F401  # registers the kernels
+    from fastbn.cpu import team as _team
+    from fastbn.cpu.kernels import jit
 
     asked = []
-    monkeypatch.setattr(_jit, "KERNELS", _jit.KERNELS[:1])
-    monkeypatch.setattr(_jit.Kernel, "compiled", lambda kernel, dtype, form: asked.append((dtype.name, form)))
-    kernel, stored = _jit.KERNELS[0].name, {"float16": "uint16", "bfloat16": "int16"}
+    monkeypatch.setattr(jit, "KERNELS", jit.KERNELS[:1])
+    monkeypatch.setattr(jit.Kernel, "compiled", lambda kernel, dtype, form: asked.append((dtype.name, form)))
+    kernel, stored = jit.KERNELS[0].name, {"float16": "uint16", "bfloat16": "int16"}
     runtime = _team.Runtime(1, 2, 3)
-    every = [str(dtype) for dtype in check.installed()]
+    every = [str(dtype) for dtype in selftest.installed()]
     assert {"float16", "float32", "float64"} <= set(every)
     for words, dtypes in (([], every), (["float64"], ["float64"]), (["f4", "half"], ["float32", "float16"])):
         for team in (None, runtime):
@@ -264,13 +266,13 @@ def test_warmup_compiles_and_says_what(capsys, monkeypatch):
 def test_warmup_that_can_keep_nothing_is_refused_before_any_work(why, tmp_path, capsys, monkeypatch):
     import numba
 
-    from fastbn.backends import cpu
-    from fastbn.kernels import _cache
+    from fastbn.cpu import backend as cpu
+    from fastbn.cpu.kernels import cache
 
     monkeypatch.setattr(cpu, "warmup", lambda *_: pytest.fail("worked before it looked"))
     monkeypatch.setattr(numba.config, "DISABLE_JIT", int("JIT" in why))
     (tmp_path / "file").write_bytes(b"")
-    monkeypatch.setattr(_cache, "directories", lambda: [tmp_path / "file" / "below"])
+    monkeypatch.setattr(cache, "directories", lambda: [tmp_path / "file" / "below"])
     assert main(["warmup", "float32"]) == 1
     out, err = capsys.readouterr()
     assert out == ""
@@ -282,7 +284,7 @@ def test_warmup_names_every_dtype_once(capsys):
     with pytest.raises(SystemExit):
         main(["warmup", "--help"])
     words = re.findall(r"\w+", capsys.readouterr().out.partition("default:")[2].partition(")")[0])
-    assert [word for word in words if word in check.DTYPES] == list(check.DTYPES)
+    assert [word for word in words if word in selftest.DTYPES] == list(selftest.DTYPES)
 
 
 def test_warmup_of_what_is_no_dtype(capsys):

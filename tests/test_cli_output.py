@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import fastbn
-from fastbn import info, screen
-from fastbn.cli import main
+from fastbn import progress
+from fastbn.cli import info, main
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def test_finished_work_is_shown_in_any_encoding_and_width(encoding, odd_file, mo
 
 def test_a_table_cuts_nothing(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "5")
-    screen.table(("", "with batch normalization", "x"), [("  50", "98.0 %", "1"), ("seconds of training", "", "123456.789")])
+    progress.table(("", "with batch normalization", "x"), [("  50", "98.0 %", "1"), ("seconds of training", "", "123456.789")])
     assert capsys.readouterr().out.splitlines() == [
         "",
         "                     with batch normalization           x",

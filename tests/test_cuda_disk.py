@@ -15,8 +15,8 @@ pytest.importorskip("nvidia", reason="needs nvidia-nvvm and nvidia-nvjitlink, or
 
 from numba.cuda import dispatcher
 
-from fastbn.kernels import _cache
-from fastbn.kernels.cuda import _disk, _jit, finish
+from fastbn.cpu.kernels import cache
+from fastbn.cuda.kernels import disk, finish, jit
 
 pytestmark = [pytest.mark.ptx, pytest.mark.peers]
 
@@ -29,16 +29,16 @@ NAME = "cuda-finish.clear-0676f0dc-float32-float64-sm_90a.cubin"
 @pytest.fixture
 def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """Where kernels are kept; a GPU for which they are compiled, though there is none."""
-    monkeypatch.setattr(_cache, "directories", lambda: [tmp_path / "kernels"])
-    monkeypatch.setattr(_jit, "target_of", lambda device: TARGET)
-    monkeypatch.setattr(_jit, "_loaded", lambda entry, code: (entry, code))
+    monkeypatch.setattr(cache, "directories", lambda: [tmp_path / "kernels"])
+    monkeypatch.setattr(jit, "target_of", lambda device: TARGET)
+    monkeypatch.setattr(jit, "_loaded", lambda entry, code: (entry, code))
     monkeypatch.setattr(dispatcher, "get_current_device", lambda: SimpleNamespace(compute_capability=TARGET[:2]))
     return tmp_path / "kernels"
 
 
 def compiled(device: int = 0) -> tuple[str, bytes]:
     """A kernel, in what stands for a new process."""
-    kernel = _jit.Kernel(finish.clear.body, "w i4")
+    kernel = jit.Kernel(finish.clear.body, "w i4")
     found: tuple[str, bytes] = kernel.compiled(FLOAT, DOUBLE, device)
     assert kernel.compiled(FLOAT, FLOAT, device + 1) is found  # another device of the kind, and statistics that it takes none of
     return found
@@ -53,8 +53,8 @@ def alike(made: tuple[str, bytes], other: tuple[str, bytes]) -> bool:
 def compilations(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The kernels that were compiled, from now on."""
     seen: list[str] = []
-    ptx = _jit.Kernel.ptx
-    monkeypatch.setattr(_jit.Kernel, "ptx", lambda kernel, *given: seen.append(kernel.name) or ptx(kernel, *given))
+    ptx = jit.Kernel.ptx
+    monkeypatch.setattr(jit.Kernel, "ptx", lambda kernel, *given: seen.append(kernel.name) or ptx(kernel, *given))
     return seen
 
 
@@ -71,8 +71,8 @@ def test_a_kernel_is_compiled_once_for_all_processes(folder: Path, compilations:
 def test_what_runs_is_the_ptx_that_the_tests_assemble(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ptx = finish.clear.ptx(FLOAT, DOUBLE, TARGET)
     assert ".target sm_90a" in ptx
-    monkeypatch.setattr(_jit.Kernel, "ptx", lambda kernel, *given: ptx)
-    assert compiled() == _jit.assembled(ptx, _jit.architecture(TARGET))
+    monkeypatch.setattr(jit.Kernel, "ptx", lambda kernel, *given: ptx)
+    assert compiled() == jit.assembled(ptx, jit.architecture(TARGET))
 
 
 def test_a_file_that_is_not_this_kernel_is_compiled_anew(folder: Path, compilations: list[str]) -> None:
@@ -105,22 +105,22 @@ def test_a_file_that_is_not_this_kernel_is_compiled_anew(folder: Path, compilati
 
 def test_no_bit_of_a_file_its_name_or_its_stamp_may_be_another(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name, made = "finish.clear", ("entry", b"\x7fELF\n\ncode\n")
-    _disk.save(name, *made)
+    disk.save(name, *made)
     path = folder / f"cuda-{name}.cubin"
     whole = path.read_bytes()
-    assert _disk.load(name) == made
+    assert disk.load(name) == made
     for bit in range(8 * len(whole)):
         other = bytearray(whole)
         other[bit // 8] ^= 1 << bit % 8
         path.write_bytes(other)
-        assert _disk.load(name) is None, (bit, bytes(other))
+        assert disk.load(name) is None, (bit, bytes(other))
     path.write_bytes(whole)
     path.with_name("cuda-rows.moments_rows.cubin").write_bytes(whole)
-    assert _disk.load("rows.moments_rows") is None  # what another kernel left under this one's name
+    assert disk.load("rows.moments_rows") is None  # what another kernel left under this one's name
     with monkeypatch.context() as patch:
-        patch.setattr(_disk, "stamp", lambda: "0" * 64)
-        assert _disk.load(name) is None
-    assert _disk.load(name) == made
+        patch.setattr(disk, "stamp", lambda: "0" * 64)
+        assert disk.load(name) is None
+    assert disk.load(name) == made
 
 
 def test_what_can_not_be_kept_serves_all_the_same(folder: Path, compilations: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,10 +132,10 @@ def test_what_can_not_be_kept_serves_all_the_same(folder: Path, compilations: li
         made = compiled()
         assert os.listdir(folder) == []
     with monkeypatch.context() as patch:
-        patch.setattr(_cache, "writable", lambda directory: False)
+        patch.setattr(cache, "writable", lambda directory: False)
         assert alike(compiled(), made)
     with monkeypatch.context() as patch:
-        patch.setattr(_disk, "stamp", lambda: "")  # of a frozen program, whose sources can't be read
+        patch.setattr(disk, "stamp", lambda: "")  # of a frozen program, whose sources can't be read
         assert alike(compiled(), made)
     assert os.listdir(folder) == []
     folder.rmdir()
@@ -146,35 +146,35 @@ def test_what_can_not_be_kept_serves_all_the_same(folder: Path, compilations: li
 
 def test_the_stamp_sees_sources_compiler_and_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     def stamp() -> str:
-        _disk.stamp.cache_clear()
-        return _disk.stamp()
+        disk.stamp.cache_clear()
+        return disk.stamp()
 
     before = stamp()
     assert stamp() == before
     found = {before}
-    modules = list(_disk.pkgutil.iter_modules([str(Path(_disk.__file__).parent)], "fastbn.kernels.cuda."))
-    assert {"fastbn.kernels.cuda._device", "fastbn.kernels.cuda.finish"} <= {module.name for module in modules}
+    modules = list(disk.pkgutil.iter_modules([str(Path(disk.__file__).parent)], "fastbn.cuda.kernels."))
+    assert {"fastbn.cuda.kernels.device", "fastbn.cuda.kernels.finish"} <= {module.name for module in modules}
     edited = SimpleNamespace(find_spec=lambda name, path: SimpleNamespace(loader=SimpleNamespace(get_data=lambda origin: b""), origin=""))
     for what, name, value in (
-        (_disk.pkgutil, "iter_modules", lambda *given: [module._replace(module_finder=edited) for module in modules]),
-        (_disk.metadata, "version", lambda name: "0"),
-        (_disk, "_compiler", lambda: "another"),
-        (_disk.config, "OPT", 1),
-        (_cache, "stamp", lambda: "another"),
+        (disk.pkgutil, "iter_modules", lambda *given: [module._replace(module_finder=edited) for module in modules]),
+        (disk.metadata, "version", lambda name: "0"),
+        (disk, "_compiler", lambda: "another"),
+        (disk.config, "OPT", 1),
+        (cache, "stamp", lambda: "another"),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(what, name, value)
             found.add(stamp())
     assert len(found) == 6
     with monkeypatch.context() as patch:
-        patch.setattr(_cache, "stamp", lambda: "")
+        patch.setattr(cache, "stamp", lambda: "")
         assert stamp() == ""
     assert stamp() == before
-    assert "nvvm" in _disk._compiler()
+    assert "nvvm" in disk._compiler()
 
 
 def test_no_two_kernels_share_a_file() -> None:
     for name in ("rows", "columns", "apply", "fused", "moving"):
-        importlib.import_module(f"fastbn.kernels.cuda.{name}")
-    keys = [(kernel.name, tuple(kernel.arguments)) for kernel in _jit.KERNELS]
+        importlib.import_module(f"fastbn.cuda.kernels.{name}")
+    keys = [(kernel.name, tuple(kernel.arguments)) for kernel in jit.KERNELS]
     assert len(set(keys)) == len(keys) > 15

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastbn.data import Dataset, load_digits, load_idx, read_idx
-from fastbn.errors import DataError
+from fastbn.arguments.errors import DataError
+from fastbn.cli.train.data import Dataset, load_digits, load_idx, read_idx
 
 NAMES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 

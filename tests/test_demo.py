@@ -14,10 +14,10 @@ import pytest
 from test_data import NAMES, idx
 from test_demo_network import toy
 
-from fastbn import demo
-from fastbn import demo_network as nets
-from fastbn.data import Dataset
-from fastbn.errors import DataError, MissingExtra
+from fastbn.arguments.errors import DataError, MissingExtra
+from fastbn.cli import train as demo
+from fastbn.cli.train import network as nets
+from fastbn.cli.train.data import Dataset
 
 # What is said.
 
@@ -228,7 +228,7 @@ def test_a_directory_that_takes_no_files(train: Command, monkeypatch: pytest.Mon
     def refuse(path: Path) -> Iterator[None]:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(demo.stream, "replacing", refuse)  # permissions don't stop root
+    monkeypatch.setattr(demo.npy_moments, "replacing", refuse)  # permissions don't stop root
     with pytest.raises(DataError, match=rf"^--plot: {re.escape(str(Path.cwd()))}/p\.png can't be written: Permission denied$"):
         train("--plot", "p.png")
 
@@ -267,7 +267,7 @@ def test_the_options_need_none_of_the_extra() -> None:
     code = (
         "import argparse, sys\n"
         "for name in ('rich', 'matplotlib', 'sklearn', 'threadpoolctl'): sys.modules[name] = None\n"
-        "from fastbn import demo\n"
+        "from fastbn.cli import train as demo\n"
         "demo.add_arguments(parser := argparse.ArgumentParser())\n"
         "print(parser.format_help())"
     )

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import fastbn
-from fastbn import demo_network as nets
-from fastbn.data import Dataset
+from fastbn.cli.train import network as nets
+from fastbn.cli.train.data import Dataset
 
 SIZES = (4, 12, 12, 3)
 

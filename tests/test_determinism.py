@@ -17,7 +17,7 @@ from shapes import COMPACT, CPU_DTYPES, HALF, every_dtype_and_backend, parameter
 
 import fastbn
 from fastbn.backends import select
-from fastbn.threads import limited
+from fastbn.cpu.threads import limited
 
 SMALL = ((3, 5, 7), (8, 4), (5, 6, 7, 7), (20, 40), (1000, 5))
 LARGE = (

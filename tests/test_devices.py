@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 import fastbn
-from fastbn import config, residence
-from fastbn.backends import devices, streams
+from fastbn.arguments import config
+from fastbn.cuda import buffers, placement, streams
 
 
 class OnGpu:
@@ -26,26 +26,26 @@ class OnGpu:
 @pytest.fixture
 def served(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine whose CUDA backend declines nothing."""
-    monkeypatch.setattr(devices, "declines", lambda: None)
+    monkeypatch.setattr(buffers, "declines", lambda: None)
 
 
 def test_what_the_interface_says() -> None:
-    found = devices.view(OnGpu(), "x")
+    found = buffers.view(OnGpu(), "x")
     assert found[:6] == (4096, (2, 3, 4), (12, 4, 1), "float32", False, 7)
     assert (found.size, found.itemsize, found.span()) == (24, 4, (4096, 4096 + 96))
-    strided = devices.view(OnGpu(strides=(-96, 8, 16), data=(8192, True), typestr="<f2", version=2, stream="absent"), "x")
+    strided = buffers.view(OnGpu(strides=(-96, 8, 16), data=(8192, True), typestr="<f2", version=2, stream="absent"), "x")
     assert strided[1:6] == ((2, 3, 4), (-48, 4, 8), "float16", True, None)
     assert strided.span() == (8192 - 96, 8192 + 2 * 8 + 3 * 16 + 2)
-    assert devices.view(OnGpu(shape=(0, 3), data=(0, False)), "x").span() == (0, 0)
+    assert buffers.view(OnGpu(shape=(0, 3), data=(0, False)), "x").span() == (0, 0)
 
 
 def test_numbers_of_an_interface_are_pythons_whatever_they_were() -> None:
     for kind in (np.int32, np.int64, np.uint64):
         shape, strides = (tuple(map(kind, numbers)) for numbers in ((2, 3, 4), (48, 16, 4)))
-        found = devices.view(OnGpu(shape=shape, strides=strides, data=(kind(8192), np.True_), stream=kind(7)), "x")
+        found = buffers.view(OnGpu(shape=shape, strides=strides, data=(kind(8192), np.True_), stream=kind(7)), "x")
         assert found[:6] == (8192, (2, 3, 4), (12, 4, 1), "float32", True, 7)
         assert {type(number) for number in (found.address, *found.shape, *found.strides, found.stream)} == {int}
-    assert devices.view(OnGpu(stream=np.int64(0)), "x").stream == devices.LEGACY
+    assert buffers.view(OnGpu(stream=np.int64(0)), "x").stream == buffers.LEGACY
 
 
 @pytest.mark.parametrize(
@@ -70,13 +70,13 @@ def test_numbers_of_an_interface_are_pythons_whatever_they_were() -> None:
 )
 def test_interfaces_that_are_refused(changed: dict[str, Any], error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
-        devices.view(OnGpu(**changed), "x")
+        buffers.view(OnGpu(**changed), "x")
 
 
 def test_what_lives_on_a_gpu() -> None:
-    assert devices.on_device(OnGpu())
+    assert buffers.on_device(OnGpu())
     for value in (np.zeros(3), [1.0], 3.0, None, "x"):
-        assert not devices.on_device(value)
+        assert not buffers.on_device(value)
 
 
 CALLS = {
@@ -112,7 +112,7 @@ def test_an_array_on_the_host_is_not_copied_to_a_gpu(call: str, served: None) ->
 
 @every_call
 def test_why_cuda_declines_is_said(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(devices, "declines", lambda: "the dog ate it")
+    monkeypatch.setattr(buffers, "declines", lambda: "the dog ate it")
     for options in ({}, {"backend": "cuda"}):
         with pytest.raises(fastbn.BackendUnavailable, match="this array lives on a GPU, which backend cuda can't serve: the dog ate it"):
             CALLS[call](OnGpu(), **options)
@@ -140,12 +140,12 @@ def declines(monkeypatch: pytest.MonkeyPatch) -> Any:
     def ask(installed: bool, machine: Machine | None) -> str | None:
         monkeypatch.setattr(numba_config, "ENABLE_CUDASIM", 0)
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if installed else None)
-        monkeypatch.setattr(devices, "_numba_cuda", lambda: machine)
-        devices.declines.cache_clear()
+        monkeypatch.setattr(buffers, "_numba_cuda", lambda: machine)
+        buffers.declines.cache_clear()
         try:
-            return devices.declines()
+            return buffers.declines()
         finally:
-            devices.declines.cache_clear()
+            buffers.declines.cache_clear()
 
     return ask
 
@@ -179,7 +179,7 @@ def test_each_reason_to_decline_has_its_remedy(declines: Any) -> None:
 
 
 def test_importing_fastbn_touches_no_cuda() -> None:
-    code = "import sys, fastbn; assert not [name for name in sys.modules if name.startswith(('numba.cuda', 'cuda', 'fastbn.kernels.cuda'))]"
+    code = "import sys, fastbn; assert not [name for name in sys.modules if name.startswith(('numba.cuda', 'cuda', 'fastbn.cuda.kernels'))]"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -225,24 +225,24 @@ def cupy(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_results_and_streams_are_those_of_cupy(cupy: Any) -> None:
-    x = devices.view(Tensor(np.zeros((2, 3, 4), np.float32)), "x")
-    assert (devices.device_of(x), streams.current_stream(x, 3)) == (3, 9)
-    made = devices.empty((2, 3, 4), (0, 2, 1), "float32", x)
+    x = buffers.view(Tensor(np.zeros((2, 3, 4), np.float32)), "x")
+    assert (buffers.device_of(x), streams.current_stream(x, 3)) == (3, 9)
+    made = buffers.empty((2, 3, 4), (0, 2, 1), "float32", x)
     assert isinstance(made, Tensor)
-    assert devices.view(made, "y")[1:4] == ((2, 3, 4), (12, 1, 3), "float32")
+    assert buffers.view(made, "y")[1:4] == ((2, 3, 4), (12, 1, 3), "float32")
 
 
 @pytest.mark.peers
 def test_results_are_tensors_beside_tensors() -> None:
     torch = pytest.importorskip("torch", reason="its tensors are made and read")
-    assert not devices.on_device(torch.zeros(3))  # which has the interface, and raises when asked for it
+    assert not buffers.on_device(torch.zeros(3))  # which has the interface, and raises when asked for it
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        x = devices.view(torch.zeros((2, 3, 4), dtype=dtype), "x")
+        x = buffers.view(torch.zeros((2, 3, 4), dtype=dtype), "x")
         assert x[1:5] == ((2, 3, 4), (12, 4, 1), str(dtype).partition(".")[2], False)
-        made = devices.empty((2, 3, 4), (0, 2, 1), x.dtype, x)
+        made = buffers.empty((2, 3, 4), (0, 2, 1), x.dtype, x)
         assert (made.dtype, tuple(made.stride())) == (dtype, (12, 1, 3))
     with pytest.raises(TypeError, match=r"x: given dtype torch.int32, want float16.*x.float\(\)"):
-        devices.view(torch.zeros(3, dtype=torch.int32), "x")
+        buffers.view(torch.zeros(3, dtype=torch.int32), "x")
 
 
 @pytest.mark.peers
@@ -261,13 +261,13 @@ def test_tensors_whose_values_are_not_those_of_their_memory_are_refused() -> Non
         (plain.to_sparse(), r"x: given a tensor without memory of its own .*: x.to_dense\(\)"),
     ):
         with pytest.raises(TypeError, match=words):
-            devices.view(given, "x")
+            buffers.view(given, "x")
     with pytest.raises(TypeError, match="x: given a tensor without memory of its own"):
-        torch.func.vmap(lambda row: devices.view(row, "x"))(plain)
-    assert devices.view(negated.resolve_neg(), "x").shape == (2, 3)
+        torch.func.vmap(lambda row: buffers.view(row, "x"))(plain)
+    assert buffers.view(negated.resolve_neg(), "x").shape == (2, 3)
     kind = type("Mine", (torch.Tensor,), {})
-    assert devices.library(plain.as_subclass(kind)) == "torch"
-    assert devices.view(plain.as_subclass(kind), "x").owner is not None
+    assert buffers.library(plain.as_subclass(kind)) == "torch"
+    assert buffers.view(plain.as_subclass(kind), "x").owner is not None
 
 
 @pytest.mark.peers
@@ -275,20 +275,20 @@ def test_tensors_whose_values_are_not_those_of_their_memory_are_refused() -> Non
 def test_fresh_memory_has_an_address_on_a_boundary() -> None:
     torch = pytest.importorskip("torch", reason="its tensors are made and read")
     tensor = torch.empty(16)
-    assert devices.address(tensor) == tensor.data_ptr()
-    assert devices.address(tensor[:0]) % 16 == 0
+    assert buffers.address(tensor) == tensor.data_ptr()
+    assert buffers.address(tensor[:0]) % 16 == 0
     with pytest.raises(RuntimeError, match="want a 16-byte boundary"):
-        devices.address(tensor[1:])
+        buffers.address(tensor[1:])
     with pytest.raises(RuntimeError, match=r"PyTorch makes tensors without memory here, .*: call fastbn outside of it"):
-        devices.address(torch._efficientzerotensor(3))
+        buffers.address(torch._efficientzerotensor(3))
     with importlib.import_module("torch._subclasses").FakeTensorMode(), pytest.raises(RuntimeError, match="without memory here"):
-        devices.address(torch.empty(3))
+        buffers.address(torch.empty(3))
 
 
 @pytest.mark.peers
 def test_the_bridge_to_pytorch_gives_what_is_not_refused() -> None:
     torch = pytest.importorskip("torch", reason="its tensors are made and read")
-    kernels = importlib.import_module("fastbn.torch.kernels")
+    kernels = importlib.import_module("fastbn.torch.tensors")
     elsewhere = torch.nn.Parameter(torch.ones(3, device="meta"))  # as one on a GPU: not on the host
     assert not kernels.array(elsewhere).requires_grad
     assert kernels.array(elsewhere).is_meta
@@ -297,19 +297,19 @@ def test_the_bridge_to_pytorch_gives_what_is_not_refused() -> None:
 @pytest.mark.peers
 def test_values_come_and_go_whatever_a_tensor_records(monkeypatch: pytest.MonkeyPatch) -> None:
     torch = pytest.importorskip("torch", reason="its tensors are made and read")
-    monkeypatch.setattr(devices, "on_device", lambda array: True)
+    monkeypatch.setattr(buffers, "on_device", lambda array: True)
     gamma = torch.nn.Parameter(torch.ones(3))
-    assert list(residence.to_host(gamma)) == [1, 1, 1]
-    residence.overwrite(gamma, np.arange(3.0))
+    assert list(placement.to_host(gamma)) == [1, 1, 1]
+    placement.overwrite(gamma, np.arange(3.0))
     assert gamma.tolist() == [0, 1, 2]
     assert gamma.requires_grad
-    assert list(residence.to_host(torch.complex(gamma.detach(), gamma.detach()).conj().imag)) == [0, -1, -2]
+    assert list(placement.to_host(torch.complex(gamma.detach(), gamma.detach()).conj().imag)) == [0, -1, -2]
 
 
 def test_values_are_overwritten_without_a_copy_to_the_host(cupy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Tensor, "get", lambda self: pytest.fail("copied to learn its dtype"))
     target = Tensor(np.ones(3, np.float32))
-    residence.overwrite(target, np.arange(3))
+    placement.overwrite(target, np.arange(3))
     assert target.array.tolist() == [0, 1, 2]
 
 
@@ -327,7 +327,7 @@ def test_a_layer_moves_to_cupy_and_back(cupy: Any, served: None) -> None:
 
 
 def test_a_layer_does_not_move_where_cuda_declines(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(devices, "declines", lambda: "no GPU today")
+    monkeypatch.setattr(buffers, "declines", lambda: "no GPU today")
     bn = fastbn.BatchNorm(3)
     with pytest.raises(fastbn.BackendUnavailable, match="no GPU today"):
         bn.to("cuda")

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 import fastbn
-from fastbn import cli, config
+from fastbn import cli
+from fastbn.arguments import config
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

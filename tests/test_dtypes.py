@@ -11,9 +11,9 @@ import pytest
 from shapes import DTYPES, HALF, HALF_BACKENDS, every_half_backend, one_half, parameter_dtype
 
 import fastbn
-from fastbn import dtypes
+from fastbn.arguments import dtypes
+from fastbn.arguments.errors import MissingExtra
 from fastbn.cli import main
-from fastbn.errors import MissingExtra
 
 X = np.arange(24.0).reshape(2, 3, 4)
 

@@ -12,7 +12,7 @@ import pytest
 from processes import Run, compiled
 
 import fastbn
-from fastbn.backends import schedule
+from fastbn.cpu import schedule
 
 pytestmark = compiled
 THREADS = min(2, numba.config.NUMBA_NUM_THREADS)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import fastbn
-from fastbn.backends import devices
+from fastbn.cuda import buffers
 
 ROWS = np.random.default_rng(0).normal(3.0, 2.0, (8, 3)).astype(np.float32)
 MASKED = np.ma.masked_greater(np.arange(6.0).reshape(2, 3), 4)
@@ -61,7 +61,7 @@ HOST: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", HOST)
 def test_what_has_an_array_on_the_host_is_taken_and_gives_plain_ones(name: str) -> None:
-    assert not devices.on_device(HOST[name])
+    assert not buffers.on_device(HOST[name])
     m = fastbn.moments(HOST[name], backend="reference")
     np.testing.assert_allclose(m.mean, ROWS.mean(0), rtol=1e-6)
     y, m = fastbn.batch_norm(HOST[name], backend="reference")
@@ -190,4 +190,4 @@ def test_arrays_of_other_libraries_for_real() -> None:
 
 
 def test_a_name_alone_makes_no_simulated_array() -> None:
-    assert not devices.on_device(types.SimpleNamespace())
+    assert not buffers.on_device(types.SimpleNamespace())

@@ -68,7 +68,7 @@ BREAK = """
 import contextlib, ctypes, json, os, sys
 import numpy as np
 import fastbn, fuzz, fuzz_profiles
-from fastbn import checks
+from fastbn.arguments import checks
 
 fuzz_profiles.load(False)
 modules = [module for name, module in sys.modules.items() if name.startswith("fastbn")]

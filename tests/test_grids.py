@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastbn import layout
-from fastbn.backends import devices, grids, views
+from fastbn.arguments import layout
+from fastbn.cuda import buffers, grids, views
 
 SIZES = st.integers(1, 40)
 LANES = st.sampled_from([2, 4, 8])
@@ -22,7 +22,7 @@ def _in_slots(grid: grids.Rows, S: int, lanes: int, begin: int) -> list[int]:
 
 
 def _outside(grid: grids.Rows, S: int, lanes: int, begin: int) -> list[int]:
-    """The others, as `fastbn.kernels.cuda.rows.outside` finds them."""
+    """The others, as `fastbn.cuda.kernels.rows.outside` finds them."""
     head = -begin % lanes
     return [e if e < head else e + S - grid.rest for e in range(grid.rest)]
 
@@ -165,7 +165,7 @@ def test_large_arrays_keep_a_device_busy_and_small_ones_do_not_shatter() -> None
 def test_more_channels_than_32_bits_count_are_refused() -> None:
     grids.check_channels(2**31 - 8)
     for shape, axis in (((2, 2**31 - 7), 1), ((1, 2**32, 1, 1), 1)):
-        buffer = devices.Buffer(0, shape, tuple(math.prod(shape[a + 1 :]) for a in range(len(shape))), "float16", False, None, None)
+        buffer = buffers.Buffer(0, shape, tuple(math.prod(shape[a + 1 :]) for a in range(len(shape))), "float16", False, None, None)
         plan = layout.planned(shape, tuple(2 * step for step in buffer.strides), axis, 2)
         with pytest.raises(ValueError, match=rf"x: given {shape[1]} channels, want at most 2147483640 on a GPU: pass it in slices"):
             views.view(buffer, plan)
@@ -173,7 +173,7 @@ def test_more_channels_than_32_bits_count_are_refused() -> None:
 
 def test_one_launch_where_two_parts_would_only_fill_idle_multiprocessors() -> None:
     for C, whole in ((grids.ENOUGH, True), (grids.ENOUGH - 1, False)):
-        buffer = devices.Buffer(0, (8, C, 1120), (C * 1120, 1120, 1), "float32", False, None, None)
+        buffer = buffers.Buffer(0, (8, C, 1120), (C * 1120, 1120, 1), "float32", False, None, None)
         x = views.View(buffer, 8, C, 1120, C * 1120, 1120)
         assert views.sized(x).entries > 1
         plan = views.sized_for(x, x)

@@ -250,7 +250,7 @@ def test_every_half_on_processors_without_a_conversion(cpu: str, tmp_path: Path)
 def test_which_processors_convert() -> None:
     from numba.core.registry import cpu_target
 
-    from fastbn.kernels import _half
+    from fastbn.cpu.kernels import half as _half
 
     assert cpu_target.target_context.codegen().magic_tuple()  # LLVM's targets are registered with numba's
     names = {"generic": False, "nehalem": False, "sandybridge": False, "ivybridge": True, "haswell": True, "znver4": True}

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from fastbn import interrupts
+from fastbn.cpu import interrupts
 
 
 def test_one_comes_after_the_body() -> None:

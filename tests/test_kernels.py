@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from fastbn import reference
-from fastbn.backends import cpu
-from fastbn.kernels import welford
+from fastbn.cpu import backend as cpu
+from fastbn.cpu.kernels import welford
 
 SHAPES = {
     (2, 3, 7): "rows shorter than a vector",

@@ -9,111 +9,25 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "fastbn"
 
-# A file imports only from lower tiers; the fraction orders the files of one tier. Tier 6 may import within itself, without cycles.
-TIERS = {
-    "config.py": 0.0,
-    "errors.py": 0.0,
-    "interrupts.py": 0.0,
-    "scalars.py": 0.0,
-    "dtypes.py": 0.1,
-    "overlap.py": 0.1,
-    "foreign.py": 0.15,
-    "checks.py": 0.2,
-    "layout.py": 0.3,
-    "kernels/__init__.py": 0.0,
-    "kernels/welford.py": 0.0,
-    "moments.py": 0.16,
-    "pool.py": 0.0,
-    "threads.py": 0.1,
-    "reference.py": 1,
-    "kernels/_cache.py": 2.0,
-    "kernels/_jit.py": 2.01,
-    "kernels/_team.py": 2.0,
-    "kernels/_plain.py": 2.0,
-    "kernels/_half.py": 2.0,
-    "kernels/_vector.py": 2.01,
-    "kernels/blocks.py": 2.0,
-    "kernels/_simd.py": 2.1,
-    "kernels/_memory.py": 2.1,
-    "kernels/beyond.py": 2.2,
-    "kernels/elementwise.py": 2.3,
-    "kernels/tiles.py": 2.2,
-    "kernels/statistics.py": 2.4,
-    "kernels/channels_first.py": 2.4,
-    "kernels/channels_first_backward.py": 2.5,
-    "kernels/channels_last.py": 2.5,
-    "kernels/channels_last_apply.py": 2.6,
-    "kernels/channels_last_backward.py": 2.7,
-    "kernels/inference.py": 2.7,
-    "kernels/serial.py": 2.8,
-    "kernels/cuda/__init__.py": 2.0,
-    "kernels/cuda/_group.py": 2.0,
-    "kernels/cuda/_simulated.py": 2.0,
-    "kernels/cuda/_device.py": 2.1,
-    "kernels/cuda/_gpu.py": 2.2,
-    "kernels/cuda/_disk.py": 2.25,
-    "kernels/cuda/_jit.py": 2.3,
-    "kernels/cuda/merging.py": 2.4,
-    "kernels/cuda/rows.py": 2.5,
-    "kernels/cuda/columns.py": 2.5,
-    "kernels/cuda/finish.py": 2.5,
-    "kernels/cuda/apply.py": 2.5,
-    "kernels/cuda/fused.py": 2.6,
-    "kernels/cuda/moving.py": 2.5,
-    **dict.fromkeys(("backends/schedule.py", "backends/grids.py", "backends/devices.py"), 3.0),
-    **dict.fromkeys(("backends/streams.py", "device_checks.py"), 3.01),
-    "backends/views.py": 3.02,
-    "backends/model.py": 3.05,
-    "backends/launches.py": 3.1,
-    "backends/__init__.py": 3.1,
-    "backends/routes.py": 3.05,
-    "backends/cpu.py": 3.1,
-    "backends/cuda.py": 3.2,
-    "ready.py": 3.2,
-    "device.py": 3.3,
-    "device_gradients.py": 3.35,
-    "results.py": 3.4,
-    "functional.py": 4,
-    "gradients.py": 4,
-    "split.py": 4,
-    "residence.py": 4,
-    "collective.py": 0.1,
-    "distributed.py": 4.1,
-    "affine.py": 5.0,
-    "running.py": 5.0,
-    "screen.py": 5.0,
-    "recalibration.py": 5.1,
-    "state.py": 5.0,
-    "batchnorm.py": 5.2,
-    "__init__.py": 6,
-    "__main__.py": 6,
-    "cases.py": 6,
-    "check.py": 6,
-    "cli.py": 6,
-    "dask.py": 6,
-    "data.py": 6,
-    "demo.py": 6,
-    "demo_network.py": 6,
-    "fold.py": 6,
-    "info.py": 6,
-    "quickbench.py": 6,
-    "stream.py": 6,
-    "timing.py": 6,
-    "torch/__init__.py": 6,
-    "torch/convert.py": 6,
-    "torch/derivatives.py": 6,
-    "torch/functions.py": 6,
-    "torch/kernels.py": 6,
-    "torch/memory.py": 6,
-    "torch/modules.py": 6,
-    "torch/operator.py": 6,
-    "torch/prepared.py": 6,
-    "torch/serves.py": 6,
-    "torch/fuse.py": 6,
-    "torch/sync.py": 6,
-    "torch/team.py": 6,
-    "torch/traced.py": 6,
-}
+# Folders and files, from the ground up: each imports from its own floor and from lower ones, and nothing in a circle.
+FLOORS = (
+    ("arguments", "progress"),
+    ("cpu/pool", "cpu/threads", "cpu/interrupts", "cpu/team", "cpu/kernels", "cuda/kernels"),  # what computes, and the machine
+    ("statistics",),
+    ("reference", "cpu", "cuda"),
+    ("backends",),
+    ("functional", "gradients", "split", "ready", "results"),
+    ("batchnorm", "running", "distributed", "fold", "affine", "collective", "recalibration", "state"),
+    ("kernels", "torch", "dask"),
+    ("__init__", "__main__", "cli"),
+)
+
+
+def floor(file: str) -> int:
+    """Of a file: that of the longest name which it or its folder has."""
+    found = {len(name): n for n, names in enumerate(FLOORS) for name in names if file.startswith((f"{name}.", f"{name}/"))}
+    return found[max(found)]
+
 
 FILES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
 
@@ -170,38 +84,33 @@ def own_imports(file: str) -> Iterator[tuple[str, int]]:
 
 
 def test_the_reader_sees_every_kind_of_import() -> None:
-    """The check itself: each spelling, also inside a function, is resolved."""
+    """The check itself: each spelling, also inside a function, is resolved; and floors are found."""
     source = (
-        "import fastbn.layout\nfrom fastbn import config as c\nfrom . import cpu\nfrom ..errors import X\n"
-        "def f():\n    from fastbn.kernels import _jit\nif TYPE_CHECKING:\n    import rich\n"
+        "import fastbn.functional\nfrom fastbn import running as r\nfrom . import pool\nfrom ..reference import X\n"
+        "def f():\n    from fastbn.cpu.kernels import jit\nif TYPE_CHECKING:\n    import rich\n"
     )
-    found = list(_imports(ast.parse(source), "fastbn.backends"))
+    found = list(_imports(ast.parse(source), "fastbn.cpu"))
     assert [(i.module, i.names, i.deferred) for i in found] == [
-        ("fastbn.layout", (), False),
-        ("fastbn", ("config",), False),
-        ("fastbn.backends", ("cpu",), False),
-        ("fastbn.errors", ("X",), False),
-        ("fastbn.kernels", ("_jit",), True),
+        ("fastbn.functional", (), False),
+        ("fastbn", ("running",), False),
+        ("fastbn.cpu", ("pool",), False),
+        ("fastbn.reference", ("X",), False),
+        ("fastbn.cpu.kernels", ("jit",), True),
         ("rich", (), True),
     ]
-    assert ("backends/schedule.py", "layout.py", "kernels/_jit.py") == tuple(
-        map(_file_of, ("fastbn.backends.schedule", "fastbn.layout", "fastbn.kernels._jit"))
-    )
-    assert _file_of("fastbn") == "__init__.py"
-    assert _file_of("fastbn.explain") is None
-    assert "config.py" in {target for target, _ in own_imports("functional.py")}
+    modules = ("fastbn.cpu.schedule", "fastbn.cpu.kernels.jit", "fastbn.cli.train", "fastbn", "fastbn.explain")
+    assert [_file_of(name) for name in modules] == ["cpu/schedule.py", "cpu/kernels/jit.py", "cli/train/__init__.py", "__init__.py", None]
+    assert "arguments/config.py" in {target for target, _ in own_imports("functional.py")}
+    files = ("arguments/checks.py", "cpu/kernels/jit.py", "statistics.py", "cpu/schedule.py", "kernels.py", "cli/train/data.py")
+    assert [floor(file) for file in files] == [0, 1, 2, 3, 7, 8]
 
 
-def test_every_file_has_a_tier_and_every_tier_a_file() -> None:
-    assert sorted(TIERS) == FILES
-
-
-def test_imports_only_from_lower_tiers() -> None:
+def test_imports_only_from_lower_floors() -> None:
     upwards = [
-        f"fastbn/{file}:{line}: tier {TIERS[file]} imports {target}, tier {TIERS[target]}"
+        f"fastbn/{file}:{line}: floor {floor(file)} imports {target}, floor {floor(target)}"
         for file in FILES
         for target, line in own_imports(file)
-        if not (TIERS[target] < TIERS[file] or TIERS[target] == TIERS[file] == 6)
+        if floor(target) > floor(file)
     ]
     assert not upwards
 
@@ -214,44 +123,32 @@ def test_no_cycles() -> None:
         graph = {file: targets for file, targets in graph.items() if file not in leaves}
 
 
-def test_the_kernel_contract_is_a_docstring_and_names_found_when_asked_for() -> None:
-    body = _parse("kernels/__init__.py").body
-    assert [type(node) for node in body] == [ast.Expr, ast.Import, ast.ImportFrom, ast.FunctionDef]
-    assert isinstance(body[-1], ast.FunctionDef)
-    assert body[-1].name == "__getattr__"
-
-
 # Who may import which of the dependencies: with the module, and only when a function asks.
-CUDA = [f"kernels/cuda/{name}.py" for name in ("_device", "_disk", "_group", "_gpu", "_jit")]
+CUDA = [f"cuda/kernels/{name}.py" for name in ("device", "disk", "group", "gpu", "jit")]
 AT_IMPORT = {
     "numpy": FILES,
     "dask": ["dask.py"],
-    "numba": [f"kernels/{name}.py" for name in ("_cache", "_jit", "_memory", "_simd", "_team", "_vector")] + CUDA,
+    "numba": ["cpu/team.py", *(f"cpu/kernels/{name}.py" for name in ("cache", "jit", "memory", "simd", "vector")), *CUDA],
     "torch": [file for file in FILES if file.startswith("torch/")],  # the bridge to it
     "llvmlite": [
-        "kernels/_cache.py",
-        "kernels/_half.py",
-        "kernels/_memory.py",
-        "kernels/_simd.py",
-        "kernels/_team.py",
-        "kernels/_vector.py",
-        "kernels/cuda/_device.py",
-        "kernels/cuda/_group.py",
+        "cpu/team.py",
+        *(f"cpu/kernels/{name}.py" for name in ("cache", "half", "memory", "simd", "vector")),
+        *(f"cuda/kernels/{name}.py" for name in ("device", "group")),
     ],
 }
 IN_FUNCTIONS = {
-    # These show or ask for numba's settings; pool.py also launches its threads, devices.py asks for a driver, cli.py counts what compiles.
-    "numba": ["cli.py", "info.py", "pool.py", "threads.py", "backends/devices.py", "kernels/cuda/_jit.py"],
-    "cuda": ["kernels/cuda/_jit.py", "kernels/cuda/_disk.py"],  # NVIDIA's bindings: on which device memory lies; which compiler
-    "cupy": ["backends/devices.py", "residence.py"],  # whose arrays come in, and hold a layer's parameters
-    "llvmlite": ["info.py"],  # shows the processor as the compiler sees it
-    "ml_dtypes": ["dtypes.py"],  # when bfloat16 is asked for by name
-    "rich": ["screen.py", "demo.py"],
-    "matplotlib": ["demo.py"],
-    "threadpoolctl": ["demo.py"],
-    "sklearn": ["data.py"],
+    # These show or ask for numba's settings; pool launches its threads, buffers asks for a driver, the command line counts what compiles.
+    "numba": ["cli/__init__.py", "cli/info.py", "cpu/pool.py", "cpu/threads.py", "cuda/buffers.py", "cuda/kernels/jit.py"],
+    "cuda": ["cuda/kernels/jit.py", "cuda/kernels/disk.py"],  # NVIDIA's bindings: on which device memory lies; which compiler
+    "cupy": ["cuda/buffers.py", "cuda/placement.py"],  # whose arrays come in, and hold a layer's parameters
+    "llvmlite": ["cli/info.py"],  # shows the processor as the compiler sees it
+    "ml_dtypes": ["arguments/dtypes.py"],  # when bfloat16 is asked for by name
+    "rich": ["progress.py", "cli/train/__init__.py"],
+    "matplotlib": ["cli/train/__init__.py"],
+    "threadpoolctl": ["cli/train/__init__.py"],
+    "sklearn": ["cli/train/data.py"],
     # A peer, where installed; as CuPy; whose process groups join ranks; whose weights are folded.
-    "torch": ["quickbench.py", "cases.py", "backends/devices.py", "residence.py", "collective.py", "fold.py"],
+    "torch": ["cli/bench.py", "cli/cases.py", "cuda/buffers.py", "cuda/placement.py", "collective.py", "fold.py"],
     "mpi4py": ["collective.py"],  # whose communicators join ranks
 }
 
@@ -279,38 +176,39 @@ def test_numba_cuda_is_imported_by_its_kernels_only_or_when_asked_for() -> None:
     def allowed(file: str, found: Import) -> bool:
         named = {found.module, *(f"{found.module}.{name}" for name in found.names)}
         cuda = any(f"{name}.".startswith("numba.cuda.") for name in named)
-        return not cuda or file in CUDA or (file == "backends/devices.py" and found.deferred)
+        return not cuda or file in CUDA or (file == "cuda/buffers.py" and found.deferred)
 
     assert not offenders(allowed)
 
 
 def test_the_kernels_of_cuda_are_imported_only_by_its_backend_or_when_asked_for() -> None:
     def allowed(file: str, found: Import) -> bool:
-        asked = found.deferred or file.startswith("kernels/cuda/") or file in ("backends/launches.py", "backends/cuda.py", "device.py")
-        return asked or not found.module.startswith("fastbn.kernels.cuda")
+        asked = found.deferred or file.startswith("cuda/")
+        named = (found.module, *(f"{found.module}.{name}" for name in found.names))
+        return asked or not any(f"{name}.".startswith("fastbn.cuda.kernels.") for name in named)
 
     assert not offenders(allowed)
 
 
 def test_what_a_kernel_is_compiled_from_lies_under_the_stamp_of_the_cache() -> None:
     """Files of kernels import each other, NumPy and the compiler, nothing else of fastbn's: a digest of them all sees every edit."""
-    hosts = ("kernels/_jit.py", "kernels/_cache.py")  # what compiles, and is not compiled: threads, the pool, interrupts
+    hosts = ("cpu/kernels/jit.py", "cpu/kernels/cache.py")  # what compiles, and is not compiled: threads, the pool, interrupts
 
     def allowed(file: str, found: Import) -> bool:
-        kernels = file.startswith("kernels/") and not file.startswith("kernels/cuda/") and file not in hosts
-        elsewhere = found.module.split(".")[0] == "fastbn" and not f"{found.module}.".startswith("fastbn.kernels.")
+        kernels = file.startswith("cpu/kernels/") and file not in hosts
+        elsewhere = found.module.split(".")[0] == "fastbn" and not f"{found.module}.".startswith("fastbn.cpu.kernels.")
         return not (kernels and elsewhere)
 
     assert not offenders(allowed)
 
 
 def test_a_bridge_is_imported_by_itself_and_by_the_command_that_warms_it_up() -> None:
-    own = [f for f in FILES if f.startswith("torch/") or f == "cli.py"]
+    own = [f for f in FILES if f.startswith("torch/") or f == "cli/__init__.py"]
     assert not [f"fastbn/{f}:{line}" for f in FILES for target, line in own_imports(f) if target.startswith("torch/") > (f in own)]
 
 
 ENVIRONMENT = {"environ", "environb", "getenv", "getenvb", "putenv", "unsetenv"}
-READS_ENVIRONMENT = ["config.py", "info.py"]  # info shows what is set
+READS_ENVIRONMENT = ["arguments/config.py", "cli/info.py"]  # info shows what is set
 
 
 def test_only_config_reads_the_environment() -> None:
@@ -331,7 +229,7 @@ def test_no_exec_eval_or_globals() -> None:
 
 def test_asserts_guard_nothing() -> None:
     """`python -O` leaves them out: they may tell the type checker that something is there, no more."""
-    stand_ins = ("kernels/_plain.py", "kernels/cuda/_simulated.py")  # for the kernels' tests
+    stand_ins = ("cpu/kernels/plain.py", "cuda/kernels/simulated.py")  # for the kernels' tests
 
     def narrows(test: ast.expr) -> bool:
         parts = test.values if isinstance(test, ast.BoolOp) else [test]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from shapes import CASES, COMPACT, DTYPES, LAYOUTS, Case, arrange, draw, memory_order
 
 import fastbn
-from fastbn import layout
+from fastbn.arguments import layout
 
 X = Case((2, 3, 4, 5), 1, "four different lengths")
 

@@ -3,7 +3,7 @@
 import pytest
 
 import fastbn
-from fastbn.backends import grids, model
+from fastbn.cuda import cost, grids
 
 DIMS = [(32, 64, 3136), (32, 512, 49), (65536, 64), (128, 3), (4, 8, 655360)]
 
@@ -16,9 +16,9 @@ def test_each_pass_moves_its_arrays_as_often_as_its_kernels_read_and_write_them(
         array *= n
     small = dims == (128, 3)  # which one launch reads once
     times = {"moments": 1, "inference": 2, "forward": 2 if small else 3, "backward": 3 if small else 5}
-    assert {name: model.moved(name, dims, dtype) for name in times} == {name: n * array for name, n in times.items()}
+    assert {name: cost.moved(name, dims, dtype) for name in times} == {name: n * array for name, n in times.items()}
     for name in times:
-        each = model.launches(name, dims, dtype)
+        each = cost.launches(name, dims, dtype)
         assert len(each) <= 3
         assert all(0 < launch.blocks < 2**31 for launch in each)
         fused = small and name in ("forward", "backward")
@@ -28,19 +28,19 @@ def test_each_pass_moves_its_arrays_as_often_as_its_kernels_read_and_write_them(
 
 def test_arrays_of_more_than_2_31_values_take_the_long_kernels() -> None:
     for name in ("forward", "backward", "inference"):
-        assert model.launches(name, (2**10, 2**12, 2**10), "float32")[-1].kernel.endswith("_long")
-        assert not model.launches(name, (2**10, 2**12, 2**8), "float32")[-1].kernel.endswith("_long")
+        assert cost.launches(name, (2**10, 2**12, 2**10), "float32")[-1].kernel.endswith("_long")
+        assert not cost.launches(name, (2**10, 2**12, 2**8), "float32")[-1].kernel.endswith("_long")
 
 
 def test_short_rows_and_channels_last_are_columns() -> None:
-    assert model.launches("moments", (32, 64, grids.SHORT), "float32")[0].kernel == "columns.moments_columns"
-    assert model.launches("moments", (32, 64, grids.SHORT + 1), "float32")[0].kernel == "rows.moments_rows"
-    assert model.launches("backward", (4096, 256), "float32")[0].kernel == "columns.sums_columns"
+    assert cost.launches("moments", (32, 64, grids.SHORT), "float32")[0].kernel == "columns.moments_columns"
+    assert cost.launches("moments", (32, 64, grids.SHORT + 1), "float32")[0].kernel == "rows.moments_rows"
+    assert cost.launches("backward", (4096, 256), "float32")[0].kernel == "columns.sums_columns"
 
 
 def test_one_launch_takes_what_a_block_can_keep_in_cache() -> None:
     def names(name: str, *dims: int) -> list[str]:
-        return [launch.kernel for launch in model.launches(name, dims, "float32")]
+        return [launch.kernel for launch in cost.launches(name, dims, "float32")]
 
     assert names("forward", 2, 16, 64) == ["fused.forward_rows"]
     assert names("backward", 1, 64, 49) == ["fused.backward_rows"]

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 import fastbn
-from fastbn import Moments, dtypes
+from fastbn import Moments
+from fastbn.arguments import dtypes
 from fastbn.backends import select
 
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import fastbn
-from fastbn import reference, threads
+from fastbn import reference
+from fastbn.cpu import threads
 
 X = np.arange(24, dtype=np.float32).reshape(4, 3, 2)
 MEAN, VAR = np.zeros(3), np.ones(3)

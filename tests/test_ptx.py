@@ -20,7 +20,7 @@ from numba import cuda, types  # noqa: E402
 from numba.cuda import dispatcher  # noqa: E402
 from ptx import compiler  # noqa: E402
 
-from fastbn.kernels.cuda import _jit  # noqa: E402
+from fastbn.cuda.kernels import jit  # noqa: E402
 
 pytestmark = [pytest.mark.ptx, pytest.mark.peers]
 
@@ -131,7 +131,7 @@ def test_arguments_reach_the_launch(stored: str) -> None:
     kernel = object.__new__(dispatcher._Kernel)
     kernel.extensions = []
     given: dict[str, Any] = {"x": 1 << 40, "w": 1 << 40, "s": 1 << 40, "t": 1 << 40, "i4": True, "i8": 1 << 40, "f": 0.5}
-    for found in _jit.KERNELS:
+    for found in jit.KERNELS:
         prepared: list[Any] = []
         types_of = found.signature(np.dtype(stored)).args
         for kind, token in zip(types_of, found.arguments, strict=True):
@@ -144,7 +144,7 @@ def test_arguments_reach_the_launch(stored: str) -> None:
 
 
 def test_a_number_that_does_not_fit_is_refused() -> None:
-    kernel = _jit.Kernel(lambda n: None, "i4")
+    kernel = jit.Kernel(lambda n: None, "i4")
     assert kernel.prepared([2**31 - 1])[0].dtype == np.int32
     for value in (2**31, -(2**31) - 1):
         with pytest.raises(ValueError, match=rf"^x: too large for kernel .*, whose argument 0 of 32 bits would be {value}: give"):
@@ -153,7 +153,7 @@ def test_a_number_that_does_not_fit_is_refused() -> None:
 
 @pytest.mark.parametrize("kind", [np.int8, np.int32, np.int64, np.uint64, np.float32, np.float64, np.bool_])
 def test_a_number_of_numpy_becomes_as_wide_as_its_argument(kind: Any) -> None:
-    kernel = _jit.Kernel(lambda *given: None, "x i4 i8 f")
+    kernel = jit.Kernel(lambda *given: None, "x i4 i8 f")
     address, *numbers = kernel.prepared([kind(1)] * 4)
     assert type(address) in (int, float, bool)  # no number of NumPy, which the driver would take by its own width
     assert [number.dtype for number in numbers] == [np.int32, np.int64, np.float64]
@@ -165,10 +165,10 @@ def test_a_number_of_numpy_becomes_as_wide_as_its_argument(kind: Any) -> None:
 def test_a_launch_is_handed_over_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
     core = SimpleNamespace(
-        **{name: getattr(_jit._core(), name) for name in ("Stream", "LaunchConfig")}, launch=lambda *given: seen.append(given)
+        **{name: getattr(jit._core(), name) for name in ("Stream", "LaunchConfig")}, launch=lambda *given: seen.append(given)
     )
-    monkeypatch.setattr(_jit, "_core", lambda: core)
-    kernel = _jit.KERNELS[0]
+    monkeypatch.setattr(jit, "_core", lambda: core)
+    kernel = jit.KERNELS[0]
     monkeypatch.setattr(kernel, "compiled", lambda dtype, statistic, device: "the kernel", raising=False)
     monkeypatch.setattr(kernel, "_on", {})
     kernel.launch(np.dtype(np.float32), np.dtype(np.float64), 5, 256, 7, 0, tuple(range(len(kernel.arguments))))

@@ -8,8 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from fastbn import cases, quickbench, timing
-from fastbn.cli import main
+from fastbn.cli import bench, cases, main, timing
 
 BLOCKS = "".join(f"<!-- {name}:begin -->\nold\n<!-- {name}:end -->\nbehind\n" for name in ("speed", "accuracy"))
 
@@ -20,8 +19,8 @@ def readme(tmp_path, monkeypatch):
     takes = itertools.cycle((1e-3, 2.5e-3))
     monkeypatch.setattr(timing, "turn", lambda call: (call(), next(takes))[1])
     monkeypatch.setattr(cases, "torch", lambda: None)
-    monkeypatch.setattr(quickbench, "others", lambda: 0.0)
-    monkeypatch.setattr(quickbench, "SHAPES", (((4, 3, 5, 5), True), ((16, 4), False)))
+    monkeypatch.setattr(bench, "others", lambda: 0.0)
+    monkeypatch.setattr(bench, "SHAPES", (((4, 3, 5, 5), True), ((16, 4), False)))
     monkeypatch.setattr(cases, "accuracy", functools.partial(cases.accuracy, (8, 4, 6, 6)))
     monkeypatch.setenv("COLUMNS", "80")
     path = tmp_path / "README.md"
@@ -45,7 +44,7 @@ def test_speed(readme, tmp_path, capsys, monkeypatch):
     assert "PyTorch is not installed and is left out" in out
 
     used = iter((0.0, 1e6))
-    monkeypatch.setattr(quickbench, "others", lambda: next(used))
+    monkeypatch.setattr(bench, "others", lambda: next(used))
     readme.write_text(BLOCKS)
     assert main(words) == 1
     assert "repeat them on a quiet machine" in capsys.readouterr().err
@@ -70,7 +69,7 @@ def test_accuracy(readme, capsys, monkeypatch):
 @pytest.mark.peers
 def test_pytorch_stands_beside(monkeypatch, capsys):
     pytest.importorskip("torch", reason="PyTorch is not installed")
-    monkeypatch.setattr(quickbench, "SHAPES", (((4, 3, 5, 5), True),))
+    monkeypatch.setattr(bench, "SHAPES", (((4, 3, 5, 5), True),))
     monkeypatch.setattr(cases, "accuracy", functools.partial(cases.accuracy, (8, 4, 6, 6)))
     assert main(["bench", "--repeats", "1"]) == main(["bench", "--accuracy"]) == 0
     out = capsys.readouterr().out
@@ -79,7 +78,7 @@ def test_pytorch_stands_beside(monkeypatch, capsys):
 
 
 def test_results_that_differ_are_not_timed(readme, monkeypatch):
-    monkeypatch.setattr(quickbench, "numpy_forward", lambda x, gamma, beta, y, axes: (x + 1,))
+    monkeypatch.setattr(bench, "numpy_forward", lambda x, gamma, beta, y, axes: (x + 1,))
     monkeypatch.setattr(timing, "turn", lambda call: pytest.fail("timed a wrong result"))
     with pytest.raises(SystemExit, match="result 0 of NumPy and fastbn differ by"):
         main(["bench", "--repeats", "1"])
@@ -87,13 +86,13 @@ def test_results_that_differ_are_not_timed(readme, monkeypatch):
 
 def test_only_what_other_processes_use_makes_a_machine_busy(monkeypatch):
     stat = SimpleNamespace(read_text=lambda: "cpu 300 20 100 7000 50 5 3 2 0 0\ncpu0 ...\n")  # of which 7050 idle
-    monkeypatch.setattr(quickbench, "Path", lambda path: stat)
+    monkeypatch.setattr(bench, "Path", lambda path: stat)
     own = SimpleNamespace(user=1.5, system=0.5)
     system = SimpleNamespace(times=lambda: own, sysconf=lambda name: 100, cpu_count=lambda: 2)
-    monkeypatch.setattr(quickbench, "os", system)
-    assert quickbench.others() == pytest.approx(4.3 - 2.0)
-    assert quickbench.crowded(2.3 - 10.0, 10.0, 1) is quickbench.crowded(None, 1.0, 2) is None
-    assert "used 1.0 of 2" in quickbench.crowded(2.3 - 10.0, 10.0, 2)
+    monkeypatch.setattr(bench, "os", system)
+    assert bench.others() == pytest.approx(4.3 - 2.0)
+    assert bench.crowded(2.3 - 10.0, 10.0, 1) is bench.crowded(None, 1.0, 2) is None
+    assert "used 1.0 of 2" in bench.crowded(2.3 - 10.0, 10.0, 2)
 
 
 REFUSED = {
@@ -111,7 +110,7 @@ def test_bad_input_is_one_clear_line_before_any_work(words, tmp_path, capsys, mo
     monkeypatch.chdir(tmp_path)
     (tmp_path / "twice.md").write_text(BLOCKS * 2)
     (tmp_path / "loop").symlink_to("loop")
-    monkeypatch.setattr(quickbench, "speed", lambda repeats: pytest.fail("worked before it looked"))
+    monkeypatch.setattr(bench, "speed", lambda repeats: pytest.fail("worked before it looked"))
     assert main(["bench", *words.split()]) == 2
     out, err = capsys.readouterr()
     assert (out, err[:8], err.count("\n")) == ("", "fastbn: ", 1)

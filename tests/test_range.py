@@ -8,7 +8,7 @@ import pytest
 from shapes import COMPACT
 
 import fastbn
-from fastbn.backends import cpu
+from fastbn.cpu import backend as cpu
 
 
 class Scale(NamedTuple):

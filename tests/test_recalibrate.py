@@ -11,8 +11,8 @@ import pytest
 from tolerances import check
 
 import fastbn
-from fastbn import screen
-from fastbn.errors import MissingExtra
+from fastbn import progress as screen
+from fastbn.arguments.errors import MissingExtra
 
 SIZES = (7, 1, 0, 12, 3)  # batches of all sizes: an average over batches would be another number
 OTHERS = (0, 2, 3)

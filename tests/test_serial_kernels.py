@@ -8,6 +8,7 @@ from tolerances import check
 
 import fastbn
 from fastbn import kernels, reference
+from fastbn.cpu.kernels import serial
 from fastbn.kernels import (
     backward_channels_first,
     backward_channels_last,
@@ -121,6 +122,6 @@ def test_a_training_step_whose_coefficients_leave_float32(last):
 
 
 def test_names():
-    assert kernels.normalize_channels_first is kernels.serial.normalize_channels_first
+    assert kernels.normalize_channels_first is serial.normalize_channels_first
     with pytest.raises(AttributeError, match="no attribute 'moments_channels_middle'"):
         _ = kernels.moments_channels_middle

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from shapes import every_half_backend
 
 import fastbn
-from fastbn import config, stream
-from fastbn.cli import main
+from fastbn.arguments import config
+from fastbn.cli import main, npy_moments
 
 SHAPE = (5, 6, 7, 3)
 
@@ -122,10 +122,10 @@ def test_bfloat16_is_asked_for_and_only_for_what_may_be_it(tmp_path, capsys, mon
 @given(st.lists(st.integers(1, 5), min_size=2, max_size=5), st.data(), st.integers(1, 5000))
 def test_chunks_are_consecutive_and_hold_the_channels_they_say(shape, draw, limit):
     axis = draw.draw(st.integers(0, len(shape) - 1))
-    npy = stream.Npy(Path("x"), np.dtype("f8"), tuple(shape), tuple(shape), axis, 0)
+    npy = npy_moments.Npy(Path("x"), np.dtype("f8"), tuple(shape), tuple(shape), axis, 0)
     channel = np.indices(shape)[axis].ravel()
     position = 0
-    for dims, first in stream._chunks(npy, limit):
+    for dims, first in npy_moments._chunks(npy, limit):
         size = math.prod(dims)
         assert size == 1 or size * 8 <= limit
         expected = np.broadcast_to(np.arange(first, first + dims[axis]).reshape([-1 if a == axis else 1 for a in range(len(dims))]), dims)
@@ -137,7 +137,7 @@ def test_chunks_are_consecutive_and_hold_the_channels_they_say(shape, draw, limi
 def test_a_chunked_mean_at_a_large_offset_is_exact_enough(tmp_path):
     x = np.random.default_rng(0).standard_normal((4000, 3), np.float32) + np.float32(1e6)
     np.save(tmp_path / "x.npy", x)
-    m = stream.file_moments(stream.open_npy(tmp_path / "x.npy", 1), 1000, lambda done: None)
+    m = npy_moments.file_moments(npy_moments.open_npy(tmp_path / "x.npy", 1), 1000, lambda done: None)
     np.testing.assert_allclose(m.mean, x.mean(0, np.float64), rtol=1e-9)
     np.testing.assert_allclose(m.var(), x.var(0, np.float64), rtol=1e-6)
 

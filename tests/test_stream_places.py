@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from test_stream import SHAPE, data, left
 
-from fastbn import functional, stream
-from fastbn.cli import main
-from fastbn.errors import DataError
+from fastbn import functional
+from fastbn.arguments.errors import DataError
+from fastbn.cli import main, npy_moments
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def test_an_output_of_the_longest_name_there_is(npy, tmp_path):
     ],
 )
 def test_bad_outputs_are_refused_before_any_work(options, message, npy, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(stream, "file_moments", lambda *_: pytest.fail("worked before it looked"))
+    monkeypatch.setattr(npy_moments, "file_moments", lambda *_: pytest.fail("worked before it looked"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "link.npy").symlink_to(npy)
     (tmp_path / "loop.npy").symlink_to("loop.npy")
@@ -90,7 +90,7 @@ def test_bad_outputs_are_refused_before_any_work(options, message, npy, tmp_path
 
 
 def test_a_full_disk_is_noticed_before_any_work(npy, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(stream.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    monkeypatch.setattr(npy_moments.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
     assert main(["moments", str(npy), "--normalize", str(tmp_path / "y.npy")]) == 2
     assert "needs 2,648 bytes, its disk has 1,000 left" in capsys.readouterr().err
     assert left(tmp_path) == ["x.npy"]
@@ -122,10 +122,10 @@ def test_an_interrupt_in_the_middle_leaves_nothing(raised, code, before, npy, tm
 
 
 def test_a_file_cut_short_while_it_is_read(npy):
-    header = stream.open_npy(npy, 1)
+    header = npy_moments.open_npy(npy, 1)
     os.truncate(npy, npy.stat().st_size - 400)
     with pytest.raises(DataError, match="was cut short while it was read"):
-        stream.file_moments(header, 500, lambda done: None)
+        npy_moments.file_moments(header, 500, lambda done: None)
 
 
 def test_outputs_get_ordinary_permissions_and_follow_links(npy, tmp_path):

@@ -13,8 +13,8 @@ import stand_ins
 from stand_ins import KINDS, LEGACY, OTHER, OWN, THIRD, Array, Machine
 
 import fastbn
-from fastbn.backends import streams
-from fastbn.kernels.cuda import _jit
+from fastbn.cuda import streams
+from fastbn.cuda.kernels import jit
 
 pytestmark = pytest.mark.peers
 
@@ -59,8 +59,8 @@ def test_a_stream_of_every_library_is_known_by_its_handle() -> None:
 
 
 def test_the_bindings_launch_on_the_handle_that_was_meant() -> None:
-    assert int(_jit._stream(LEGACY).handle) == LEGACY
-    assert int(_jit._stream(OTHER).handle) == OTHER
+    assert int(jit._stream(LEGACY).handle) == LEGACY
+    assert int(jit._stream(OTHER).handle) == OTHER
 
 
 @pytest.fixture
@@ -136,7 +136,7 @@ def test_a_tensor_that_can_not_be_recorded_leaves_the_current_gpu_and_stream(
 
 
 def test_memory_is_given_back_where_a_launch_fails(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_jit.Kernel, "launch", lambda *given: 1 / 0)
+    monkeypatch.setattr(jit.Kernel, "launch", lambda *given: 1 / 0)
     with pytest.raises(RuntimeError, match=r"CUDA failed at kernel rows\.moments_rows, .*stream 0x200: division by zero"):
         fastbn.moments(given(machine, "numba", (4, 3, 5)), stream=OTHER)
     assert machine.given_back == 0
@@ -188,20 +188,20 @@ class Driver(SimpleNamespace):
 
 def test_a_workspace_without_a_library_is_of_a_pool_in_the_order_of_its_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     driver = Driver(pools=1)
-    monkeypatch.setattr(_jit, "_driver", lambda: driver)
-    _jit._pool.cache_clear()
+    monkeypatch.setattr(jit, "_driver", lambda: driver)
+    jit._pool.cache_clear()
     try:
         for stream in (2, OTHER):  # the first is another stream in each thread: nothing is kept for it
-            owner, address = _jit.raw(1000, stream, 1)
+            owner, address = jit.raw(1000, stream, 1)
             assert address == 4096
             streams.give_back(owner)
     finally:
-        _jit._pool.cache_clear()
+        jit._pool.cache_clear()
     names = [name for name, *_ in driver.asked]
     assert names == ["cuDeviceGetAttribute", "cuMemPoolCreate", "cuMemPoolSetAttribute", *2 * ["cuMemAllocFromPoolAsync", "cuMemFreeAsync"]]
     (_, wanted), (_, pool, what, value) = driver.asked[1:3]
     assert (wanted.location.id, wanted.location.type.name) == (1, "CU_MEM_LOCATION_TYPE_DEVICE")
-    assert (int(pool), what.name, int(value)) == (77, "CU_MEMPOOL_ATTR_RELEASE_THRESHOLD", _jit.KEPT)
+    assert (int(pool), what.name, int(value)) == (77, "CU_MEMPOOL_ATTR_RELEASE_THRESHOLD", jit.KEPT)
     assert [(nbytes, int(pool), stream) for _, nbytes, pool, stream in driver.asked[3::2]] == [(1000, 77, 2), (1000, 77, OTHER)]
     assert driver.asked[4::2] == [("cuMemFreeAsync", 4096, 2), ("cuMemFreeAsync", 4096, OTHER)]
 
@@ -211,14 +211,14 @@ def test_a_refusal_of_the_driver_is_said(monkeypatch: pytest.MonkeyPatch) -> Non
 
     refused = Driver(pools=1)
     refused.cuMemAllocFromPoolAsync = lambda *given: (driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY, driver.CUdeviceptr(0))
-    monkeypatch.setattr(_jit, "_driver", lambda: refused)
-    monkeypatch.setattr(_jit, "_pool", lambda device: 77)
+    monkeypatch.setattr(jit, "_driver", lambda: refused)
+    monkeypatch.setattr(jit, "_pool", lambda device: 77)
     with pytest.raises(RuntimeError, match="CUDA failed at cuMemAllocFromPoolAsync: CUDA_ERROR_OUT_OF_MEMORY"):
-        _jit.raw(1 << 50, OTHER, 0)
+        jit.raw(1 << 50, OTHER, 0)
 
 
 def test_a_wait_that_fails_leaves_the_current_gpu_and_stream_as_they_were(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_jit, "wait", lambda stream, other: 1 / 0)
+    monkeypatch.setattr(jit, "wait", lambda stream, other: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         fastbn.batch_norm(given(machine, "cupy", (4, 3, 5), THIRD), stream=OTHER)
     assert (machine.device, machine.current["cupy"]) == (0, OWN)

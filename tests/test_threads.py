@@ -14,8 +14,8 @@ import pytest
 from processes import Run, compiled, play
 
 import fastbn
-from fastbn import pool
-from fastbn.threads import limited
+from fastbn.cpu import pool
+from fastbn.cpu.threads import limited
 
 MOST = numba.config.NUMBA_NUM_THREADS
 
@@ -128,7 +128,7 @@ def test_limits_of_four_threads(run: Run, layer: str) -> None:
 @pytest.mark.alone
 def test_asking_is_cheap() -> None:
     """Below half a microsecond by far, of a parallel call's ten: what is bounded here is a wrong order of magnitude."""
-    from fastbn import threads
+    from fastbn.cpu import threads
 
     def seconds(call, *arguments) -> float:
         def once() -> float:

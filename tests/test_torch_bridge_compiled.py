@@ -13,7 +13,7 @@ from torch_pairs import LAYOUTS, draw, pair, step  # noqa: E402
 
 import fastbn.torch  # noqa: E402
 from fastbn import functional  # noqa: E402
-from fastbn.torch import operator, serves  # noqa: E402
+from fastbn.torch import custom_ops, eligibility  # noqa: E402
 
 # Inductor imports and Dynamo uses what PyTorch deprecates.
 DEPRECATED = ("ignore:.*torch.jit.*:DeprecationWarning", "ignore:.*should not be instantiated.*:DeprecationWarning")
@@ -145,10 +145,10 @@ def test_around_a_graph_break_eager_calls_are_not_followed() -> None:
 
 
 def test_what_a_gpu_can_do_is_a_constant_of_the_compiled_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastbn.backends.devices.declines", lambda: "none here")
+    monkeypatch.setattr("fastbn.cuda.buffers.declines", lambda: "none here")
 
     def call(x: Any) -> Any:
-        return x + 1 if serves.gpu_declines() is None else x - 1
+        return x + 1 if eligibility.gpu_declines() is None else x - 1
 
     assert torch.compile(call, backend="eager", fullgraph=True)(torch.ones(1)) == 0
 
@@ -217,16 +217,16 @@ def test_opcheck(dtype: Any, layout: str, gamma: str) -> None:
     weight = _optional(torch.linspace(0.5, 2.0, 5, dtype=kind), gamma)
     bias = _optional(torch.linspace(-1.0, 1.0, 5, dtype=kind), gamma)
     mean, var = torch.ones(5, dtype=kind), torch.full((5,), 2.0, dtype=kind)
-    _, found, m2 = operator.batch_norm(x, weight, bias, 1e-5)
+    _, found, m2 = custom_ops.batch_norm(x, weight, bias, 1e-5)
     assert not found.requires_grad
     assert not m2.requires_grad
     for given in (x, x.detach().requires_grad_()):
         calls = (
-            (operator.moments, (given,)),
-            (operator.batch_norm, (given, weight, bias, 1e-5)),
-            (operator.batch_norm_inference, (given, mean, var, weight, bias, 1e-5)),
-            (operator.batch_norm_backward, (dy, given, found, m2, weight, 1e-5)),
-            (operator.batch_norm_inference_backward, (dy, given, mean, var, weight, 1e-5)),
+            (custom_ops.moments, (given,)),
+            (custom_ops.batch_norm, (given, weight, bias, 1e-5)),
+            (custom_ops.batch_norm_inference, (given, mean, var, weight, bias, 1e-5)),
+            (custom_ops.batch_norm_backward, (dy, given, found, m2, weight, 1e-5)),
+            (custom_ops.batch_norm_inference_backward, (dy, given, mean, var, weight, 1e-5)),
         )
         for op, arguments in calls:
             with warnings.catch_warnings():

@@ -9,7 +9,7 @@ import pytest
 torch = pytest.importorskip("torch", reason="the bridge to PyTorch: pip install 'fastbn[torch]'")
 
 import fastbn.torch  # noqa: E402
-from fastbn.torch import kernels, serves  # noqa: E402
+from fastbn.torch import eligibility, tensors  # noqa: E402
 
 pytestmark = pytest.mark.peers
 
@@ -147,11 +147,11 @@ def test_a_gpu_is_served_by_fastbn_or_by_pytorch_as_its_backend_says(monkeypatch
         def numel(self) -> int:
             return 90
 
-    given = serves.Call(None, None, None, None, True)
-    monkeypatch.setattr("fastbn.backends.devices.declines", lambda: "no GPU here")
-    told = serves.declines(given, OnGpu(), (4,), 1e-5, 0.1)
+    given = eligibility.Call(None, None, None, None, True)
+    monkeypatch.setattr("fastbn.cuda.buffers.declines", lambda: "no GPU here")
+    told = eligibility.declines(given, OnGpu(), (4,), 1e-5, 0.1)
     assert told is not None
     assert "no GPU here" in told
-    monkeypatch.setattr("fastbn.backends.devices.declines", lambda: None)
-    assert serves.declines(given, OnGpu(), (4,), 1e-5, 0.1) is None
-    assert kernels.array(OnGpu()) == "its memory"  # to fastbn's functions, without what autograd has of it
+    monkeypatch.setattr("fastbn.cuda.buffers.declines", lambda: None)
+    assert eligibility.declines(given, OnGpu(), (4,), 1e-5, 0.1) is None
+    assert tensors.array(OnGpu()) == "its memory"  # to fastbn's functions, without what autograd has of it

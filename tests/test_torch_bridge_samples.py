@@ -15,7 +15,7 @@ from torch.testing._internal.common_modules import module_db  # noqa: E402
 from torch_pairs import LAYOUTS, draw, served, step  # noqa: E402
 
 import fastbn.torch  # noqa: E402
-from fastbn.torch import operator  # noqa: E402
+from fastbn.torch import custom_ops  # noqa: E402
 
 MODULES = [module for module in module_db if module.name in {"nn.BatchNorm1d", "nn.BatchNorm2d", "nn.BatchNorm3d"}]
 
@@ -117,7 +117,7 @@ def test_any_combination_of_what_is_trained(way: str, case: tuple[bool | None, .
         given = iter(trained)
         a, g, b = (next(given) if kind else leaf for kind, leaf in zip(case, (x, gamma, beta), strict=True))
         if way == "operator":
-            return operator.batch_norm(a, g, b, 1e-5)[0] if training else operator.batch_norm_inference(a, mean, var, g, b, 1e-5)
+            return custom_ops.batch_norm(a, g, b, 1e-5)[0] if training else custom_ops.batch_norm_inference(a, mean, var, g, b, 1e-5)
         module = fastbn.torch.BatchNorm2d(2, dtype=torch.float64).train(training)
         for name, value in (("weight", g), ("bias", b)):
             module._parameters.pop(name)
@@ -228,7 +228,7 @@ def test_a_penalty_through_a_frozen_layer_between_others(options: dict[str, Any]
 def test_the_operators_penalty_through_constants() -> None:
     x = draw((4, 2, 3), 1.0, 0, torch.float64)[0].requires_grad_()
     mean, var = torch.ones(2, dtype=torch.float64), torch.full((2,), 2.0, dtype=torch.float64)
-    (dx,) = torch.autograd.grad(operator.batch_norm_inference(x, mean, var, None, None, 1e-5).sum(), x, create_graph=True)
+    (dx,) = torch.autograd.grad(custom_ops.batch_norm_inference(x, mean, var, None, None, 1e-5).sum(), x, create_graph=True)
     assert dx.requires_grad
     dx.square().sum().backward()
     assert x.grad is None

@@ -19,7 +19,7 @@ torch = pytest.importorskip("torch", reason="the bridge to PyTorch: pip install 
 from torch_pairs import CHANNELS, LAYOUTS, draw  # noqa: E402
 
 import fastbn.torch  # noqa: E402
-from fastbn.torch import functions, kernels  # noqa: E402
+from fastbn.torch import eager, tensors  # noqa: E402
 
 pytestmark = pytest.mark.peers
 
@@ -38,9 +38,9 @@ def test_kernels_see_the_memory_of_the_tensors_and_pytorch_that_of_the_results(m
         monkeypatch.setattr(module, name, call)
 
     for name in ("batch_norm", "batch_norm_inference"):
-        watch(kernels.functional, name)
+        watch(tensors.functional, name)
     for name in ("batch_norm_backward", "batch_norm_inference_backward"):
-        watch(kernels.gradients, name)
+        watch(tensors.gradients, name)
 
     def address(array: Any) -> int:
         return int(array.__array_interface__["data"][0])
@@ -103,15 +103,15 @@ def test_inference_and_no_grad_record_nothing() -> None:
 def test_pytorchs_number_of_threads_holds(monkeypatch: pytest.MonkeyPatch) -> None:
     module, x = fastbn.torch.BatchNorm2d(5), draw((8, 5, 64, 60), 0.0, 0)[0]
     seen: list[Any] = []
-    real = kernels.functional.batch_norm
+    real = tensors.functional.batch_norm
 
     def watched(*arguments: Any, **options: Any) -> Any:
         if "backend" not in options:  # as it calls itself on fewer threads
             seen.append(options)
         return real(*arguments, **options)
 
-    monkeypatch.setattr(kernels.functional, "batch_norm", watched)
-    monkeypatch.setattr(kernels.threads, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(tensors.functional, "batch_norm", watched)
+    monkeypatch.setattr(tensors.threads, "get_num_threads", lambda: 2)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
@@ -305,7 +305,7 @@ def test_hooks_of_saved_tensors_may_give_back_any_kind(back: Any, training: bool
 
 def test_the_function_is_what_autograd_shows() -> None:
     y = fastbn.torch.BatchNorm1d(5)(torch.randn(3, 5))
-    assert isinstance(y.grad_fn, functions.Normalize._backward_cls)
+    assert isinstance(y.grad_fn, eager.Normalize._backward_cls)
 
 
 def _shown(run: Any) -> dict[str, float]:

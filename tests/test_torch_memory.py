@@ -13,8 +13,8 @@ torch = pytest.importorskip("torch", reason="the bridge to PyTorch: pip install 
 from torch_pairs import LAYOUTS, draw  # noqa: E402
 
 import fastbn.torch  # noqa: E402
-from fastbn import config  # noqa: E402
-from fastbn.torch import BatchNorm2d, kernels, memory  # noqa: E402
+from fastbn.arguments import config  # noqa: E402
+from fastbn.torch import BatchNorm2d, allocator, tensors  # noqa: E402
 
 pytestmark = pytest.mark.peers
 
@@ -36,17 +36,17 @@ def nothing_kept() -> Any:
 
 
 def result(nbytes: int = 4 * MB) -> Any:
-    return memory.like(torch.empty(nbytes // 4))
+    return allocator.like(torch.empty(nbytes // 4))
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_it_is_like_x(dtype: Any, layout: str) -> None:
     x = LAYOUTS[layout](torch.zeros(3, 5, 7, 11, dtype=dtype))
-    y = memory.like(x)
+    y = allocator.like(x)
     assert (y.shape, y.stride(), y.dtype, y.device) == (x.shape, x.stride(), x.dtype, x.device)
     assert (y.storage_offset(), y.untyped_storage().nbytes(), y._base) == (0, x.nbytes, None)
-    assert y.data_ptr() % memory.HUGE == 0
+    assert y.data_ptr() % allocator.HUGE == 0
     assert torch.equal(y.copy_(x), x)
 
 
@@ -54,11 +54,11 @@ def test_it_is_like_x(dtype: Any, layout: str) -> None:
 def test_memory_is_taken_again_by_a_result_of_the_same_size() -> None:
     first = result(5 * MB)
     address = first.data_ptr()
-    assert memory.kept() == 0
+    assert allocator.kept() == 0
     del first
-    assert memory.kept() == 5 * MB
+    assert allocator.kept() == 5 * MB
     other, same = result(6 * MB), result(5 * MB)
-    assert (same.data_ptr(), memory.kept()) == (address, 0)
+    assert (same.data_ptr(), allocator.kept()) == (address, 0)
     assert other.data_ptr() != address
 
 
@@ -68,7 +68,7 @@ def test_it_is_not_taken_while_anything_sees_it(hold: Any) -> None:
     y = result()
     address, held = y.data_ptr(), hold(y)
     del y
-    assert memory.kept() == 0
+    assert allocator.kept() == 0
     assert result().data_ptr() != address
     del held
     assert address in {result().data_ptr() for _ in range(2)} | {y.data_ptr() for y in [result(), result()]}
@@ -79,22 +79,22 @@ def test_no_more_is_kept_than_the_limit_and_the_longest_unused_goes_first(monkey
     monkeypatch.setattr(config, "KEEP_BYTES", 16 * MB)
     for size in (4, 5, 6, 7):
         result(size * MB)
-    assert memory.kept() == 13 * MB  # of 6 and 7
+    assert allocator.kept() == 13 * MB  # of 6 and 7
     result(17 * MB)
-    assert memory.kept() == 13 * MB
+    assert allocator.kept() == 13 * MB
     monkeypatch.setattr(config, "KEEP_BYTES", 0)
     results = [result(6 * MB), result(7 * MB)]
-    assert memory.kept() == 0
+    assert allocator.kept() == 0
     results.clear()
-    assert memory.kept() == 0
+    assert allocator.kept() == 0
 
 
 @keeps
 def test_empty_cache_gives_it_back() -> None:
     result()
-    assert memory.kept() == 4 * MB
+    assert allocator.kept() == 4 * MB
     fastbn.torch.empty_cache()
-    assert memory.kept() == 0
+    assert allocator.kept() == 0
 
 
 def test_nothing_is_kept_that_the_system_could_not_take(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,21 +104,21 @@ def test_nothing_is_kept_that_the_system_could_not_take(monkeypatch: pytest.Monk
         y = result().fill_(2)
         assert float(y.sum()) == 2 * y.numel()
         del y
-        assert memory.kept() == 0
+        assert allocator.kept() == 0
 
 
 @keeps
 def test_where_memory_is_short_what_is_kept_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:
     result()
-    own, asked = memory._mapped, []
+    own, asked = allocator._mapped, []
 
     def mapped(size: int) -> Any:
-        asked.append(memory.kept())
+        asked.append(allocator.kept())
         if asked[-1]:
             raise OSError(12, "Cannot allocate memory")
         return own(size)
 
-    monkeypatch.setattr(memory, "_mapped", mapped)
+    monkeypatch.setattr(allocator, "_mapped", mapped)
     assert result(8 * MB).nbytes == 8 * MB
     assert asked == [4 * MB, 0]
 
@@ -126,7 +126,7 @@ def test_where_memory_is_short_what_is_kept_goes_first(monkeypatch: pytest.Monke
 def test_a_result_that_has_no_room_is_a_memory_error() -> None:
     x = torch.empty(1, device="meta").expand(1 << 60)
     with pytest.raises(MemoryError, match=f"result: {x.nbytes} bytes can't be allocated; want a smaller batch"):
-        memory._bytes(x.nbytes)
+        allocator._bytes(x.nbytes)
 
 
 @compiled
@@ -134,7 +134,7 @@ def test_a_result_that_has_no_room_is_a_memory_error() -> None:
 def test_a_step_in_memory_of_the_last_has_the_same_bits(layout: str) -> None:
     """Whatever lies in it: here what is no number."""
     x = LAYOUTS[layout](draw((8, 6, 160, 160), 1.0, 0, torch.float32)[0])
-    assert x.nbytes >= kernels.LARGE
+    assert x.nbytes >= tensors.LARGE
     found = []
     for _ in range(3):
         module, leaf = BatchNorm2d(6), x.clone().requires_grad_()
@@ -145,13 +145,13 @@ def test_a_step_in_memory_of_the_last_has_the_same_bits(layout: str) -> None:
         for value in (y.detach(), leaf.grad, *inferred):
             value.fill_(torch.nan)
         del y, leaf, value, inferred
-    assert memory.kept() > 0 or not hasattr(mmap, "MADV_FREE")
+    assert allocator.kept() > 0 or not hasattr(mmap, "MADV_FREE")
     for others in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], others, strict=True))
 
 
 def test_threads_never_get_the_same_memory() -> None:
-    wrong, before = [], set(memory._lent)
+    wrong, before = [], set(allocator._lent)
 
     def work(number: int) -> None:
         for k in range(200):
@@ -167,7 +167,7 @@ def test_threads_never_get_the_same_memory() -> None:
         worker.join()
     assert not wrong
     gc.collect()
-    assert not set(memory._lent) - before
+    assert not set(allocator._lent) - before
 
 
 @keeps

@@ -15,9 +15,10 @@ from llvmlite import binding  # noqa: E402
 from numba import njit, prange  # noqa: E402
 
 import fastbn  # noqa: E402
-from fastbn import pool, threads  # noqa: E402
-from fastbn.kernels import _jit, _team  # noqa: E402
-from fastbn.torch import BatchNorm2d, explain, team  # noqa: E402
+from fastbn.cpu import pool, threads  # noqa: E402
+from fastbn.cpu import team as _team  # noqa: E402
+from fastbn.cpu.kernels import jit  # noqa: E402
+from fastbn.torch import BatchNorm2d, explain, openmp  # noqa: E402
 
 pytestmark = pytest.mark.peers
 
@@ -26,8 +27,8 @@ SHAPE = (8, 24, 40, 40)  # over the size from which kernels are parallel
 
 @pytest.fixture
 def runtime() -> _team.Runtime:
-    found = team._runtime()
-    if found is None or _jit.DISABLED or not pool.ready() or fastbn.get_num_threads() < 2:
+    found = openmp._runtime()
+    if found is None or jit.DISABLED or not pool.ready() or fastbn.get_num_threads() < 2:
         pytest.skip("needs a PyTorch on GNU OpenMP, TBB and two processors")
     fastbn.moments(np.ones((2, 1)))  # as in a kernel's life: before numba has begun nothing can be linked
     return found
@@ -88,8 +89,8 @@ def test_every_step_of_a_loop_is_taken_once(runtime: _team.Runtime) -> None:
 
 def test_modules_run_on_pytorchs_threads(runtime: _team.Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    form = _jit.Kernel.form
-    monkeypatch.setattr(_jit.Kernel, "form", lambda kernel, *given: seen.append(threads.team()) or form(kernel, *given))
+    form = jit.Kernel.form
+    monkeypatch.setattr(jit.Kernel, "form", lambda kernel, *given: seen.append(threads.team()) or form(kernel, *given))
     x = torch.randn(SHAPE, requires_grad=True)
     bn = BatchNorm2d(24)
     bn(x).sum().backward()
@@ -175,7 +176,7 @@ def test_after_warmup_layers_compile_nothing(runtime: _team.Runtime) -> None:
 
 def test_without_a_known_runtime_numbas_threads_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.__config__, "parallel_info", lambda: "ATen parallel backend: native thread pool")
-    assert team._runtime.__wrapped__() is None
+    assert openmp._runtime.__wrapped__() is None
     monkeypatch.undo()
-    monkeypatch.setattr(team.ctypes, "CDLL", lambda path: (_ for _ in ()).throw(OSError("no such file")))
-    assert team._runtime.__wrapped__() is None
+    monkeypatch.setattr(openmp.ctypes, "CDLL", lambda path: (_ for _ in ()).throw(OSError("no such file")))
+    assert openmp._runtime.__wrapped__() is None

@@ -3,17 +3,17 @@
 import numpy as np
 from numba.core import event
 
-from fastbn.kernels import _jit
+from fastbn.cpu.kernels import jit
 
 
 def double(x, out):
-    for i in _jit.prange(x.size):
+    for i in jit.prange(x.size):
         out[i] = 2 * x[i]
 
 
-def kernel() -> _jit.Kernel:
+def kernel() -> jit.Kernel:
     """As a process has it that has not called it."""
-    return _jit.Kernel(double, "x1 s1")
+    return jit.Kernel(double, "x1 s1")
 
 
 def compiled(dtype: str = "float32") -> list[str]:

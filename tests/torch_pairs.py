@@ -9,7 +9,7 @@ import torch
 from tolerances import check, scales
 
 import fastbn.torch
-from fastbn.torch import kernels
+from fastbn.torch import tensors
 
 CHANNELS = 5
 
@@ -55,7 +55,7 @@ def draw(shape: tuple[int, ...], offset: float, seed: int, dtype: Any = torch.fl
 
 
 def array(tensor: Any) -> Any:
-    return None if tensor is None else kernels.array(tensor.detach())
+    return None if tensor is None else tensors.array(tensor.detach())
 
 
 def served(module: Any, x: Any) -> bool:

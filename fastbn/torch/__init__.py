@@ -4,18 +4,18 @@
 a batch; `fuse(model)` folds them away for inference. PyTorch comes with the extra `torch`.
 """
 
-from fastbn.errors import MissingExtra
+from fastbn.arguments.errors import MissingExtra
 
 try:
     import torch as _torch  # noqa: F401 # asked for here, so that its absence has a name
 except ImportError as error:
     raise MissingExtra("fastbn.torch needs PyTorch: pip install 'fastbn[torch]'") from error
 
+from fastbn.torch.allocator import empty_cache
 from fastbn.torch.convert import convert, left_alone, revert
+from fastbn.torch.eligibility import explain
 from fastbn.torch.fuse import fuse
-from fastbn.torch.memory import empty_cache
 from fastbn.torch.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d
-from fastbn.torch.serves import explain
 from fastbn.torch.sync import SyncBatchNorm, convert_sync_batchnorm
 
 __all__ = [

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastbn.torch import functions, kernels, operator, prepared, serves, traced
+from fastbn.torch import compiled, custom_ops, eager, eligibility, inference_cache
+from fastbn.torch import tensors as kernels
 
 # An exported program is differentiated as it stands, the moments apart: there training must be one operator, and always is before
 # PyTorch 2.7, which can't tell.
@@ -40,23 +41,25 @@ class Served:
         TypeError, ValueError, RuntimeError
             As PyTorch's module raises them.
         """
-        plain = type(input) in serves.PLAIN and not torch.compiler.is_dynamo_compiling()  # a third of the frames that is_compiling takes
+        plain = (
+            type(input) in eligibility.PLAIN and not torch.compiler.is_dynamo_compiling()
+        )  # a third of the frames that is_compiling takes
         compiling = not plain and torch.compiler.is_compiling()
-        if not compiling and functions.followed() is not None:
-            found: Tensor = functions.alone(Served.forward, self, input)
+        if not compiling and eager.followed() is not None:
+            found: Tensor = eager.alone(Served.forward, self, input)
             return found
-        before, tensors = prepared.known(self, input) if plain else (None, ())
+        before, tensors = inference_cache.known(self, input) if plain else (None, ())
         if before is not None and before.channels and not self.training:
-            again = prepared.inference(self, input, before, tensors)
+            again = inference_cache.inference(self, input, before, tensors)
             if again is not None:
                 return again
-        given, reason = serves.call(self), None
+        given, reason = eligibility.call(self), None
         if before is not None and (before.apart or not given.batch):
-            reason = serves.watched()
+            reason = eligibility.watched()
         elif not compiling:
-            reason = serves.hidden(given, input)
-        if reason is not None or serves.declines(given, input, self.RANKS, self.eps, self.momentum) is not None:
-            serves.refuse_proxy(self, input)
+            reason = eligibility.hidden(given, input)
+        if reason is not None or eligibility.declines(given, input, self.RANKS, self.eps, self.momentum) is not None:
+            eligibility.refuse_proxy(self, input)
             own: Tensor = super().forward(input)  # type: ignore[misc]  # of the class beside this one
             return own
         running = None
@@ -67,12 +70,12 @@ class Served:
         if compiling:
             return _traced(input, given, self.eps, running)
         if before is None:
-            prepared.keep(self, input, given)
+            inference_cache.keep(self, input, given)
         return _eager(input, given, self.eps, running)
 
     def __prepare_scriptable__(self) -> Any:
         """What torch.jit.script asks for first: this can't be compiled by it."""
-        raise RuntimeError(f"torch.jit.script: {serves.remedy(self)}")
+        raise RuntimeError(f"torch.jit.script: {eligibility.remedy(self)}")
 
     def _count(self: Any, compiling: bool) -> Any:
         """Count a batch; the weight of its statistics in the running ones."""
@@ -86,7 +89,7 @@ class Served:
         return 1.0 / (seen.double() if compiling else seen.item())
 
 
-def _eager(x: Tensor, given: serves.Call, eps: float, running: Any) -> Tensor:
+def _eager(x: Tensor, given: eligibility.Call, eps: float, running: Any) -> Tensor:
     gamma, beta, mean, var = given[:4]
     recorded = torch.is_grad_enabled() and (
         x.requires_grad or (gamma is not None and gamma.requires_grad) or (beta is not None and beta.requires_grad)
@@ -96,20 +99,22 @@ def _eager(x: Tensor, given: serves.Call, eps: float, running: Any) -> Tensor:
         see = kernels.copied if recorded else kernels.array  # what backward will need must outlive a change of the buffers
         constants = see(mean), see(var)
     if recorded:
-        return functions.normalized(x, gamma, beta, eps, constants, running)
-    return functions.normalize(x, gamma, beta, eps, constants, running)[0]
+        return eager.normalized(x, gamma, beta, eps, constants, running)
+    return eager.normalize(x, gamma, beta, eps, constants, running)[0]
 
 
-def _traced(x: Tensor, given: serves.Call, eps: float, running: Any) -> Tensor:
+def _traced(x: Tensor, given: eligibility.Call, eps: float, running: Any) -> Tensor:
     gamma, beta, mean, var = given[:4]
     if not given.batch and mean is not None and var is not None:
-        return traced.inference(x, mean, var, gamma, beta, eps)
-    train = operator.batch_norm if exporting() else traced.training  # a program keeps derivatives of both orders, a compiled call takes one
+        return compiled.inference(x, mean, var, gamma, beta, eps)
+    train = (
+        custom_ops.batch_norm if exporting() else compiled.training
+    )  # a program keeps derivatives of both orders, a compiled call takes one
     y, found, m2 = train(x, gamma, beta, eps)
     if running is not None:
         with torch.no_grad():
             weight, *kept = running
-            for old, new in zip(kept, (found, m2 / (operator.count(x) - 1)), strict=True):
+            for old, new in zip(kept, (found, m2 / (custom_ops.count(x) - 1)), strict=True):
                 old.copy_((1.0 - weight) * old.double() + weight * new)
     return y
 

@@ -14,12 +14,13 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from fastbn import dtypes, results, scalars
+from fastbn import results
+from fastbn.arguments import dtypes, scalars
+from fastbn.arguments.errors import BackendUnavailable
 from fastbn.distributed import Exchange
-from fastbn.errors import BackendUnavailable
-from fastbn.moments import Moments
 from fastbn.split import batch_norm_backward_reduce
-from fastbn.torch import functions, serves
+from fastbn.statistics import Moments
+from fastbn.torch import eager, eligibility
 from fastbn.torch.modules import Served
 
 HALF = (torch.float16, torch.bfloat16)
@@ -113,7 +114,7 @@ class SyncBatchNorm(Served, _BatchNorm):
         input : Tensor, shape (N, C, ...)
             On some ranks it may be empty. Its memory format is the result's.
         """
-        serves.refuse_proxy(self, input)
+        eligibility.refuse_proxy(self, input)
         group = self._group() if self.training else None
         if group is not None and _served(input):
             found: Tensor = self._synchronized(input, group)
@@ -225,7 +226,7 @@ class _Synchronized(torch.autograd.Function):
 
 
 def _named(name: str, run: Callable[..., Any], *arguments: Any) -> Any:
-    return functions.named(name, run, *arguments) if profiler._is_profiler_enabled else run(*arguments)
+    return eager.named(name, run, *arguments) if profiler._is_profiler_enabled else run(*arguments)
 
 
 def convert_sync_batchnorm(module: nn.Module, process_group: Any = None) -> nn.Module:

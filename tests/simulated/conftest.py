@@ -9,8 +9,8 @@ import pytest
 import test_contract as contract
 from numba.cuda.simulator import kernel as simulator
 
-from fastbn.backends import grids, launches
-from fastbn.kernels.cuda import _simulated
+from fastbn.cuda import grids, launches
+from fastbn.cuda.kernels import simulated
 
 THREADS, WARP = 8, 4
 
@@ -45,7 +45,7 @@ def _run(manager: Any, grid_point: Any, *arguments: Any) -> None:
 
 
 simulator.BlockManager.run = _run
-_simulated._mine = lambda: greenlet.getcurrent().kernel_thread
+simulated._mine = lambda: greenlet.getcurrent().kernel_thread
 
 
 @pytest.fixture(autouse=True)

@@ -15,9 +15,9 @@ from shapes import Case
 from test_contract import inputs, verify
 
 import fastbn
-from fastbn import device, device_checks, device_gradients
-from fastbn.backends import devices, grids, launches, streams, views
-from fastbn.kernels.cuda import _jit, _simulated, apply
+from fastbn.cuda import backend as device
+from fastbn.cuda import buffers, checks, gradients, grids, launches, streams, views
+from fastbn.cuda.kernels import apply, jit, simulated
 
 WRITING = {name: call for name, call in contract.WRITING.items() if not name.startswith("BatchNorm")}
 ONE_LAUNCH = (
@@ -55,7 +55,7 @@ def test_positions_of_64_bits_give_the_same_bits(call: str, monkeypatch: pytest.
 
 def test_bfloat16_memory_in_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """With arrays that say they hold it, for numba's have no bfloat16: the float32 result, rounded."""
-    monkeypatch.setattr(devices, "_dtype", lambda given, interface, name: "bfloat16" if given.dtype == np.int16 else str(given.dtype))
+    monkeypatch.setattr(buffers, "_dtype", lambda given, interface, name: "bfloat16" if given.dtype == np.int16 else str(given.dtype))
     for shape in ((3, 2, 5, 7), (21, 16), (9, 5)):
         x, dy = (np.random.default_rng(seed).standard_normal(shape).astype(ml_dtypes.bfloat16) for seed in (4, 5))
         bits = [gpu.on_gpu(array.view(np.int16)) for array in (x, dy, np.zeros_like(x), np.zeros_like(x))]
@@ -115,12 +115,12 @@ def test_every_run_gives_the_same_bits() -> None:
 
 def test_a_call_takes_its_own_workspace_and_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[tuple[int, int]] = []
-    raw = _jit.raw
-    monkeypatch.setattr(_jit, "raw", lambda nbytes, stream, device: taken.append((nbytes, stream)) or raw(nbytes, stream, device))
+    raw = jit.raw
+    monkeypatch.setattr(jit, "raw", lambda nbytes, stream, device: taken.append((nbytes, stream)) or raw(nbytes, stream, device))
     x = gpu.on_gpu(np.random.default_rng(7).standard_normal((4, 3, 5)).astype(np.float32))
     for stream in (None, None, 5, np.int64(5)):
         fastbn.batch_norm(x, stream=stream)
-    assert [stream for _, stream in taken] == [devices.LEGACY, devices.LEGACY, 5, 5]
+    assert [stream for _, stream in taken] == [buffers.LEGACY, buffers.LEGACY, 5, 5]
     assert len({nbytes for nbytes, _ in taken}) == 1
     assert taken[0][0] < 4096
     with pytest.raises(TypeError, match="stream: given str"):
@@ -141,7 +141,7 @@ def test_what_is_launched_is_written_once_for_arrays_that_lie_alike(monkeypatch:
     fastbn.batch_norm(gpu.on_gpu(x), axis=0)
     assert launches.program.cache_info().misses == 4
     fastbn.batch_norm(gpu.on_gpu(x), out=gpu.on_gpu(x.copy()))
-    monkeypatch.setattr(device_checks, "_shadow", lambda buffer: pytest.fail("NumPy was asked about memory that lies apart"))
+    monkeypatch.setattr(checks, "_shadow", lambda buffer: pytest.fail("NumPy was asked about memory that lies apart"))
     fastbn.batch_norm(given := gpu.on_gpu(x), out=given)
     fastbn.batch_norm(gpu.on_gpu(x), out=gpu.on_gpu(x.copy()))
 
@@ -172,8 +172,8 @@ def test_threads_at_once_on_a_stream(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return run
 
-    monkeypatch.setattr(_jit.Kernel, "launch", one_by_one(_jit.Kernel.launch))
-    monkeypatch.setattr(_jit, "empty", one_by_one(_jit.empty))
+    monkeypatch.setattr(jit.Kernel, "launch", one_by_one(jit.Kernel.launch))
+    monkeypatch.setattr(jit, "empty", one_by_one(jit.empty))
     x = np.random.default_rng(8).standard_normal((4, 2, 6, 6)).astype(np.float32)
     want = gpu.batch_norm(x, None, None, 1, 1e-5, None, backend="cuda")[0]
     found: list[np.ndarray] = []
@@ -255,7 +255,7 @@ def test_out_lies_apart_from_parameters_and_statistics(function: str) -> None:
 
 def test_another_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     x, gamma = gpu.on_gpu(X), gpu.on_gpu(THREE)
-    monkeypatch.setattr(devices, "device_of", lambda buffer: int(buffer.owner is gamma))
+    monkeypatch.setattr(buffers, "device_of", lambda buffer: int(buffer.owner is gamma))
     with pytest.raises(ValueError, match="gamma: given an array on GPU 1, want GPU 0, where x is"):
         fastbn.batch_norm(x, gamma)
 
@@ -270,8 +270,8 @@ def test_strides_of_more_axes_than_a_copy_takes() -> None:
 @pytest.mark.parametrize("call", ["batch_norm", "batch_norm_backward"])
 def test_one_launch_gives_the_bits_of_three(call: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
-    launch = _jit.Kernel.launch
-    monkeypatch.setattr(_jit.Kernel, "launch", lambda kernel, *given: seen.append(kernel.name) or launch(kernel, *given))
+    launch = jit.Kernel.launch
+    monkeypatch.setattr(jit.Kernel, "launch", lambda kernel, *given: seen.append(kernel.name) or launch(kernel, *given))
     monkeypatch.setattr(grids, "DEEP", 1000)  # one part to a channel, whatever its size
     for case in ONE_LAUNCH:
         i = inputs(case, dtype)
@@ -292,8 +292,8 @@ def test_one_launch_gives_the_bits_of_three(call: str, dtype: str, monkeypatch: 
 
 def test_a_barrier_that_not_every_thread_reaches_is_an_error() -> None:
     def parted() -> None:
-        if _simulated.thread() > 0:
-            _simulated.sync()
+        if simulated.thread() > 0:
+            simulated.sync()
 
     with pytest.raises(AssertionError, match="wait at a barrier, and others have ended"):
         numba_cuda.jit(parted)[1, 8]()
@@ -303,7 +303,7 @@ def test_workspace_is_what_a_call_needs() -> None:
     """By arithmetic: no table of coefficients where one launch takes none, nor one longer than rows of many channels need."""
     one = ((4, 3), (3, 1), "float32", 0)
     given = (((3,), (1,), "float64", 0),) * 2
-    assert launches.program(device_gradients._backward, (one, one, *given, None, None, None), 1, ("mean", "var"), True).work == 0
+    assert launches.program(gradients._backward, (one, one, *given, None, None, None), 1, ("mean", "var"), True).work == 0
     for C in (10_000_001, 2**28 + 1):
         x, means = ((2, C), (C, 1), "float16", 0), ((C,), (1,), "float32", 0)
         program = launches.program(device._inference, (x, means, means, None, None, None), 1)

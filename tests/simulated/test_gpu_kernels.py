@@ -5,18 +5,18 @@ import importlib
 import numpy as np
 import pytest
 
-from fastbn.kernels.cuda import _gpu, _jit, apply, rows
+from fastbn.cuda.kernels import apply, gpu, jit, rows
 
 
 def test_no_two_kernels_have_one_name_in_errors() -> None:
-    names = [kernel.name for kernel in _jit.KERNELS]
+    names = [kernel.name for kernel in jit.KERNELS]
     assert len(set(names)) == len(names)
     assert {apply.normalize_long.name, apply.gradient.name} <= set(names)
 
 
 def test_numpy_lacks_no_name_that_numba_cuda_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(np, "row_stack", raising=False)  # as in NumPy 2.5
-    importlib.reload(_gpu)
+    importlib.reload(gpu)
     np.testing.assert_array_equal(np.row_stack(([1, 2], [3, 4])), [[1, 2], [3, 4]])  # noqa: NPY201
 
 

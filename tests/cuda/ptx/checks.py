@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import fastbn
-import fastbn.device
-from fastbn.backends import grids
-from fastbn.device import DeviceMoments
-from fastbn.moments import made
+import fastbn.cuda.backend
+from fastbn.cuda import grids
+from fastbn.cuda.backend import DeviceMoments
+from fastbn.statistics import made
 
 from .arrays import Array, Ints
 from .cases import Case
@@ -216,8 +216,8 @@ class Passes:
         before = np.linspace(0.5, 2, C)
         running = [self.device.array(before, kind, name, shift=1, allowed=READ | WRITE) for name in ("running mean", "running var")]
         freedom = found.count - 1.0
-        self.call("track", lambda: fastbn.device.track(found, freedom, 0.1, *running))
-        wide = self.call("widen", lambda: fastbn.device.widened(running[0]))
+        self.call("track", lambda: fastbn.cuda.backend.track(found, freedom, 0.1, *running))
+        wide = self.call("widen", lambda: fastbn.cuda.backend.widened(running[0]))
         if wide is not None:
             self.compare("running mean, wide", wide, running[0].get(), 1e-15)
         for array, value in zip(running, (want.mean, want.m2 / freedom), strict=True):

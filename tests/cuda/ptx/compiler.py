@@ -19,8 +19,8 @@ from numba import cuda as numba_cuda
 from numba.cuda import dispatcher
 from numba.cuda.cudadrv import nvrtc
 
-import fastbn.kernels.cuda
-from fastbn.kernels.cuda import _jit
+import fastbn.cuda.kernels
+from fastbn.cuda.kernels import jit
 
 # The targets that numba-cuda compiles for on A100, H100 and H200, B200: a is for what only that architecture has.
 ARCHITECTURES = {"sm_80": (8, 0, ""), "sm_90a": (9, 0, "a"), "sm_100a": (10, 0, "a")}
@@ -29,23 +29,23 @@ STATISTICS = ("float32", "float64")
 
 
 @cache
-def kernels() -> dict[str, _jit.Kernel]:
+def kernels() -> dict[str, jit.Kernel]:
     """Every kernel of the package, as "module.name"."""
     found = {}
-    for module in pkgutil.iter_modules(fastbn.kernels.cuda.__path__):
-        names = vars(importlib.import_module(f"fastbn.kernels.cuda.{module.name}"))
-        mine = {f"{module.name}.{name}": value for name, value in names.items() if isinstance(value, _jit.Kernel)}
+    for module in pkgutil.iter_modules(fastbn.cuda.kernels.__path__):
+        names = vars(importlib.import_module(f"fastbn.cuda.kernels.{module.name}"))
+        mine = {f"{module.name}.{name}": value for name, value in names.items() if isinstance(value, jit.Kernel)}
         found |= {name: kernel for name, kernel in mine.items() if kernel.body.__module__ == names["__name__"]}
     return found
 
 
-def takes_statistics(kernel: _jit.Kernel) -> bool:
+def takes_statistics(kernel: jit.Kernel) -> bool:
     """Whether it is compiled for given statistics of either dtype."""
     return "t" in kernel.arguments
 
 
 @contextmanager
-def without_a_driver(target: _jit.Target) -> Iterator[None]:
+def without_a_driver(target: jit.Target) -> Iterator[None]:
     """Answers where numba-cuda would ask a driver."""
     known = sorted(each[:2] for each in ARCHITECTURES.values())
     current = SimpleNamespace(compute_capability=target[:2])
@@ -61,7 +61,7 @@ def compiled(body: Any, signature: Any, architecture: str, lto: bool = False) ->
     target = ARCHITECTURES[architecture]
     with without_a_driver(target):
         kind = "ltoir" if lto else "ptx"
-        found, _ = numba_cuda.compile(body, signature, cc=target, device=False, abi="numba", output=kind, **_jit.Kernel.options)
+        found, _ = numba_cuda.compile(body, signature, cc=target, device=False, abi="numba", output=kind, **jit.Kernel.options)
     return _linked(found, architecture) if lto else str(found)
 
 

@@ -9,8 +9,8 @@ from unittest import mock
 
 import numpy as np
 
-from fastbn.backends import devices, grids, launches, streams, views
-from fastbn.kernels.cuda import _gpu, _jit
+from fastbn.cuda import buffers, grids, launches, streams, views
+from fastbn.cuda.kernels import gpu, jit
 
 from . import compiler
 from .arrays import BOUNDARY, ITEMSIZE, Array, Ints, laid
@@ -71,17 +71,17 @@ class Device:
             self._launch(kernel, dtype.name, statistic.name, blocks, threads, arguments)
 
         return [
-            (devices, "declines", lambda: None),
-            (devices, "empty", self._result),
-            (_jit, "current", lambda: 0),
-            (_jit, "device_of", lambda address: 0),
-            (_jit.Kernel, "launch", launch),
+            (buffers, "declines", lambda: None),
+            (buffers, "empty", self._result),
+            (jit, "current", lambda: 0),
+            (jit, "device_of", lambda address: 0),
+            (jit.Kernel, "launch", launch),
             (launches.Call, "take", take_apart),
             (launches.Queue, "run", run_noted),
         ]
 
     def __enter__(self) -> "Device":
-        assert not _gpu.SIMULATED
+        assert not gpu.SIMULATED
         self._stack = ExitStack()
         for where, name, value in self.replaced():
             self._stack.enter_context(mock.patch.object(where, name, value))

@@ -9,9 +9,9 @@ import pytest
 pytest.importorskip("numba_cuda", reason="needs numba-cuda: pip install 'fastbn[cuda13]'")
 pytest.importorskip("nvidia", reason="needs nvidia-nvvm, or a CUDA toolkit")
 
-from fastbn.kernels.cuda import _gpu
+from fastbn.cuda.kernels import gpu
 
-if _gpu.SIMULATED:
+if gpu.SIMULATED:
     pytest.skip("the simulator and the compiler can't share a process", allow_module_level=True)
 
 from ptx import arrays, cases, checks, compiler, driver, planted

@@ -1,0 +1,1 @@
+"""What may come in: all validation of arguments, before anything is allocated."""

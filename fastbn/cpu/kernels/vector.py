@@ -1,0 +1,216 @@
+"""The vector type of the kernels, and how values are kept in memory: the LLVM side of `_simd`.
+
+Arithmetic is in float32 or float64. Half precision is storage only: float16 arrays reach a kernel as their bits in uint16, bfloat16
+arrays as theirs in int16, so that numba tells the two apart; loads widen to float32, stores round to nearest even.
+"""
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.core.datamodel import models, register_default
+from numba.core.imputils import lower_builtin
+from numba.core.typing.templates import AbstractTemplate, infer_global, signature
+from numba.np.arrayobj import make_array
+
+from fastbn.cpu.kernels.half import converts, from_half, to_half
+
+VECTOR_BYTES = 64  # of arithmetic: 16 float32 or 8 float64
+I16, I32, I64 = (ir.IntType(bits) for bits in (16, 32, 64))
+FLOAT, DOUBLE = ir.FloatType(), ir.DoubleType()
+
+
+def arithmetic(dtype: Any) -> Any:
+    """The numba type that elements of an array are computed in."""
+    return dtype if isinstance(dtype, types.Float) else types.float32
+
+
+def itemsize(dtype: Any) -> int:
+    """Bytes of an element in memory."""
+    return int(dtype.bitwidth) // 8
+
+
+class Vector(types.Type):  # type: ignore[misc]  # numba is untyped
+    """The numba type of a 64-byte vector of float32 or float64."""
+
+    def __init__(self, dtype: Any) -> None:
+        self.dtype = arithmetic(dtype)
+        self.lanes = VECTOR_BYTES * 8 // self.dtype.bitwidth
+        self.ir = ir.VectorType(FLOAT if self.dtype.bitwidth == 32 else DOUBLE, self.lanes)
+        super().__init__(name=f"Vector({self.dtype} x {self.lanes})")
+
+
+@register_default(Vector)
+class _VectorModel(models.PrimitiveModel):  # type: ignore[misc]  # numba is untyped
+    def __init__(self, dmm: Any, fe_type: Vector) -> None:
+        super().__init__(dmm, fe_type, fe_type.ir)
+
+
+class _Elementwise(AbstractTemplate):  # type: ignore[misc]  # numba is untyped
+    def generic(self, args: tuple[Any, ...], kws: dict[str, Any]) -> Any:
+        if len(args) == 2 and isinstance(args[0], Vector) and args[0] == args[1]:
+            return signature(args[0], *args)
+        return None
+
+
+def _register(op: Callable[[Any, Any], Any], instruction: str) -> None:
+    infer_global(op)(type(f"_{instruction}", (_Elementwise,), {}))
+
+    @lower_builtin(op, Vector, Vector)  # type: ignore[untyped-decorator]  # numba is untyped
+    def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return getattr(builder, instruction)(*args)
+
+
+for _op, _instruction in ((operator.add, "fadd"), (operator.sub, "fsub"), (operator.mul, "fmul"), (operator.truediv, "fdiv")):
+    _register(_op, _instruction)
+
+
+def splat(builder: Any, value: Any, vector: ir.VectorType) -> Any:
+    """The value in every lane."""
+    undefined = ir.Constant(vector, ir.Undefined)
+    first = builder.insert_element(undefined, value, ir.Constant(I32, 0))
+    return builder.shuffle_vector(first, undefined, ir.Constant(ir.VectorType(I32, vector.count), [0] * vector.count))
+
+
+def pointer(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+    """Address of args[0][args[1]]. The last axis is contiguous: its stride is a constant, which the loops' addressing folds in."""
+    array_type, index_type = sig.args[:2]
+    view = make_array(array_type)(context, builder, args[0])
+    parts = cgutils.unpack_tuple(builder, args[1], len(index_type))
+    parts = [context.cast(builder, part, kind, types.intp) for part, kind in zip(parts, index_type, strict=True)]
+    offset = builder.mul(parts[-1], ir.Constant(I64, itemsize(array_type.dtype)))
+    for part, stride in zip(parts[:-1], cgutils.unpack_tuple(builder, view.strides), strict=False):
+        offset = builder.add(offset, builder.mul(part, stride))
+    return cgutils.pointer_add(builder, view.data, offset)
+
+
+def mask(builder: Any, count: Any, lanes: int) -> Any:
+    """The first `count` of so many lanes."""
+    vector = ir.VectorType(I32, lanes)
+    return builder.icmp_unsigned("<", ir.Constant(vector, list(range(lanes))), splat(builder, builder.trunc(count, I32), vector))
+
+
+def call(builder: Any, result: Any, name: str, arguments: list[Any], fastmath: tuple[str, ...] = ()) -> Any:
+    """Call an LLVM intrinsic."""
+    fn_type = ir.FunctionType(result, [a.type for a in arguments])
+    return builder.call(cgutils.get_or_insert_function(builder.module, fn_type, name), arguments, fastmath=fastmath)
+
+
+def suffix(vector: ir.VectorType) -> str:
+    """How LLVM names a vector type: v16f32."""
+    return f"v{vector.count}{ {FLOAT: 'f32', DOUBLE: 'f64'}.get(vector.element, 'i16') }"
+
+
+def stored(dtype: Any, lanes: int) -> ir.VectorType:
+    """The type of so many elements in memory."""
+    return ir.VectorType({types.float32: FLOAT, types.float64: DOUBLE}.get(dtype, I16), lanes)
+
+
+def convert(builder: Any, vector: Any, element: Any) -> Any:
+    """The same lanes as float32 or float64."""
+    if vector.type.element == element:
+        return vector
+    change = builder.fpext if element == DOUBLE else builder.fptrunc
+    return change(vector, ir.VectorType(element, vector.type.count))
+
+
+def widen(context: Any, builder: Any, vector: Any, dtype: Any) -> Any:
+    """Elements as loaded from an array of `dtype` -> what they are computed in."""
+    lanes = vector.type.count
+    if dtype == types.uint16:
+        if not converts(*context.codegen().magic_tuple()):
+            return from_half(builder, vector)
+        return builder.fpext(builder.bitcast(vector, ir.VectorType(ir.HalfType(), lanes)), ir.VectorType(FLOAT, lanes))
+    if dtype == types.int16:
+        wide = ir.VectorType(I32, lanes)
+        bits = builder.shl(builder.zext(vector, wide), ir.Constant(wide, [16] * lanes))
+        return builder.bitcast(bits, ir.VectorType(FLOAT, lanes))
+    return vector
+
+
+def narrow(context: Any, builder: Any, vector: Any, dtype: Any) -> Any:
+    """The inverse, rounding to nearest even.
+
+    bfloat16 by integer arithmetic: the machine's own instruction takes subnormal numbers for zero.
+    """
+    lanes = vector.type.count
+    if dtype == types.uint16:
+        if not converts(*context.codegen().magic_tuple()):
+            return to_half(builder, vector)
+        return builder.bitcast(builder.fptrunc(vector, ir.VectorType(ir.HalfType(), lanes)), ir.VectorType(I16, lanes))
+    if dtype == types.int16:
+        wide = ir.VectorType(I32, lanes)
+
+        def constant(value: int) -> Any:
+            return ir.Constant(wide, [value] * lanes)
+
+        bits = builder.bitcast(vector, wide)
+        high = builder.lshr(bits, constant(16))
+        rounded = builder.add(bits, builder.add(builder.and_(high, constant(1)), constant(0x7FFF)))
+        quiet = builder.or_(builder.and_(high, constant(0x8000)), constant(0x7FC0))
+        chosen = builder.select(builder.fcmp_unordered("uno", vector, vector), quiet, builder.lshr(rounded, constant(16)))
+        return builder.trunc(chosen, ir.VectorType(I16, lanes))
+    return vector
+
+
+WIDE = Vector(types.float64)
+
+
+def load_elements(context: Any, builder: Any, sig: Any, args: Any, lanes: int) -> Any:
+    """So many elements from x[index], as they are computed."""
+    dtype = sig.args[0].dtype
+    return widen(context, builder, _load(builder, pointer(context, builder, sig, args), stored(dtype, lanes)), dtype)
+
+
+def load_halves(context: Any, builder: Any, sig: Any, args: Any, lanes: int) -> Any:
+    """The same by two loads, unless half precision makes one as short."""
+    dtype = sig.args[0].dtype
+    if lanes * itemsize(dtype) < VECTOR_BYTES:
+        return load_elements(context, builder, sig, args, lanes)
+    place, kind = pointer(context, builder, sig, args), stored(dtype, lanes // 2)
+    second = cgutils.pointer_add(builder, place, ir.Constant(I64, VECTOR_BYTES // 2))
+    halves = [_load(builder, start, kind, _Volatile) for start in (place, second)]
+    return builder.shuffle_vector(*halves, ir.Constant(ir.VectorType(I32, lanes), list(range(lanes))))
+
+
+class _Volatile(ir.LoadInstr):  # type: ignore[misc]  # llvmlite is untyped
+    """A load that LLVM does not join with the next one."""
+
+    def descr(self, buf: list[str]) -> None:
+        text: list[str] = []
+        super().descr(text)
+        buf.append(text[0].replace("load", "load volatile", 1))
+
+
+def _load(builder: Any, place: Any, kind: ir.VectorType, instruction: type[ir.LoadInstr] = ir.LoadInstr) -> Any:
+    loaded = builder.load(builder.bitcast(place, kind.as_pointer()), typ=kind)
+    loaded.__class__ = instruction  # the builder knows one kind only
+    loaded.align = 1
+    return loaded
+
+
+def load_first(context: Any, builder: Any, sig: Any, args: Any, lanes: int) -> Any:
+    """The first args[2] of so many elements, zeros behind them."""
+    kind, some = stored(sig.args[0].dtype, lanes), mask(builder, args[2], lanes)
+    place = builder.bitcast(pointer(context, builder, sig, args), kind.as_pointer())
+    arguments = [place, ir.Constant(I32, 1), some, ir.Constant(kind, None)]
+    return widen(context, builder, call(builder, kind, f"llvm.masked.load.{suffix(kind)}.p0", arguments), sig.args[0].dtype), some
+
+
+def store_elements(context: Any, builder: Any, sig: Any, args: Any, value: Any, align: int) -> Any:
+    """Store `value` to x[index] onwards; the instruction."""
+    kept = narrow(context, builder, value, sig.args[0].dtype)
+    instruction = builder.store(kept, builder.bitcast(pointer(context, builder, sig, args), kept.type.as_pointer()))
+    instruction.align = align
+    return instruction
+
+
+def store_first(context: Any, builder: Any, sig: Any, args: Any, value: Any) -> None:
+    """Store the first args[2] lanes of `value` to x[index] onwards."""
+    kept = narrow(context, builder, value, sig.args[0].dtype)
+    place = builder.bitcast(pointer(context, builder, sig, args), kept.type.as_pointer())
+    arguments = [kept, place, ir.Constant(I32, 1), mask(builder, args[2], kept.type.count)]
+    call(builder, ir.VoidType(), f"llvm.masked.store.{suffix(kept.type)}.p0", arguments)

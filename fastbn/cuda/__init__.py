@@ -1,0 +1,1 @@
+"""Batch normalization of arrays on a GPU."""

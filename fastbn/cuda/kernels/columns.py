@@ -1,0 +1,207 @@
+"""Channels last on the GPU: partial moments and gradients' sums of columns (R, W), W contiguous.
+
+A thread takes one group of columns and every so many rows, a block `across` groups, which hold whole channels, and one part of the rows.
+Short rows of channels first are columns too, S to a channel; rows of few channels are folded together, and the last, shorter one is read
+apart. A block merges what it has of a channel: rows, folded rows and columns.
+"""
+
+from fastbn.cuda.kernels import gpu
+from fastbn.cuda.kernels.jit import kernel
+from fastbn.cuda.kernels.merging import (
+    LEAF,
+    add,
+    grow,
+    join,
+    join_lanes,
+    keep_lane,
+    keep_lane_sums,
+    kept_lane,
+    kept_lane_sums,
+    store_moments,
+    store_sums,
+    sum_lanes,
+    weights,
+)
+
+
+@gpu.device
+def fetch(x, i, count, aligned):
+    """A group of columns: in one load, or as many of its lanes as there are."""
+    if aligned:
+        return gpu.load_group(x, i)
+    return gpu.load_any(x, i, count)
+
+
+@gpu.device
+def column_moments(x, at, step, start, stop, every, wide, aligned):
+    """(rows, base, rest, m2) of each lane for the columns at `at`: rows start, start + every, ... below stop; rows are of all lanes."""
+    zero, one = gpu.scalar(x, 0.0), gpu.scalar(x, 1.0)
+    nil = gpu.spread(x, zero)
+    count, origin, beside, m2, lost = zero, nil, nil, nil, nil
+    i, apart = at + start * step, every * step
+    if start < stop:
+        origin = fetch(x, i, wide, aligned)
+    r, until = start, start + 4 * every  # the first leaf is short: one value may be far from all others
+    while r < stop:
+        terms, total, squares = zero, nil, nil
+        until = min(until, stop)
+        while r + 3 * every < until:  # four loads on their way at once
+            a, b = fetch(x, i, wide, aligned), fetch(x, i + apart, wide, aligned)
+            c, d = fetch(x, i + 2 * apart, wide, aligned), fetch(x, i + 3 * apart, wide, aligned)
+            a, b, c, d = a - origin, b - origin, c - origin, d - origin
+            total = total + ((a + b) + (c + d))
+            squares = squares + a * a + b * b + c * c + d * d
+            terms += one + one + one + one
+            r += 4 * every
+            i += 4 * apart
+        while r < until:
+            a = fetch(x, i, wide, aligned) - origin
+            total, squares = total + a, squares + a * a
+            terms += one
+            r += every
+            i += apart
+        inverse, weight, both = weights(count, terms)
+        inverse, weight, both = gpu.spread(x, inverse), gpu.spread(x, weight), gpu.spread(x, both)
+        origin, beside, m2, lost = grow(total, squares, inverse, weight, both, origin, beside, m2, lost)
+        count += terms
+        until = r + LEAF * every
+    return count, origin, beside, m2
+
+
+@gpu.device
+def column_sums(x, dy, at, step, at_dy, step_dy, start, stop, every, wide, aligned, means):
+    """(sum of dy, sum of dy * (x - mean)) of each lane, as `column_moments`."""
+    nil = gpu.spread(x, gpu.scalar(x, 0.0))
+    total, lost, product, missing = nil, nil, nil, nil
+    i, j, apart, apart_dy = at + start * step, at_dy + start * step_dy, every * step, every * step_dy
+    r = start
+    while r < stop:
+        some, products = nil, nil
+        until = min(r + LEAF * every, stop)
+        while r + every < until:  # two loads of each array on their way at once
+            a, da = fetch(x, i, wide, aligned), fetch(dy, j, wide, aligned)
+            b, db = fetch(x, i + apart, wide, aligned), fetch(dy, j + apart_dy, wide, aligned)
+            some = some + (da + db)
+            products = products + da * (a - means) + db * (b - means)
+            r += 2 * every
+            i += 2 * apart
+            j += 2 * apart_dy
+        while r < until:
+            da = fetch(dy, j, wide, aligned)
+            some, products = some + da, products + da * (fetch(x, i, wide, aligned) - means)
+            r += every
+            i += apart
+            j += apart_dy
+        total, lost = add(total, lost, some)
+        product, missing = add(product, missing, products)
+    return total, product
+
+
+@gpu.device
+def place_of(x, R, W, across, unit, part, chunk):
+    """(first column of the block's, this thread's, how many it has, rows from, to, every)."""
+    thread, lanes = gpu.thread(), gpu.lanes(x)
+    every = gpu.threads() // across
+    below = gpu.quotient(thread, across)
+    first = unit * across * lanes
+    column = first + (thread - below * across) * lanes
+    wide = min(lanes, W - column) if below < every else 0  # threads that no row is for, and columns beyond the last
+    start = part * chunk + below
+    return first, column, wide, start, min(part * chunk + chunk, R) if wide > 0 else start, every
+
+
+@gpu.device
+def part_moments(x, R, W, C, S, step, rest, across, units, unit, part, chunk, aligned):
+    """A block's part of each of its channels into slot 0, S, 2 * S, ... of shared memory; how many channels, and which is the first.
+
+    Channels of folded rows are merged where a block has all of them; else channel C is channel 0 of the next row.
+    """
+    lanes, thread = gpu.lanes(x), gpu.thread()
+    first, column, wide, start, stop, every = place_of(x, R, W, across, unit, part, chunk)
+    if aligned:  # a loop of its own: a choice at each load would hold back the next until this one is there
+        count, base, beside, m2 = column_moments(x, column, step, start, stop, every, wide, True)
+    else:
+        count, base, beside, m2 = column_moments(x, column, step, start, stop, every, wide, False)
+    plane = gpu.many(x)
+    gpu.put_group(x, thread * lanes, gpu.spread(x, count))
+    gpu.put_group(x, plane + thread * lanes, base)
+    gpu.put_group(x, 2 * plane + thread * lanes, beside)
+    gpu.put_group(x, 3 * plane + thread * lanes, m2)
+    columns = min(across * lanes, W - first)
+    if part == 0 and rest > first:
+        gpu.sync()
+        i, zero = thread, gpu.scalar(x, 0.0)
+        while i < min(rest - first, columns):
+            keep_lane(x, i, *join(*kept_lane(x, i), gpu.scalar(x, 1.0), gpu.load(x, first + i + R * step), zero, zero))
+            i += gpu.threads()
+    join_lanes(x, every, across * lanes, 1, 0)
+    channels = gpu.quotient(columns, S)
+    if units == 1:
+        join_lanes(x, gpu.quotient(channels, C), C * S, 1, 0)
+        channels = min(channels, C)
+    join_lanes(x, S, 1, channels, S)
+    return channels, gpu.quotient(first, S)
+
+
+@gpu.device
+def part_sums(x, dy, mean, R, W, C, S, step, step_dy, rest, across, units, unit, part, chunk, aligned):
+    """The same for the sums of dy and dy * (x - mean)."""
+    lanes, thread = gpu.lanes(x), gpu.thread()
+    first, column, wide, start, stop, every = place_of(x, R, W, across, unit, part, chunk)
+    means = gpu.spread(x, gpu.scalar(x, 0.0))
+    if wide > 0:
+        means = gpu.gather(x, mean, 0, column // S % C, column % S, S, C)
+    if aligned:
+        a, b = column_sums(x, dy, column, step, column, step_dy, start, stop, every, wide, True, means)
+    else:
+        a, b = column_sums(x, dy, column, step, column, step_dy, start, stop, every, wide, False, means)
+    gpu.put_group(x, thread * lanes, a)
+    gpu.put_group(x, gpu.many(x) + thread * lanes, b)
+    columns = min(across * lanes, W - first)
+    if part == 0 and rest > first:
+        gpu.sync()
+        i = thread
+        while i < min(rest - first, columns):
+            value, middle = gpu.load(dy, first + i + R * step_dy), gpu.scalar(x, gpu.load(mean, (first + i) // S % C))
+            one, other = kept_lane_sums(x, i)
+            keep_lane_sums(x, i, one + value, other + value * (gpu.load(x, first + i + R * step) - middle))
+            i += gpu.threads()
+    sum_lanes(x, every, across * lanes, 1, 0)
+    channels = gpu.quotient(columns, S)
+    if units == 1:
+        sum_lanes(x, gpu.quotient(channels, C), C * S, 1, 0)
+        channels = min(channels, C)
+    sum_lanes(x, S, 1, channels, S)
+    return channels, gpu.quotient(first, S)
+
+
+@kernel("x i8 i8 i4 i4 i8 i4 i4 i4 i8 i4 i4 s")
+def moments_columns(x, R, W, C, S, step, rest, across, units, chunk, copies, aligned, partial):
+    """(count, mean, m2) of each part of each channel into `partial` (parts * copies, 3, C).
+
+    A part is `chunk` rows, a row `copies` times C channels of S columns where a block has not all of it, else 1. Of one more row `rest`
+    columns are left. Blocks side by side take one part of all columns: what is read last lies together.
+    """
+    part = gpu.quotient(gpu.block(), units)
+    channels, first = part_moments(x, R, W, C, S, step, rest, across, units, gpu.block() - part * units, part, chunk, aligned)
+    i = gpu.thread()
+    while i < channels:
+        copy = gpu.quotient(first + i, C)
+        store_moments(partial, part * copies + copy, first + i - copy * C, C, *kept_lane(x, i * S))
+        i += gpu.threads()
+
+
+@kernel("x x t i8 i8 i4 i4 i8 i8 i4 i4 i4 i8 i4 i4 s")
+def sums_columns(x, dy, mean, R, W, C, S, step, step_dy, rest, across, units, chunk, copies, aligned, partial):
+    """(sum of dy, sum of dy * (x - mean)) of each part of each channel into `partial` (parts * copies, 2, C), as `moments_columns`.
+
+    `mean` (C,) is rounded as x is computed in.
+    """
+    part = gpu.quotient(gpu.block(), units)
+    unit = gpu.block() - part * units
+    channels, first = part_sums(x, dy, mean, R, W, C, S, step, step_dy, rest, across, units, unit, part, chunk, aligned)
+    i = gpu.thread()
+    while i < channels:
+        copy = gpu.quotient(first + i, C)
+        store_sums(partial, part * copies + copy, first + i - copy * C, C, *kept_lane_sums(x, i * S))
+        i += gpu.threads()

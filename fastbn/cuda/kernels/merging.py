@@ -1,0 +1,194 @@
+"""What the GPU's kernels share: a statistic of 16-byte groups read one after the other, and how threads and blocks merge theirs.
+
+A thread sums deviations and their squares of a few groups, a leaf, from a value that is near its mean so far, and merges leaf after leaf
+(Chan, Golub & LeVeque 1983): three instructions a value, and float32 keeps what a large mean would drown, wherever a typical value stands.
+A mean is two numbers, `base` and the `rest` beside it. A block merges what its threads found in slots of shared memory, by halves.
+"""
+
+from typing import Any
+
+from numpy import float64, int32, int64
+
+from fastbn.cuda.kernels import gpu
+
+# Squares vanish in float32 below 1e-19, and numbers near a mean are 6e-8 of it apart: beyond 2e-12 they are equal or their squares stand.
+VANISHING = 1e-11
+LEAF = 16  # groups: float32 sums of so many squares are good to 5e-7 in the worst case, and to a tenth of that as a rule
+
+
+@gpu.device
+def add(total, lost, term):
+    """`total` and its rounding error so far, after one more term (Kahan 1965)."""
+    term = term - lost
+    added = total + term
+    return added, (added - total) - term
+
+
+@gpu.device
+def weights(count, terms):
+    """1 / terms, terms / (count + terms), and count times that: of `count` values and `terms` more."""
+    weight = terms * gpu.inverse(count + terms)
+    return gpu.inverse(terms), weight, count * weight
+
+
+@gpu.device
+def grow(total, squares, inverse, weight, both, base, rest, m2, lost):
+    """(base, rest, m2, lost) after a leaf, the sums of whose deviations from `base` and of their squares are given; with its `weights`."""
+    offset = total * inverse
+    apart = offset - rest
+    m2, lost = add(m2, lost, squares - offset * total + apart * apart * both)
+    rest = rest + apart * weight
+    moved = base + rest
+    return moved, rest - (moved - base), m2, lost
+
+
+@gpu.device
+def level(x, count, base, rest, m2):
+    """(count, base, rest, m2) of all lanes together, each of `count` values."""
+    origin = gpu.first(base)
+    means = (base - gpu.spread(x, origin)) + rest
+    middle = gpu.total(means) * gpu.scalar(x, 1.0 / gpu.lanes(x))
+    apart = means - gpu.spread(x, middle)
+    moved = origin + middle
+    return count * gpu.scalar(x, gpu.lanes(x)), moved, middle - (moved - origin), gpu.total(m2) + count * gpu.total(apart * apart)
+
+
+@gpu.device
+def join(count, base, rest, m2, other_count, other_base, other_rest, other_m2):
+    """Merge two groups of values (Chan, Golub & LeVeque 1979); either may be empty."""
+    if not other_count:
+        return count, base, rest, m2
+    if not count:
+        return other_count, other_base, other_rest, other_m2
+    both = count + other_count
+    weight = gpu.half(both)  # most parts are of one size; a division in float64 takes as long as all the rest
+    if count != other_count:
+        weight = other_count * gpu.inverse(both)
+    apart = (other_base - base) + (other_rest - rest)
+    m2 += other_m2 + apart * apart * (count * weight)
+    rest += apart * weight
+    moved = base + rest
+    return both, moved, rest - (moved - base), m2
+
+
+def _slots(put: Any, take: Any, plane: Any) -> Any:
+    """What keeps, reads and merges slots of one array of shared memory, the numbers of a slot `plane` apart."""
+
+    @gpu.device
+    def keep(x, slot, count, base, rest, m2):
+        """Moments to a slot."""
+        apart = plane(x)
+        put(x, slot, count)
+        put(x, apart + slot, base)
+        put(x, 2 * apart + slot, rest)
+        put(x, 3 * apart + slot, m2)
+
+    @gpu.device
+    def kept(x, slot):
+        """(count, base, rest, m2) of a slot."""
+        apart = plane(x)
+        return take(x, slot), take(x, apart + slot), take(x, 2 * apart + slot), take(x, 3 * apart + slot)
+
+    @gpu.device
+    def keep_sums(x, slot, a, b):
+        """Two sums to a slot."""
+        put(x, slot, a)
+        put(x, plane(x) + slot, b)
+
+    @gpu.device
+    def kept_sums(x, slot):
+        """The two sums of a slot."""
+        return take(x, slot), take(x, plane(x) + slot)
+
+    @gpu.device
+    def join_slots(x, n, width, pieces, apart):
+        """Merge n slots, each `width` from the last, into the first: for `width` slots of each of `pieces` that begin `apart` slots apart.
+
+        The order, and so every bit, is the same in every run. All of the block come here, and see each other's slots behind it.
+        """
+        gpu.sync()
+        while n > 1:
+            half = (n + 1) // 2
+            each = int32((n - half) * width)
+            i = gpu.thread()
+            while i < each * pieces:
+                piece = gpu.quotient(i, each)
+                slot = piece * apart + (i - piece * each)
+                keep(x, slot, *join(*kept(x, slot), *kept(x, slot + half * width)))
+                i += gpu.threads()
+            gpu.sync()
+            n = half
+
+    @gpu.device
+    def sum_slots(x, n, width, pieces, apart):
+        """The same for two sums."""
+        gpu.sync()
+        while n > 1:
+            half = (n + 1) // 2
+            each = int32((n - half) * width)
+            i = gpu.thread()
+            while i < each * pieces:
+                piece = gpu.quotient(i, each)
+                slot = piece * apart + (i - piece * each)
+                a, b = kept_sums(x, slot)
+                more, most = kept_sums(x, slot + half * width)
+                keep_sums(x, slot, a + more, b + most)
+                i += gpu.threads()
+            gpu.sync()
+            n = half
+
+    return keep, kept, join_slots, keep_sums, kept_sums, sum_slots
+
+
+keep, kept, join_slots, keep_sums, kept_sums, sum_slots = _slots(gpu.put, gpu.take, gpu.few)  # a slot a thread
+keep_lane, kept_lane, join_lanes, keep_lane_sums, kept_lane_sums, sum_lanes = _slots(gpu.put_lane, gpu.take_lane, gpu.many)  # a lane
+
+
+@gpu.device
+def store_moments(partial, entry, channel, C, count, base, rest, m2):
+    """A block's moments of a channel into `partial` (entries, 3, C), in float64."""
+    at = entry * 3 * C + channel
+    gpu.store(partial, at, gpu.scalar(partial, count))
+    gpu.store(partial, at + C, gpu.scalar(partial, base) + gpu.scalar(partial, rest))
+    gpu.store(partial, at + 2 * C, gpu.scalar(partial, m2))
+
+
+@gpu.device
+def store_sums(partial, entry, channel, C, a, b):
+    """A block's sums of a channel into `partial` (entries, 2, C), in float64."""
+    gpu.store(partial, entry * 2 * C + channel, gpu.scalar(partial, a))
+    gpu.store(partial, (entry * 2 + 1) * C + channel, gpu.scalar(partial, b))
+
+
+@gpu.device
+def doubtful(x, count, mean, m2):
+    """Whether float32 had too little range for a channel: squares that overflow, or that are subnormal beside what they are summed to."""
+    vanished = m2 < 1e-37 * count and mean != 0.0 and -VANISHING < mean < VANISHING
+    return gpu.lanes(x) > 2 and count > 0.0 and (not m2 - m2 == 0.0 or vanished)
+
+
+@gpu.device
+def reread(x, at, N, S, sn, first, every):
+    """(count, base, rest, m2) in float64 of every so many values of the channel at `at`: slow, and rare."""
+    base = float64(gpu.load(x, at))
+    count = total = squares = float64(0.0)
+    e = int64(first)
+    while e < N * S:
+        value = float64(gpu.load(x, at + e // S * sn + e % S)) - base
+        count, total, squares = count + 1.0, total + value, squares + value * value
+        e += every
+    offset = total / count if count else total
+    m2 = squares - offset * total
+    return count, base, offset + (m2 - m2), m2  # of one infinite value the mean is NaN too, as wherever threads merge theirs
+
+
+@gpu.device
+def reread_sums(x, dy, at, at_dy, N, S, sn, dn, first, every, mean):
+    """(sum of dy, sum of dy * (x - mean)) likewise."""
+    total = product = float64(0.0)
+    e = int64(first)
+    while e < N * S:
+        value = float64(gpu.load(dy, at_dy + e // S * dn + e % S))
+        total, product = total + value, product + value * (float64(gpu.load(x, at + e // S * sn + e % S)) - mean)
+        e += every
+    return total, product

@@ -1,0 +1,282 @@
+"""Launches on a GPU: what a call launches, written down once for arrays that lie alike, and run on the memory and stream of each call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from contextlib import ExitStack
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from fastbn.cuda import buffers, grids, streams
+from fastbn.cuda.buffers import STORED, Buffer, Lies
+from fastbn.cuda.kernels import columns, copying, finish, gpu, jit, rows
+from fastbn.cuda.views import DOUBLE, Flat, Sized, View
+
+ALIGNED = 256  # bytes
+PROGRAMS = 1024  # kept; of the arrays of a network there are some hundred
+WORK = 0  # the number of the workspace among what a program is given
+
+
+class Place(NamedTuple):
+    """What a program learns at each call: where memory is, bytes from the 16-byte boundary below the array of a number; or a value."""
+
+    number: int
+    offset: int = 0
+    span: tuple[int, int] = (0, 0)  # of the memory, from the same boundary
+    dtype: np.dtype[Any] | None = None  # None of a value
+
+
+class Step(NamedTuple):
+    """A launch, but for where its memory is."""
+
+    kernel: jit.Kernel
+    dtype: np.dtype[Any]
+    statistic: np.dtype[Any]
+    blocks: int
+    arguments: list[Any]  # as the driver takes them
+    places: list[tuple[int, int, int]]  # arguments that are filled in: which, by what has this number, bytes behind that
+    memory: list[Place]  # the same, as the simulator has to know them
+
+
+class Program(NamedTuple):
+    """What a call launches."""
+
+    steps: list[Step]
+    work: int  # bytes of workspace
+    found: Any  # what else was found for arrays that lie so
+
+
+class Call:
+    """Writes a program: takes the launches of a call, and lays its workspace out."""
+
+    def __init__(self, arrays: int) -> None:
+        self.steps: list[Step] = []
+        self.work = 0
+        self._arrays = arrays
+
+    def value(self, k: int) -> Place:
+        """The k-th of the numbers that vary from call to call."""
+        return Place(1 + self._arrays + k)
+
+    def take(self, count: int, dtype: np.dtype[Any]) -> Place:
+        """So many elements of the workspace."""
+        low, nbytes = self.work, count * dtype.itemsize
+        self.work += -(-nbytes // ALIGNED) * ALIGNED
+        return Place(WORK, low, (low, low + nbytes), dtype)
+
+    def take_like(self, buffer: Buffer, dtype: str, strides: tuple[int, ...]) -> Buffer:
+        """Room in the workspace for the values of an array."""
+        place = self.take(buffer.size, STORED[dtype])
+        return buffer._replace(address=place.offset, strides=strides, dtype=dtype, owner=WORK)
+
+    def launch(self, kernel: jit.Kernel, dtype: np.dtype[Any], blocks: int, *arguments: Any, statistic: str = "float64") -> None:
+        """Launch a kernel for memory of a dtype, and given statistics of another.
+
+        Raises
+        ------
+        ValueError
+            A number that the kernel has no room for.
+        """
+        prepared = kernel.prepared(arguments)
+        places = [(k, value.number, value.offset) for k, value in enumerate(arguments) if isinstance(value, Place)]
+        memory = [value for value in arguments if isinstance(value, Place)]
+        self.steps.append(Step(kernel, dtype, STORED[statistic], blocks, prepared, places, memory))
+
+
+def pointer(buffer: Buffer) -> Place:
+    """What a kernel takes for a buffer."""
+    return Place(buffer.owner, buffer.address, buffer.span(), STORED[buffer.dtype])
+
+
+@lru_cache(maxsize=PROGRAMS)
+def program(write: Callable[..., Any], arrays: tuple[Lies | None, ...], *options: Hashable) -> Program:
+    """What `write` launches for arrays that lie so, each None where it is absent: it gets buffers, whose owner is their number."""
+    call = Call(len(arrays))
+    found = write(call, *(None if lies is None else buffers.lying(lies, k) for k, lies in enumerate(arrays, 1)), *options)
+    return Program(call.steps, call.work, found)
+
+
+def fresh(number: int, shape: tuple[int, ...], dtype: str) -> Place:
+    """Where a compact result is that each call makes."""
+    buffer = Buffer(0, shape, buffers.compact(shape), dtype, False, None, number)
+    return pointer(buffer)
+
+
+class Queue:
+    """One call on a stream of x's device, within which results are allocated: what is allocated belongs to that stream.
+
+    Parameters
+    ----------
+    x : Buffer
+        Whose library's memory and current stream are taken.
+    stream : int or stream, optional
+        Another stream.
+    **arrays : Buffer, optional
+        The other arrays of the call.
+
+    Raises
+    ------
+    TypeError, ValueError
+        What is no stream; an array on another GPU than x.
+    """
+
+    __slots__ = ("_arrays", "_inside", "_lent", "_x", "apart", "device", "stream")
+
+    def __init__(self, x: Buffer, stream: Any, **arrays: Buffer | None) -> None:
+        self.device = buffers.device_of(x)
+        own = streams.current_stream(x, self.device)
+        self.stream = own if stream is None else streams.handle(stream)
+        self.apart = self.stream != own
+        self._x, self._arrays = x, [x, *(buffer for buffer in arrays.values() if buffer is not None)]
+        for name, buffer in arrays.items():
+            if buffer is not None and buffer is not x and buffer.size and (there := buffers.device_of(buffer)) != self.device:
+                raise ValueError(f"{name}: given an array on GPU {there}, want GPU {self.device}, where x is")
+        self._lent = streams.lent(self._arrays, self.stream, self.device)
+
+    def __enter__(self) -> Queue:
+        self._inside: ExitStack | None = None
+        others = [buffer.stream for buffer in self._arrays if buffer.stream is not None and buffer.stream != self.stream]
+        current = jit.current()
+        if self.apart or others or self._lent or current != self.device:
+            with ExitStack() as stack:
+                if current != self.device:
+                    stack.enter_context(jit.on(self.device))
+                if self.apart:
+                    stack.enter_context(streams.allocating(self._x, self.stream, self.device))
+                for other in dict.fromkeys(others):
+                    jit.wait(self.stream, other)
+                for buffer in self._lent:
+                    stack.callback(streams.used, buffer, self.stream, self.device)
+                self._inside = stack.pop_all()
+        return self
+
+    def __exit__(self, *reason: Any) -> None:
+        if self._inside is not None:
+            self._inside.__exit__(*reason)
+
+    def run(self, program: Program, arrays: tuple[Any, ...], *values: float) -> None:
+        """Launch a program on the arrays that it was written for, each a buffer, an address, or None where it is absent, and its values.
+
+        Raises
+        ------
+        RuntimeError
+            CUDA refuses a launch, or reports what went wrong before.
+        """
+        if not program.steps:
+            return
+        owner, work = streams.workspace(program.work, self._x, self.stream, self.device) if program.work else (None, 0)
+        try:
+            bases = [0 if a is None else (a if type(a) is int else a.address) & -16 for a in arrays]
+            self._launch(program, [work, *bases, *map(np.float64, values)])
+        finally:
+            streams.give_back(owner)
+
+    def _launch(self, program: Program, given: list[Any]) -> None:
+        stream, device = self.stream, self.device
+        for kernel, dtype, statistic, blocks, prepared, places, memory in program.steps:
+            arguments = prepared.copy()
+            for k, number, offset in places:
+                arguments[k] = given[number] + offset
+            if gpu.SIMULATED:
+                for (k, number, _), (_, _, (low, high), kind) in zip(places, memory, strict=True):
+                    if kind is not None:
+                        arguments[k] = jit.pointer(arguments[k], given[number] + low, given[number] + high, kind)
+            try:
+                kernel.launch(dtype, statistic, blocks, grids.THREADS, stream, device, arguments)
+            except Exception as error:
+                about = f"x {self._x.shape} {self._x.dtype}, stream {stream:#x}"
+                where = f"kernel {kernel.name}, {blocks} blocks of {grids.THREADS} threads, {about}"
+                raise RuntimeError(f"CUDA failed at {where}: {error}") from error
+
+
+def copy(call: Call, source: Buffer, target: Buffer) -> None:
+    """target = source, whatever the strides of both.
+
+    Raises
+    ------
+    ValueError
+        More axes than the kernel takes, once those are joined that lie alike in both.
+    """
+    axes = [a for a in range(len(source.shape)) if source.shape[a] != 1]
+    axes.sort(key=lambda a: -abs(target.strides[a]))
+    joined: list[tuple[int, int, int]] = []
+    for a in axes:
+        n, s, t = source.shape[a], source.strides[a], target.strides[a]
+        if joined and joined[-1][1] == s * n and joined[-1][2] == t * n:
+            joined[-1] = (joined[-1][0] * n, s, t)
+        else:
+            joined.append((n, s, t))
+    if len(joined) > copying.RANK:
+        raise ValueError(f"x: given strides {source.strides} for shape {source.shape}: copy it to contiguous memory first")
+    joined = [(1, 0, 0)] * (copying.RANK - len(joined)) + joined
+    sizes, first, second = zip(*joined, strict=True)
+    kind = STORED[source.dtype]
+    blocks = -(-source.size // grids.THREADS)
+    call.launch(copying.move, kind, blocks, pointer(source), pointer(target), *sizes, *first, *second)
+
+
+def alike(call: Call, mean: Buffer, var: Buffer) -> tuple[Buffer, Buffer]:
+    """Given statistics in one dtype: float64 where they are of two."""
+    if mean.dtype == var.dtype:
+        return mean, var
+    return wide(call, mean), wide(call, var)
+
+
+def wide(call: Call, values: Buffer) -> Buffer:
+    """Statistics in float64."""
+    if values.dtype == "float64":
+        return values
+    wide = call.take_like(values, "float64", (1,))
+    call.launch(finish.widen, DOUBLE, threads(values.size), pointer(values), values.size, pointer(wide), statistic=values.dtype)
+    return wide
+
+
+def partial_moments(call: Call, x: View, plan: Sized) -> Any:
+    """(count, mean, m2) of each part of each channel, (entries, 3, C) in float64: what `finish` merges to moments."""
+    stored, partial = STORED[x.buffer.dtype], call.take(3 * plan.entries * x.C, DOUBLE)
+    if (grid := plan.rows) is not None:
+        call.launch(
+            rows.moments_rows, stored, grid.blocks(x.C), pointer(x.buffer), x.N, x.C, x.S, x.outer, x.inner, x.base, grid.slots, grid.rest,
+            grid.step_n, grid.step_v, grid.chunk, grid.chunk_rest, partial,
+        )  # fmt: skip
+    elif (cut := plan.columns) is not None:
+        call.launch(
+            columns.moments_columns, stored, cut.blocks, pointer(x.buffer), cut.R, cut.W, x.C, x.S, cut.fold * x.outer, cut.rest,
+            cut.across, cut.units, cut.chunk, cut.copies, plan.even, partial,
+        )  # fmt: skip
+    return partial
+
+
+def partial_sums(call: Call, dy: View, x: View, mean: Buffer, plan: Sized) -> Any:
+    """What `finish_backward` merges to the sums of dy and dy * (x - mean): (entries, 2, C) in float64."""
+    stored, partial = STORED[x.buffer.dtype], call.take(2 * plan.entries * x.C, DOUBLE)
+    if (grid := plan.rows) is not None:
+        call.launch(
+            rows.sums_rows, stored, grid.blocks(x.C), pointer(x.buffer), pointer(dy.buffer), pointer(mean), x.N, x.C, x.S, x.outer, x.inner,
+            dy.outer, dy.inner, x.base, dy.base, grid.slots, grid.rest, grid.step_n, grid.step_v, grid.chunk, grid.chunk_rest,
+            partial, statistic=mean.dtype,
+        )  # fmt: skip
+    elif (cut := plan.columns) is not None:
+        call.launch(
+            columns.sums_columns, stored, cut.blocks, pointer(x.buffer), pointer(dy.buffer), pointer(mean), cut.R, cut.W,
+            x.C, x.S, cut.fold * x.outer, cut.fold * dy.outer, cut.rest, cut.across, cut.units, cut.chunk, cut.copies, plan.even,
+            partial, statistic=mean.dtype,
+        )  # fmt: skip
+    return partial
+
+
+def threads(C: int) -> int:
+    """Blocks of a kernel that takes a channel per thread."""
+    return -(-C // grids.THREADS)
+
+
+def elementwise(call: Call, kernels: tuple[jit.Kernel, jit.Kernel], flat: Flat, coefs: Any, *views: View) -> None:
+    """An elementwise pass over inputs and, last, the result; `kernels` for positions of 32 and of 64 bits."""
+    x, grid = views[0], flat.grid
+    call.launch(
+        kernels[x.N * x.C * x.S >= grids.LONG], STORED[x.buffer.dtype], grid.blocks(grids.THREADS),
+        *(pointer(v.buffer) for v in views), coefs, flat.table[2], grid.C, grid.S, grid.runs, grid.length, grid.per_run, grid.inner,
+        *flat.steps, grid.groups, grid.mode, flat.aligned, grid.apart, *grid.steps,
+    )  # fmt: skip
