@@ -10,7 +10,10 @@ from fastbn.arguments.errors import MissingExtra
 
 
 def main(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], int], argv: Sequence[str] | None) -> int:
-    """Run a command line; the exit code: what `run` returns, 2 for bad input or a package that lacks, 130 for an interrupt."""
+    """Run a command line; the exit code.
+
+    What `run` returns, 2 for bad input or a package that lacks, 130 for an interrupt.
+    """
     args = parser.parse_args(argv)
     try:
         return run(args)

@@ -15,8 +15,9 @@ from fastbn.cli.selftest import error
 
 Array = NDArray[Any]
 
-# Largest difference from fastbn's result, in units of max(1, |value|), of dgamma and dbeta max(count, |value|): they are sums of that many
-# terms. float32 sums of a million values lose up to three digits, a wrong formula loses all; half precision rounds to 11 or 8 bits.
+# Largest difference from fastbn's result, in units of max(1, |value|), of dgamma and dbeta max(count, |value|): they
+# are sums of that many terms. float32 sums of a million values lose up to three digits, a wrong formula loses all; half
+# precision rounds to 11 or 8 bits.
 TOLERANCE = {"float32": 1e-4, "float64": 1e-10, "float16": 4e-3, "bfloat16": 3e-2}
 BLOCK = 2**18  # values compared at a time, so that the comparison stays in the cache
 
@@ -64,7 +65,10 @@ def _blocks(array: Array) -> list[Array]:
 
 
 def apart(found: Array, expected: Array, least: float = 1.0) -> float:
-    """Largest difference in units of max(least, |expected|); NaN where a value is no number, infinite where the shapes differ."""
+    """Largest difference in units of max(least, |expected|).
+
+    NaN where a value is no number, infinite where the shapes differ.
+    """
     if found.shape != expected.shape:
         return float("inf")
     worst = []

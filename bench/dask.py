@@ -1,7 +1,7 @@
 """Statistics and normalization of an array far larger than memory, by fastbn.dask: `python -m bench.dask`, see --help.
 
-A synthetic array, made block by block, goes through moments, then through normalize, with the mean of the result as the end; the process
-may hold no more than the limit at any time.
+A synthetic array, made block by block, goes through moments, then through normalize, with the mean of the result as the
+end; the process may hold no more than the limit at any time.
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ def synthetic(gigabytes: float, chunk_mb: float) -> Any:
     blocks = math.ceil(gigabytes * GB / (images * image))
     numbers = da.arange(blocks, chunks=1)
     chunks = ((images,) * blocks, (CHANNELS,), (PIXELS,), (PIXELS,))
-    return numbers.map_blocks(block, images, chunks=chunks, new_axis=(1, 2, 3), dtype=np.float32, meta=np.empty((0,) * 4, np.float32))
+    return numbers.map_blocks(
+        block, images, chunks=chunks, new_axis=(1, 2, 3), dtype=np.float32, meta=np.empty((0,) * 4, np.float32)
+    )
 
 
 def measured(gigabytes: float, limit: float, chunk_mb: float, threads: int) -> dict[str, Any]:
@@ -110,20 +112,37 @@ def check(m: Any, y_mean: float, count: int) -> None:
 def sentence(result: dict[str, Any]) -> str:
     """One line on a result."""
     size = result["bytes"] / GB
-    passes = ", ".join(f"{what} {seconds:.1f} s ({size / seconds:.2f} GB/s)" for what, seconds in result["seconds"].items())
+    passes = ", ".join(
+        f"{what} {seconds:.1f} s ({size / seconds:.2f} GB/s)" for what, seconds in result["seconds"].items()
+    )
     return (
-        f"{size:.2f} GB of float32 in blocks of {result['chunk_bytes'] / 1e6:.1f} MB on {result['threads']} threads: {passes}, drawing the "
+        f"{size:.2f} GB of float32 in blocks of {result['chunk_bytes'] / 1e6:.1f} MB on {result['threads']} threads: "
+        f"{passes}, drawing the "
         f"values included; peak memory {result['peak'] / GB:.2f} GB of {result['limit'] / GB:g} allowed"
     )
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=COMMAND, description="An array far larger than memory through fastbn.dask, in bounded memory.")
+    parser = argparse.ArgumentParser(
+        prog=COMMAND, description="An array far larger than memory through fastbn.dask, in bounded memory."
+    )
     add = parser.add_argument
     add("--gb", type=float, default=20.0, metavar="GB", help="size of the array, 1e9 bytes (default: %(default)g)")
-    add("--limit-gb", type=float, default=2.0, metavar="GB", help="memory of the process, at most (default: %(default)g)")
+    add(
+        "--limit-gb",
+        type=float,
+        default=2.0,
+        metavar="GB",
+        help="memory of the process, at most (default: %(default)g)",
+    )
     add("--chunk-mb", type=float, default=16.0, metavar="MB", help="size of a block (default: %(default)g)")
-    add("--threads", type=int, default=min(THREADS, info.cores()), metavar="N", help="of dask's scheduler (default here: %(default)s)")
+    add(
+        "--threads",
+        type=int,
+        default=min(THREADS, info.cores()),
+        metavar="N",
+        help="of dask's scheduler (default here: %(default)s)",
+    )
     add("--json", type=Path, metavar="FILE", help="write the result here")
     return parser
 
@@ -151,7 +170,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line; the exit code: 0, 1 for too much memory or wrong results, 2 for bad input or a missing package."""
+    """Run a command line; the exit code.
+
+    0, 1 for too much memory or wrong results, 2 for bad input or a missing package.
+    """
     return command.main(_parser(), run, argv)
 
 

@@ -25,12 +25,15 @@ from fastbn.cuda import buffers
 
 COMMAND = "python -m bench.gpu"
 SECONDS = 420.0  # for all timings together; what is left out is listed
-COMPILED = ("32x64x56x56", "32x256x56x56", "32x512x28x28", "256x64x112x112", "32x64x56x56 last", "65536x64")  # each takes seconds
+# each takes seconds
+COMPILED = ("32x64x56x56", "32x256x56x56", "32x512x28x28", "256x64x112x112", "32x64x56x56 last", "65536x64")
 QUICK = ("32x64x56x56", "32x64x56x56 last", "65536x64")
 OF_COPY, RATIO, GEOMEAN = 0.85, 1.0, 1.3  # targets
 OF_COPY_BYTES, RATIO_BYTES = 256 * 2**20, 4 * 2**20  # from which they hold
 SMALL = "32x64"
-FAULTS = 3  # cases in a row that raise, after which the device is taken for gone; where memory is out, or bits are others, it still answers
+# cases in a row that raise, after which the device is taken for gone; where memory is out, or bits are others, it still
+# answers
+FAULTS = 3
 
 
 def plan(quick: bool) -> list[tuple[str, str]]:
@@ -90,7 +93,8 @@ def check(found: list[dict[str, Any]], quick: bool) -> None:
                 if not off <= limit:
                     found.append({"what": f"{what}: {name}", "error": off, "limit": limit})
             failures.passed()
-        except Exception as error:  # an AssertionError too: the others are still looked at, and what there is gets written
+        except Exception as error:
+            # an AssertionError too: the others are still looked at, and what there is gets written
             failures.caught(what, error)
         if failures.gone:
             found.append({"what": "the checks behind that", "raised": f"not run: {FAULTS} cases in a row raised"})
@@ -120,7 +124,11 @@ def timed(result: dict[str, Any], seconds: float, quick: bool) -> None:
             failures.caught(f"{name} {dtype}", error)
         problem = None
         gpu_timing.released(torch)
-        print(f"{time.perf_counter() - start:6.0f} s  {name} {dtype}  " + "  ".join(f"{w} {cell(r)}" for w, r in last.items()), flush=True)
+        print(
+            f"{time.perf_counter() - start:6.0f} s  {name} {dtype}  "
+            + "  ".join(f"{w} {cell(r)}" for w, r in last.items()),
+            flush=True,
+        )
 
 
 def host() -> dict[str, float]:
@@ -155,7 +163,8 @@ def summary(records: Sequence[Mapping[str, Any]]) -> list[str]:
         met = sum(r["ratio"] >= RATIO for r in beside)
         mean = statistics.geometric_mean(r["ratio"] for r in beside)
         where = f"{least['shape']} {least['dtype']} {least['pass']}, {least['fastest']}"
-        lines.append(f"PyTorch's best, arrays over 4 MiB: least {least['ratio']:.2f}x ({where}); {met} of {len(beside)} at {RATIO:g}x; "
+        lines.append(f"PyTorch's best, arrays over 4 MiB: least {least['ratio']:.2f}x ({where}); {met} of "
+                     f"{len(beside)} at {RATIO:g}x; "
                      f"geometric mean {mean:.2f}x (target {GEOMEAN:g}x)")  # fmt: skip
     return lines
 
@@ -174,8 +183,10 @@ def note(result: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {machine[name]}" for name in ("fastbn", "numba-cuda", "numba", "torch"))
     calls = ", ".join(f"{what} {value:.0f} µs" for what, value in result["host"].items())
     return (
-        "A cell: fastbn's time; PyTorch's best as a multiple of it, and which that is; fastbn's bandwidth on the bytes that its schedule "
-        f"says must move, as a share of the device's own copy's. The host side of a call on {SMALL}: {calls}. {machine['device']}, CUDA "
+        "A cell: fastbn's time; PyTorch's best as a multiple of it, and which that is; fastbn's bandwidth on the "
+        "bytes that its schedule "
+        f"says must move, as a share of the device's own copy's. The host side of a call on {SMALL}: {calls}. "
+        f"{machine['device']}, CUDA "
         f"{machine['cuda']}, cuDNN {machine['cudnn']}; {versions}; {machine['date']}."
     )
 
@@ -186,8 +197,15 @@ def markdown(result: Mapping[str, Any], data: str) -> str:
     rows = [headers, ["---", *("---:" for _ in headers[1:])], *lines]
     listed = "\n".join(f"* {line}" for line in summary(result["records"]))
     written = f"Written by `{COMMAND}` from [its results]({data})."
-    picture = f"![time against PyTorch's best and the copy's bandwidth, by shape and pass]({data.removesuffix('.json')}.png)"
-    return "\n\n".join([listed, "\n".join("| " + " | ".join(row) + " |" for row in rows), picture, f"{note(result)} {written}"]) + "\n"
+    picture = (
+        f"![time against PyTorch's best and the copy's bandwidth, by shape and pass]({data.removesuffix('.json')}.png)"
+    )
+    return (
+        "\n\n".join(
+            [listed, "\n".join("| " + " | ".join(row) + " |" for row in rows), picture, f"{note(result)} {written}"]
+        )
+        + "\n"
+    )
 
 
 def draw(result: Mapping[str, Any], path: Path) -> None:
@@ -224,12 +242,22 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=COMMAND, description="Check fastbn on this machine's GPU, then time it beside PyTorch.")
+    parser = argparse.ArgumentParser(
+        prog=COMMAND, description="Check fastbn on this machine's GPU, then time it beside PyTorch."
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here (default: into bench/results)")
-    parser.add_argument("--from", type=Path, dest="source", metavar="FILE", help="measure nothing: print and write an earlier result")
-    parser.add_argument("--readme", type=Path, metavar="FILE", help="replace the block between <!-- gpu:begin --> and <!-- gpu:end -->")
-    parser.add_argument("--seconds", type=float, default=SECONDS, metavar="S", help=f"for all timings together (default: {SECONDS:g})")
-    parser.add_argument("--host", action="store_true", help="only what Python takes of calls whose launches are faked: no GPU is needed")
+    parser.add_argument(
+        "--from", type=Path, dest="source", metavar="FILE", help="measure nothing: print and write an earlier result"
+    )
+    parser.add_argument(
+        "--readme", type=Path, metavar="FILE", help="replace the block between <!-- gpu:begin --> and <!-- gpu:end -->"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=SECONDS, metavar="S", help=f"for all timings together (default: {SECONDS:g})"
+    )
+    parser.add_argument(
+        "--host", action="store_true", help="only what Python takes of calls whose launches are faked: no GPU is needed"
+    )
     parser.add_argument("--quick", action="store_true", help=f"{', '.join(QUICK)} only")
     return parser
 

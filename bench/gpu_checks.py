@@ -1,4 +1,7 @@
-"""What must hold on a real GPU before anything is timed: right values, the same bits on every run and by every way to a call."""
+"""What must hold on a real GPU before anything is timed.
+
+Right values, the same bits on every run and by every way to a call.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +15,16 @@ from fastbn.cli.selftest import error
 
 Found = Iterator[tuple[str, float, float]]  # (what, worst error, limit) of each comparison
 SHAPES: tuple[tuple[int, ...], ...] = (
-    (32, 64), (9, 5), (4099, 3), (70_001, 4), (300, 513), (4, 3, 7, 7), (8, 64, 14, 14), (3, 5, 33, 35), (2, 16, 120, 121),
+    (32, 64), (9, 5), (4099, 3), (70_001, 4), (300, 513), (4, 3, 7, 7), (8, 64, 14, 14), (3, 5, 33, 35), (2, 16, 120,
+    121),
     (2, 3, 1, 70_000),
 )  # fmt: skip
 LAYOUTS = ("first", "last", "crop", "strided", "every other row")
 OFFSETS = (0.0, 1e2, 1e4)
 RUNS = 10
 THIN = 4  # of --quick: every so many cases
-LIMITS = {"float32": 2e-6, "float64": 1e-9, "float16": 2e-3, "bfloat16": 1.6e-2}  # of max(1, |y|), half a unit in the last place included
+# of max(1, |y|), half a unit in the last place included
+LIMITS = {"float32": 2e-6, "float64": 1e-9, "float16": 2e-3, "bfloat16": 1.6e-2}
 
 
 def arranged(torch: Any, values: Any, layout: str) -> Any:
@@ -81,12 +86,24 @@ def _compared(dtype: str, shape: tuple[int, ...], layout: str, offset: float, st
     for _ in range(RUNS - 1):
         again, back = fastbn.batch_norm(x, gamma, gamma), fastbn.batch_norm_backward(dy, x, m, gamma)
         _same(
-            torch, "another run", (again[0], y), (again[1].mean, m.mean), (again[1].m2, m.m2), *zip(back, (dx, dgamma, dbeta), strict=True)
+            torch,
+            "another run",
+            (again[0], y),
+            (again[1].mean, m.mean),
+            (again[1].m2, m.m2),
+            *zip(back, (dx, dgamma, dbeta), strict=True),
         )
     _ways(torch, x, gamma, y)
     want, statistics = fastbn.batch_norm(host(x), host(gamma), host(gamma), backend="reference")
     slopes = fastbn.batch_norm_backward(host(dy), host(x), statistics, host(gamma), backend="reference")
-    yield from _within(dtype, host(dy), ("y", y, want), ("dx", dx, slopes[0]), ("dgamma", dgamma, slopes[1]), ("dbeta", dbeta, slopes[2]))
+    yield from _within(
+        dtype,
+        host(dy),
+        ("y", y, want),
+        ("dx", dx, slopes[0]),
+        ("dgamma", dgamma, slopes[1]),
+        ("dbeta", dbeta, slopes[2]),
+    )
     yield from _within(dtype, host(dy), ("mean", m.mean, statistics.mean), ("var", m.var(), statistics.var()))
     yield from _of_statistics(torch, dtype, x, dy, gamma, m, statistic)
 
@@ -115,7 +132,11 @@ def _within(dtype: str, dy: Any, *found: tuple[str, Any, Any]) -> Found:
     for name, got, want in found:
         scale = np.maximum(1e-30, want) if name == "var" else np.maximum(1.0, np.abs(want))
         scale = size if name.startswith(("dgamma", "dbeta", "sum")) else scale
-        yield name, float(error(host(got), want, scale)), LIMITS[dtype] if name[0] == "y" or name.startswith("dx") else LIMITS["float32"]
+        yield (
+            name,
+            float(error(host(got), want, scale)),
+            LIMITS[dtype] if name[0] == "y" or name.startswith("dx") else LIMITS["float32"],
+        )
 
 
 def _ways(torch: Any, x: Any, gamma: Any, y: Any) -> None:

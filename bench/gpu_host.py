@@ -1,4 +1,7 @@
-"""What Python takes of a call on a GPU, without one: the launches are faked, their arguments packed for the driver and no more."""
+"""What Python takes of a call on a GPU, without one.
+
+The launches are faked, their arguments packed for the driver and no more.
+"""
 
 from __future__ import annotations
 

@@ -13,7 +13,12 @@ from fastbn.cuda import cost
 EPS = 1e-5
 CACHED_BYTES = 256 * 2**20  # of all sets of x: several times the cache of any GPU
 SETS = 512  # at most: smaller arrays are bound by the host, wherever they lie
-LARGE: tuple[tuple[int, ...], ...] = ((256, 64, 112, 112), (256, 256, 56, 56), (64, 64, 224, 224), (16, 32, 64, 128, 128))
+LARGE: tuple[tuple[int, ...], ...] = (
+    (256, 64, 112, 112),
+    (256, 256, 56, 56),
+    (64, 64, 224, 224),
+    (16, 32, 64, 128, 128),
+)
 SHAPES: dict[str, Case] = {
     **CASES,
     **{name_of(shape): Case(shape, "first") for shape in LARGE},
@@ -40,7 +45,9 @@ class Problem:
         self.bytes = math.prod(shape) * kind.itemsize
         self.sets = max(2, min(sets, -(-CACHED_BYTES // self.bytes)))
         self.parameter = torch.float64 if dtype == "float64" else torch.float32
-        self.x, self.dy, self.y = ([self._drawn(shape, kind, seed + i) for i in range(self.sets)] for seed in (0, 1000, 2000))
+        self.x, self.dy, self.y = (
+            [self._drawn(shape, kind, seed + i) for i in range(self.sets)] for seed in (0, 1000, 2000)
+        )
         C = shape[1]
         self.gamma = torch.linspace(0.5, 2, C, dtype=self.parameter, device="cuda")
         self.beta = torch.linspace(-1, 1, C, dtype=self.parameter, device="cuda")
@@ -67,8 +74,12 @@ class Problem:
         moments = [fastbn.moments(x) for x in self.x] if what == "backward" else []
         return {
             "forward": lambda k: fastbn.batch_norm(self.x[k], self.gamma, self.beta, out=self.y[k]),
-            "backward": lambda k: fastbn.batch_norm_backward(self.dy[k], self.x[k], moments[k], self.gamma, out=self.y[k]),
-            "inference": lambda k: fastbn.batch_norm_inference(self.x[k], self.mean, self.var, self.gamma, self.beta, out=self.y[k]),
+            "backward": lambda k: fastbn.batch_norm_backward(
+                self.dy[k], self.x[k], moments[k], self.gamma, out=self.y[k]
+            ),
+            "inference": lambda k: fastbn.batch_norm_inference(
+                self.x[k], self.mean, self.var, self.gamma, self.beta, out=self.y[k]
+            ),
             "moments": lambda k: fastbn.moments(self.x[k]),
         }[what]
 

@@ -19,7 +19,10 @@ PEERS = ("PyTorch cuDNN", "PyTorch native", "torch.compile")
 
 
 def contestants(problem: Problem, what: str, compiled: bool) -> dict[str, Callable[[], Call]]:
-    """Who takes part in a pass, fastbn first, and how each call is made, which may raise: PyTorch's backward runs a forward for it."""
+    """Who takes part in a pass, fastbn first, and how each call is made, which may raise.
+
+    PyTorch's backward runs a forward for it.
+    """
     torch = problem.torch
     found: dict[str, Callable[[], Call]] = {"fastbn": lambda: problem.fastbn(what)}
     plain = torch.nn.functional.batch_norm
@@ -102,12 +105,19 @@ def record(name: str, what: str, problem: Problem, compiled: bool) -> dict[str, 
         number = {who: max(3, int(BATCH_SECONDS / seconds)) for who, seconds in each.items()}
         rounds = [_by_turns(torch, calls, refused, problem.sets, number) for _ in range(ROUNDS)]
     except Exception as error:
-        raise RuntimeError(f"fastbn or the copy fails at {name} {problem.dtype} {what}, timed: {said(error)}") from error
+        raise RuntimeError(
+            f"fastbn or the copy fails at {name} {problem.dtype} {what}, timed: {said(error)}"
+        ) from error
     return summed_up(name, what, problem, [{who: seconds[who] for who in calls} for seconds in rounds], refused)
 
 
-def _by_turns(torch: Any, calls: dict[str, Call], refused: dict[str, str], sets: int, number: Mapping[str, int]) -> dict[str, float]:
-    """Seconds per call of each. A peer that raises is left out from then on; what fastbn raises, or the copy, goes to the caller."""
+def _by_turns(
+    torch: Any, calls: dict[str, Call], refused: dict[str, str], sets: int, number: Mapping[str, int]
+) -> dict[str, float]:
+    """Seconds per call of each. A peer that raises is left out from then on.
+
+    What fastbn raises, or the copy, goes to the caller.
+    """
     found = {}
     for who in list(calls):
         try:
@@ -122,7 +132,9 @@ def _by_turns(torch: Any, calls: dict[str, Call], refused: dict[str, str], sets:
     return found
 
 
-def summed_up(name: str, what: str, problem: Any, rounds: list[Mapping[str, float]], refused: Mapping[str, str]) -> dict[str, Any]:
+def summed_up(
+    name: str, what: str, problem: Any, rounds: list[Mapping[str, float]], refused: Mapping[str, str]
+) -> dict[str, Any]:
     """The record of a pass from the seconds of each round."""
 
     def ratio(of: Callable[[Mapping[str, float]], float]) -> float:

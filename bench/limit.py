@@ -1,7 +1,7 @@
 """The machine's own limit: the best way to move the bytes of a pass, measured beside it.
 
-Forward and inference are held against a copy x -> y, backward against a triad x, dy -> dx, moments against reading x once. Each is written
-with streaming and with ordinary stores, and as NumPy and PyTorch do it; the fastest is the limit.
+Forward and inference are held against a copy x -> y, backward against a triad x, dy -> dx, moments against reading x
+once. Each is written with streaming and with ordinary stores, and as NumPy and PyTorch do it; the fastest is the limit.
 """
 
 from __future__ import annotations

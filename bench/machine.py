@@ -17,9 +17,11 @@ PACKAGES = ("llvmlite", "tbb", "jax", "jaxlib", "onnx", "onnxruntime", "ml_dtype
 
 
 def keep_memory() -> bool:
-    """Let malloc keep what is freed, so that nobody pays for fresh pages who allocates a result; whether it does (glibc).
+    """Let malloc keep what is freed, so that nobody pays for fresh pages who allocates a result.
 
-    The peers without ``out=`` get memory that is already there, which is more than their users do. To be called before threads start.
+    Whether it does (glibc).
+    The peers without ``out=`` get memory that is already there, which is more than their users do. To be called before
+    threads start.
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -31,7 +33,10 @@ def keep_memory() -> bool:
 
 
 def give_threads(number: int | None) -> int:
-    """Give fastbn and every peer the same number of threads, by default as many as fastbn takes; to be called before JAX is imported."""
+    """Give fastbn and every peer the same number of threads, by default as many as fastbn takes.
+
+    To be called before JAX is imported.
+    """
     import numba
 
     if number is not None:

@@ -1,4 +1,7 @@
-"""One record per shape and pass: medians and paired ratios of fastbn, its peers and the limit, or of several numbers of threads."""
+"""One record per shape and pass.
+
+Medians and paired ratios of fastbn, its peers and the limit, or of several numbers of threads.
+"""
 
 from __future__ import annotations
 
@@ -92,7 +95,9 @@ def summary(times: Mapping[str, Sequence[float]], rivals: Sequence[str], limits:
     return record
 
 
-def scaling(name: str, dtype: str, passes: Sequence[str], seconds: float, counts: Sequence[int], crowd: Crowd) -> list[Record]:
+def scaling(
+    name: str, dtype: str, passes: Sequence[str], seconds: float, counts: Sequence[int], crowd: Crowd
+) -> list[Record]:
     """The passes on one shape at several numbers of threads: medians, and the ratios of one thread's time to each."""
     p = Problem(name, dtype)
     records = []

@@ -7,7 +7,10 @@ from pathlib import Path
 
 
 def peak() -> int:
-    """Bytes that this process has held at most. Not ru_maxrss on Linux: that begins with what the process that started this one held."""
+    """Bytes that this process has held at most. Not ru_maxrss on Linux.
+
+    That begins with what the process that started this one held.
+    """
     try:
         lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))

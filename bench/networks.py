@@ -1,4 +1,7 @@
-"""Two networks in plain torch.nn for `bench.resnet`: ResNet-18 (He et al. 2015) and one of MobileNetV2's kind (Sandler et al. 2018)."""
+"""Two networks in plain torch.nn for `bench.resnet`.
+
+ResNet-18 (He et al. 2015) and one of MobileNetV2's kind (Sandler et al. 2018).
+"""
 
 from __future__ import annotations
 
@@ -10,12 +13,17 @@ CLASSES = 10
 
 
 def _quiet(body: nn.Sequential) -> nn.Sequential:
-    """A residual branch that begins as nothing (Goyal et al. 2017): else a step magnifies rounding errors tenfold, with any library."""
+    """A residual branch that begins as nothing (Goyal et al. 2017).
+
+    Else a step magnifies rounding errors tenfold, with any library.
+    """
     nn.init.zeros_(next(norm for norm in reversed(body) if isinstance(norm, nn.BatchNorm2d)).weight)
     return body
 
 
-def _convolved(inputs: int, outputs: int, size: int, stride: int = 1, groups: int = 1, act: Any = nn.ReLU) -> list[nn.Module]:
+def _convolved(
+    inputs: int, outputs: int, size: int, stride: int = 1, groups: int = 1, act: Any = nn.ReLU
+) -> list[nn.Module]:
     """Convolution, batch normalization, activation."""
     convolution = nn.Conv2d(inputs, outputs, size, stride, size // 2, groups=groups, bias=False)
     return [convolution, nn.BatchNorm2d(outputs), *([act(inplace=True)] if act else [])]
@@ -26,7 +34,9 @@ class Basic(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
-        self.body = _quiet(nn.Sequential(*_convolved(inputs, outputs, 3, stride), *_convolved(outputs, outputs, 3, act=None)))
+        self.body = _quiet(
+            nn.Sequential(*_convolved(inputs, outputs, 3, stride), *_convolved(outputs, outputs, 3, act=None))
+        )
         alike = inputs == outputs and stride == 1
         self.shortcut = nn.Identity() if alike else nn.Sequential(*_convolved(inputs, outputs, 1, stride, act=None))
         self.act = nn.ReLU(inplace=True)
@@ -71,7 +81,10 @@ def resnet18() -> nn.Sequential:
 
 
 def mobilenet() -> nn.Sequential:
-    """MobileNetV2 at width 1: 52 batch normalizations of 16 to 1280 channels, most of the time not spent in convolutions."""
+    """MobileNetV2 at width 1.
+
+    52 batch normalizations of 16 to 1280 channels, most of the time not spent in convolutions.
+    """
     body: list[nn.Module] = [*_convolved(3, 32, 3, 2, act=nn.ReLU6)]
     inputs = 32
     stages = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))

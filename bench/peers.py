@@ -32,24 +32,58 @@ AUTO = Path()  # a file in bench/results, named after the machine
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=report.COMMAND,
-        description="Time fastbn beside its peers and the machine's own limit, by turns, on the same arrays. A complete run writes "
+        description="Time fastbn beside its peers and the machine's own limit, by turns, on the same arrays. A "
+        "complete run writes "
         "bench/results/KIND-DATE-PROCESSOR-CORES.json and its plot.",
     )
     listed = ", ".join(cases.GROUPS)
     parser.add_argument(
-        "--shapes", nargs="+", metavar="SHAPE", help=f"shapes of the table, like 32x64x56x56 or '32x64x56x56 last', or: {listed}"
+        "--shapes",
+        nargs="+",
+        metavar="SHAPE",
+        help=f"shapes of the table, like 32x64x56x56 or '32x64x56x56 last', or: {listed}",
     )
-    parser.add_argument("--passes", nargs="+", choices=PASSES, default=list(PASSES), metavar="PASS", help=", ".join(PASSES))
-    parser.add_argument("--peers", nargs="+", choices=list(PEERS), default=list(PEERS), metavar="PEER", help=", ".join(PEERS))
-    parser.add_argument("--dtype", choices=cases.DTYPES, default="float32", help="half precision is also held against fastbn's float32")
+    parser.add_argument(
+        "--passes", nargs="+", choices=PASSES, default=list(PASSES), metavar="PASS", help=", ".join(PASSES)
+    )
+    parser.add_argument(
+        "--peers", nargs="+", choices=list(PEERS), default=list(PEERS), metavar="PEER", help=", ".join(PEERS)
+    )
+    parser.add_argument(
+        "--dtype", choices=cases.DTYPES, default="float32", help="half precision is also held against fastbn's float32"
+    )
     parser.add_argument("--threads", type=int, metavar="N", help="for everyone (default: as many as fastbn takes)")
     parser.add_argument("--scaling", action="store_true", help="fastbn alone, at 1, 2, 4, 8 and 16 threads")
-    parser.add_argument("--seconds", type=float, metavar="S", help=f"of rounds for each shape and pass (default: {SECONDS:g})")
-    parser.add_argument("--quick", action="store_true", help=f"a smoke run: {', '.join(QUICK)}, {QUICK_SECONDS:g} s each")
-    parser.add_argument("--json", type=Path, nargs="?", const=AUTO, metavar="FILE", help="write the result (default: into bench/results)")
-    parser.add_argument("--plot", type=Path, nargs="?", const=AUTO, metavar="FILE", help="draw it as PNG (default: beside the JSON)")
-    parser.add_argument("--readme", type=Path, metavar="FILE", help="replace the block between <!-- peers:begin --> and <!-- peers:end -->")
-    parser.add_argument("--from", type=Path, dest="source", metavar="FILE", help="measure nothing: print, draw and write an earlier result")
+    parser.add_argument(
+        "--seconds", type=float, metavar="S", help=f"of rounds for each shape and pass (default: {SECONDS:g})"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help=f"a smoke run: {', '.join(QUICK)}, {QUICK_SECONDS:g} s each"
+    )
+    parser.add_argument(
+        "--json",
+        type=Path,
+        nargs="?",
+        const=AUTO,
+        metavar="FILE",
+        help="write the result (default: into bench/results)",
+    )
+    parser.add_argument(
+        "--plot", type=Path, nargs="?", const=AUTO, metavar="FILE", help="draw it as PNG (default: beside the JSON)"
+    )
+    parser.add_argument(
+        "--readme",
+        type=Path,
+        metavar="FILE",
+        help="replace the block between <!-- peers:begin --> and <!-- peers:end -->",
+    )
+    parser.add_argument(
+        "--from",
+        type=Path,
+        dest="source",
+        metavar="FILE",
+        help="measure nothing: print, draw and write an earlier result",
+    )
     return parser
 
 
@@ -59,7 +93,9 @@ def chosen(shapes: Sequence[str] | None, quick: bool) -> list[str]:
         return list(QUICK) if quick else list(cases.CASES)
     unknown = [name for name in shapes if name not in cases.CASES and name not in cases.GROUPS]
     if unknown:
-        raise ValueError(f"--shapes: given {unknown[0]!r}, want one of {', '.join((*cases.GROUPS, *map(repr, cases.CASES)))}")
+        raise ValueError(
+            f"--shapes: given {unknown[0]!r}, want one of {', '.join((*cases.GROUPS, *map(repr, cases.CASES)))}"
+        )
     return [name for name, case in cases.CASES.items() if name in shapes or case.group in shapes]
 
 
@@ -84,7 +120,9 @@ def _progress(total: int) -> Iterator[Any]:
         yield step
 
 
-def measured(args: argparse.Namespace, shapes: Sequence[str], kept: bool, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+def measured(
+    args: argparse.Namespace, shapes: Sequence[str], kept: bool, save: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
     """Run all that was asked for; `save` gets the result after each shape."""
     threads = machine.give_threads(args.threads)
     seconds = args.seconds or (QUICK_SECONDS if args.quick else SECONDS)
@@ -217,7 +255,9 @@ def load(path: Path) -> dict[str, Any]:
             return dict(result)
     except (ValueError, AttributeError):
         pass
-    raise ValueError(f"--from: {path} is no result of {report.COMMAND}, want a file that it wrote, like those in bench/results")
+    raise ValueError(
+        f"--from: {path} is no result of {report.COMMAND}, want a file that it wrote, like those in bench/results"
+    )
 
 
 def show(result: dict[str, Any]) -> None:

@@ -9,9 +9,15 @@ from typing import Any
 from bench import targets
 from bench.problem import PASSES
 
-LOOK = {"forward": ("o", "#0072b2"), "backward": ("s", "#d55e00"), "inference": ("^", "#009e73"), "moments": ("D", "#7f7f7f")}
+LOOK = {
+    "forward": ("o", "#0072b2"),
+    "backward": ("s", "#d55e00"),
+    "inference": ("^", "#009e73"),
+    "moments": ("D", "#7f7f7f"),
+}
 ROW_INCHES = 0.28
-OFFSET = {what: (i - 1.5) * 0.2 for i, what in enumerate(PASSES)}  # of a row's height: markers of one shape do not cover each other
+# of a row's height: markers of one shape do not cover each other
+OFFSET = {what: (i - 1.5) * 0.2 for i, what in enumerate(PASSES)}
 
 
 def draw(result: Mapping[str, Any], path: Path) -> None:
@@ -35,7 +41,9 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
             (right, record["times_limit"], targets.limit_target(record, cache)),
         ):
             if value is not None and not (axes is right and record["group"] == "small"):  # all call, no memory
-                axes.plot(value, y, marker, color=colour, markerfacecolor=hollow, markersize=4, linestyle="none", zorder=3)
+                axes.plot(
+                    value, y, marker, color=colour, markerfacecolor=hollow, markersize=4, linestyle="none", zorder=3
+                )
             if target is not None:
                 axes.plot([target, target], [y - 0.1, y + 0.1], color=colour, linewidth=2, zorder=2)
     for i in range(len(shapes)):
@@ -55,11 +63,26 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
     left.set_ylabel("shape, channels first or last in memory")
     left.set_ylim(len(shapes) - 0.5, -0.5)
     handles = [Line2D([], [], marker=m, color=c, linestyle="none", label=what) for what, (m, c) in LOOK.items()]
-    handles.append(Line2D([], [], marker="o", color="black", markerfacecolor="none", linestyle="none", label="arrays up to 4 MB"))
-    handles.append(Line2D([], [], marker="|", markersize=9, markeredgewidth=2, color="black", linestyle="none", label="target of the pass"))
+    handles.append(
+        Line2D([], [], marker="o", color="black", markerfacecolor="none", linestyle="none", label="arrays up to 4 MB")
+    )
+    handles.append(
+        Line2D(
+            [],
+            [],
+            marker="|",
+            markersize=9,
+            markeredgewidth=2,
+            color="black",
+            linestyle="none",
+            label="target of the pass",
+        )
+    )
     facts = result["machine"]
     title = f"{result['dtype']}, {facts['processor']}, {facts['threads']} threads, {facts['date']}"
-    figure.legend(handles=handles, ncols=len(handles), loc="outside upper center", fontsize=9, frameon=False, title=title)
+    figure.legend(
+        handles=handles, ncols=len(handles), loc="outside upper center", fontsize=9, frameon=False, title=title
+    )
     figure.savefig(path, format="png", dpi=110)
 
 

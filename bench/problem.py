@@ -76,5 +76,7 @@ def own(p: Problem, what: str) -> Call:
     if what == "backward":
         return Call(lambda: fastbn.batch_norm_backward(p.dy, p.x, p.moments, p.gamma, eps=EPS, out=p.out), tuple)
     if what == "inference":
-        return Call(lambda: fastbn.batch_norm_inference(p.x, p.mean, p.var, p.gamma, p.beta, eps=EPS, out=p.out), lambda y: (y,))
+        return Call(
+            lambda: fastbn.batch_norm_inference(p.x, p.mean, p.var, p.gamma, p.beta, eps=EPS, out=p.out), lambda y: (y,)
+        )
     return Call(lambda: fastbn.moments(p.x), lambda m: (m.mean, m.var()))

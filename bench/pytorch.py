@@ -1,4 +1,7 @@
-"""PyTorch's calls: eager, compiled, and oneDNN through its mkldnn tensors. All on the memory of the problem's arrays."""
+"""PyTorch's calls: eager, compiled, and oneDNN through its mkldnn tensors.
+
+All on the memory of the problem's arrays.
+"""
 
 from __future__ import annotations
 
@@ -68,13 +71,16 @@ def _numpy(value: Any, shape: tuple[int, ...]) -> Array:
 class _Tensors:
     """A problem's arrays as tensors.
 
-    Channels-last data of rank 3 gets a fourth axis: only then PyTorch knows it as channels last, at nine times the speed.
+    Channels-last data of rank 3 gets a fourth axis: only then PyTorch knows it as channels last, at nine times the
+    speed.
     """
 
     def __init__(self, p: Problem) -> None:
         rank = 4 if p.case.last else 0
         self.x, self.dy, self.out = (tensor(a, rank) for a in (p.x, p.dy, p.out))
-        self.gamma, self.beta, self.mean, self.var, self.rstd = (tensor(a) for a in (p.gamma, p.beta, p.mean, p.var, p.rstd))
+        self.gamma, self.beta, self.mean, self.var, self.rstd = (
+            tensor(a) for a in (p.gamma, p.beta, p.mean, p.var, p.rstd)
+        )
         self.axes = [axis for axis in range(self.x.ndim) if axis != 1]
         self.shapes = (p.x.shape, p.gamma.shape, p.gamma.shape)
 
@@ -103,7 +109,10 @@ def _eager(p: Problem, what: str) -> Call:
         saved = {"out": t.out, "save_mean": torch.empty_like(mean), "save_invstd": torch.empty_like(mean)}
         return Call(lambda: aten.native_batch_norm.out(x, gamma, beta, None, None, True, 0.1, EPS, **saved), t.first)
     if what == "backward":  # its .out copies what this returns: slower, but where memory is fresh
-        return Call(lambda: aten.native_batch_norm_backward(t.dy, x, gamma, None, None, mean, t.rstd, True, EPS, MASK), t.gradients)
+        return Call(
+            lambda: aten.native_batch_norm_backward(t.dy, x, gamma, None, None, mean, t.rstd, True, EPS, MASK),
+            t.gradients,
+        )
     if what == "inference":
         saved = {"out": t.out, "save_mean": torch.empty_like(mean[:0]), "save_invstd": torch.empty_like(mean[:0])}
         return Call(lambda: aten.native_batch_norm.out(x, gamma, beta, mean, var, False, 0.1, EPS, **saved), t.first)
@@ -145,7 +154,10 @@ def _compiled(p: Problem, what: str) -> Call:
     function: Any
     arguments: tuple[Any, ...]
     if what == "forward":
-        function, arguments = lambda x, gamma, beta: normalize(x, None, None, gamma, beta, True, 0.1, EPS), (t.x, t.gamma, t.beta)
+        function, arguments = (
+            lambda x, gamma, beta: normalize(x, None, None, gamma, beta, True, 0.1, EPS),
+            (t.x, t.gamma, t.beta),
+        )
     elif what == "backward":
 
         def function(dy: Any, x: Any, gamma: Any, mean: Any, rstd: Any) -> Any:
@@ -154,7 +166,10 @@ def _compiled(p: Problem, what: str) -> Call:
         arguments = (t.dy, t.x, t.gamma, t.mean, t.rstd)
     elif what == "inference":
         constants = (t.x, t.mean, t.var, t.gamma, t.beta)
-        function, arguments = lambda x, mean, var, gamma, beta: normalize(x, mean, var, gamma, beta, False, 0.1, EPS), constants
+        function, arguments = (
+            lambda x, mean, var, gamma, beta: normalize(x, mean, var, gamma, beta, False, 0.1, EPS),
+            constants,
+        )
     else:
         function, arguments = lambda x: torch.var_mean(x, t.axes, correction=0), (t.x,)
     compiled = torch.compile(function, fullgraph=True, dynamic=False)
@@ -177,7 +192,8 @@ def _onednn(p: Problem, what: str) -> Call:
     gamma, beta, mean, var = t.gamma, t.beta, t.mean, t.var
     if what == "backward":
         dy, backward = tensor(p.dy, 4).to_mkldnn(), torch.ops.aten.native_batch_norm_backward
-        _, *saved = torch.native_batch_norm(x, gamma, beta, None, None, True, 0.1, EPS)  # it takes its own forward's statistics only
+        # it takes its own forward's statistics only
+        _, *saved = torch.native_batch_norm(x, gamma, beta, None, None, True, 0.1, EPS)
         return Call(lambda: backward(dy, x, gamma, None, None, *saved, True, EPS, MASK), t.gradients)
     if what == "forward":
         return Call(lambda: torch.native_batch_norm(x, gamma, beta, None, None, True, 0.1, EPS), t.first)

@@ -49,7 +49,10 @@ def _most(found: Sequence[Record], cache: int) -> str:
         return "-"
     worst, bound = max(bounded, key=lambda pair: pair[0]["times_limit"] / pair[1])
     met = sum(r["times_limit"] <= limit for r, limit in bounded)
-    return f"{worst['times_limit']:.2f}, {worst['shape']} {worst['pass']} (target {bound:g}); {met} of {len(bounded)} within"
+    return (
+        f"{worst['times_limit']:.2f}, {worst['shape']} {worst['pass']} (target {bound:g}); {met} of {len(bounded)} "
+        f"within"
+    )
 
 
 def summary(result: Result) -> Table:
@@ -74,7 +77,10 @@ def by_shape(records: Sequence[Record], cell: Callable[[Record], str]) -> Table:
     for record in records:
         found.setdefault(record["shape"], {})[record["pass"]] = record
     passes = [name for name in PASSES if any(name in by_pass for by_pass in found.values())]
-    rows = [[shape, *(cell(by_pass[name]) if name in by_pass else "-" for name in passes)] for shape, by_pass in found.items()]
+    rows = [
+        [shape, *(cell(by_pass[name]) if name in by_pass else "-" for name in passes)]
+        for shape, by_pass in found.items()
+    ]
     return ["shape", *passes], rows
 
 
@@ -85,11 +91,16 @@ def _peer_cell(record: Record) -> str:
 
 def _half_cell(record: Record) -> str:
     peer = "" if record["fastest"] is None else f", {record['ratio']:.2f}x {record['fastest']}"
-    return f"{milliseconds(record['seconds']['fastbn'])}, {record['float32']:.2f}x float32{peer}, {record['times_limit']:.2f}"
+    return (
+        f"{milliseconds(record['seconds']['fastbn'])}, {record['float32']:.2f}x float32{peer}, "
+        f"{record['times_limit']:.2f}"
+    )
 
 
 def _scaling_cell(record: Record) -> str:
-    return " / ".join(milliseconds(seconds) for seconds in record["seconds"].values()) + f", {list(record['speedup'].values())[-1]:.2f}x"
+    return " / ".join(milliseconds(seconds) for seconds in record["seconds"].values()) + (
+        f", {list(record['speedup'].values())[-1]:.2f}x"
+    )
 
 
 def small_calls(result: Result) -> Table:
@@ -122,11 +133,16 @@ def refusals(result: Result) -> list[str]:
 
 
 NOTES = {
-    "peers": "A cell: fastbn's time; the fastest peer's as a multiple of it, and who that is; fastbn's as a multiple of the limit's, the "
-    "best copy (forward, inference), triad (backward) or read (moments) of its bytes. {dtype}; medians of ratios paired within a round.",
-    "half": "A cell: fastbn's time in {dtype}; its float32 time and the fastest peer's as multiples of it; and as a multiple of "
-    f"the limit's, the best copy, triad or read of the same bytes. Target: {targets.HALF:g}x float32 on arrays over the cache.",
-    "scaling": "A cell: fastbn's time at {counts} threads, and how many times as fast as one thread the last is. {dtype}.",
+    "peers": "A cell: fastbn's time; the fastest peer's as a multiple of it, and who that is; fastbn's as a multiple "
+    "of the limit's, the "
+    "best copy (forward, inference), triad (backward) or read (moments) of its bytes. {dtype}; medians of ratios "
+    "paired within a round.",
+    "half": "A cell: fastbn's time in {dtype}; its float32 time and the fastest peer's as multiples of it; and as a "
+    "multiple of "
+    f"the limit's, the best copy, triad or read of the same bytes. Target: {targets.HALF:g}x float32 on arrays over "
+    f"the cache.",
+    "scaling": "A cell: fastbn's time at {counts} threads, and how many times as fast as one thread the last is. "
+    "{dtype}.",
 }
 
 

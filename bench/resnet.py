@@ -23,7 +23,8 @@ from fastbn.cli import bench
 COMMAND = "python -m bench.resnet"
 IMAGES, SIDE, STEPS = 32, 128, 20
 FORMATS, MODES, PASSES = ("first", "last"), ("eager", "compiled"), ("training", "inference")
-PYTORCH, FASTBN, NONE = "PyTorch", "fastbn", "none"  # whose batch norms; none: Identity in their place, to know their share
+# whose batch norms; none: Identity in their place, to know their share
+PYTORCH, FASTBN, NONE = "PyTorch", "fastbn", "none"
 LOSS_ERROR = 1e-4  # target: relative difference of the losses of STEPS steps
 RATE = 1e-3  # ten times as much and rounding errors grow a hundredfold within the steps, with either library
 
@@ -112,7 +113,8 @@ def timed(name: str, layout: str, mode: str, what: str, args: argparse.Namespace
     medians = {norms: statistics.median(values) for norms, values in times.items()}
     shares = {norms: 1 - paired(times[NONE], times[norms]) for norms in (PYTORCH, FASTBN) if NONE in times}
     return {
-        "shape": name, "layout": layout, "mode": mode, "pass": what, "seconds": medians, "ratio": paired(times[PYTORCH], times[FASTBN]),
+        "shape": name, "layout": layout, "mode": mode, "pass": what, "seconds": medians,
+        "ratio": paired(times[PYTORCH], times[FASTBN]),
         "shares": shares, "rounds": len(times[FASTBN]),
     }  # fmt: skip
 
@@ -150,7 +152,12 @@ def peaks(name: str, layout: str, args: argparse.Namespace) -> dict[str, Any]:
 def measured(args: argparse.Namespace) -> dict[str, Any]:
     """Everything."""
     threads = machine.give_threads(None)
-    result: dict[str, Any] = {"kind": "resnet", "machine": machine.facts(threads, False), "images": args.images, "side": args.side}
+    result: dict[str, Any] = {
+        "kind": "resnet",
+        "machine": machine.facts(threads, False),
+        "images": args.images,
+        "side": args.side,
+    }
     result |= {"records": [], "losses": [], "memory": []}
     for name, layout in itertools.product(args.networks, FORMATS):
         result["memory"].append(peaks(name, layout, args))
@@ -169,7 +176,17 @@ def cells(record: Mapping[str, Any]) -> list[str]:
 
 def table(result: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """A line per network, memory order, mode and pass."""
-    headers = ["network", "channels", "mode", "pass", "PyTorch", "fastbn", "PyTorch takes", "PyTorch's norms", "fastbn's norms"]
+    headers = [
+        "network",
+        "channels",
+        "mode",
+        "pass",
+        "PyTorch",
+        "fastbn",
+        "PyTorch takes",
+        "PyTorch's norms",
+        "fastbn's norms",
+    ]
     lines = [[r["shape"], r["layout"], r["mode"], r["pass"], *cells(r)] for r in result["records"]]
     return headers, [line + ["-"] * (len(headers) - len(line)) for line in lines]
 
@@ -178,29 +195,46 @@ def note(result: Mapping[str, Any]) -> str:
     """Losses and memory, and what the table holds."""
     apart = max(found["apart"] for found in result["losses"])
     held = "; ".join(
-        f"{m['shape']} {m['layout']} {m['megabytes'][PYTORCH]:.0f} / {m['megabytes'][FASTBN]:.0f} MB" for m in result["memory"]
+        f"{m['shape']} {m['layout']} {m['megabytes'][PYTORCH]:.0f} / {m['megabytes'][FASTBN]:.0f} MB"
+        for m in result["memory"]
     )
     ratios = [r["ratio"] for r in result["records"]]
     steps = len(result["losses"][0]["losses"][PYTORCH])
     return (
-        f"Batches of {result['images']} x 3 x {result['side']}², float32. A step is forward, backward and SGD; the norms' share is what "
-        f"the time shrinks by with none. fastbn is ahead in {sum(r >= 1 for r in ratios)} of {len(ratios)}, geometric mean "
-        f"{statistics.geometric_mean(ratios):.2f}x. Losses of {steps} steps differ by {apart:.1e} at most (target {LOSS_ERROR:g}). Peak "
+        f"Batches of {result['images']} x 3 x {result['side']}², float32. A step is forward, backward and SGD; the "
+        f"norms' share is what "
+        f"the time shrinks by with none. fastbn is ahead in {sum(r >= 1 for r in ratios)} of {len(ratios)}, geometric "
+        f"mean "
+        f"{statistics.geometric_mean(ratios):.2f}x. Losses of {steps} steps differ by {apart:.1e} at most (target "
+        f"{LOSS_ERROR:g}). Peak "
         f"memory of the process, PyTorch / fastbn: {held}. {bench.sentence(result['machine'])}."
     )
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=COMMAND, description="Train and run whole networks with PyTorch's batch norms and fastbn's.")
+    parser = argparse.ArgumentParser(
+        prog=COMMAND, description="Train and run whole networks with PyTorch's batch norms and fastbn's."
+    )
     names = ("ResNet-18", "MobileNetV2")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here (default: into bench/results)")
-    parser.add_argument("--from", type=Path, dest="source", metavar="FILE", help="measure nothing: print and write an earlier result")
     parser.add_argument(
-        "--readme", type=Path, metavar="FILE", help="replace the block between <!-- resnet:begin --> and <!-- resnet:end -->"
+        "--from", type=Path, dest="source", metavar="FILE", help="measure nothing: print and write an earlier result"
     )
-    parser.add_argument("--seconds", type=float, default=20.0, metavar="S", help="of rounds for each line (default: 20)")
-    parser.add_argument("--networks", nargs="+", choices=names, default=names, metavar="NAME", help=f"of {', '.join(names)}")
-    parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES, metavar="MODE", help=f"of {', '.join(MODES)}")
+    parser.add_argument(
+        "--readme",
+        type=Path,
+        metavar="FILE",
+        help="replace the block between <!-- resnet:begin --> and <!-- resnet:end -->",
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=20.0, metavar="S", help="of rounds for each line (default: 20)"
+    )
+    parser.add_argument(
+        "--networks", nargs="+", choices=names, default=names, metavar="NAME", help=f"of {', '.join(names)}"
+    )
+    parser.add_argument(
+        "--modes", nargs="+", choices=MODES, default=MODES, metavar="MODE", help=f"of {', '.join(MODES)}"
+    )
     parser.add_argument("--images", type=int, default=IMAGES, help=f"of a batch (default: {IMAGES})")
     parser.add_argument("--side", type=int, default=SIDE, help=f"pixels (default: {SIDE})")
     parser.add_argument("--steps", type=int, default=STEPS, help=f"whose losses are compared (default: {STEPS})")

@@ -1,4 +1,7 @@
-"""The plot of `bench.resnet`: a bar per network, memory order, mode and pass for each library, the batch norms' part of it dark."""
+"""The plot of `bench.resnet`.
+
+A bar per network, memory order, mode and pass for each library, the batch norms' part of it dark.
+"""
 
 from __future__ import annotations
 
@@ -28,12 +31,16 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
             axes.barh(y, whole - own, HEIGHT, color=light)
             axes.barh(y, own, HEIGHT, left=whole - own, color=dark)
     axes.axvline(1.0, color="black", linewidth=0.8)
-    axes.set_yticks(range(len(records)), [f"{r['shape']} {r['layout']}, {r['mode']} {r['pass']}" for r in records], fontsize=8)
+    axes.set_yticks(
+        range(len(records)), [f"{r['shape']} {r['layout']}, {r['mode']} {r['pass']}" for r in records], fontsize=8
+    )
     axes.set_ylim(len(records) - 0.4, -0.6)
     axes.set_xlabel("time / PyTorch's: smaller is better")
     handles = [Patch(color=dark, label=f"{norms}'s batch norms") for norms, (dark, _) in COLOURS.items()]
     handles += [Patch(color=light, label=f"the rest with {norms}") for norms, (_, light) in COLOURS.items()]
     facts = result["machine"]
-    title = f"{result['images']} x 3 x {result['side']}², {facts['processor']}, {facts['threads']} threads, {facts['date']}"
+    title = (
+        f"{result['images']} x 3 x {result['side']}², {facts['processor']}, {facts['threads']} threads, {facts['date']}"
+    )
     figure.legend(handles=handles, ncols=4, loc="outside upper center", fontsize=9, frameon=False, title=title)
     figure.savefig(path, format="png", dpi=110)

@@ -1,7 +1,9 @@
-"""What ptxas makes of the GPU's kernels: instructions, loads on their way at once, registers: `python -m bench.sass`, see --help.
+"""What ptxas makes of the GPU's kernels: instructions, loads on their way at once, registers.
 
-No GPU is needed: numba-cuda, nvidia-nvvm, nvidia-cuda-nvcc (ptxas) and nvidia-cuda-nvdisasm are. Nothing is timed: an instruction of a warp
-takes an issue slot, of which a multiprocessor of an H100 has four a clock, and memory is kept busy by what is on its way at once.
+`python -m bench.sass`, see --help.
+No GPU is needed: numba-cuda, nvidia-nvvm, nvidia-cuda-nvcc (ptxas) and nvidia-cuda-nvdisasm are. Nothing is timed: an
+instruction of a warp takes an issue slot, of which a multiprocessor of an H100 has four a clock, and memory is kept
+busy by what is on its way at once.
 """
 
 from __future__ import annotations
@@ -40,7 +42,10 @@ class Instruction(NamedTuple):
 
 
 class Stretch(NamedTuple):
-    """The way through a loop, or through a kernel without one, that is cheapest for each group of 16 bytes it stores, else reads."""
+    """The way through a loop, or through a kernel without one, that is cheapest for each group of 16 bytes it stores.
+
+    Else reads.
+    """
 
     instructions: int
     loads: int  # of 16 bytes
@@ -84,7 +89,10 @@ def _routine(code: Sequence[Instruction], at: int) -> list[int]:
 
 
 def cheapest(code: Sequence[Instruction], start: int, ends: Any, what: str = "", wide: int = 0) -> list[int] | None:
-    """The shortest way from an instruction to one where `ends` is true, over so many that match `what`; None if there is none."""
+    """The shortest way from an instruction to one where `ends` is true, over so many that match `what`.
+
+    None if there is none.
+    """
     begin = (start, 0)
     spent, came, queue = {begin: 0}, {begin: begin}, [(0, begin)]
     while queue:
@@ -98,7 +106,11 @@ def cheapest(code: Sequence[Instruction], start: int, ends: Any, what: str = "",
             while came[state] != state:
                 state = came[state]
                 way.append(state[0])
-            return [k for step in way[::-1] for k in [step, *(_routine(code, step) if code[step].name.startswith("CALL") else [])]]
+            return [
+                k
+                for step in way[::-1]
+                for k in [step, *(_routine(code, step) if code[step].name.startswith("CALL") else [])]
+            ]
         for then, price in _nexts(code, at):
             if cost + price < spent.get((then, had), 1 << 60):
                 spent[then, had], came[then, had] = cost + price, state
@@ -107,13 +119,24 @@ def cheapest(code: Sequence[Instruction], start: int, ends: Any, what: str = "",
 
 
 def stretches(code: Sequence[Instruction]) -> list[Stretch]:
-    """Of each loop that reads global memory and holds no other such loop; of the whole, where none stores what it is there for."""
+    """Of each loop that reads global memory and holds no other such loop.
+
+    Of the whole, where none stores what it is there for.
+    """
     reads = [k for k, one in enumerate(code) if one.name.startswith("LDG")]
     back = sorted(
-        {(one.target, k) for k, one in enumerate(code) if one.target is not None and one.target <= k and one.name.startswith("BRA")}
+        {
+            (one.target, k)
+            for k, one in enumerate(code)
+            if one.target is not None and one.target <= k and one.name.startswith("BRA")
+        }
     )
     loops = [(low, high) for low, high in back if any(low <= k <= high for k in reads)]
-    inner = [loop for loop in loops if not any(other != loop and loop[0] <= other[0] and other[1] <= loop[1] for other in loops)]
+    inner = [
+        loop
+        for loop in loops
+        if not any(other != loop and loop[0] <= other[0] and other[1] <= loop[1] for other in loops)
+    ]
     stores = [k for k, one in enumerate(code) if re.match(WIDE_STORE, one.name)]
     if not inner or any(not any(low <= k <= high for low, high in loops) for k in stores):
         inner = [(0, len(code) - 1)]
@@ -180,7 +203,9 @@ def assembled(kernel: Any, stored: str, statistic: str, arch: str) -> tuple[int,
         source.write_text(text)
         line = [tool("ptxas", "nvidia-cuda-nvcc"), f"-arch=sm_{arch}", "-v", str(source), "-o", str(binary)]
         log = subprocess.run(line, check=True, capture_output=True, text=True).stderr
-        shown = subprocess.run([tool("nvdisasm", "nvidia-cuda-nvdisasm"), "-c", str(binary)], check=True, capture_output=True, text=True)
+        shown = subprocess.run(
+            [tool("nvdisasm", "nvidia-cuda-nvdisasm"), "-c", str(binary)], check=True, capture_output=True, text=True
+        )
     return max(map(int, re.findall(r"Used (\d+) registers", log))), parsed(shown.stdout)
 
 
@@ -190,22 +215,33 @@ def run(args: argparse.Namespace) -> int:
         importlib.import_module(f"fastbn.cuda.kernels.{module}")
     from fastbn.cuda.kernels import jit
 
-    print("| kernel | dtype | registers | instructions: loads + stores of 16 bytes, other loads, at once |\n|---|---|---|---|")
+    print(
+        "| kernel | dtype | registers | instructions: loads + stores of 16 bytes, other loads, at once "
+        "|\n|---|---|---|---|"
+    )
     for kernel in jit.KERNELS:
         for stored in args.dtype if kernel.name.startswith(tuple(args.only)) else ():
             registers, code = assembled(kernel, stored, args.statistic, args.arch)
-            shown = "; ".join(f"{s.instructions}: {s.loads} + {s.stores}, {s.singles}, {s.at_once}" for s in stretches(code))
+            shown = "; ".join(
+                f"{s.instructions}: {s.loads} + {s.stores}, {s.singles}, {s.at_once}" for s in stretches(code)
+            )
             print(f"| {kernel.name} | {stored} | {registers} | {shown} |", flush=True)
     return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(prog=COMMAND, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog=COMMAND, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--arch", default="90a", help="target, as in sm_90a (default: %(default)s)")
     parser.add_argument("--dtype", nargs="+", choices=STORED, default=["float32", "bfloat16"])
-    parser.add_argument("--statistic", choices=("float32", "float64"), default="float64", help="dtype of given statistics")
-    parser.add_argument("--only", nargs="+", metavar="NAME", default=["rows", "columns", "apply", "finish.finish", "fused"])
+    parser.add_argument(
+        "--statistic", choices=("float32", "float64"), default="float64", help="dtype of given statistics"
+    )
+    parser.add_argument(
+        "--only", nargs="+", metavar="NAME", default=["rows", "columns", "apply", "finish.finish", "fused"]
+    )
     return command.main(parser, run, argv)
 
 

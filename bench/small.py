@@ -1,4 +1,7 @@
-"""Small arrays, where a call is mostly overhead: fastbn's functions and layer beside PyTorch's, one way and both ways."""
+"""Small arrays, where a call is mostly overhead.
+
+fastbn's functions and layer beside PyTorch's, one way and both ways.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +73,9 @@ def _torch(p: Problem) -> dict[str, Run]:
     wanted = (leaf, module.weight, module.bias)
 
     def native() -> Any:
-        return aten.native_batch_norm.out(x, gamma, beta, None, None, True, 0.1, EPS, out=out, save_mean=mean, save_invstd=rstd)
+        return aten.native_batch_norm.out(
+            x, gamma, beta, None, None, True, 0.1, EPS, out=out, save_mean=mean, save_invstd=rstd
+        )
 
     def both() -> Any:
         native()

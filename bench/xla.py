@@ -23,7 +23,8 @@ def _call(p: Problem, what: str, squares: bool) -> Call:
     from jax import numpy as jnp
 
     rank, single = p.x.ndim, jnp.float32
-    channel = rank - 1 if p.case.last else 1  # channels last: the same memory as an array whose last axis is the channels'
+    # channels last: the same memory as an array whose last axis is the channels'
+    channel = rank - 1 if p.case.last else 1
     axes = tuple(axis for axis in range(rank) if axis != channel)
     shape = tuple(-1 if axis == channel else 1 for axis in range(rank))
 
@@ -41,11 +42,15 @@ def _call(p: Problem, what: str, squares: bool) -> Call:
         dy = dy.astype(single)
         xhat = (x.astype(single) - mean.reshape(shape)) * rstd.reshape(shape)
         dbeta, dgamma = dy.sum(axes), (dy * xhat).sum(axes)
-        dx = (gamma * rstd).reshape(shape) * (dy - (dbeta / p.count).reshape(shape) - xhat * (dgamma / p.count).reshape(shape))
+        dx = (gamma * rstd).reshape(shape) * (
+            dy - (dbeta / p.count).reshape(shape) - xhat * (dgamma / p.count).reshape(shape)
+        )
         return dx.astype(p.x.dtype), dgamma, dbeta
 
     def inference(x: Any, mean: Any, var: Any, gamma: Any, beta: Any) -> Any:
-        y = (x.astype(single) - mean.reshape(shape)) * (gamma * jax.lax.rsqrt(var + EPS)).reshape(shape) + beta.reshape(shape)
+        y = (x.astype(single) - mean.reshape(shape)) * (gamma * jax.lax.rsqrt(var + EPS)).reshape(shape) + beta.reshape(
+            shape
+        )
         return (y.astype(p.x.dtype),)
 
     x, dy = p.rows(p.x), p.rows(p.dy)
@@ -70,7 +75,10 @@ def _call(p: Problem, what: str, squares: bool) -> Call:
 
 
 def calls(p: Problem, what: str) -> dict[str, Maker]:
-    """JAX, where it takes a variance also as Flax does: E[x²] - E[x]², one pass less, and wrong where the mean is large."""
+    """JAX, where it takes a variance also as Flax does.
+
+    E[x²] - E[x]², one pass less, and wrong where the mean is large.
+    """
     makers: dict[str, Maker] = {"JAX": lambda: _call(p, what, squares=False)}
     if what in ("forward", "moments"):
         makers["JAX E[x²]"] = lambda: _call(p, what, squares=True)

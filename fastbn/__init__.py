@@ -1,5 +1,6 @@
-"""Batch normalization as fast CPU (and, not yet run on one, GPU) kernels: faster than the big frameworks', more accurate, without one.
+"""Batch normalization as fast CPU (and, not yet run on one, GPU) kernels.
 
+Faster than the big frameworks', more accurate, without one.
 The names below are the public ones. Importing fastbn compiles nothing and touches no driver.
 """
 

@@ -18,7 +18,10 @@ Array = NDArray[Any]
 def affine_of(
     mean: Array, var: Array, gamma: Array | None, beta: Array | None, eps: float, bias: Array | None = None
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """(scale, shift), each (C,) float64, with gamma * (x + bias - mean) / sqrt(var + eps) + beta = scale * x + shift."""
+    """(scale, shift), each (C,) float64.
+
+    With gamma * (x + bias - mean) / sqrt(var + eps) + beta = scale * x + shift.
+    """
     mean, var = (np.asarray(values, np.float64) for values in (mean, var))
     scale = inverse_deviation(var, eps)
     if gamma is not None:
@@ -28,7 +31,10 @@ def affine_of(
 
 
 def folded(layer: Any) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """(scale, shift) of a BatchNorm in evaluation; float64 in any layer: where the mean is large the two terms nearly cancel."""
+    """(scale, shift) of a BatchNorm in evaluation.
+
+    float64 in any layer: where the mean is large the two terms nearly cancel.
+    """
     kept = layer._kept()
     if layer.running_mean is None:
         raise ValueError("folded_affine: this layer keeps no running statistics, and so has no fixed map")

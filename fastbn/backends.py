@@ -1,7 +1,8 @@
 """The backend protocol, the ordered registry, and which backend serves a call.
 
-A backend is a module that satisfies `Backend`. Where the array lives decides (host array: cpu); ``backend=`` or FASTBN_BACKEND
-overrides. A request that can't be served raises `BackendUnavailable` and names what is registered and why each declines.
+A backend is a module that satisfies `Backend`. Where the array lives decides (host array: cpu); ``backend=`` or
+FASTBN_BACKEND overrides. A request that can't be served raises `BackendUnavailable` and names what is registered and
+why each declines.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ Sums = tuple[NDArray[np.float64], NDArray[np.float64]]
 
 
 class Backend(Protocol):
-    """The contract: canonical views (N, C, S) or (R, C) in, `out` given by the caller, statistics float64 of shape (C,).
+    """The contract: canonical views (N, C, S) or (R, C) in, `out` given by the caller, float64 statistics (C,).
 
-    x, dy and `out` are of one dtype: float16, bfloat16, float32 or float64. `gamma` and `beta` are float64 beside float64 and float32
-    beside all others, or None. A half result is the float32 one, rounded to nearest even. `out` may be x or dy itself. Statistics and
-    sums are allocated by the backend.
+    x, dy and `out` are of one dtype: float16, bfloat16, float32 or float64. `gamma` and `beta` are float64 beside
+    float64 and float32 beside all others, or None. A half result is the float32 one, rounded to nearest even. `out` may
+    be x or dy itself. Statistics and sums are allocated by the backend.
     """
 
     def moments(self, x: Array) -> Moments:
@@ -37,20 +38,35 @@ class Backend(Protocol):
         """1 / sqrt(m2 / count + eps), float64 of shape (C,)."""
 
     def track(self, m: Moments, freedom: float, weight: float, running_mean: Array, running_var: Array) -> None:
-        """Running statistics, of the dtype of parameters, move towards m.mean and m.m2 / freedom by `weight`, in place."""
+        """Running statistics, of the dtype of parameters, move towards m.mean and m.m2 / freedom by `weight`.
 
-    def normalize(self, x: Array, mean: Array, rstd: Array, gamma: Array | None, beta: Array | None, out: Array) -> Array:
+        In place.
+        """
+
+    def normalize(
+        self, x: Array, mean: Array, rstd: Array, gamma: Array | None, beta: Array | None, out: Array
+    ) -> Array:
         """y = gamma * (x - mean) * rstd + beta."""
 
     def grad_reduce(self, dy: Array, x: Array, mean: Array, rstd: Array) -> Sums:
         """(sum of dy, sum of dy * xhat)."""
 
     def grad_input(
-        self, dy: Array, x: Array, mean: Array, rstd: Array, gamma: Array | None, sums: Sums | None, count: int, out: Array
+        self,
+        dy: Array,
+        x: Array,
+        mean: Array,
+        rstd: Array,
+        gamma: Array | None,
+        sums: Sums | None,
+        count: int,
+        out: Array,
     ) -> Array:
         """dx; `sums` None for constant statistics (inference)."""
 
-    def forward(self, x: Array, gamma: Array | None, beta: Array | None, eps: float, out: Array) -> tuple[Array, Moments]:
+    def forward(
+        self, x: Array, gamma: Array | None, beta: Array | None, eps: float, out: Array
+    ) -> tuple[Array, Moments]:
         """moments + normalize, fused: (y, moments)."""
 
     def backward(
@@ -64,7 +80,10 @@ class Backend(Protocol):
         training: bool = True,
         grads: Array | None = None,
     ) -> tuple[Array, Array, Array]:
-        """grad_reduce + grad_input, fused: (dx, dgamma, dbeta); `grads` (2, C) takes dbeta, dgamma in the dtype of parameters."""
+        """grad_reduce + grad_input, fused: (dx, dgamma, dbeta).
+
+        `grads` (2, C) takes dbeta, dgamma in the dtype of parameters.
+        """
 
     def compact(
         self,
@@ -73,10 +92,12 @@ class Backend(Protocol):
         dims: tuple[int, ...],
         dtype: np.dtype[Any],
     ) -> Callable[..., Any] | None:
-        """A method with all decided, for C-contiguous arrays of `shape` that reshape to `dims`; None where that saves nothing.
+        """A method with all decided, for C-contiguous arrays of `shape` that reshape to `dims`.
 
-        "inference" is `rstd` and `normalize` in one, of memory: addresses of x, y, mean, var, gamma and beta, and eps; perhaps a team of
-        threads (`kernels._team.Runtime`). Mean and var are of the dtype of parameters; 0 is the address of an absent gamma or beta.
+        None where that saves nothing.
+        "inference" is `rstd` and `normalize` in one, of memory: addresses of x, y, mean, var, gamma and beta, and eps;
+        perhaps a team of threads (`kernels._team.Runtime`). Mean and var are of the dtype of parameters; 0 is the
+        address of an absent gamma or beta.
         """
 
     def describe(self, dims: tuple[int, ...], dtype: np.dtype[Any]) -> str:
@@ -145,7 +166,8 @@ def select_device(name: str | None = None) -> None:
     wanted = name if type(name) is str else scalars.check_backend(name) or config.BACKEND or "cuda"
     if wanted != "cuda":
         raise BackendUnavailable(
-            f"{_request(wanted, name is not None)} can't take an array on a GPU: copy it to the host first, or name no backend"
+            f"{_request(wanted, name is not None)} can't take an array on a GPU: copy it to the host first, or name "
+            f"no backend"
         )
     from fastbn.cuda import buffers
 
@@ -161,7 +183,8 @@ def _load(wanted: str, given: bool) -> Backend:
         if entry.name == wanted and entry.decline() is None:
             if entry.device:
                 raise BackendUnavailable(
-                    f"{_request(wanted, given)} takes arrays on a GPU, and this one lives on the host: copy it there first"
+                    f"{_request(wanted, given)} takes arrays on a GPU, and this one lives on the host: copy it there "
+                    f"first"
                 )
             with interrupts.deferred():  # numba can't be imported again where that was broken off
                 backend = cast(Backend, importlib.import_module(entry.module))
@@ -188,7 +211,12 @@ class Explanation(NamedTuple):
 
 
 def explain(
-    shape: tuple[int, ...], dtype: DTypeLike = np.float32, axis: int = 1, *, channels_last: bool = False, backend: str | None = None
+    shape: tuple[int, ...],
+    dtype: DTypeLike = np.float32,
+    axis: int = 1,
+    *,
+    channels_last: bool = False,
+    backend: str | None = None,
 ) -> Explanation:
     """Which backend, kernel and schedule will run for an array, and why the others were refused.
 

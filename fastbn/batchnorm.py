@@ -22,8 +22,8 @@ Array = NDArray[Any]
 class BatchNorm(State):
     """Batch normalization of one channel axis, with PyTorch's semantics.
 
-    In training each channel is normalized by its batch's mean and biased variance, and the running statistics move towards the
-    batch's (the variance unbiased). In evaluation the running statistics normalize.
+    In training each channel is normalized by its batch's mean and biased variance, and the running statistics move
+    towards the batch's (the variance unbiased). In evaluation the running statistics normalize.
 
     Parameters
     ----------
@@ -36,22 +36,26 @@ class BatchNorm(State):
     affine : bool
         Whether there are parameters gamma (ones) and beta (zeros); either may be set to None later.
     track_running_stats : bool
-        Whether running statistics are kept; without them evaluation uses the batch's. Set to False later, training leaves them as they are.
+        Whether running statistics are kept; without them evaluation uses the batch's. Set to False later, training
+        leaves them as they are.
     axis : int
         The channel axis.
     dtype : dtype
-        Of parameters and running statistics: float32, for x of float16, bfloat16 and float32, or float64, for x of float64.
+        Of parameters and running statistics: float32, for x of float16, bfloat16 and float32, or float64, for x of
+        float64.
     backend : str, optional
         "cpu" or "reference"; default where the array lives.
     unbiased_running_var : bool
         Whether the running variance takes m2 / (count - 1), as PyTorch; False for ONNX, Keras, Flax.
     num_threads : int, optional
-        Of the kernels in each call, from 1 to NUMBA_NUM_THREADS; changes speed, never a bit. Default as `set_num_threads` says.
+        Of the kernels in each call, from 1 to NUMBA_NUM_THREADS; changes speed, never a bit. Default as
+        `set_num_threads` says.
     comm : mpi4py.MPI.Intracomm or torch.distributed.ProcessGroup, optional
-        In training the statistics are those of the batches of all its ranks together: each must call the same layers in the same order. A
-        forward is one collective and a backward one, the first of all after one that compares the channels; statistics, of arrays on a GPU
-        too, are merged on the host. dgamma and dbeta stay the sums of this rank, for the optimizer to add up over the ranks, as PyTorch's
-        SyncBatchNorm has it. Copies of a layer share its communicator; pickle takes the layer only where it takes that.
+        In training the statistics are those of the batches of all its ranks together: each must call the same layers in
+        the same order. A forward is one collective and a backward one, the first of all after one that compares the
+        channels; statistics, of arrays on a GPU too, are merged on the host. dgamma and dbeta stay the sums of this
+        rank, for the optimizer to add up over the ranks, as PyTorch's SyncBatchNorm has it. Copies of a layer share its
+        communicator; pickle takes the layer only where it takes that.
 
     Attributes
     ----------
@@ -60,7 +64,8 @@ class BatchNorm(State):
     dgamma, dbeta : ndarray, shape (C,), or None
         Their gradients, of the last `backward`.
     running_mean, running_var : ndarray, shape (C,), of `dtype`, or None
-        Training changes them in place, whatever their strides: writeable, and in memory apart from all other arrays of the layer.
+        Training changes them in place, whatever their strides: writeable, and in memory apart from all other arrays of
+        the layer.
     num_batches_tracked : int
     training : bool
 
@@ -71,12 +76,13 @@ class BatchNorm(State):
     Raises
     ------
     TypeError, ValueError
-        A parameter of the wrong kind or out of range, for momentum any finite number, as PyTorch has it; what is assigned to its attribute
-        later is refused when it is used.
+        A parameter of the wrong kind or out of range, for momentum any finite number, as PyTorch has it; what is
+        assigned to its attribute later is refused when it is used.
 
     References
     ----------
-    Ioffe & Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate Shift", 2015.
+    Ioffe & Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate Shift",
+    2015.
     """
 
     def __init__(
@@ -132,7 +138,9 @@ class BatchNorm(State):
 
     def reset_running_stats(self) -> None:
         """Running mean 0, running variance 1, no batches counted."""
-        self._settle(**({"num_batches_tracked": 0} if scalars.flag(self.track_running_stats, "track_running_stats") else {}))
+        self._settle(
+            **({"num_batches_tracked": 0} if scalars.flag(self.track_running_stats, "track_running_stats") else {})
+        )
         if self.track_running_stats:
             self.running_mean = placement.renewed(self.running_mean, np.zeros(self.num_features, self.dtype))
             self.running_var = placement.renewed(self.running_var, np.ones(self.num_features, self.dtype))
@@ -156,7 +164,8 @@ class BatchNorm(State):
         Parameters
         ----------
         backward : bool
-            Whether a forward keeps its x for `backward`, as in training: for layers that are frozen in a network that trains.
+            Whether a forward keeps its x for `backward`, as in training: for layers that are frozen in a network that
+            trains.
         """
         self.train(False)
         self._backward_in_eval = scalars.flag(backward, "backward")
@@ -172,7 +181,8 @@ class BatchNorm(State):
         Parameters
         ----------
         x : array_like, shape (..., C, ...), of a dtype that goes with this layer's
-            Kept by reference for `backward`, until the next forward, in training and after `eval(backward=True)`: leave it as it is.
+            Kept by reference for `backward`, until the next forward, in training and after `eval(backward=True)`: leave
+            it as it is.
         out : ndarray, shape and dtype of x, optional
             Takes y; may be x itself, but then there is no backward.
 
@@ -184,11 +194,11 @@ class BatchNorm(State):
         Raises
         ------
         TypeError
-            x is of a dtype that does not go with this layer's, or not floating point; so are parameters, or in training running statistics,
-            which in evaluation are float32 or float64.
+            x is of a dtype that does not go with this layer's, or not floating point; so are parameters, or in training
+            running statistics, which in evaluation are float32 or float64.
         ValueError
-            Another number of channels, one value per channel in training, a bad axis or `out`; parameters or running statistics of another
-            shape; in training running statistics that are read-only or share memory.
+            Another number of channels, one value per channel in training, a bad axis or `out`; parameters or running
+            statistics of another shape; in training running statistics that are read-only or share memory.
         RuntimeError
             Another rank of this layer's communicator failed.
         """
@@ -212,16 +222,37 @@ class BatchNorm(State):
         statistics: Moments | tuple[Array, Array]
         if self.training or running_mean is None or running_var is None:
             run = functional.batch_norm if across is None else across.batch_norm
-            y, m = run(x, self.gamma, self.beta, self.axis, self.eps, out, backend=self.backend, num_threads=self.num_threads)
+            y, m = run(
+                x, self.gamma, self.beta, self.axis, self.eps, out, backend=self.backend, num_threads=self.num_threads
+            )
             statistics = m
-            if self.training and self.track_running_stats and running_mean is not None and running_var is not None and m.count:
-                self._saved = Gone(FAILED, across)  # should that raise, y is lost, and the forward before is not the last
+            if (
+                self.training
+                and self.track_running_stats
+                and running_mean is not None
+                and running_var is not None
+                and m.count
+            ):
+                # should that raise, y is lost, and the forward before is not the last
+                self._saved = Gone(FAILED, across)
                 self._track(running_mean, running_var, m, gpu or select(self.backend))
         else:
-            mean, var = (values.astype(np.float64) if gpu is None else gpu.widened(values) for values in (running_mean, running_var))
+            mean, var = (
+                values.astype(np.float64) if gpu is None else gpu.widened(values)
+                for values in (running_mean, running_var)
+            )
             statistics = mean, var
             y = functional.batch_norm_inference(
-                x, mean, var, self.gamma, self.beta, self.axis, self.eps, out, backend=self.backend, num_threads=self.num_threads
+                x,
+                mean,
+                var,
+                self.gamma,
+                self.beta,
+                self.axis,
+                self.eps,
+                out,
+                backend=self.backend,
+                num_threads=self.num_threads,
             )
         if not (self.training or self._backward_in_eval):  # a server would keep its last request
             self._saved = Gone(EVALUATION, None)
@@ -231,7 +262,13 @@ class BatchNorm(State):
             gamma = self.gamma
             if gamma is not None:
                 plain = type(gamma) is np.ndarray  # whose copy takes half the time
-                gamma = gpu.copied(gamma) if gpu is not None else gamma.copy() if plain else np.array(np.asarray(gamma), self.dtype)
+                gamma = (
+                    gpu.copied(gamma)
+                    if gpu is not None
+                    else gamma.copy()
+                    if plain
+                    else np.array(np.asarray(gamma), self.dtype)
+                )
             self._saved = Saved(x, statistics, gamma, self.beta is not None, self.axis, self.eps, across)
         return y
 
@@ -266,8 +303,8 @@ class BatchNorm(State):
     def backward(self, dy: ArrayLike, out: Array | None = None) -> Array:
         """Gradient with respect to the input of the last forward; sets `dgamma` and `dbeta` too.
 
-        After a forward in training the statistics depend on x; after one in evaluation they are constants. gamma, eps, axis and the
-        statistics are those of the forward, whatever has become of them since.
+        After a forward in training the statistics depend on x; after one in evaluation they are constants. gamma, eps,
+        axis and the statistics are those of the forward, whatever has become of them since.
 
         Parameters
         ----------
@@ -284,8 +321,8 @@ class BatchNorm(State):
         Raises
         ------
         RuntimeError
-            There was no forward, or one in evaluation without `eval(backward=True)`, or it (or an earlier backward) overwrote x; another
-            rank of this layer's communicator failed.
+            There was no forward, or one in evaluation without `eval(backward=True)`, or it (or an earlier backward)
+            overwrote x; another rank of this layer's communicator failed.
         TypeError, ValueError
             dy or out unlike x.
         """
@@ -297,7 +334,9 @@ class BatchNorm(State):
             raise RuntimeError(BEFORE if saved is None else saved.why)
         x, statistics, gamma, shifted, axis, eps, across = saved
         try:
-            placement.check_apart(out, gamma=self.gamma, beta=self.beta, running_mean=self.running_mean, running_var=self.running_var)
+            placement.check_apart(
+                out, gamma=self.gamma, beta=self.beta, running_mean=self.running_mean, running_var=self.running_var
+            )
         except Exception:
             if across is not None:
                 across.decline("backward")
@@ -321,26 +360,31 @@ class BatchNorm(State):
     def recalibrate(self, batches: Iterable[ArrayLike], progress: bool = True) -> BatchNorm:
         """Set the running statistics to those of all batches together, each value counted once; returns self.
 
-        For inference after training, where Ioffe & Szegedy (2015, Algorithm 2) average over batches. num_batches_tracked becomes the
-        number of batches that are not empty. After any error the statistics are as they were.
+        For inference after training, where Ioffe & Szegedy (2015, Algorithm 2) average over batches.
+        num_batches_tracked becomes the number of batches that are not empty. After any error the statistics are as they
+        were.
 
         Parameters
         ----------
         batches : iterable of array_like
-            Inputs of this layer: arrays, nested lists of numbers, and tuples or lists that begin with an input, as a loader's (input,
-            target): that is taken, as PyTorch's `update_bn` does. A list of three or more arrays of one shape is refused: stack samples.
+            Inputs of this layer: arrays, nested lists of numbers, and tuples or lists that begin with an input, as a
+            loader's (input, target): that is taken, as PyTorch's `update_bn` does. A list of three or more arrays of
+            one shape is refused: stack samples.
         progress : bool
             Show a bar on stderr, where that is a terminal and rich is installed.
 
         Raises
         ------
         TypeError, ValueError
-            No batch, a dict, one tuple, or a batch that `forward` would refuse, by its number; one value per channel in all; a
-            layer without running statistics.
+            No batch, a dict, one tuple, or a batch that `forward` would refuse, by its number; one value per channel in
+            all; a layer without running statistics.
         """
         recalibration.recalibrate(self, batches, progress)
         return self
 
     def folded_affine(self) -> tuple[Array, Array]:
-        """(scale, shift), both (C,) of float64 on the host: evaluation is y = scale * x + shift. ValueError without running statistics."""
+        """(scale, shift), both (C,) of float64 on the host.
+
+        Evaluation is y = scale * x + shift. ValueError without running statistics.
+        """
         return affine.folded(self)

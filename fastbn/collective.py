@@ -17,7 +17,8 @@ from fastbn.arguments import scalars
 Wide = NDArray[np.float64]
 
 KNOWN = (
-    "an intracommunicator of mpi4py, such as MPI.COMM_WORLD (pip install 'fastbn[mpi]'), or a process group of torch.distributed, such as "
+    "an intracommunicator of mpi4py, such as MPI.COMM_WORLD (pip install 'fastbn[mpi]'), or a process group of "
+    "torch.distributed, such as "
     "torch.distributed.group.WORLD after init_process_group (pip install 'fastbn[torch]')"
 )
 
@@ -38,7 +39,10 @@ def place(comm: Any) -> tuple[int, int]:
 
 
 def gathering(comm: Any, row: Wide, rows: Wide) -> Callable[[], object]:
-    """A function that sends this rank's `row`, shape (k,), and fills `rows`, shape (ranks, k), as often as it is called."""
+    """A function that sends this rank's `row`, shape (k,), and fills `rows`, shape (ranks, k).
+
+    As often as it is called.
+    """
     if _kind(comm) == "mpi4py":
         return partial(comm.Allgather, row, rows)
     import torch
@@ -47,7 +51,10 @@ def gathering(comm: Any, row: Wide, rows: Wide) -> Callable[[], object]:
     if "cpu:" in distributed.get_backend_config(comm):
         return partial(distributed.all_gather, list(torch.from_numpy(rows)), torch.from_numpy(row), group=comm)
     device = torch.device("cuda", torch.cuda.current_device())  # NCCL takes no memory of the host
-    near, far = torch.empty(row.size, dtype=torch.float64, device=device), torch.empty(rows.shape, dtype=torch.float64, device=device)
+    near, far = (
+        torch.empty(row.size, dtype=torch.float64, device=device),
+        torch.empty(rows.shape, dtype=torch.float64, device=device),
+    )
 
     def gather() -> None:
         near.copy_(torch.from_numpy(row))

@@ -1,7 +1,8 @@
-"""Statistics and normalization of dask arrays, lazily: data that is larger than memory, or spread over workers (the extra `dask`).
+"""Statistics and normalization of dask arrays, lazily.
 
-Blocks are dask's, and so are scheduler and progress bar; each block goes through fastbn's own functions, on one thread, since dask's
-schedulers call from several threads or processes at once.
+Data that is larger than memory, or spread over workers (the extra `dask`).
+Blocks are dask's, and so are scheduler and progress bar; each block goes through fastbn's own functions, on one thread,
+since dask's schedulers call from several threads or processes at once.
 """
 
 from __future__ import annotations
@@ -38,9 +39,10 @@ TREE = 16  # moments merged by one task: fixed, not dask's `split_every`, for th
 def moments(array: da.Array, axis: int = 1) -> Delayed:
     """Mean and variance of each channel of a dask array, lazily.
 
-    Each block gives one Moments, of float64 arithmetic whatever its dtype, about a value of its own; these are merged, in a fixed order,
-    by the formula of Chan, Golub & LeVeque (1979). So mean and variance are those of the whole array within 1e-12 relative (the mean: of
-    the larger of mean and deviation), however the array is chunked, and the same bits on every scheduler.
+    Each block gives one Moments, of float64 arithmetic whatever its dtype, about a value of its own; these are merged,
+    in a fixed order, by the formula of Chan, Golub & LeVeque (1979). So mean and variance are those of the whole array
+    within 1e-12 relative (the mean: of the larger of mean and deviation), however the array is chunked, and the same
+    bits on every scheduler.
 
     Parameters
     ----------
@@ -52,8 +54,8 @@ def moments(array: da.Array, axis: int = 1) -> Delayed:
     Returns
     -------
     dask.delayed.Delayed
-        `compute()` gives a `fastbn.Moments`: count, mean (C,), m2 (C,), var(), std(). Its attributes and methods are lazy too:
-        `dask.compute(m.mean, m.std())`.
+        `compute()` gives a `fastbn.Moments`: count, mean (C,), m2 (C,), var(), std(). Its attributes and methods are
+        lazy too: `dask.compute(m.mean, m.std())`.
 
     Raises
     ------
@@ -68,9 +70,12 @@ def moments(array: da.Array, axis: int = 1) -> Delayed:
         array, _of_block, _merged, axis=others, combine=_merged, concatenate=False, dtype=object, name=None,
         split_every=dict.fromkeys(others, max(2, int(TREE ** (1 / len(others))))), meta=np.empty(0, object),
     )  # fmt: skip
-    # Not of merged.to_delayed(): that hides the array from dask's optimizer, which would then make each block once for each use.
+    # Not of merged.to_delayed(): that hides the array from dask's optimizer, which would then make each block once for
+    # each use.
     name = f"moments-{merged.name.rpartition('-')[2]}"
-    return Delayed(name, HighLevelGraph.from_collections(name, {name: (_joined, merged.__dask_keys__())}, dependencies=[merged]))
+    return Delayed(
+        name, HighLevelGraph.from_collections(name, {name: (_joined, merged.__dask_keys__())}, dependencies=[merged])
+    )
 
 
 def normalize(
@@ -85,9 +90,9 @@ def normalize(
 
     y = gamma * (x - mean) / sqrt(var + eps) + beta, by `fastbn.batch_norm_inference` on each block.
 
-    With lazy moments one graph computes both: each block is read, or made, once, and waits in memory, the cluster's perhaps, for the
-    statistics of all. An array larger than that goes through twice, a few blocks at a time: `m = moments(x).compute()`, then
-    `normalize(x, m)`.
+    With lazy moments one graph computes both: each block is read, or made, once, and waits in memory, the cluster's
+    perhaps, for the statistics of all. An array larger than that goes through twice, a few blocks at a time: `m =
+    moments(x).compute()`, then `normalize(x, m)`.
 
     Parameters
     ----------
@@ -112,14 +117,17 @@ def normalize(
     TypeError
         As in `moments`; also moments or parameters of another kind.
     ValueError
-        As in `moments`; also another number of channels, statistics of no values. Of lazy moments only `compute()` can tell.
+        As in `moments`; also another number of channels, statistics of no values. Of lazy moments only `compute()` can
+        tell.
     NotImplementedError
         Lazy moments while dask's query planning for arrays is on, which is off by default: computed ones serve.
     """
     channel = _checked(array, axis)
     channels = array.shape[channel]
     kind = dtypes.of_parameters(array.dtype)
-    parameters = [checks.as_parameter(value, channels, kind, name) for value, name in ((gamma, "gamma"), (beta, "beta"))]
+    parameters = [
+        checks.as_parameter(value, channels, kind, name) for value, name in ((gamma, "gamma"), (beta, "beta"))
+    ]
     eps = checks.check_eps(eps, training=False)
     if isinstance(moments, Delayed):
         lazy = dask.delayed(_statistics, nout=2, pure=True)(moments, channels, array.size > 0)
@@ -127,7 +135,8 @@ def normalize(
             statistics = [da.from_delayed(part, (channels,), np.float64) for part in lazy]
         except NotImplementedError:  # of dask 2026.8
             raise NotImplementedError(
-                "moments: given lazy ones, which dask can't join to arrays while its query planning is on; compute them first, "
+                "moments: given lazy ones, which dask can't join to arrays while its query planning is on; compute "
+                "them first, "
                 "normalize(array, moments.compute()), or turn it off, DASK_ARRAY__QUERY_PLANNING=False"
             ) from None
     else:
@@ -135,10 +144,19 @@ def normalize(
     indices = tuple(range(array.ndim))
     arguments: list[Any] = [array, indices]
     for values in (*statistics, *parameters):
-        arguments += (None, None) if values is None else (da.asarray(values).rechunk((array.chunks[channel],)), (channel,))
+        arguments += (
+            (None, None) if values is None else (da.asarray(values).rechunk((array.chunks[channel],)), (channel,))
+        )
     dtype = array.dtype.newbyteorder("=")
     normalized: da.Array = da.blockwise(
-        _normalized, indices, *arguments, axis=channel, eps=eps, align_arrays=False, dtype=dtype, meta=np.empty((0,) * array.ndim, dtype)
+        _normalized,
+        indices,
+        *arguments,
+        axis=channel,
+        eps=eps,
+        align_arrays=False,
+        dtype=dtype,
+        meta=np.empty((0,) * array.ndim, dtype),
     )
     return normalized
 
@@ -149,27 +167,34 @@ def _checked(array: Any, axis: Any, integers: bool = False) -> int:
         if isinstance(getattr(array, "data", None), da.Array):  # xarray's
             raise TypeError(f"array: given {type(array).__name__}, want a dask array: its .data is one")
         raise TypeError(
-            f"array: given {type(array).__name__}, want a dask array, e.g. dask.array.from_array(x, chunks); fastbn.moments and "
+            f"array: given {type(array).__name__}, want a dask array, e.g. dask.array.from_array(x, chunks); "
+            f"fastbn.moments and "
             "fastbn.batch_norm_inference take arrays in memory"
         )
     _check_plain(array._meta)
     checks.as_input(array._meta, "array", integers)
     unknown = [a for a, n in enumerate(array.shape) if math.isnan(n)]
     if unknown:
-        raise ValueError(f"array: given chunks of unknown size along axis {unknown[0]}; call array.compute_chunk_sizes() first")
+        raise ValueError(
+            f"array: given chunks of unknown size along axis {unknown[0]}; call array.compute_chunk_sizes() first"
+        )
     return checks.check_axis(array.shape, axis, "array")
 
 
 def _check_plain(values: Any) -> None:
-    """Of an array's meta, and of each block: a function mapped over blocks may mask them, of which their meta says nothing."""
+    """Of an array's meta, and of each block.
+
+    A function mapped over blocks may mask them, of which their meta says nothing.
+    """
     if isinstance(values, np.ma.MaskedArray):
         raise TypeError(
-            "array: given a masked array, whose mask would be ignored; want a plain one, for example dask.array.ma.filled(array, 0)"
+            "array: given a masked array, whose mask would be ignored; want a plain one, for example "
+            "dask.array.ma.filled(array, 0)"
         )
 
 
 class _Part(NamedTuple):
-    """Moments of x - shift: a shift near the mean leaves differences between the means of two blocks all their digits."""
+    """Moments of x - shift: a shift near the mean leaves differences between the means of blocks all their digits."""
 
     shift: Array  # (C,)
     moments: Moments
@@ -189,13 +214,18 @@ def _of_block(block: Array, axis: tuple[int, ...], keepdims: bool, computing_met
     shift = np.where(np.isfinite(first), first, 0.0)
     split = max(axis, key=lambda a: block.shape[a])
     step = max(1, PIECE * block.shape[split] // block.size)
-    pieces = (block[(slice(None),) * split + (slice(start, start + step),)] for start in range(0, block.shape[split], step))
+    pieces = (
+        block[(slice(None),) * split + (slice(start, start + step),)] for start in range(0, block.shape[split], step)
+    )
     found = (functional.moments(_shifted(piece, shift), channel, num_threads=1) for piece in pieces)
     return _Part(shift.ravel(), functools.reduce(Moments.merge, found))
 
 
 def _shifted(x: Array, shift: Array) -> Array:
-    """In float64: float32 would differ by 1e-8 from one chunking to the next. np.subtract(dtype=) in one step takes 3 times as long."""
+    """In float64: float32 would differ by 1e-8 from one chunking to the next.
+
+    np.subtract(dtype=) in one step takes 3 times as long.
+    """
     wide = x.astype(np.float64)
     wide -= shift
     return wide
@@ -224,7 +254,10 @@ def _joined(parts: list[_Part]) -> Moments:
 def _statistics(moments: Any, channels: int, needed: bool) -> tuple[Array, Array]:
     """(mean, var) of moments that go with an array."""
     if not isinstance(moments, Moments) or not isinstance(moments.mean, np.ndarray):
-        raise TypeError(f"moments: given {type(moments).__name__}, want what fastbn.dask.moments gives, or a fastbn.Moments of the host")
+        raise TypeError(
+            f"moments: given {type(moments).__name__}, want what fastbn.dask.moments gives, or a "
+            f"fastbn.Moments of the host"
+        )
     if moments.mean.shape != (channels,):
         raise ValueError(f"moments: given {moments.mean.size} channels, want {channels}, as the array has")
     if needed and not moments.count:

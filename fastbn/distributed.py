@@ -1,7 +1,9 @@
-"""Batch normalization of a batch that is spread over processes: count, mean and m2 of every rank, merged in rank order in float64.
+"""Batch normalization of a batch that is spread over processes.
 
-Each rank calls the same layers in the same order, with the values that it has. A forward is one collective, a backward is one; both gather
-every rank's row at every rank, so that all compute the same bits of them, and all learn of an error on one.
+Count, mean and m2 of every rank, merged in rank order in float64.
+Each rank calls the same layers in the same order, with the values that it has. A forward is one collective, a backward
+is one; both gather every rank's row at every rank, so that all compute the same bits of them, and all learn of an error
+on one.
 """
 
 from __future__ import annotations
@@ -31,8 +33,8 @@ HEAD = 3  # of a row: which operation, whether its rank failed, count; then two 
 class Exchange:
     """What the ranks of a communicator tell each other about one layer.
 
-    The first call is preceded by one more collective, in which the ranks compare their numbers of channels: from then on every row has the
-    same size, and buffers and sizes are the same at every call.
+    The first call is preceded by one more collective, in which the ranks compare their numbers of channels: from then
+    on every row has the same size, and buffers and sizes are the same at every call.
 
     Parameters
     ----------
@@ -60,7 +62,9 @@ class Exchange:
         try:
             pickle.dumps(self.comm)
         except Exception as error:
-            raise TypeError(f"comm: this one can't be pickled ({error}), and so its layer can't: pickle its state_dict()") from error
+            raise TypeError(
+                f"comm: this one can't be pickled ({error}), and so its layer can't: pickle its state_dict()"
+            ) from error
         return Exchange, (self.comm, self.channels)
 
     def _meet(self) -> Wide:
@@ -84,22 +88,30 @@ class Exchange:
         self._gather()
 
     def _swap(self, operation: str, count: int, first: Any, second: Any) -> Wide:
-        """Every rank's (2, C) numbers, and what else is in its row, where all ranks are at the same operation and none failed."""
+        """Every rank's (2, C) numbers, and what else is in its row.
+
+        Where all ranks are at the same operation and none failed.
+        """
         row, code = self._meet(), OPERATIONS.index(operation)
         row[:HEAD] = code, 0.0, count
         row[HEAD:].reshape(2, self.channels)[:] = first, second
         self._gather()
         failed, other = self._rows[:, 1] != 0, self._rows[:, 0] != code
         if failed.any():
-            raise RuntimeError(f"{operation}: {_named(failed)} of {self.size} raised an error, see there; this one has changed nothing")
+            raise RuntimeError(
+                f"{operation}: {_named(failed)} of {self.size} raised an error, see there; this one has changed nothing"
+            )
         if other.any():
             theirs = f"a {OPERATIONS[int(self._rows[other][0, 0])]} on {_named(other)} of {self.size}"
-            raise RuntimeError(f"{operation}: given here, but {theirs}; want the same calls in the same order on every rank")
+            raise RuntimeError(
+                f"{operation}: given here, but {theirs}; want the same calls in the same order on every rank"
+            )
         return self._rows
 
     def merged(self, operation: str, m: Moments) -> Moments:
-        """Moments of all ranks together, on the host, the same bits on every rank; `m` is this rank's, on the host or on a GPU.
+        """Moments of all ranks together, on the host, the same bits on every rank.
 
+        `m` is this rank's, on the host or on a GPU.
         Merged from rank 0 on with the formula of Chan, Golub & LeVeque (1979).
 
         Raises
@@ -111,7 +123,9 @@ class Exchange:
         """
         C, none = self.channels, Moments(0, np.zeros(self.channels), np.zeros(self.channels))
         rows = self._swap(operation, m.count, placement.to_host(m.mean), placement.to_host(m.m2))
-        return reduce(Moments.merge, (Moments(int(row[2]), row[HEAD : HEAD + C], row[HEAD + C :]) for row in rows), none)
+        return reduce(
+            Moments.merge, (Moments(int(row[2]), row[HEAD : HEAD + C], row[HEAD + C :]) for row in rows), none
+        )
 
     def batch_norm(
         self,
@@ -125,7 +139,9 @@ class Exchange:
         backend: str | None = None,
         num_threads: int | None = None,
     ) -> tuple[Array, Moments]:
-        """`fastbn.batch_norm` of this rank's x with the statistics of all ranks: (y, moments of the whole batch). One collective.
+        """`fastbn.batch_norm` of this rank's x with the statistics of all ranks.
+
+        (y, moments of the whole batch). One collective.
 
         Raises
         ------
@@ -143,10 +159,14 @@ class Exchange:
         m = self.merged("forward", local)
         if m.count == 1:
             here = f"got input size {np.shape(x)} on rank {self.rank} of {self.size}"
-            raise ValueError(f"Expected more than 1 value per channel when training, {here} and 1 value on all of them together")
+            raise ValueError(
+                f"Expected more than 1 value per channel when training, {here} and 1 value on all of them together"
+            )
         if buffers.on_device(x):
             m = results.on_gpu(backend).DeviceMoments(m.count, *_beside(x, m.mean, m.m2))
-        y = functional.batch_norm_inference(x, m.mean, m.var(), gamma, beta, axis, eps, out, backend=backend, num_threads=num_threads)
+        y = functional.batch_norm_inference(
+            x, m.mean, m.var(), gamma, beta, axis, eps, out, backend=backend, num_threads=num_threads
+        )
         return y, m
 
     def batch_norm_backward(
@@ -162,8 +182,9 @@ class Exchange:
         backend: str | None = None,
         num_threads: int | None = None,
     ) -> tuple[Array, Array, Array]:
-        """`fastbn.batch_norm_backward` of this rank's part: dx of the whole batch's loss, dgamma and dbeta of this rank. One collective.
+        """`fastbn.batch_norm_backward` of this rank's part.
 
+        dx of the whole batch's loss, dgamma and dbeta of this rank. One collective.
         `moments` is what `batch_norm` returned.
 
         Raises
@@ -188,7 +209,9 @@ class Exchange:
             total = reduce(np.add, rows[:, HEAD:]).reshape(2, self.channels)
             own = sums.astype(kind)
         sum_dy, sum_dy_xhat, dbeta, dgamma = _beside(x, *total, *own)
-        dx = split.batch_norm_backward_input(dy, x, mean, var, sum_dy, sum_dy_xhat, moments.count, gamma, axis, eps, out, **how)
+        dx = split.batch_norm_backward_input(
+            dy, x, mean, var, sum_dy, sum_dy_xhat, moments.count, gamma, axis, eps, out, **how
+        )
         return dx, dgamma, dbeta
 
 
@@ -221,7 +244,11 @@ def _check(
         if out is not None:
             target, others = gpu.as_input(out, "out"), {**parameters, **statistics}
             gpu.check_room(target, buffer)
-            gpu.check_out(target, (buffer, *map(gpu.as_input, inputs)), **{name: gpu.optional(a, name) for name, a in others.items()})
+            gpu.check_out(
+                target,
+                (buffer, *map(gpu.as_input, inputs)),
+                **{name: gpu.optional(a, name) for name, a in others.items()},
+            )
     else:
         x = checks.as_input(x)
         way = ready(x, axis, backend)

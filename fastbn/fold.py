@@ -1,4 +1,7 @@
-"""A batch norm folded into the linear or convolution layer before it: one multiplication less for every value, at inference."""
+"""A batch norm folded into the linear or convolution layer before it.
+
+One multiplication less for every value, at inference.
+"""
 
 from __future__ import annotations
 
@@ -20,14 +23,15 @@ Array = NDArray[Any]
 def fold(bn: Any, weight: Any, bias: Any = None, transposed: bool = False, groups: int = 1) -> tuple[Any, Any]:
     """Weight and bias that give what a batch norm in evaluation makes of a linear layer's, or a convolution's, output.
 
-    bn(weight * x + bias) = folded_weight * x + folded_bias, with the running statistics of `bn`, whether it is in evaluation or not. In
-    float64, then rounded to the dtype of weight (bfloat16 by way of float32).
+    bn(weight * x + bias) = folded_weight * x + folded_bias, with the running statistics of `bn`, whether it is in
+    evaluation or not. In float64, then rounded to the dtype of weight (bfloat16 by way of float32).
 
     Parameters
     ----------
     bn : fastbn.BatchNorm, torch.nn.BatchNorm1d, 2d, 3d or SyncBatchNorm
         The batch norm, of C channels.
-    weight : array_like or torch.Tensor, shape (C, in), (C, in / groups, *kernel), or transposed (in, C / groups, *kernel)
+    weight : array_like or torch.Tensor, shape (C, in), (C, in / groups, *kernel), or transposed (in, C / groups,
+    *kernel)
         Of float16, bfloat16, float32 or float64.
     bias : array_like or torch.Tensor, shape (C,), optional
         0 where absent.
@@ -80,11 +84,16 @@ def _layer(bn: Any) -> _Layer:
     elif torch is not None and isinstance(bn, torch.nn.modules.batchnorm._BatchNorm):
         state, eps = bn.state_dict(), bn.eps
     else:
-        raise TypeError(f"bn: given {type(bn).__name__}, want a fastbn.BatchNorm or a torch.nn.BatchNorm1d, BatchNorm2d or BatchNorm3d")
+        raise TypeError(
+            f"bn: given {type(bn).__name__}, want a fastbn.BatchNorm or a torch.nn.BatchNorm1d, "
+            f"BatchNorm2d or BatchNorm3d"
+        )
     found = [state.get(key) for key in ("running_mean", "running_var", "weight", "bias")]
     mean, var, gamma, beta = (None if value is None else _wide(value, "bn") for value in found)
     if mean is None or var is None:
-        raise ValueError("bn: given one without running statistics (track_running_stats=False), which has no fixed map to fold")
+        raise ValueError(
+            "bn: given one without running statistics (track_running_stats=False), which has no fixed map to fold"
+        )
     return _Layer(mean, var, gamma, beta, eps)
 
 
@@ -100,7 +109,9 @@ def _wide(value: Any, name: str) -> Array:
     import torch
 
     if value.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        raise TypeError(f"{name}: given dtype {value.dtype}, want torch.float16, bfloat16, float32 or float64: convert it first")
+        raise TypeError(
+            f"{name}: given dtype {value.dtype}, want torch.float16, bfloat16, float32 or float64: convert it first"
+        )
     wide: Array = value.detach().to("cpu", torch.float64).numpy()
     return wide
 
@@ -134,14 +145,20 @@ def _along(shape: tuple[int, ...], channels: int, transposed: bool, groups: Any)
     """ValueError for a weight that does not go with the channels and groups."""
     groups = scalars.whole(groups, "groups", "a positive integer")
     if groups < 1 or channels % groups:
-        raise ValueError(f"groups: given {scalars.shown(groups)}, want a number that divides the {channels} channels of bn")
+        raise ValueError(
+            f"groups: given {scalars.shown(groups)}, want a number that divides the {channels} channels of bn"
+        )
     wanted = f"(in, {channels // groups}, *kernel)" if transposed else f"({channels}, in / groups, *kernel)"
     why = f"for the {channels} channels of bn" + (f" in {groups} groups" if groups > 1 else "")
     if len(shape) < 2 or shape[int(transposed)] != (channels // groups if transposed else channels):
-        raise ValueError(f"weight: given shape {shape}, want {wanted} {why}" + (", as it is transposed" if transposed else ""))
+        raise ValueError(
+            f"weight: given shape {shape}, want {wanted} {why}" + (", as it is transposed" if transposed else "")
+        )
     ones = (1,) * (len(shape) - 2)
     if not transposed:
         return _Along(shape, (channels, 1, *ones))
     if shape[0] % groups:
-        raise ValueError(f"weight: given shape {shape}, with {shape[0]} inputs along axis 0, want a multiple of {groups}, the groups")
+        raise ValueError(
+            f"weight: given shape {shape}, with {shape[0]} inputs along axis 0, want a multiple of {groups}, the groups"
+        )
     return _Along((groups, shape[0] // groups, *shape[1:]), (groups, 1, channels // groups, *ones))

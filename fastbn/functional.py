@@ -1,7 +1,8 @@
-"""Batch normalization as functions of arrays: validate, find the canonical view, let the backend run, put the result in place.
+"""Batch normalization as functions of arrays.
 
-Arrays on a GPU are those with `__cuda_array_interface__`: CuPy's, PyTorch's CUDA tensors, numba's. Where x is one, so must be every array
-beside it, and so is every result, of the same kind; nothing waits for the GPU.
+Validate, find the canonical view, let the backend run, put the result in place.
+Arrays on a GPU are those with `__cuda_array_interface__`: CuPy's, PyTorch's CUDA tensors, numba's. Where x is one, so
+must be every array beside it, and so is every result, of the same kind; nothing waits for the GPU.
 """
 
 from __future__ import annotations
@@ -23,27 +24,34 @@ from fastbn.statistics import Moments, made
 Array = NDArray[Any]
 
 PIECE = 2**18  # integers widened at a time, to 2 MB of float64: in cache when their moments are taken
-ROWS = 64  # of an (R, C) array, at least, in a piece of one that has so many: merging a piece costs as much as some rows
+# of an (R, C) array, at least, in a piece of one that has so many: merging a piece costs as much as some rows
+ROWS = 64
 
 
-def moments(x: ArrayLike, axis: int = 1, *, backend: str | None = None, num_threads: int | None = None, stream: Any = None) -> Moments:
+def moments(
+    x: ArrayLike, axis: int = 1, *, backend: str | None = None, num_threads: int | None = None, stream: Any = None
+) -> Moments:
     """Mean and variance of each channel, in one pass over memory.
 
-    Blocked Welford: the moments of cache-sized blocks, merged by Chan, Golub & LeVeque's formula in float64. Of float32 data the variance
-    is within 1e-6 of its value wherever an outlier stands, and the mean that of float64 where sums of the data have few digits.
+    Blocked Welford: the moments of cache-sized blocks, merged by Chan, Golub & LeVeque's formula in float64. Of float32
+    data the variance is within 1e-6 of its value wherever an outlier stands, and the mean that of float64 where sums of
+    the data have few digits.
 
     Parameters
     ----------
-    x : array_like, shape (..., C, ...), float16, bfloat16, float32 or float64; on the host also int8, uint8, int16 or uint16
+    x : array_like, shape (..., C, ...), float16, bfloat16, float32 or float64; on the host also int8, uint8, int16 or
+    uint16
         At least two axes. Integers are taken in float64, a bounded piece at a time: no float copy of the whole is made.
     axis : int
         The channel axis.
     backend : str, optional
         "cpu", "cuda" or "reference"; default where the array lives.
     num_threads : int, optional
-        Of the CPU kernels in this call, from 1 to NUMBA_NUM_THREADS; changes speed, never a bit. Default as `set_num_threads` says.
+        Of the CPU kernels in this call, from 1 to NUMBA_NUM_THREADS; changes speed, never a bit. Default as
+        `set_num_threads` says.
     stream : int or stream, optional
-        Where the kernels of an array on a GPU are queued: a handle, or a stream of PyTorch, CuPy or numba. Default that of its library.
+        Where the kernels of an array on a GPU are queued: a handle, or a stream of PyTorch, CuPy or numba. Default that
+        of its library.
 
     Returns
     -------
@@ -76,7 +84,10 @@ def moments(x: ArrayLike, axis: int = 1, *, backend: str | None = None, num_thre
 
 
 def _of_integers(served: Backend, view: Array) -> Moments:
-    """Moments of a canonical view of integers of 8 or 16 bits, which float64 holds exactly: a bounded piece at a time, merged in order."""
+    """Moments of a canonical view of integers of 8 or 16 bits, which float64 holds exactly.
+
+    A bounded piece at a time, merged in order.
+    """
     N, C, S = (*view.shape, 1)[:3]
     inner = min(S, PIECE)
     channels = max(1, min(C, PIECE // (inner * min(N, ROWS))))
@@ -111,8 +122,9 @@ def batch_norm(
 ) -> tuple[Array, Moments]:
     """Normalize each channel by its own mean and variance, then scale and shift: the training forward.
 
-    y = gamma * (x - mean) / sqrt(var + eps) + beta, with the biased variance (Ioffe & Szegedy 2015). Of float32 data y is within
-    1e-6 * max(1, abs(gamma)) * max(1, abs(xhat)) of these formulas in float64, for any mean up to 1e6 standard deviations.
+    y = gamma * (x - mean) / sqrt(var + eps) + beta, with the biased variance (Ioffe & Szegedy 2015). Of float32 data y
+    is within 1e-6 * max(1, abs(gamma)) * max(1, abs(xhat)) of these formulas in float64, for any mean up to 1e6
+    standard deviations.
 
     Parameters
     ----------
@@ -129,9 +141,11 @@ def batch_norm(
     backend : str, optional
         "cpu", "cuda" or "reference"; default where the array lives.
     num_threads : int, optional
-        Of the CPU kernels in this call, from 1 to NUMBA_NUM_THREADS; changes speed, never a bit. Default as `set_num_threads` says.
+        Of the CPU kernels in this call, from 1 to NUMBA_NUM_THREADS; changes speed, never a bit. Default as
+        `set_num_threads` says.
     stream : int or stream, optional
-        Where the kernels of an array on a GPU are queued: a handle, or a stream of PyTorch, CuPy or numba. Default that of its library.
+        Where the kernels of an array on a GPU are queued: a handle, or a stream of PyTorch, CuPy or numba. Default that
+        of its library.
 
     Returns
     -------

@@ -60,7 +60,9 @@ def batch_norm_backward(
         As in `batch_norm`; also dy unlike x, or moments of another shape.
     """
     if type(x) is not np.ndarray and buffers.on_device(x):
-        found: tuple[Array, Array, Array] = results.gradients_on_gpu(backend).backward(dy, x, moments, None, gamma, axis, eps, out, stream)
+        found: tuple[Array, Array, Array] = results.gradients_on_gpu(backend).backward(
+            dy, x, moments, None, gamma, axis, eps, out, stream
+        )
         return found
     if stream is not None:
         raise TypeError(results.HOST)
@@ -149,13 +151,22 @@ def _backward(
         mean, count = checks.as_statistic(constant[0], channels, "mean"), 1
         spread = checks.as_statistic(constant[1], channels, "var")
     if out is not None:
-        kept = {"moments.mean": m.mean, "moments.m2": m.m2} if constant is None else dict(zip(("mean", "var"), constant, strict=True))
+        kept = (
+            {"moments.mean": m.mean, "moments.m2": m.m2}
+            if constant is None
+            else dict(zip(("mean", "var"), constant, strict=True))
+        )
         checks.check_out(out, x, dy, gamma=given, **kept)
     if not way.values:
         zeros = np.zeros((2, channels), kind)
         return results.empty(x, out), zeros[0], zeros[1]
     rstd, grads = way.served.rstd(spread, count, eps), np.empty((2, channels), kind)
-    if way.backward is not None and dy.dtype is x.dtype and dy.flags.c_contiguous and (out is None or out.flags.c_contiguous):
+    if (
+        way.backward is not None
+        and dy.dtype is x.dtype
+        and dy.flags.c_contiguous
+        and (out is None or out.flags.c_contiguous)
+    ):
         dx = way.plan.empty(x.dtype)[0] if out is None else out
         way.backward(dy, x, mean, rstd, gamma, dx, constant is None, grads)
         return dx, grads[1], grads[0]

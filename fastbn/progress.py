@@ -22,7 +22,10 @@ def need(*packages: str, command: str = "this command", named: str = "rich") -> 
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table on stdout: the first column to the left, numbers to the right; as wide as it is, no digit is cut."""
+    """Print a table on stdout: the first column to the left, numbers to the right.
+
+    As wide as it is, no digit is cut.
+    """
     widths = [max(map(len, column)) for column in zip(headers, *rows, strict=True)]
     rule = ["-" * width for width in widths]
     for row in ((), headers, rule, *rows, ()):
@@ -32,13 +35,22 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 @contextmanager
 def byte_progress() -> Iterator[Callable[[str, int], Callable[[int], object]]]:
-    """Progress bars in bytes on stderr, nothing where that is no terminal: (what, total) -> (bytes done since) -> None."""
+    """Progress bars in bytes on stderr, nothing where that is no terminal.
+
+    (what, total) -> (bytes done since) -> None.
+    """
     need()
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description:>15}"), BarColumn(20), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description:>15}"),
+        BarColumn(20),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
 
         def start(what: str, total: int) -> Callable[[int], object]:
@@ -53,12 +65,25 @@ def tracked(items: Iterable[T], what: str) -> Iterator[Iterable[T]]:
     """The items, with a progress bar on stderr, nothing where that is no terminal or rich is not installed."""
     try:
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
     except ImportError:
         yield items
         return
 
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description:>15}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description:>15}"),
+        BarColumn(20),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         yield progress.track(items, description=what)

@@ -1,4 +1,7 @@
-"""What a call on arrays of one shape, dtype and memory order needs to know, found once: a small call is over in the time that takes."""
+"""What a call on arrays of one shape, dtype and memory order needs to know, found once.
+
+A small call is over in the time that takes.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,8 @@ class Ready(NamedTuple):
     kind: dtypes.Dtype  # of parameters
     integers: bool  # which only statistics are taken of
     served: Backend
-    forward: Callable[..., Any] | None  # for arrays that are all C-contiguous, where the backend has a shorter way for these
+    # for arrays that are all C-contiguous, where the backend has a shorter way for these
+    forward: Callable[..., Any] | None
     backward: Callable[..., Any] | None
     normalize: Callable[..., Any] | None
 
@@ -39,12 +43,22 @@ def ready(x: Array, axis: int, backend: str | None) -> Ready:
 
 
 @lru_cache(maxsize=1024)
-def _ready(shape: Ints, strides: Ints, dtype: dtypes.Dtype, axis: int, backend: str | None, default: str | None) -> Ready:
+def _ready(
+    shape: Ints, strides: Ints, dtype: dtypes.Dtype, axis: int, backend: str | None, default: str | None
+) -> Ready:
     plan, served = layout.planned(shape, strides, axis, dtype.itemsize), select(backend)
     forward = backward = normalize = None
     integers = dtypes.small(dtype)
-    if plan.count and not integers and plan.order is None and dtype.isnative and strides == layout.compact(shape, dtype.itemsize):
+    if (
+        plan.count
+        and not integers
+        and plan.order is None
+        and dtype.isnative
+        and strides == layout.compact(shape, dtype.itemsize)
+    ):
         forward = served.compact("forward", shape, plan.dims, dtype)
         backward = served.compact("backward", shape, plan.dims, dtype)
         normalize = served.compact("normalize", shape, plan.dims, dtype)
-    return Ready(plan, plan.channels, plan.count, dtypes.of_parameters(dtype), integers, served, forward, backward, normalize)
+    return Ready(
+        plan, plan.channels, plan.count, dtypes.of_parameters(dtype), integers, served, forward, backward, normalize
+    )

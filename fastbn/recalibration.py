@@ -16,7 +16,7 @@ from fastbn.running import RunningMoments
 
 
 def recalibrate(layer: Any, batches: Any, progress: bool) -> None:
-    """Set a BatchNorm's running statistics to those of all batches together, or, after any error, leave them as they were."""
+    """Set a BatchNorm's running statistics to those of all batches together; after any error they are as they were."""
     layer._settle()
     progress = scalars.flag(progress, "progress")
     running_mean, running_var = layer.running_mean, layer.running_var
@@ -26,7 +26,9 @@ def recalibrate(layer: Any, batches: Any, progress: bool) -> None:
     kept = {"running_mean": running_mean, "running_var": running_var}
     placement.check_kept(kept, layer.num_features, layer.dtype, True, gamma=layer.gamma, beta=layer.beta)
     if hasattr(batches, "dtype") or buffers.on_device(batches):  # iterating would take its first axis away
-        raise TypeError(f"batches: given one {type(batches).__name__}, want an iterable of arrays: [x] for a single batch")
+        raise TypeError(
+            f"batches: given one {type(batches).__name__}, want an iterable of arrays: [x] for a single batch"
+        )
     if isinstance(batches, Mapping):
         raise TypeError(f"batches: given {_keys(batches)}, want an iterable of arrays: its values()?")
     if isinstance(batches, tuple):  # of which input and target would be two batches
@@ -41,11 +43,15 @@ def recalibrate(layer: Any, batches: Any, progress: bool) -> None:
             try:
                 seen.update(_checked(layer, _input(batch)))
             except (TypeError, ValueError) as error:
-                raise (TypeError if isinstance(error, TypeError) else ValueError)(f"batches: batch {n}: {error}") from error
+                raise (TypeError if isinstance(error, TypeError) else ValueError)(
+                    f"batches: batch {n}: {error}"
+                ) from error
             tracked += seen.count > before
     freedom = seen.count - 1 if layer.unbiased_running_var else seen.count
     if not seen.count:
-        raise ValueError("batches: given no values, want at least one batch that has some (an iterator gives its batches only once)")
+        raise ValueError(
+            "batches: given no values, want at least one batch that has some (an iterator gives its batches only once)"
+        )
     if not freedom:
         raise ValueError("batches: given one value per channel in all, want two or more: one has no unbiased variance")
     with np.errstate(over="ignore", invalid="ignore"):  # beyond float32 it is infinite, as in training
@@ -62,13 +68,17 @@ def _input(batch: Any) -> Any:
     while isinstance(first, tuple | list) and first:
         if isinstance(first, list) and len(first) > 2 and _alike(first):
             raise TypeError(
-                f"given a list of {len(first)} arrays of shape {tuple(first[0].shape)}, which forward would join to one, want an array: "
+                f"given a list of {len(first)} arrays of shape {tuple(first[0].shape)}, which forward would join to "
+                f"one, want an array: "
                 "numpy.stack(batch), or batch[0] for the first alone"
             )
         first = first[0]
     if isinstance(first, Mapping):
-        raise TypeError(f"given {_keys(first)}, want arrays: (batch[key] for batch in loader), with the key of the input")
-    return first if getattr(first, "ndim", 0) or buffers.on_device(first) else batch  # nested lists of numbers are an array
+        raise TypeError(
+            f"given {_keys(first)}, want arrays: (batch[key] for batch in loader), with the key of the input"
+        )
+    # nested lists of numbers are an array
+    return first if getattr(first, "ndim", 0) or buffers.on_device(first) else batch
 
 
 def _alike(given: list[Any]) -> bool:

@@ -1,7 +1,7 @@
 """The backend contract in plain float64 NumPy, formulas as published (Ioffe & Szegedy 2015): the oracle of every test.
 
-Slow and simple on purpose: it holds float64 copies of its inputs. Select it with ``backend="reference"`` to check a result.
-Canonical views in, see `fastbn.backends.Backend`; NaN and Inf propagate without a warning.
+Slow and simple on purpose: it holds float64 copies of its inputs. Select it with ``backend="reference"`` to check a
+result. Canonical views in, see `fastbn.backends.Backend`; NaN and Inf propagate without a warning.
 """
 
 from __future__ import annotations
@@ -83,7 +83,14 @@ def grad_reduce(dy: Array, x: Array, mean: Array, rstd: Array) -> tuple[Wide, Wi
 
 @np.errstate(all="ignore")
 def grad_input(
-    dy: Array, x: Array, mean: Array, rstd: Array, gamma: Array | None, sums: tuple[Wide, Wide] | None, count: int, out: Array
+    dy: Array,
+    x: Array,
+    mean: Array,
+    rstd: Array,
+    gamma: Array | None,
+    sums: tuple[Wide, Wide] | None,
+    count: int,
+    out: Array,
 ) -> Array:
     """dx in training; with sums=None the statistics are constants, as at inference."""
     scale = _shaped(rstd, x) * (1.0 if gamma is None else _shaped(gamma, x))
@@ -102,7 +109,14 @@ def forward(x: Array, gamma: Array | None, beta: Array | None, eps: float, out: 
 
 @np.errstate(all="ignore")
 def backward(
-    dy: Array, x: Array, mean: Array, rstd: Array, gamma: Array | None, out: Array, training: bool = True, grads: Array | None = None
+    dy: Array,
+    x: Array,
+    mean: Array,
+    rstd: Array,
+    gamma: Array | None,
+    out: Array,
+    training: bool = True,
+    grads: Array | None = None,
 ) -> tuple[Array, Wide, Wide]:
     """grad_reduce, then grad_input: (dx, dgamma, dbeta)."""
     sums = grad_reduce(dy, x, mean, rstd)

@@ -16,7 +16,7 @@ HOST = "stream: given one for an array on the host, want an array on a GPU, or n
 
 
 def target(plan: layout.Plan, dtype: np.dtype[Any], out: Array | None) -> tuple[Array, Array, bool]:
-    """Where a result goes: what the caller gets, the canonical view that the kernel writes, and whether that must be copied over."""
+    """Where a result goes: what the caller gets, the canonical view that is written, and whether to copy it over."""
     if out is None:
         return *plan.empty(dtype), False
     view = plan.view(out)

@@ -26,7 +26,8 @@ class RunningMoments:
     backend : str, optional
         "cpu" or "reference"; default where the array lives.
     num_threads : int, optional
-        Of the kernels in each call, from 1 to NUMBA_NUM_THREADS; changes speed, never a bit. Default as `set_num_threads` says.
+        Of the kernels in each call, from 1 to NUMBA_NUM_THREADS; changes speed, never a bit. Default as
+        `set_num_threads` says.
 
     Raises
     ------
@@ -34,7 +35,9 @@ class RunningMoments:
         num_features is not a positive integer, axis no integer, backend no name; num_threads out of range.
     """
 
-    def __init__(self, num_features: int, axis: int = 1, backend: str | None = None, *, num_threads: int | None = None) -> None:
+    def __init__(
+        self, num_features: int, axis: int = 1, backend: str | None = None, *, num_threads: int | None = None
+    ) -> None:
         self.num_threads = threads.check(num_threads)
         self.num_features = checks.check_channels(num_features)
         self.axis = scalars.check_axis(axis)
@@ -45,7 +48,9 @@ class RunningMoments:
         return f"RunningMoments({self.num_features}, axis={self.axis}, count={self.count})"
 
     def update(self, chunk: ArrayLike) -> RunningMoments:
-        """Take in a chunk, shape (..., C, ...), of any dtype that `fastbn.moments` takes; an empty one changes nothing. Returns self.
+        """Take in a chunk, shape (..., C, ...), of any dtype that `fastbn.moments` takes.
+
+        An empty one changes nothing. Returns self.
 
         Raises
         ------
@@ -68,9 +73,11 @@ class RunningMoments:
         return self._take(other.moments if isinstance(other, RunningMoments) else other, "other")
 
     def reduce(self, comm: Any) -> RunningMoments:
-        """What all ranks of a communicator have seen together: a new RunningMoments on each, the same bits on all. This one stays as it is.
+        """What all ranks of a communicator have seen together.
 
-        Every rank calls it. Merged in rank order in float64, on the host (also where this rank's statistics are on a GPU).
+        A new RunningMoments on each, the same bits on all. This one stays as it is.
+        Every rank calls it. Merged in rank order in float64, on the host (also where this rank's statistics are on a
+        GPU).
 
         Parameters
         ----------
@@ -91,7 +98,9 @@ class RunningMoments:
     def _take(self, found: Moments, name: str) -> RunningMoments:
         found = settled(found) if isinstance(found, Moments) else found
         if isinstance(found, Moments) and found.mean.size != checks.check_channels(self.num_features):
-            raise ValueError(f"{name}: given {found.mean.size} channels along axis {self.axis}, want {self.num_features}")
+            raise ValueError(
+                f"{name}: given {found.mean.size} channels along axis {self.axis}, want {self.num_features}"
+            )
         if isinstance(found, Moments) and not self.count and buffers.on_device(found.mean):
             self.moments = found  # the first that is seen lies on a GPU: the rest is merged there
         else:

@@ -1,4 +1,4 @@
-"""The backward of batch normalization in two halves, between which a collective adds up the sums of a batch that lies in several places.
+"""The backward of batch normalization in two halves, between which a collective adds up the sums of all parts.
 
 The other halves are there already: `moments` and `Moments.merge`, then `batch_norm_inference`.
 """
@@ -62,7 +62,9 @@ def batch_norm_backward_reduce(
         As in `batch_norm`; also dy unlike x.
     """
     if type(x) is not np.ndarray and buffers.on_device(x):
-        found: tuple[Wide, Wide] = results.gradients_on_gpu(backend).batch_norm_backward_reduce(dy, x, mean, var, axis, eps, stream)
+        found: tuple[Wide, Wide] = results.gradients_on_gpu(backend).batch_norm_backward_reduce(
+            dy, x, mean, var, axis, eps, stream
+        )
         return found
     if stream is not None:
         raise TypeError(results.HOST)
@@ -132,16 +134,23 @@ def batch_norm_backward_input(
     """
     if type(x) is not np.ndarray and buffers.on_device(x):
         gpu = results.gradients_on_gpu(backend)
-        found: Array = gpu.batch_norm_backward_input(dy, x, mean, var, sum_dy, sum_dy_xhat, count, gamma, axis, eps, out, stream)
+        found: Array = gpu.batch_norm_backward_input(
+            dy, x, mean, var, sum_dy, sum_dy_xhat, count, gamma, axis, eps, out, stream
+        )
         return found
     if stream is not None:
         raise TypeError(results.HOST)
     if num_threads is not None:
         with threads.limited(num_threads):
-            return batch_norm_backward_input(dy, x, mean, var, sum_dy, sum_dy_xhat, count, gamma, axis, eps, out, backend=backend)
+            return batch_norm_backward_input(
+                dy, x, mean, var, sum_dy, sum_dy_xhat, count, gamma, axis, eps, out, backend=backend
+            )
     kept = {"mean": mean, "var": var, "sum_dy": sum_dy, "sum_dy_xhat": sum_dy_xhat, "gamma": gamma}
     dy, x, mean, var, eps, way = _prepared(dy, x, mean, var, axis, eps, backend)
-    sums = checks.as_statistic(sum_dy, way.channels, "sum_dy"), checks.as_statistic(sum_dy_xhat, way.channels, "sum_dy_xhat")
+    sums = (
+        checks.as_statistic(sum_dy, way.channels, "sum_dy"),
+        checks.as_statistic(sum_dy_xhat, way.channels, "sum_dy_xhat"),
+    )
     count = checks.check_whole(count, way.values)
     checks.check_count(x, count)
     gamma = checks.as_parameter(gamma, way.channels, way.kind, "gamma")
@@ -151,7 +160,9 @@ def batch_norm_backward_input(
         return results.empty(x, out)
     plan, view = layout.view_of(way.plan, x)
     result, target, late = results.target(plan, view.dtype, out)
-    way.served.grad_input(layout.view_as(plan, dy), view, mean, way.served.rstd(var, 1.0, eps), gamma, sums, count, target)
+    way.served.grad_input(
+        layout.view_as(plan, dy), view, mean, way.served.rstd(var, 1.0, eps), gamma, sums, count, target
+    )
     return results.finish(plan, result, target) if late else result
 
 

@@ -25,8 +25,10 @@ class IncompatibleKeys(NamedTuple):
     unexpected_keys: list[str]
 
 
-KEPT = {"gamma": "weight", "beta": "bias", "running_mean": "running_mean", "running_var": "running_var"}  # PyTorch's names
-# What an option may be, and becomes: of the constructor, or assigned later. A call looks at those that its functions would not.
+# PyTorch's names
+KEPT = {"gamma": "weight", "beta": "bias", "running_mean": "running_mean", "running_var": "running_var"}
+# What an option may be, and becomes: of the constructor, or assigned later. A call looks at those that its functions
+# would not.
 OPTIONS: dict[str, Callable[[Any], Any]] = {
     "num_features": checks.check_channels,
     "eps": partial(checks.check_eps, training=False),
@@ -36,7 +38,10 @@ OPTIONS: dict[str, Callable[[Any], Any]] = {
     "backend": scalars.check_backend,
     "num_threads": threads.check,
     "num_batches_tracked": partial(scalars.count, name="num_batches_tracked"),
-    **{name: partial(scalars.flag, name=name) for name in ("affine", "track_running_stats", "unbiased_running_var", "training")},
+    **{
+        name: partial(scalars.flag, name=name)
+        for name in ("affine", "track_running_stats", "unbiased_running_var", "training")
+    },
 }
 
 
@@ -70,7 +75,9 @@ class Gone(NamedTuple):
 
 BEFORE = "backward before forward: call the layer on x first, y = bn(x)"
 OVERWRITTEN = "backward needs the x of the forward, which was overwritten by out=x: give another out, or none"
-EVALUATION = "backward after a forward in evaluation, which keeps no x unless asked to: bn.eval(backward=True), then y = bn(x)"
+EVALUATION = (
+    "backward after a forward in evaluation, which keeps no x unless asked to: bn.eval(backward=True), then y = bn(x)"
+)
 FAILED = "backward after a forward that raised an error: call the layer again, y = bn(x)"
 
 
@@ -101,7 +108,8 @@ class State:
     def __getstate__(self) -> Any:
         """All but the last forward, whose x is a call's: pickles and copies of a layer would carry a batch of data."""
         kept = self.__dict__ | {"_saved": None}
-        names = copyreg._slotnames(type(self))  # type: ignore[attr-defined]  # of subclasses, as object.__getstate__ of Python 3.11
+        # of subclasses, as object.__getstate__ of Python 3.11
+        names = copyreg._slotnames(type(self))  # type: ignore[attr-defined]
         slots = {name: getattr(self, name) for name in names if hasattr(self, name)}
         return (kept, slots) if slots else kept
 
@@ -112,27 +120,38 @@ class State:
             setattr(self, name, value)
 
     def _kept(self, written: bool = False) -> dict[str, Any]:
-        """Parameters and running statistics, those that there are; TypeError or ValueError for one that no call would take."""
+        """Parameters and running statistics, those that there are.
+
+        TypeError or ValueError for one that no call would take.
+        """
         checks.check_running(self.running_mean, self.running_var)
         found = {name: array for name in KEPT if (array := getattr(self, name)) is not None}
         placement.check_kept(found, self.num_features, self.dtype, written)
         return found
 
     def _settle(self, **instead: Any) -> None:
-        """Make every option what it should be, or these instead; TypeError or ValueError, and no option changed, where one can't be."""
-        settled = {name: check(instead[name] if name in instead else getattr(self, name)) for name, check in OPTIONS.items()}
+        """Make every option what it should be, or these instead.
+
+        TypeError or ValueError, and no option changed, where one can't be.
+        """
+        settled = {
+            name: check(instead[name] if name in instead else getattr(self, name)) for name, check in OPTIONS.items()
+        }
         for name, value in settled.items():
             setattr(self, name, value)
 
     def to(self: Layer, device: str, kind: str | None = None) -> Layer:
-        """Move parameters, their gradients and running statistics to a GPU or back; returns self. Forgets the last forward.
+        """Move parameters, their gradients and running statistics to a GPU or back.
+
+        Returns self. Forgets the last forward.
 
         Parameters
         ----------
         device : str
             "cuda", "cuda:1" or "cpu".
         kind : str, optional
-            "torch", "cupy" or "numba", the library of the arrays on a GPU; default the first of them that is imported and reaches one.
+            "torch", "cupy" or "numba", the library of the arrays on a GPU; default the first of them that is imported
+            and reaches one.
 
         Raises
         ------
@@ -180,13 +199,14 @@ class State:
         Raises
         ------
         ValueError
-            Missing or unexpected keys and running_mean without running_var, if strict; other shapes; an array of this layer that can't
-            be written.
+            Missing or unexpected keys and running_mean without running_var, if strict; other shapes; an array of this
+            layer that can't be written.
         TypeError
             No mapping, or values that are not numbers; an array of this layer of another dtype than its own.
         """
         targets = self._kept(written=True)
-        replaced = isinstance(state, Mapping) and "num_batches_tracked" in state  # then a bad count of this layer's is no matter
+        # then a bad count of this layer's is no matter
+        replaced = isinstance(state, Mapping) and "num_batches_tracked" in state
         own = self._copies(targets, 0 if replaced else self.num_batches_tracked)
         checked, missing, unexpected = checks.check_state(state, own, scalars.flag(strict, "strict"))
         for key, value in checked.items():

@@ -44,7 +44,8 @@ class Moments:
     count : int
         Values per channel: a whole number, 0 or more, of any type.
     mean : array_like, shape (C,)
-        Mean of each channel. Becomes float64, an array that is that already without a copy; where both are on a GPU, they stay as they are.
+        Mean of each channel. Becomes float64, an array that is that already without a copy; where both are on a GPU,
+        they stay as they are.
     m2 : array_like, shape (C,)
         Sum of squared deviations from the mean, of each channel: as mean.
 
@@ -153,7 +154,9 @@ class Moments:
             raise TypeError(f"merge: given {type(other).__name__}, want Moments")
         left, right = settled(self), settled(other)
         if on_device(right.mean) or on_device(left.mean):
-            raise TypeError("merge: given moments that are on a GPU, want some of the host: copy mean and m2 there first")
+            raise TypeError(
+                "merge: given moments that are on a GPU, want some of the host: copy mean and m2 there first"
+            )
         if left.mean.shape != right.mean.shape:
             raise ValueError(f"merge: given {right.mean.size} channels, want {left.mean.size}, as many as on the left")
         if right.count == 0:
@@ -165,7 +168,10 @@ class Moments:
 
 
 def settled(m: Moments) -> Moments:
-    """These, or, where an attribute was assigned what none is, what that becomes; TypeError or ValueError where it can't."""
+    """These, or, where an attribute was assigned what none is, what that becomes.
+
+    TypeError or ValueError where it can't.
+    """
     mean, m2 = m.mean, m.m2
     if (
         type(m.count) is int

@@ -56,7 +56,8 @@ class Batch(NamedTuple):
 
     def part(self, rank: int) -> tuple[np.ndarray, np.ndarray]:
         """One rank's x and dy, in the memory order of the whole."""
-        return tuple(copy.copy(array[self.parts[rank]]) for array in (self.x, self.dy))  # type: ignore[return-value] # of two
+        # of two
+        return tuple(copy.copy(array[self.parts[rank]]) for array in (self.x, self.dy))  # type: ignore[return-value]
 
 
 def batch(case: Case, ranks: int, seed: int = 0) -> Batch:
@@ -109,7 +110,9 @@ class Ranks:
 
     @contextmanager
     def fails(self, kind: type[Exception], *words: str, on: int | None = None) -> Iterator[None]:
-        """An error, at once, on every rank; with `on`, of this kind on that rank and a RuntimeError that names the rank on all others."""
+        """An error, at once, on every rank; with `on`, of this kind on that rank and a RuntimeError that names the rank
+        on all others.
+        """
         start = time.monotonic()
         if on is not None and on != self.rank:
             kind, words = RuntimeError, (f"rank {on} of {self.size} raised",)

@@ -1,6 +1,8 @@
-"""What every test shares: kernels compiled once, the hypothesis profile, backends, processes to run scripts in, turns for what measures.
+"""What every test shares: kernels compiled once, the hypothesis profile, backends, processes to run scripts in, turns
+for what measures.
 
-Importing it decides where kernels are kept; the hooks compile them before the first test and say at the end what a run left out.
+Importing it decides where kernels are kept; the hooks compile them before the first test and say at the end what a run
+left out.
 """
 
 import os
@@ -24,7 +26,16 @@ from hypothesis import HealthCheck, settings
 
 from fastbn.cpu.kernels import cache
 
-for _helper in ("absurd", "processes", "published", "rank_checks", "shapes", "tolerances", "torch_pairs", "torch_ranks"):
+for _helper in (
+    "absurd",
+    "processes",
+    "published",
+    "rank_checks",
+    "shapes",
+    "tolerances",
+    "torch_pairs",
+    "torch_ranks",
+):
     pytest.register_assert_rewrite(_helper)
 from shapes import BACKENDS  # noqa: E402 # asserts of the modules above hold under `python -O` too
 
@@ -33,13 +44,16 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[1]
 
-# Kernels are kept between runs in a directory of their sources' stamp, which processes that tests start find too. Functions of the tests'
-# own that are cached and compiled together with fastbn's lie there as well: numba alone would not see an edit of fastbn's.
+# Kernels are kept between runs in a directory of their sources' stamp, which processes that tests start find too.
+# Functions of the tests' own that are cached and compiled together with fastbn's lie there as well: numba alone would
+# not see an edit of fastbn's.
 OWN = ROOT / ".pytest_cache" / "kernels"
 
 
 def _kernels() -> Path:
-    """The directory: of the run that this one is a part of, or under the user's own, or ours; elsewhere where that can't be written."""
+    """The directory: of the run that this one is a part of, or under the user's own, or ours; elsewhere where that
+    can't be written.
+    """
     if "FASTBN_TEST_KERNELS" in os.environ:
         return Path(os.environ["FASTBN_TEST_KERNELS"])
     base = Path(os.environ.get("NUMBA_CACHE_DIR") or OWN)
@@ -54,12 +68,13 @@ os.environ["FASTBN_TEST_KERNELS"] = os.environ["NUMBA_CACHE_DIR"] = numba.config
 # What runs in numba's CUDA simulator has a process of its own: see test_simulator.py.
 collect_ignore = [] if os.environ.get("NUMBA_ENABLE_CUDASIM") == "1" else ["simulated"]
 
-# A shell leaves interrupts ignored in what it starts in the background, and in all processes that this starts; some tests send one.
+# A shell leaves interrupts ignored in what it starts in the background, and in all processes that this starts; some
+# tests send one.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# A first call compiles for seconds, so there is no deadline, and a busy machine draws slowly; the same examples in every run, so that a
-# failure repeats.
+# A first call compiles for seconds, so there is no deadline, and a busy machine draws slowly; the same examples in
+# every run, so that a failure repeats.
 settings.register_profile(
     "fastbn",
     deadline=None,
@@ -72,7 +87,8 @@ settings.register_profile(
 settings.load_profile("fastbn")
 
 
-# Kernels, compiled by two processes at a time: 60 to 100 s for the 59 forms of float32 and float64, once for a version of their sources.
+# Kernels, compiled by two processes at a time: 60 to 100 s for the 59 forms of float32 and float64, once for a version
+# of their sources.
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
@@ -101,7 +117,8 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     done.touch()
 
 
-# Tests that measure time or memory are marked `alone`: where several processes run tests, they wait until no other test runs.
+# Tests that measure time or memory are marked `alone`: where several processes run tests, they wait until no other test
+# runs.
 
 
 def _lock(run: str, name: str) -> Path:
@@ -110,7 +127,9 @@ def _lock(run: str, name: str) -> Path:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """Two locks, so that who waits to be alone is not overtaken for ever: a turn, taken by all for a moment, and the right to run."""
+    """Two locks, so that who waits to be alone is not overtaken for ever: a turn, taken by all for a moment, and the
+    right to run.
+    """
     if not hasattr(item.config, "workerinput") or sys.platform == "win32":
         return (yield)
     import fcntl
@@ -141,7 +160,9 @@ def pytest_deselected(items: list[pytest.Item]) -> None:
     """Count by the first of the markers that leave tests out, in the order of pyproject.toml."""
     for item in items:
         names = {marker.name for marker in item.iter_markers()}
-        kind = next((line.partition(":")[0] for line in item.config.getini("markers") if line.partition(":")[0] in names), None)
+        kind = next(
+            (line.partition(":")[0] for line in item.config.getini("markers") if line.partition(":")[0] in names), None
+        )
         if kind is not None:
             item.config.stash[_LEFT_OUT][kind] += 1
 
@@ -167,7 +188,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     counts = config.stash[_LEFT_OUT]
     if counts and not config.option.keyword and config.option.markexpr.startswith("not "):  # as pyproject.toml has it
         kinds = ", ".join(f"{kind} {count}" for kind, count in counts.most_common())
-        terminalreporter.write_line(f'{sum(counts.values())} tests left out ({kinds}): `pytest -m KIND` runs one kind, `pytest -m ""` all')
+        terminalreporter.write_line(
+            f'{sum(counts.values())} tests left out ({kinds}): `pytest -m KIND` runs one kind, `pytest -m ""` all'
+        )
 
 
 @pytest.fixture(autouse=True)
@@ -198,7 +221,9 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
 
 @pytest.fixture
 def replan(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
-    """A function that gives constants of the schedule other values; plans made before are forgotten, and those made with them."""
+    """A function that gives constants of the schedule other values; plans made before are forgotten, and those made
+    with them.
+    """
     from fastbn import ready
     from fastbn.arguments import config
     from fastbn.cpu import backend as cpu
@@ -253,6 +278,8 @@ def run(tmp_path: Path, want: str) -> "processes.Run":
     import processes
 
     def start(code: str, layer: str, **environment: str) -> tuple[str, str]:
-        return processes.run(tmp_path / "script.py", code, processes.LAYERS[layer].variables() | {"WANT": want} | environment)
+        return processes.run(
+            tmp_path / "script.py", code, processes.LAYERS[layer].variables() | {"WANT": want} | environment
+        )
 
     return start

@@ -1,12 +1,14 @@
-"""Every kind of array, right and wrong, into every argument and attribute of every public call, until one does what it should not.
+"""Every kind of array, right and wrong, into every argument and attribute of every public call, until one does what it
+should not.
 
     python tests/fuzz.py                        a minute
     python tests/fuzz.py --seconds 3600         an hour
     python tests/fuzz.py --seed 1 --call 4711   one call again, as a finding names it
 
-Arrays end, or begin, at pages that nobody may touch, so that a read or write beyond them ends the process; what lies between their elements
-is looked at after each call, results are held against float64 formulas. A call must be served right where the documentation says so, else
-refused in words that name the argument, or served right; one that is refused leaves nothing changed. It forks.
+Arrays end, or begin, at pages that nobody may touch, so that a read or write beyond them ends the process; what lies
+between their elements is looked at after each call, results are held against float64 formulas. A call must be served
+right where the documentation says so, else refused in words that name the argument, or served right; one that is
+refused leaves nothing changed. It forks.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ os.environ.setdefault("NUMBA_NUM_THREADS", "2")
 import fuzz_profiles
 from fuzz_judge import Finding, Judge
 
-SILENCE = 300.0  # seconds without a call, after which a process hangs: a first call compiles, on a busy machine for minutes
+# seconds without a call, after which a process hangs: a first call compiles, on a busy machine for minutes
+SILENCE = 300.0
 SPARE = 3  # times that one kind of call may end a process
 PLACE = 8192  # of what was counted, behind the words
 
@@ -106,7 +109,8 @@ class Runner:
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments, self.counts, self.found = arguments, Counter[str](), dict[str, Finding]()
-        self.times, self.ended = Counter[str](), Counter[str]()  # of each finding; of each kind of call that ended a process
+        # of each finding; of each kind of call that ended a process
+        self.times, self.ended = Counter[str](), Counter[str]()
         self.folder = tempfile.TemporaryDirectory()
         self._findings = Path(self.folder.name, "findings")
         self._findings.touch()
@@ -217,7 +221,11 @@ def one(judge: Judge, profiles: fuzz_profiles.Profiles, number: int, only: str |
 
 
 def ended(status: int) -> str:
-    return signal.Signals(os.WTERMSIG(status)).name if os.WIFSIGNALED(status) else f"status {os.waitstatus_to_exitcode(status)}"
+    return (
+        signal.Signals(os.WTERMSIG(status)).name
+        if os.WIFSIGNALED(status)
+        else (f"status {os.waitstatus_to_exitcode(status)}")
+    )
 
 
 DTYPES = "float32,float64,float16,bfloat16"

@@ -1,6 +1,8 @@
-"""Memory for the fuzz test: arrays that end, or begin, at a page that nobody may touch, and the shapes and strides that lie in it.
+"""Memory for the fuzz test: arrays that end, or begin, at a page that nobody may touch, and the shapes and strides that
+lie in it.
 
-Room that no element takes holds 0xFF, NaN in every dtype: a result shows that it was read, the next look at it that it was written.
+Room that no element takes holds 0xFF, NaN in every dtype: a result shows that it was read, the next look at it that it
+was written.
 """
 
 from __future__ import annotations
@@ -20,7 +22,12 @@ FAR = 2**31 + PAGE  # bytes between the rows of an array that 32 bits can't walk
 BLANK = 0xFF
 NORESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)  # which the module names from Python 3.13 on
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-DTYPES = {"float16": np.dtype(np.float16), "bfloat16": BFLOAT16, "float32": np.dtype(np.float32), "float64": np.dtype(np.float64)}
+DTYPES = {
+    "float16": np.dtype(np.float16),
+    "bfloat16": BFLOAT16,
+    "float32": np.dtype(np.float32),
+    "float64": np.dtype(np.float64),
+}
 _NORMAL = np.random.default_rng(0).standard_normal(2**16)
 _mprotect = ctypes.CDLL(None, use_errno=True).mprotect
 _mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
@@ -200,7 +207,10 @@ def strides(rng: random.Random, shape: tuple[int, ...], itemsize: int, axis: int
         a, b = rng.sample(range(rank), 2)
         found[a] = found[b] if rng.random() < 0.5 else itemsize
     if twist in ("ones", "") and rng.random() < (1.0 if twist else 0.1):
-        found = [rng.choice((0, 7, -itemsize, 2**40, -(2**33) - 1)) if n == 1 else step for n, step in zip(shape, found, strict=True)]
+        found = [
+            rng.choice((0, 7, -itemsize, 2**40, -(2**33) - 1)) if n == 1 else step
+            for n, step in zip(shape, found, strict=True)
+        ]
     return found
 
 
@@ -213,7 +223,12 @@ def span(shape: tuple[int, ...], steps: list[int], itemsize: int) -> tuple[int, 
 
 
 def lay(
-    world: World, rng: random.Random, shape: tuple[int, ...], dtype: np.dtype[Any], steps: list[int] | None = None, skew: int | None = None
+    world: World,
+    rng: random.Random,
+    shape: tuple[int, ...],
+    dtype: np.dtype[Any],
+    steps: list[int] | None = None,
+    skew: int | None = None,
 ) -> np.ndarray:
     """An array without values: at the front of its room, at the end, or so many bytes behind a 64-byte boundary."""
     steps = compact(shape, list(range(len(shape))), dtype.itemsize, [0] * len(shape)) if steps is None else steps

@@ -28,7 +28,18 @@ SHAPES = (
         (2, 2, 130),
         (2, 2, 3, 2, 3),
     ),
-    *((40, 3), (130, 4), (2, 8, 17), (3, 16, 16), (2, 64, 3), (1, 20, 64), (70, 2, 5), (5, 1, 33), (2, 24, 40), (5, 130)),
+    *(
+        (40, 3),
+        (130, 4),
+        (2, 8, 17),
+        (3, 16, 16),
+        (2, 64, 3),
+        (1, 20, 64),
+        (70, 2, 5),
+        (5, 1, 33),
+        (2, 24, 40),
+        (5, 130),
+    ),
 )
 LARGE = ((2, 5, 600), (300, 9, 8), (2300, 3), (6, 17, 70))
 ODD_SHAPES = ((0, 3), (0, 3, 4), (2, 3, 0), (1, 3), (1, 4, 1), (2, 0), (0, 0), (3, 0, 2), (5,), (), (1, 1), (4, 1))
@@ -41,7 +52,11 @@ def arrangement(make: Maker) -> tuple[tuple[int, ...], int]:
         shape = rng.choice(ODD_SHAPES)
         return shape, rng.choice((0, 1, 1)) % max(1, len(shape))
     if rng.random() < 0.05:  # numba and NumPy have their limits at 16, 32 and 64
-        rank = rng.choice((15, 16, 17, 18, 31, 32, 33, 63, 64) if np.lib.NumpyVersion(np.__version__) >= "2.0.0" else (15, 16, 17, 31, 32))
+        rank = rng.choice(
+            (15, 16, 17, 18, 31, 32, 33, 63, 64)
+            if np.lib.NumpyVersion(np.__version__) >= "2.0.0"
+            else (15, 16, 17, 31, 32)
+        )
         shape = [1] * rank
         for a in rng.sample(range(rank), 3):
             shape[a] = rng.choice((2, 3, 5))
@@ -76,12 +91,15 @@ class Arguments:
             self.given[-1] = found = found._replace(kind=f"of shape {self.shape}", status=WRONG)
         self.wide = found.wide if found.wide is not None else np.ones(self.shape)
         self.kind = np.dtype("f8" if self.dtype.itemsize == 8 else "f4")
-        given = found.value.dtype if isinstance(found.value, np.ndarray) else None  # another than the one drawn, where x is odd
+        # another than the one drawn, where x is odd
+        given = found.value.dtype if isinstance(found.value, np.ndarray) else None
         self.judged = "float64" if given == np.float64 else "float32"
         return found
 
     def dy(self, x: Given) -> Given:
-        return self.add(data(self.make, "dy", draw(self.rng, self.shape), self.dtype, self.axis, "dy" in self.odd, like=x))
+        return self.add(
+            data(self.make, "dy", draw(self.rng, self.shape), self.dtype, self.axis, "dy" in self.odd, like=x)
+        )
 
     def parameter(self, name: str) -> Given:
         if name not in self.odd and self.rng.random() < 0.3:
@@ -128,7 +146,10 @@ def moments(judge: Judge, make: Maker) -> None:
     options = a.options()
     truth = Truth(a.wide, a.axis) if a.known else None
     judge.call(
-        "moments", a.given, lambda: fastbn.moments(x.value, axis.value, **options), lambda m: truth.moments(a.judged, m) if truth else ()
+        "moments",
+        a.given,
+        lambda: fastbn.moments(x.value, axis.value, **options),
+        lambda m: truth.moments(a.judged, m) if truth else (),
     )
 
 
@@ -219,7 +240,11 @@ def statistics(a: Arguments, name: str = "moments") -> Given:
         value = fastbn.Moments(parts["count"], parts["mean"], parts["m2"])
     except (TypeError, ValueError):  # where Moments looks at what it is given
         return a.add(Given(name, fastbn.Moments(count, mean, var * count)))
-    wide = None if one.wide is None else (mean if part != "mean" else one.wide, var if part != "m2" else one.wide / max(1, count))
+    wide = (
+        None
+        if one.wide is None
+        else (mean if part != "mean" else one.wide, var if part != "m2" else one.wide / max(1, count))
+    )
     return a.add(Given(name, value, wide, f"{part} {one.kind}", max(ODD, one.status), says))
 
 
@@ -243,7 +268,9 @@ def batch_norm_backward(judge: Judge, make: Maker) -> None:
     judge.call(
         "batch_norm_backward",
         a.given,
-        lambda: fastbn.batch_norm_backward(dy.value, x.value, m.value, gamma.value, axis.value, eps.value, to.value, **options),
+        lambda: fastbn.batch_norm_backward(
+            dy.value, x.value, m.value, gamma.value, axis.value, eps.value, to.value, **options
+        ),
         right,
         [to.value],
         status,
@@ -260,7 +287,9 @@ def batch_norm_inference_backward(judge: Judge, make: Maker) -> None:
 
     def right(result: Any) -> Iterator[Wrong | None]:
         yield result_is(result[0], x.value, to.value)
-        yield from Truth(a.wide, a.axis, eps.wide, dy.wide, gamma.wide).gradients(a.judged, *result, mean.wide, var.wide)
+        yield from Truth(a.wide, a.axis, eps.wide, dy.wide, gamma.wide).gradients(
+            a.judged, *result, mean.wide, var.wide
+        )
 
     judge.call(
         "batch_norm_inference_backward",
@@ -282,8 +311,12 @@ def batch_norm_backward_reduce(judge: Judge, make: Maker) -> None:
     judge.call(
         "batch_norm_backward_reduce",
         a.given,
-        lambda: fastbn.batch_norm_backward_reduce(dy.value, x.value, mean.value, var.value, axis.value, eps.value, **options),
-        lambda sums: Truth(a.wide, a.axis, eps.wide, dy.wide).gradients(a.judged, None, sums[1], sums[0], mean.wide, var.wide),
+        lambda: fastbn.batch_norm_backward_reduce(
+            dy.value, x.value, mean.value, var.value, axis.value, eps.value, **options
+        ),
+        lambda sums: Truth(a.wide, a.axis, eps.wide, dy.wide).gradients(
+            a.judged, None, sums[1], sums[0], mean.wide, var.wide
+        ),
     )
 
 
@@ -296,7 +329,9 @@ def batch_norm_backward_input(judge: Judge, make: Maker) -> None:
     whole = a.rng.choice((2, 5, 100)) if a.count < 2 else a.count
     odd_counts = ((float(whole), whole), (np.float64(whole), whole), (HUGE, math.inf), (np.array(whole), whole))
     wrong = (a.count - 1, -1, -HUGE, "9", math.nan, 0.5, math.inf, *JUNK)
-    count = a.add(scalar(make, "count", Words(((whole, whole), (np.int64(whole), whole)), odd_counts, wrong), "count" in a.odd))
+    count = a.add(
+        scalar(make, "count", Words(((whole, whole), (np.int64(whole), whole)), odd_counts, wrong), "count" in a.odd)
+    )
     gamma = a.parameter("gamma")
     to = a.out(x, dy, mean, var, gamma, *sums, beside=("x", "dy"))
     options = a.options()
@@ -306,19 +341,25 @@ def batch_norm_backward_input(judge: Judge, make: Maker) -> None:
         yield result_is(dx, x.value, to.value)
         along = [1] * a.wide.ndim
         along[a.axis] = a.channels
-        m, v, g, s, t = (np.reshape(n, along) for n in (mean.wide, var.wide, np.ones(a.channels) if gamma.wide is None else gamma.wide,
+        m, v, g, s, t = (np.reshape(n, along) for n in (mean.wide, var.wide,
+        np.ones(a.channels) if gamma.wide is None else gamma.wide,
                                                         sums[0].wide, sums[1].wide))  # fmt: skip
         rstd = 1.0 / np.sqrt(v + eps.wide)
         hat = (a.wide - m) * rstd
         terms = dy.wide, s / count.wide, hat * t / count.wide
-        scale = np.abs(g) * rstd * (np.abs(terms[0]) + np.abs(terms[1]) + np.maximum(1.0, np.abs(hat)) * np.abs(t) / count.wide)
+        scale = (
+            np.abs(g)
+            * rstd
+            * (np.abs(terms[0]) + np.abs(terms[1]) + np.maximum(1.0, np.abs(hat)) * np.abs(t) / count.wide)
+        )
         yield near("dx", a.judged, dx, g * rstd * (terms[0] - terms[1] - terms[2]), scale)
 
     judge.call(
         "batch_norm_backward_input",
         a.given,
         lambda: fastbn.batch_norm_backward_input(
-            dy.value, x.value, mean.value, var.value, sums[0].value, sums[1].value, count.value, gamma.value, axis.value, eps.value,
+            dy.value, x.value, mean.value, var.value, sums[0].value, sums[1].value, count.value, gamma.value,
+            axis.value, eps.value,
             to.value, **options
         ),
         right,

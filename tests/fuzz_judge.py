@@ -1,4 +1,6 @@
-"""What the fuzz test asks of each call: that it computes what it should or refuses in fastbn's words, and touches nothing else."""
+"""What the fuzz test asks of each call: that it computes what it should or refuses in fastbn's words, and touches
+nothing else.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,9 @@ class Wrong(NamedTuple):
 class Judge:
     """Calls, one at a time: `call` runs one and judges it."""
 
-    def __init__(self, seed: int, dtypes: Iterable[str], note: Callable[[str], None], report: Callable[[Finding], None]) -> None:
+    def __init__(
+        self, seed: int, dtypes: Iterable[str], note: Callable[[str], None], report: Callable[[Finding], None]
+    ) -> None:
         self.seed, self.dtypes, self.note, self.report = seed, tuple(dtypes), note, report
         self.world, self.counts = World(), Counter[str]()
         self.fatal: set[str] = set()  # calls that end the process, by their text
@@ -83,8 +87,8 @@ class Judge:
     ) -> Any:
         """Run and judge; the result, None where it was refused or wrong.
 
-        `right` looks at the result; `written` are arrays whose elements may change; `status` joins those of the arguments; `own` says that
-        errors are fastbn's, in its words and with nothing changed.
+        `right` looks at the result; `written` are arrays whose elements may change; `status` joins those of the
+        arguments; `own` says that errors are fastbn's, in its words and with nothing changed.
         """
         strange = [one for one in given if one.status != RIGHT]
         odd = ", ".join(map(str, strange))
@@ -115,7 +119,11 @@ class Judge:
                 self.found(api, odd, "an error, but memory was changed", kinds)
             if self.extra() != before:
                 after = self.extra()
-                names = [name for name in before if before[name] != after[name]] if isinstance(before, dict) else f"{before} -> {after}"
+                names = (
+                    [name for name in before if before[name] != after[name]]
+                    if isinstance(before, dict)
+                    else f"{before} -> {after}"
+                )
                 self.found(api, odd, "an error, but state was changed", f"{kinds}: {names}")
             return None
         if status == WRONG:
@@ -155,7 +163,10 @@ class Judge:
 
 def names(message: str, word: str) -> bool:
     """Whether a message has a word, or for running_mean its last part."""
-    return any(re.search(rf"(?<![A-Za-z]){re.escape(part)}(?![a-z])", message) for part in (word, word.removeprefix("running_")))
+    return any(
+        re.search(rf"(?<![A-Za-z]){re.escape(part)}(?![a-z])", message)
+        for part in (word, word.removeprefix("running_"))
+    )
 
 
 def show(result: Any) -> str:
@@ -165,7 +176,9 @@ def show(result: Any) -> str:
 # Numbers
 
 
-def near(quantity: str, dtype: Any, got: Any, want: np.ndarray, scale: Any = 1.0, floor: Any = 0.0, coarse: bool = False) -> Wrong | None:
+def near(
+    quantity: str, dtype: Any, got: Any, want: np.ndarray, scale: Any = 1.0, floor: Any = 0.0, coarse: bool = False
+) -> Wrong | None:
     """Whether a result is what it should be; where that is no finite number, whether it is none either."""
     if not isinstance(got, np.ndarray):
         return Wrong(f"{quantity} is a {type(got).__name__}")
@@ -189,14 +202,22 @@ def near(quantity: str, dtype: Any, got: Any, want: np.ndarray, scale: Any = 1.0
     if not bad.any():
         return None
     at = tuple(int(n) for n in np.argwhere(bad)[0])
-    return Wrong(f"{quantity} is wrong", f"at {at} {values[at]!r}, want {want[at]!r}; {int(bad.sum())} of {bad.size} wrong")
+    return Wrong(
+        f"{quantity} is wrong", f"at {at} {values[at]!r}, want {want[at]!r}; {int(bad.sum())} of {bad.size} wrong"
+    )
 
 
 class Truth:
     """What formulas in float64 say of one batch."""
 
     def __init__(
-        self, x: np.ndarray, axis: int, eps: float = 1e-5, dy: np.ndarray | None = None, gamma: Any = None, beta: Any = None
+        self,
+        x: np.ndarray,
+        axis: int,
+        eps: float = 1e-5,
+        dy: np.ndarray | None = None,
+        gamma: Any = None,
+        beta: Any = None,
     ) -> None:
         self.x, self.axis, self.eps, self.gamma, self.beta = x, axis % x.ndim, eps, gamma, beta
         self.slack = 1.0  # more where others compute
@@ -214,18 +235,25 @@ class Truth:
             return [near(name, dtype, found, np.zeros(mean.shape)) for name, found in (("mean", m.mean), ("var", m.m2))]
         floor = np.abs(mean) * 1e-12 + 1e-30
         scale = np.maximum(np.abs(mean), np.sqrt(var))
-        return [near("mean", dtype, m.mean, mean, scale, floor), near("var", dtype, np.asarray(m.m2 / count), var, var, np.square(floor))]
+        return [
+            near("mean", dtype, m.mean, mean, scale, floor),
+            near("var", dtype, np.asarray(m.m2 / count), var, var, np.square(floor)),
+        ]
 
     def y(self, dtype: Any, got: Any, mean: Any = None, var: Any = None) -> Wrong | None:
         """With the statistics of the batch, or constant ones."""
         constant = mean is not None
         mean, var = (mean, var) if constant else self.batch[1:]
         with np.errstate(all="ignore"):
-            scales = tolerances.scales(self.dy, self.x, mean, var, self.gamma, self.beta, self.axis, self.eps, not constant)
+            scales = tolerances.scales(
+                self.dy, self.x, mean, var, self.gamma, self.beta, self.axis, self.eps, not constant
+            )
             want = published.normalized(self.x, mean, var, self.gamma, self.beta, self.axis, self.eps)
         return near("y", dtype, got, want, self.slack * scales.y)
 
-    def gradients(self, dtype: Any, dx: Any, dgamma: Any, dbeta: Any, mean: Any = None, var: Any = None) -> list[Wrong | None]:
+    def gradients(
+        self, dtype: Any, dx: Any, dgamma: Any, dbeta: Any, mean: Any = None, var: Any = None
+    ) -> list[Wrong | None]:
         """Of the same; None is not looked at."""
         constant = mean is not None
         mean, var = (mean, var) if constant else self.batch[1:]
@@ -239,7 +267,9 @@ class Truth:
             ("dbeta", dbeta, want.dbeta, scales.dbeta),
         )
         return [
-            near(name, dtype, got, value, scale, 0.0 if name == "dx" else floor) for name, got, value, scale in found if got is not None
+            near(name, dtype, got, value, scale, 0.0 if name == "dx" else floor)
+            for name, got, value, scale in found
+            if got is not None
         ]
 
 
@@ -250,6 +280,11 @@ def result_is(got: Any, x: Any, out: Any) -> Wrong | None:
     if type(got) is not np.ndarray:
         return Wrong(f"a {type(got).__name__} was returned")
     dtype = getattr(x, "dtype", None)
-    if isinstance(dtype, np.dtype) and dtype.kind in "fV" and dtype.itemsize in (2, 4, 8) and got.dtype != dtype.newbyteorder("="):
+    if (
+        isinstance(dtype, np.dtype)
+        and dtype.kind in "fV"
+        and dtype.itemsize in (2, 4, 8)
+        and got.dtype != dtype.newbyteorder("=")
+    ):
         return Wrong("another dtype than that of x", str(got.dtype))
     return None

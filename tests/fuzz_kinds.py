@@ -1,4 +1,6 @@
-"""Arrays for the fuzz test: right kinds, and kinds that nobody should hand over, each with what it means, where it means anything."""
+"""Arrays for the fuzz test: right kinds, and kinds that nobody should hand over, each with what it means, where it
+means anything.
+"""
 
 from __future__ import annotations
 
@@ -89,7 +91,9 @@ class Maker(NamedTuple):
         return sys.modules["torch"].from_numpy(self.put(values, dtype)), values
 
 
-def _same(build: Callable[[Maker, np.ndarray, np.dtype[Any]], Any]) -> Callable[[Maker, np.ndarray, np.dtype[Any]], Built]:
+def _same(
+    build: Callable[[Maker, np.ndarray, np.dtype[Any]], Any],
+) -> Callable[[Maker, np.ndarray, np.dtype[Any]], Built]:
     return lambda make, values, dtype: (build(make, values, dtype), values)
 
 
@@ -112,7 +116,9 @@ def _rounded(other: Callable[[np.dtype[Any]], Any]) -> Callable[[Maker, np.ndarr
     return build
 
 
-def _nothing(build: Callable[[Maker, np.ndarray, np.dtype[Any]], Any]) -> Callable[[Maker, np.ndarray, np.dtype[Any]], Built]:
+def _nothing(
+    build: Callable[[Maker, np.ndarray, np.dtype[Any]], Any],
+) -> Callable[[Maker, np.ndarray, np.dtype[Any]], Built]:
     return lambda make, values, dtype: (build(make, values, dtype), None)
 
 
@@ -159,7 +165,9 @@ RAGGED = [[1.0, 2.0], [3.0]]
 # And that mean nothing.
 NONSENSE: dict[str, Callable[[Maker, np.ndarray, np.dtype[Any]], Built]] = {
     "masked": _nothing(lambda make, v, d: np.ma.masked_array(make.put(v, d), make.rng.random() < 0.5)),
-    "list of masked": _nothing(lambda make, v, d: [np.ma.masked_array(row, True) for row in np.atleast_1d(v.astype(d))] or np.ma.masked),
+    "list of masked": _nothing(
+        lambda make, v, d: [np.ma.masked_array(row, True) for row in np.atleast_1d(v.astype(d))] or np.ma.masked
+    ),
     "complex": _nothing(lambda make, v, d: make.put(v, "c8")),
     "dates": _nothing(lambda make, v, d: make.put(np.ones(v.shape, "i8"), "M8[s]")),
     "durations": _nothing(lambda make, v, d: make.put(np.ones(v.shape, "i8"), "m8[s]")),
@@ -181,18 +189,41 @@ NONSENSE: dict[str, Callable[[Maker, np.ndarray, np.dtype[Any]], Built]] = {
     "empty": _nothing(lambda make, v, d: make.put(np.zeros(0), d)),
     "of rank 20": _nothing(lambda make, v, d: None if v.ndim > 12 else make.put(v.reshape((1,) * 20 + v.shape), d)),
     "more axes": _nothing(lambda make, v, d: None if v.ndim > 12 else make.put(v[None, ..., None, None], d)),
-    "short": _nothing(lambda make, v, d: None if not v.ndim else make.put(v[:-1] if v.shape[0] > 1 or v.ndim == 1 else v[..., :-1], d)),
-    "long": _nothing(lambda make, v, d: make.put(np.concatenate([v, np.ones((1, *v.shape[1:]))]), d) if v.ndim else None),
+    "short": _nothing(
+        lambda make, v, d: None if not v.ndim else make.put(v[:-1] if v.shape[0] > 1 or v.ndim == 1 else v[..., :-1], d)
+    ),
+    "long": _nothing(
+        lambda make, v, d: make.put(np.concatenate([v, np.ones((1, *v.shape[1:]))]), d) if v.ndim else None
+    ),
     "row": _nothing(lambda make, v, d: None if v.ndim > 12 else make.put(v[None], d)),
     "column": _nothing(lambda make, v, d: None if v.ndim > 12 else make.put(v[..., None], d)),
 }
-BOUND_TO_VALUES = ("more axes", "short", "long", "row", "column", "empty", "of rank 20", "a number", "0-d")  # wrong by their shape
+# wrong by their shape
+BOUND_TO_VALUES = ("more axes", "short", "long", "row", "column", "empty", "of rank 20", "a number", "0-d")
 
-ARRAY_LIKE = ("strided", "reversed", "records", "read-only", "unaligned", "broadcast", "mapped", "list", "tuple", "own memory")  # of (C,)
+# of (C,)
+ARRAY_LIKE = (
+    "strided",
+    "reversed",
+    "records",
+    "read-only",
+    "unaligned",
+    "broadcast",
+    "mapped",
+    "list",
+    "tuple",
+    "own memory",
+)
 
 
 def vector(
-    make: Maker, name: str, values: np.ndarray, dtype: Any, odd: bool, legal: Collection[str] = ARRAY_LIKE, optional: bool = True
+    make: Maker,
+    name: str,
+    values: np.ndarray,
+    dtype: Any,
+    odd: bool,
+    legal: Collection[str] = ARRAY_LIKE,
+    optional: bool = True,
 ) -> Given:
     """A (C,) array: gamma, beta, statistics."""
     dtype = np.dtype(dtype)
@@ -208,7 +239,9 @@ def vector(
             return Given(name, value, wide, kind, WRONG if wide is None else RIGHT if kind in legal else ODD)
 
 
-def data(make: Maker, name: str, values: np.ndarray, dtype: np.dtype[Any], axis: int, odd: bool, like: Given | None = None) -> Given:
+def data(
+    make: Maker, name: str, values: np.ndarray, dtype: np.dtype[Any], axis: int, odd: bool, like: Given | None = None
+) -> Given:
     """An array of any shape: x, or dy, which must be like it."""
     rng = make.rng
     values = values.astype(dtype).astype(np.float64)  # what it holds of them
@@ -235,7 +268,9 @@ def data(make: Maker, name: str, values: np.ndarray, dtype: np.dtype[Any], axis:
 
 
 def out(make: Maker, x: Given, axis: int, odd: bool, others: list[Given], beside: Collection[str] = ()) -> Given:
-    """Where a result goes: nowhere, to memory of its own, to an input's, or to what it can't go to; `beside`: inputs it may be."""
+    """Where a result goes: nowhere, to memory of its own, to an input's, or to what it can't go to; `beside`: inputs it
+    may be.
+    """
     rng, shape = make.rng, np.shape(x.wide)
     plain = isinstance(x.value, np.ndarray) and x.value.dtype in DTYPES.values()
     if x.wide is None or not plain or (not odd and rng.random() < 0.4):
@@ -246,7 +281,9 @@ def out(make: Maker, x: Given, axis: int, odd: bool, others: list[Given], beside
         if inputs and rng.random() < 0.4:
             one = rng.choice(inputs)
             found = _relabelled(rng, one.value)
-            return Given("out", found, kind=f"{one.name} itself" + ("" if found is one.value else ", other strides of length 1"))
+            return Given(
+                "out", found, kind=f"{one.name} itself" + ("" if found is one.value else ", other strides of length 1")
+            )
         twist = rng.choice(TWISTS)
         found = make.put(np.zeros(shape), dtype, strides(rng, shape, dtype.itemsize, axis, twist))
         return Given("out", found, kind=twist or f"at {found.ctypes.data % 64} of 64")
@@ -271,7 +308,11 @@ OUTS: dict[str, Callable[[Maker, np.ndarray, np.dtype[Any]], Built]] = {
 
 def _takes(value: Any, x: np.ndarray) -> bool:
     return (
-        type(value) is np.ndarray and value.dtype == x.dtype and value.shape == x.shape and value.flags.writeable and not _repeated(value)
+        type(value) is np.ndarray
+        and value.dtype == x.dtype
+        and value.shape == x.shape
+        and value.flags.writeable
+        and not _repeated(value)
     )
 
 
@@ -289,21 +330,27 @@ def _relabelled(rng: random.Random, value: np.ndarray) -> np.ndarray:
     """The same memory, perhaps with other strides of axes of length 1."""
     if 1 not in value.shape or rng.random() < 0.3:
         return value
-    steps = tuple(rng.choice((0, 8, 2**20)) if n == 1 else step for n, step in zip(value.shape, value.strides, strict=True))
+    steps = tuple(
+        rng.choice((0, 8, 2**20)) if n == 1 else step for n, step in zip(value.shape, value.strides, strict=True)
+    )
     return np.lib.stride_tricks.as_strided(value, value.shape, steps)
 
 
 def _overlapping(make: Maker, x: Given, others: list[Given]) -> tuple[Any, str, int]:
     """A result on top of an input, in part: what the input was is remembered elsewhere."""
     rng, shape, dtype = make.rng, x.value.shape, x.value.dtype
-    arrays = [one for one in (x, *others) if type(one.value) is np.ndarray and one.value.flags.writeable and one.value.size]
+    arrays = [
+        one for one in (x, *others) if type(one.value) is np.ndarray and one.value.flags.writeable and one.value.size
+    ]
     one = rng.choice(arrays) if arrays else None
     room = None if one is None else make.world.home(one.value)
     size = math.prod(shape) * dtype.itemsize
     if one is None or room is None or room.bytes.nbytes < size or not size:
         return None, "", RIGHT
     at = one.value.__array_interface__["data"][0] - room.address
-    start = min(max(0, at - rng.choice((0, 1, 2, size // dtype.itemsize - 1)) * dtype.itemsize), room.bytes.nbytes - size)
+    start = min(
+        max(0, at - rng.choice((0, 1, 2, size // dtype.itemsize - 1)) * dtype.itemsize), room.bytes.nbytes - size
+    )
     steps = strides(rng, shape, dtype.itemsize, 0, "") if rng.random() < 0.3 else None
     if any(n == 1 for n in shape):
         steps = None

@@ -63,7 +63,8 @@ class Layer(Model):
         bn, (count, mean, var) = self.bn, truth.batch
         moves = moves and count > 0
         counted = seen + 1 if moves else seen
-        if counted is not bn.num_batches_tracked and not counted == bn.num_batches_tracked:  # the same NaN, or list, is right
+        # the same NaN, or list, is right
+        if counted is not bn.num_batches_tracked and not counted == bn.num_batches_tracked:
             yield Wrong("num_batches_tracked is wrong", f"{bn.num_batches_tracked!r} after {seen!r}")
         momentum = self.number("momentum", 0.1)
         weight = 0.0 if not moves else 1.0 / counted if momentum is None else momentum
@@ -127,32 +128,56 @@ class Layer(Model):
             return
         state: Any = {}
         for key, value in own.items():
-            state[key] = draw(rng, value.shape, 1.0, 0.25).astype(self.kind) if value.shape else np.array(rng.randrange(9))
+            state[key] = (
+                draw(rng, value.shape, 1.0, 0.25).astype(self.kind) if value.shape else np.array(rng.randrange(9))
+            )
         odd = rng.choice(("", "", "value", "value", "value", "key", "state"))
         one = Given("state_dict", state)
         vectors = [key for key in state if state[key].ndim]
         if odd == "value" and vectors:
             key = rng.choice(vectors)
-            part = vector(self.make, key, state[key].astype(np.float64), self.kind, True, tuple(MEANING), optional=False)
+            part = vector(
+                self.make, key, state[key].astype(np.float64), self.kind, True, tuple(MEANING), optional=False
+            )
             state[key] = part.value
-            soft = RIGHT if part.kind in ("strided", "reversed", "read-only", "mapped", "list", "own memory", "other float") else ODD
-            one = Given("state_dict", state, part.wide, f"{key} {part.kind}", WRONG if part.wide is None else soft, (key, "state_dict"))
+            soft = (
+                RIGHT
+                if part.kind in ("strided", "reversed", "read-only", "mapped", "list", "own memory", "other float")
+                else ODD
+            )
+            one = Given(
+                "state_dict",
+                state,
+                part.wide,
+                f"{key} {part.kind}",
+                WRONG if part.wide is None else soft,
+                (key, "state_dict"),
+            )
         elif odd == "value" and "num_batches_tracked" in state:
             value = rng.choice((np.inf, np.nan, -1, 0.5, HUGE, *JUNK))
             state["num_batches_tracked"] = value
-            one = Given("state_dict", state, None, f"num_batches_tracked {label(value)}", WRONG, ("num_batches_tracked",))
+            one = Given(
+                "state_dict", state, None, f"num_batches_tracked {label(value)}", WRONG, ("num_batches_tracked",)
+            )
         elif odd == "key" and state:
             key = rng.choice(list(state))
             value = state.pop(key)
             if rng.random() < 0.5 or key == "num_batches_tracked":
                 state[rng.choice(("bn." + key, 5, None, "x"))] = value
-            one = Given("state_dict", state, None, f"other keys than {key}", WRONG, ("state_dict", "missing", "running"))
+            one = Given(
+                "state_dict", state, None, f"other keys than {key}", WRONG, ("state_dict", "missing", "running")
+            )
         elif odd == "state":
-            value = rng.choice([junk for junk in JUNK if type(junk) is not dict or junk or own])  # of an empty layer, {} is right
+            # of an empty layer, {} is right
+            value = rng.choice([junk for junk in JUNK if type(junk) is not dict or junk or own])
             one = Given("state", value, None, label(value), WRONG, ("state_dict",))
         layer = [*(kept._replace(status=UNKNOWN) for kept in self.beside()), *self.halves()]
         wanted = (
-            {key: np.asarray(state[key], np.float64) for key in vectors if key in state and not (one.kind and key in one.says)}
+            {
+                key: np.asarray(state[key], np.float64)
+                for key in vectors
+                if key in state and not (one.kind and key in one.says)
+            }
             if state
             else {}
         )
@@ -169,7 +194,10 @@ class Layer(Model):
                     yield self._same(key, np.asarray(getattr(bn, name)), wanted[key])
 
         written = [getattr(bn, name) for name in ARRAYS]
-        if self.judge.call("BatchNorm.load_state_dict", [one, *layer], run, right, written) and "num_batches_tracked" in one.value:
+        if (
+            self.judge.call("BatchNorm.load_state_dict", [one, *layer], run, right, written)
+            and "num_batches_tracked" in one.value
+        ):
             self.is_.pop("num_batches_tracked", None)
         self.learn()
 
@@ -195,7 +223,9 @@ class Layer(Model):
         """Batches, of which one may be odd, or what holds none."""
         rng, bn = self.rng, self.bn
         odd = rng.random() < 0.5
-        batches = [data(self.make, "batches", values(self.make, self.shape), self.dtype, self.axis, False) for _ in range(2)]
+        batches = [
+            data(self.make, "batches", values(self.make, self.shape), self.dtype, self.axis, False) for _ in range(2)
+        ]
         if odd and rng.random() < 0.7:
             batches[1] = data(self.make, "batches", values(self.make, self.shape), self.dtype, self.axis, True)
         elif odd:
@@ -204,7 +234,10 @@ class Layer(Model):
         whole = [one.value for one in batches] if len(batches) == 2 else batches[0].value
         given = [one._replace(says=("x", "recalibrate", "num_features")) for one in batches]
         given += self.written()
-        given += [one._replace(status=UNKNOWN) for one in self.usable("axis", "backend", "num_threads", "unbiased_running_var")]
+        given += [
+            one._replace(status=UNKNOWN)
+            for one in self.usable("axis", "backend", "num_threads", "unbiased_running_var")
+        ]
         given += self.halves(WRONG)
         given += self.beside(*given)
         status = RIGHT
@@ -218,18 +251,29 @@ class Layer(Model):
             if bn.num_batches_tracked != len(batches):
                 yield Wrong("num_batches_tracked is wrong", f"{bn.num_batches_tracked!r}, want {len(batches)}")
             for name, want in (("running_mean", mean), ("running_var", var)):
-                bad = near("mean", self.kind, np.asarray(getattr(bn, name)), want, np.abs(want) + np.sqrt(truth.batch.var), 1e-6)
+                bad = near(
+                    "mean",
+                    self.kind,
+                    np.asarray(getattr(bn, name)),
+                    want,
+                    np.abs(want) + np.sqrt(truth.batch.var),
+                    1e-6,
+                )
                 yield bad and bad._replace(outcome=bad.outcome.replace("mean", name, 1))
 
         written = [bn.running_mean, bn.running_var]
-        self.judge.call("BatchNorm.recalibrate", given, lambda: bn.recalibrate(whole, progress=False), right, written, status)
+        self.judge.call(
+            "BatchNorm.recalibrate", given, lambda: bn.recalibrate(whole, progress=False), right, written, status
+        )
         self.learn()
 
     def copied(self) -> None:
         """The layer goes on as a copy of itself."""
         way = self.rng.choice((copy.deepcopy, copy.copy, lambda bn: pickle.loads(pickle.dumps(bn))))
         given = [*(one._replace(status=UNKNOWN) for one in self.beside()), *self.halves()]
-        kept = self.judge.call("BatchNorm, copied", given, lambda: way(self.bn), allowed=(*DOCUMENTED, pickle.PicklingError), own=False)
+        kept = self.judge.call(
+            "BatchNorm, copied", given, lambda: way(self.bn), allowed=(*DOCUMENTED, pickle.PicklingError), own=False
+        )
         if kept is not None:
             self.bn = kept
             self.saved = None
@@ -250,7 +294,8 @@ class Layer(Model):
         name = rng.choice(list(runs))
         given = [*(one._replace(status=UNKNOWN) for one in self.beside()), *self.halves()]
         nothing = all(getattr(bn, array) is None for array in (*ARRAYS, "dgamma", "dbeta"))
-        if name == "to" and device != "cpu" and not (nothing and device == "cuda"):  # where nothing is to move, as PyTorch has it
+        # where nothing is to move, as PyTorch has it
+        if name == "to" and device != "cpu" and not (nothing and device == "cuda"):
             given.append(Given("device", device, None, label(device), WRONG, ("cuda", "backend", "CUDA")))
         if name in ("eval", "train"):
             self.is_.pop("training", None)
@@ -264,7 +309,8 @@ class Layer(Model):
 
 
 STEPS: dict[Callable[[Any], None], int] = {
-    Model.assign: 12, Model.scalar: 4, Layer.forward: 14, Layer.backward: 8, Layer.state_dict: 2, Layer.load_state_dict: 5,
+    Model.assign: 12, Model.scalar: 4, Layer.forward: 14, Layer.backward: 8, Layer.state_dict: 2,
+    Layer.load_state_dict: 5,
     Layer.folded: 2, Layer.recalibrate: 3, Layer.copied: 1, Layer.other: 3,
 }  # fmt: skip
 _steps, _weights = list(STEPS), list(STEPS.values())

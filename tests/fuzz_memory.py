@@ -28,8 +28,8 @@ _protect = _of_libc("mprotect", SIZE, SIZE, ctypes.c_int)
 _fill = _of_libc("memset", SIZE, ctypes.c_int, SIZE)
 _copy = _of_libc("memcpy", SIZE, SIZE, SIZE)
 
-# Compiled: NumPy frees while an error is on its way, where Python can't run. A page with the size, the data's, and one for nobody; the data
-# begin within the first of theirs, on 16 bytes as malloc has it.
+# Compiled: NumPy frees while an error is on its way, where Python can't run. A page with the size, the data's, and one
+# for nobody; the data begin within the first of theirs, on 16 bytes as malloc has it.
 
 
 @numba.njit
@@ -98,7 +98,12 @@ class _Handler(ctypes.Structure):
 
     _fields_ = (
         *(("name", ctypes.c_char * 127), ("version", ctypes.c_uint8), ("ctx", ctypes.c_void_p)),
-        *(("malloc", ctypes.c_void_p), ("calloc", ctypes.c_void_p), ("realloc", ctypes.c_void_p), ("free", ctypes.c_void_p)),
+        *(
+            ("malloc", ctypes.c_void_p),
+            ("calloc", ctypes.c_void_p),
+            ("realloc", ctypes.c_void_p),
+            ("free", ctypes.c_void_p),
+        ),
     )
 
 
@@ -108,9 +113,13 @@ class Guarded:
     def __init__(self) -> None:
         functions = (_malloc.address, _calloc.address, _realloc.address, _free.address)
         self._handler = _Handler(b"guarded", 1, None, *functions)
-        new = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)(("PyCapsule_New", ctypes.pythonapi))
+        new = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)(
+            ("PyCapsule_New", ctypes.pythonapi)
+        )
         self._capsule = new(ctypes.addressof(self._handler), b"mem_handler", None)
-        get = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(("PyCapsule_GetPointer", ctypes.pythonapi))
+        get = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
+            ("PyCapsule_GetPointer", ctypes.pythonapi)
+        )
         core = np._core if hasattr(np, "_core") else np.core
         table = ctypes.cast(get(core._multiarray_umath._ARRAY_API, None), ctypes.POINTER(ctypes.c_void_p))
         self._set = ctypes.PYFUNCTYPE(ctypes.py_object, ctypes.py_object)(table[304])  # PyDataMem_SetHandler

@@ -18,7 +18,8 @@ import fastbn
 ARRAYS = ("gamma", "beta", "running_mean", "running_var")
 KEYS = dict(zip(ARRAYS, ("weight", "bias", "running_mean", "running_var"), strict=True))
 WORDS = {
-    "eps": EPS, "momentum": MOMENTUM, "backend": BACKEND, "num_threads": THREADS, "training": FLAG, "track_running_stats": FLAG,
+    "eps": EPS, "momentum": MOMENTUM, "backend": BACKEND, "num_threads": THREADS, "training": FLAG,
+    "track_running_stats": FLAG,
     "unbiased_running_var": FLAG, "num_batches_tracked": BATCHES,
 }  # fmt: skip
 SCALARS = (*WORDS, "axis")
@@ -30,9 +31,24 @@ class Model:
     """A layer, what each of its attributes means, and whether it should be there."""
 
     def __init__(
-        self, judge: Judge, make: Maker, bn: Any, dtype: np.dtype[Any], shape: tuple[int, ...], axis: int, words: list[Given]
+        self,
+        judge: Judge,
+        make: Maker,
+        bn: Any,
+        dtype: np.dtype[Any],
+        shape: tuple[int, ...],
+        axis: int,
+        words: list[Given],
     ) -> None:
-        self.judge, self.make, self.rng, self.bn, self.dtype, self.shape, self.axis = judge, make, make.rng, bn, dtype, shape, axis
+        self.judge, self.make, self.rng, self.bn, self.dtype, self.shape, self.axis = (
+            judge,
+            make,
+            make.rng,
+            bn,
+            dtype,
+            shape,
+            axis,
+        )
         self.C = shape[axis]
         self.kind = np.dtype("f8" if dtype.itemsize == 8 else "f4")
         self.is_: dict[str, Given] = {one.name: one for one in words if one.name in SCALARS}
@@ -46,7 +62,12 @@ class Model:
             value = getattr(self.bn, name)
             kept = self.is_.get(name, Given(name, value))
             if value is not kept.value:  # a copy by now, or new
-                whole = isinstance(value, np.ndarray) and value.dtype == self.kind and value.shape == (self.C,) and value.flags.carray
+                whole = (
+                    isinstance(value, np.ndarray)
+                    and value.dtype == self.kind
+                    and value.shape == (self.C,)
+                    and value.flags.carray
+                )
                 if value is None or (whole and type(value) is np.ndarray):
                     kept = Given(name, value)
                 elif whole and kept.status in (RIGHT, ODD):  # of a subclass, which its copy is too
@@ -60,7 +81,10 @@ class Model:
     def state(self) -> Any:
         """What an error must leave as it is."""
         found = {name: getattr(self.bn, name, None) for name in (*ARRAYS, *SCALARS, "dgamma", "dbeta")}
-        return {name: value.tobytes() if type(value) is np.ndarray and value.ndim else meaning(value) for name, value in found.items()}
+        return {
+            name: value.tobytes() if type(value) is np.ndarray and value.ndim else meaning(value)
+            for name, value in found.items()
+        }
 
     def given(self, *names: str) -> list[Given]:
         """Attributes that a call uses, as arguments of it."""
@@ -83,7 +107,11 @@ class Model:
         bn, says = self.bn, ("running", "mean", "var", "folded_affine", "recalibrate")
         if (bn.running_mean is None) != (bn.running_var is None):
             return [Given("running", None, kind="one of two", status=UNKNOWN, says=says)]
-        return [Given("running", None, kind="none", status=absent, says=says)] if bn.running_mean is None and absent else []
+        return (
+            [Given("running", None, kind="none", status=absent, says=says)]
+            if bn.running_mean is None and absent
+            else []
+        )
 
     # What happens to it
 
@@ -161,7 +189,8 @@ class Model:
 def meaning(value: Any) -> Any:
     """A number, whatever its type: a call may make a plain one of it; of all else the identity."""
     if value is not np.ma.masked and (
-        isinstance(value, (int, float, str, np.generic, decimal.Decimal, fractions.Fraction)) or getattr(value, "shape", None) == ()
+        isinstance(value, (int, float, str, np.generic, decimal.Decimal, fractions.Fraction))
+        or getattr(value, "shape", None) == ()
     ):
         with contextlib.suppress(TypeError, ValueError, OverflowError):
             return repr(float(value))  # of NaN too
@@ -178,7 +207,11 @@ def constructed(judge: Judge, make: Maker, C: int, axis: int, dtype: np.dtype[An
         "momentum": (MOMENTUM, None),
         "axis": (Words(((axis, axis),), ((np.int64(axis), axis),)), axis),
         "dtype": (
-            Words(((kind, kind), (np.dtype(kind), kind)), (), ("int32", "float16", 5, "x", ">f4", [], {}, object(), 1j, np.zeros(0))),
+            Words(
+                ((kind, kind), (np.dtype(kind), kind)),
+                (),
+                ("int32", "float16", 5, "x", ">f4", [], {}, object(), 1j, np.zeros(0)),
+            ),
             kind,
         ),
         "backend": (BACKEND._replace(wrong=()), None),

@@ -1,4 +1,6 @@
-"""fastbn.torch for the fuzz test: tensors of every kind in modules and operators; what fastbn's kernels decline, PyTorch's own serve."""
+"""fastbn.torch for the fuzz test: tensors of every kind in modules and operators; what fastbn's kernels decline,
+PyTorch's own serve.
+"""
 
 from __future__ import annotations
 
@@ -24,10 +26,30 @@ NORMS = {
     4: fastbn.torch.BatchNorm2d,
     5: fastbn.torch.BatchNorm3d,
 }
-SHAPES = ((9, 5), (33, 70), (3, 4, 5), (2, 3, 7, 7), (7, 6, 1, 1), (4, 1, 6, 6), (2, 8, 3, 5), (2, 2, 130), (2, 2, 3, 2, 3), (300, 9, 8))
+SHAPES = (
+    (9, 5),
+    (33, 70),
+    (3, 4, 5),
+    (2, 3, 7, 7),
+    (7, 6, 1, 1),
+    (4, 1, 6, 6),
+    (2, 8, 3, 5),
+    (2, 2, 130),
+    (2, 2, 3, 2, 3),
+    (300, 9, 8),
+)
 KINDS = {name: getattr(torch, name) for name in fuzz_arrays.DTYPES}
 # PyTorch refuses in its own words, in what its checks and kernels raise.
-ERRORS = (TypeError, ValueError, RuntimeError, NotImplementedError, IndexError, AssertionError, AttributeError, torch._C._LinAlgError)
+ERRORS = (
+    TypeError,
+    ValueError,
+    RuntimeError,
+    NotImplementedError,
+    IndexError,
+    AssertionError,
+    AttributeError,
+    torch._C._LinAlgError,
+)
 
 
 def tensor(make: Maker, found: np.ndarray, dtype: torch.dtype, steps: list[int] | None = None) -> Tensor:
@@ -89,7 +111,9 @@ def vector(make: Maker, name: str, found: np.ndarray, dtype: torch.dtype, odd: b
     return Given(name, build(make, found, dtype), found, kind, status)
 
 
-def data(make: Maker, name: str, found: np.ndarray, dtype: torch.dtype, odd: bool = False, channels: bool = True) -> Given:
+def data(
+    make: Maker, name: str, found: np.ndarray, dtype: torch.dtype, odd: bool = False, channels: bool = True
+) -> Given:
     """x or dy."""
     rng = make.rng
     if odd:
@@ -103,7 +127,10 @@ def data(make: Maker, name: str, found: np.ndarray, dtype: torch.dtype, odd: boo
                 ("sparse", lambda: torch.from_numpy(found).to(dtype).to_sparse()),
                 ("meta", lambda: torch.empty(found.shape, dtype=dtype, device="meta")),
                 ("of rank 1", lambda: tensor(make, found.ravel(), dtype)),
-                *(("of more channels", lambda: tensor(make, np.concatenate([found, found], 1), dtype)) for _ in range(channels)),
+                *(
+                    ("of more channels", lambda: tensor(make, np.concatenate([found, found], 1), dtype))
+                    for _ in range(channels)
+                ),
             )
         )
         return Given(name, value(), None, kind, UNKNOWN if kind == "meta" else WRONG)
@@ -129,7 +156,11 @@ def module(judge: Judge, make: Maker) -> None:
     for name in ("running_mean", "running_var", "weight", "bias"):
         if getattr(bn, name) is not None:
             given[name] = vector(
-                make, name, np.abs(draw(rng, (C,), 1.0, 0.25)) + 0.125, kind, odd == name or (odd == "both" and "running" in name)
+                make,
+                name,
+                np.abs(draw(rng, (C,), 1.0, 0.25)) + 0.125,
+                kind,
+                odd == name or (odd == "both" and "running" in name),
             )
     for name, one in list(given.items()):
         value = one.value
@@ -138,18 +169,33 @@ def module(judge: Judge, make: Maker) -> None:
         setattr(bn, name, value)
     bn.train(rng.random() < 0.6)
     x = data(make, "x", values(make, shape), dtype, odd == "x")
-    asked = rng.random() < 0.5 and x.value.is_floating_point() and x.value.device.type == "cpu" and x.value.layout is torch.strided
-    own = [one._replace(status=UNKNOWN) if one.kind == "negative view" and "running" in one.name else one for one in (x, *given.values())]
+    asked = (
+        rng.random() < 0.5
+        and x.value.is_floating_point()
+        and x.value.device.type == "cpu"
+        and x.value.layout is torch.strided
+    )
+    own = [
+        one._replace(status=UNKNOWN) if one.kind == "negative view" and "running" in one.name else one
+        for one in (x, *given.values())
+    ]
     for turn in range(2):  # the second call of an inference goes another way
-        before = {name: wide(getattr(bn, name)) for name in ("running_mean", "running_var") if given[name].status == RIGHT}
-        running = [one._replace(status=min(UNKNOWN, one.status)) if one.name in before or not bn.training else one for one in own]
+        before = {
+            name: wide(getattr(bn, name)) for name in ("running_mean", "running_var") if given[name].status == RIGHT
+        }
+        running = [
+            one._replace(status=min(UNKNOWN, one.status)) if one.name in before or not bn.training else one
+            for one in own
+        ]
         _forward(judge, bn, x, running, before, dtype, asked, turn)
         if asked and bn.training:
             return
 
 
 def _unless_theirs(bn: Any, x: Tensor, y: Tensor, slack: float, bad: Wrong | None) -> Wrong | None:
-    """None where PyTorch's kernels, which may serve it, give the same bits: at 1e4 standard deviations from 0 its variance is 0.4 % off."""
+    """None where PyTorch's kernels, which may serve it, give the same bits: at 1e4 standard deviations from 0 its
+    variance is 0.4 % off.
+    """
     if bad is None or slack == 1.0 or not bn.training:
         return bad
     with torch.no_grad():
@@ -157,7 +203,9 @@ def _unless_theirs(bn: Any, x: Tensor, y: Tensor, slack: float, bad: Wrong | Non
     return None if torch.equal(theirs, y) else bad
 
 
-def _forward(judge: Judge, bn: Any, x: Given, given: list[Given], before: Any, dtype: torch.dtype, asked: bool, turn: int) -> None:
+def _forward(
+    judge: Judge, bn: Any, x: Given, given: list[Given], before: Any, dtype: torch.dtype, asked: bool, turn: int
+) -> None:
     rng, by = judge.rng, {one.name: one for one in given}
     leaf = x.value.detach().requires_grad_(asked) if asked else x.value
     steep = data(Maker(judge.world, rng), "dy", draw(rng, x.value.shape), dtype) if asked else None
@@ -187,17 +235,23 @@ def _forward(judge: Judge, bn: Any, x: Given, given: list[Given], before: Any, d
             old, got = before[name], wide(getattr(bn, name))
             want = (1.0 - weight) * old + weight * new if bn.training else old
             # PyTorch's kernels add squares up in float32, 2e-5 off where these are 2400
-            bad = near("mean", "float32", got, want, min(100.0, truth.slack) * (np.abs(old) + np.abs(new) + np.sqrt(var)))
+            bad = near(
+                "mean", "float32", got, want, min(100.0, truth.slack) * (np.abs(old) + np.abs(new) + np.sqrt(var))
+            )
             yield bad and bad._replace(outcome=bad.outcome.replace("mean", name, 1))
 
     written = [one.value for name, one in by.items() if "running" in name and bn.training]
     arrays = [
-        tensors.array(value) for value in written if value.device.type == "cpu" and value.layout is torch.strided and not value.is_neg()
+        tensors.array(value)
+        for value in written
+        if value.device.type == "cpu" and value.layout is torch.strided and not value.is_neg()
     ]
     name = f"{type(bn).__name__}{' again' if turn else ''}"
     if any(value.is_neg() for value in written):
         return
-    judge.call(f"torch.{name}", given, run, right, [a for a in arrays if isinstance(a, np.ndarray)], RIGHT, ERRORS, own=False)
+    judge.call(
+        f"torch.{name}", given, run, right, [a for a in arrays if isinstance(a, np.ndarray)], RIGHT, ERRORS, own=False
+    )
 
 
 def operators(judge: Judge, make: Maker) -> None:
@@ -211,10 +265,14 @@ def operators(judge: Judge, make: Maker) -> None:
     x = data(make, "x", values(make, shape), dtype, odd == "x", False)
     dy = data(make, "dy", draw(rng, shape), dtype, odd == "dy")
     mean = vector(make, "mean", draw(rng, (C,)), torch.float64, odd == "mean")
-    var = vector(make, "var", np.abs(draw(rng, (C,))) + 0.25, torch.float64, odd == "var")._replace(says=("m2", "moments"))
+    var = vector(make, "var", np.abs(draw(rng, (C,))) + 0.25, torch.float64, odd == "var")._replace(
+        says=("m2", "moments")
+    )
     gamma, beta = (vector(make, name, draw(rng, (C,), 1.0, 0.5), kind, odd == name) for name in ("gamma", "beta"))
     ops, eps = torch.ops.fastbn, 1e-5
-    truth = Truth(x.wide, 1, eps, dy.wide, gamma.wide, beta.wide) if x.wide is not None and dy.wide is not None else None
+    truth = (
+        Truth(x.wide, 1, eps, dy.wide, gamma.wide, beta.wide) if x.wide is not None and dy.wide is not None else None
+    )
     given = {
         "moments": [x],
         "batch_norm": [x, gamma, beta],
@@ -235,10 +293,18 @@ def operators(judge: Judge, make: Maker) -> None:
             yield from truth.gradients(accurate, *arrays, mean.wide, var.wide)
 
     used = [
-        one._replace(status=max(one.status, ODD)) if one.kind in ("strided", "a column", "negative view") else one for one in given[name]
+        one._replace(status=max(one.status, ODD)) if one.kind in ("strided", "a column", "negative view") else one
+        for one in given[name]
     ]
     judge.call(
-        f"torch.ops.{name}", used, lambda: getattr(ops, name)(*(one.value for one in used), *tail), right, (), RIGHT, ERRORS, own=False
+        f"torch.ops.{name}",
+        used,
+        lambda: getattr(ops, name)(*(one.value for one in used), *tail),
+        right,
+        (),
+        RIGHT,
+        ERRORS,
+        own=False,
     )
 
 

@@ -18,7 +18,11 @@ from fastbn import fold as folding
 
 GROUPS = Words(((1, 1),), ((True, 1), (np.int64(1), 1)), (0, -1, 7, HUGE, 1.5, "1", *JUNK))
 DDOF = Words(((0, 0), (1, 1)), ((0.5, 0.5), (True, 1), (np.int64(1), 1)), ("1", math.nan, *JUNK))
-COUNT = Words(((8, 8), (np.int64(8), 8)), ((np.int32(2**30), 2**30), (np.uint8(200), 200), (8.0, 8)), (-1, 0.5, "8", math.nan, *JUNK))
+COUNT = Words(
+    ((8, 8), (np.int64(8), 8)),
+    ((np.int32(2**30), 2**30), (np.uint8(200), 200), (8.0, 8)),
+    (-1, 0.5, "8", math.nan, *JUNK),
+)
 SHAPE = Words(
     (((2, 3, 4), 0), ([2, 3], 0)),
     ((np.array([2, 3]), 0), ((2, HUGE), 0)),
@@ -34,9 +38,15 @@ def fold(judge: Judge, make: Maker) -> None:
     odd = rng.choice(("", "bn", "weight", "bias", "groups", "transposed"))
     shape = rng.choice(((C, 5), (C, 2, 3, 3), (C, 4, 3)))
     dtype = dtype_of(make, judge.dtypes)
-    layer = Given("bn", bn) if odd != "bn" else Given("bn", value := rng.choice(JUNK), None, type(value).__name__, WRONG)
+    layer = (
+        Given("bn", bn) if odd != "bn" else Given("bn", value := rng.choice(JUNK), None, type(value).__name__, WRONG)
+    )
     weight = data(make, "weight", draw(rng, shape), dtype, 0, odd == "weight")
-    bias = vector(make, "bias", draw(rng, (C,)), dtype, odd == "bias") if rng.random() < 0.6 or odd == "bias" else Given("bias", None)
+    bias = (
+        vector(make, "bias", draw(rng, (C,)), dtype, odd == "bias")
+        if rng.random() < 0.6 or odd == "bias"
+        else Given("bias", None)
+    )
     groups = scalar(make, "groups", GROUPS, odd == "groups")
     transposed = Given("transposed", False)
     if odd == "transposed":
@@ -47,7 +57,9 @@ def fold(judge: Judge, make: Maker) -> None:
         shift = ((0.0 if bias.wide is None else bias.wide) - bn.running_mean.astype(float)) * scale
         along = (C, *(1,) * (len(shape) - 1))
         for name, got, want in (("weight", result[0], weight.wide * scale.reshape(along)), ("bias", result[1], shift)):
-            bad = near("y", dtype, got if isinstance(got, np.ndarray) else np.asarray(got), want, np.maximum(1.0, np.abs(want)))
+            bad = near(
+                "y", dtype, got if isinstance(got, np.ndarray) else np.asarray(got), want, np.maximum(1.0, np.abs(want))
+            )
             yield bad and bad._replace(outcome=bad.outcome.replace("y", name, 1))
 
     given = [layer, weight, bias, transposed, groups]
@@ -75,15 +87,22 @@ def running_moments(judge: Judge, make: Maker) -> None:
         made.append(fastbn.RunningMoments(features.value, axis.value, **options))
         return made[-1]
 
-    late = [one._replace(status=UNKNOWN) if one.name in ("axis", "backend") and one.status != RIGHT else one for one in a.given[1:]]
-    if judge.call("RunningMoments", [features, *late], make_one, allowed=(*DOCUMENTED, MemoryError)) is None:  # of 10**400 channels
+    late = [
+        one._replace(status=UNKNOWN) if one.name in ("axis", "backend") and one.status != RIGHT else one
+        for one in a.given[1:]
+    ]
+    # of 10**400 channels
+    if judge.call("RunningMoments", [features, *late], make_one, allowed=(*DOCUMENTED, MemoryError)) is None:
         return
     seen = made[-1]
     truth = Truth(a.wide, a.axis) if a.known else None
     judge.extra = lambda: (seen.count, seen.mean.tobytes(), seen.moments.m2.tobytes())
     given = [features._replace(says=("channels",)), *a.given]
     done = judge.call(
-        "RunningMoments.update", given, lambda: seen.update(x.value), lambda found: truth.moments(a.judged, found.moments) if truth else ()
+        "RunningMoments.update",
+        given,
+        lambda: seen.update(x.value),
+        lambda found: truth.moments(a.judged, found.moments) if truth else (),
     )
     if done is not None and truth is not None:
         _ask(judge, make, seen, a.judged, truth)
@@ -98,7 +117,12 @@ def _ask(judge: Judge, make: Maker, seen: Any, dtype: Any, truth: Truth) -> None
     same = truth.batch._replace(count=2 * count)
     twice = Truth(truth.x, truth.axis)
     twice.batch = same
-    judge.call("RunningMoments.merge", [other], lambda: seen.merge(other.value), lambda found: twice.moments(dtype, found.moments))
+    judge.call(
+        "RunningMoments.merge",
+        [other],
+        lambda: seen.merge(other.value),
+        lambda found: twice.moments(dtype, found.moments),
+    )
     ddof = scalar(make, "ddof", DDOF, rng.random() < 0.5)
     name = rng.choice(("var", "std"))
     judge.call(f"Moments.{name}", [ddof], lambda: getattr(seen, name)(ddof.value))
@@ -112,7 +136,8 @@ def by_hand(judge: Judge, make: Maker) -> None:
     mean = vector(make, "mean", draw(rng, (C,)), "f8", odd == "mean", legal, False)
     m2 = vector(make, "m2", np.abs(draw(rng, (C,))), "f8", odd == "m2", legal, False)
     count = scalar(make, "count", COUNT, odd == "count")
-    given = [one._replace(status=UNKNOWN) if one.status == WRONG else one for one in (count, mean, m2)]  # a value, looked at when used
+    # a value, looked at when used
+    given = [one._replace(status=UNKNOWN) if one.status == WRONG else one for one in (count, mean, m2)]
     m = judge.call("Moments", given, lambda: fastbn.Moments(count.value, mean.value, m2.value))
     if m is None:
         return
@@ -126,7 +151,10 @@ def by_hand(judge: Judge, make: Maker) -> None:
 
     judge.call("Moments.merge", again, lambda: m.merge(m), right)
     judge.call(
-        "Moments.var", again, lambda: m.var(), lambda var: [near("var", np.float64, np.asarray(var), m2.wide / count.wide, m2.wide + 1.0)]
+        "Moments.var",
+        again,
+        lambda: m.var(),
+        lambda var: [near("var", np.float64, np.asarray(var), m2.wide / count.wide, m2.wide + 1.0)],
     )
 
 
@@ -139,7 +167,9 @@ def explain(judge: Judge, make: Maker) -> None:
     words = Words(((None, 0), ("cpu", 0), ("cuda", 0)), BACKEND.strange, BACKEND.wrong[1:])
     backend = scalar(make, "backend", words, odd == "backend")
     given = [shape, dtype, axis, backend]
-    judge.call("explain", given, lambda: fastbn.explain(shape.value, dtype.value, axis.value, backend=backend.value).text)
+    judge.call(
+        "explain", given, lambda: fastbn.explain(shape.value, dtype.value, axis.value, backend=backend.value).text
+    )
 
 
 def set_num_threads(judge: Judge, make: Maker) -> None:
@@ -151,4 +181,10 @@ def set_num_threads(judge: Judge, make: Maker) -> None:
         fastbn.set_num_threads(None)
 
 
-CALLS: dict[Callable[[Judge, Maker], None], int] = {fold: 4, running_moments: 5, by_hand: 4, explain: 2, set_num_threads: 1}
+CALLS: dict[Callable[[Judge, Maker], None], int] = {
+    fold: 4,
+    running_moments: 5,
+    by_hand: 4,
+    explain: 2,
+    set_num_threads: 1,
+}

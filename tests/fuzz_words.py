@@ -24,12 +24,33 @@ class Words(NamedTuple):
 
 HUGE = 10**400
 JUNK: tuple[Any, ...] = (
-    *(None, "x", b"1", [], {}, (), object(), 1j, np.array([0.1, 0.2]), np.zeros(0), [1, 2], len, datetime.date(2000, 1, 1)),
+    *(
+        None,
+        "x",
+        b"1",
+        [],
+        {},
+        (),
+        object(),
+        1j,
+        np.array([0.1, 0.2]),
+        np.zeros(0),
+        [1, 2],
+        len,
+        datetime.date(2000, 1, 1),
+    ),
     *(np.datetime64(5, "s"), np.ma.masked, Ellipsis, float, {1: 2}),
 )
 HALF: Numbers = ((np.array(0.5), 0.5), (np.array([0.5]), 0.5), (True, 1.0), (decimal.Decimal("0.5"), 0.5), (b"1", 1.0))
 EPS = Words(
-    ((1e-5, 1e-5), (1e-3, 1e-3), (np.float32(0.5), 0.5), (np.float64(1e-4), 1e-4), (1, 1.0), (fractions.Fraction(1, 8), 0.125)),
+    (
+        (1e-5, 1e-5),
+        (1e-3, 1e-3),
+        (np.float32(0.5), 0.5),
+        (np.float64(1e-4), 1e-4),
+        (1, 1.0),
+        (fractions.Fraction(1, 8), 0.125),
+    ),
     (("1e-5", 1e-5), *HALF),
     (-1.0, math.nan, math.inf, -math.inf, HUGE, -HUGE, "nan", *JUNK),
 )
@@ -61,7 +82,9 @@ def scalar(make: Maker, name: str, words: Words, odd: bool, usual: Any = None, s
     """A number, or a word; mostly the usual one."""
     rng = make.rng
     if not odd:
-        value, wide = rng.choice(words.right) if rng.random() < 0.3 else words.right[0] if usual is None else (usual, usual)
+        value, wide = (
+            rng.choice(words.right) if rng.random() < 0.3 else words.right[0] if usual is None else (usual, usual)
+        )
         return Given(name, value, wide, "" if value is words.right[0][0] else label(value), says=says)
     if words.strange and (not words.wrong or rng.random() < 0.3):
         value, wide = rng.choice(words.strange)
@@ -74,12 +97,22 @@ def label(value: Any) -> str:
     """For a person to read: numbers and words as they are, of all else the type."""
     if type(value) is int and abs(value) == HUGE:
         return "10**400" if value > 0 else "-10**400"
-    return repr(value) if isinstance(value, (int, float, str, bytes, decimal.Decimal)) or value is None else f"a {type(value).__name__}"
+    return (
+        repr(value)
+        if isinstance(value, (int, float, str, bytes, decimal.Decimal)) or value is None
+        else (f"a {type(value).__name__}")
+    )
 
 
 def axis_of(make: Maker, axis: int, rank: int, odd: bool) -> Given:
     """The channel axis."""
     right: Numbers = ((axis, axis), (axis - rank, axis), (np.int64(axis), axis))
-    strange: Numbers = ((np.int8(axis), axis), (float(axis), axis), ([axis], axis), (np.array(axis), axis), (np.array([axis]), axis))
+    strange: Numbers = (
+        (np.int8(axis), axis),
+        (float(axis), axis),
+        ([axis], axis),
+        (np.array(axis), axis),
+        (np.array([axis]), axis),
+    )
     wrong = (rank, -rank - 1, 10**30, 99, "1", math.nan, 0.5, HUGE, *JUNK)
     return scalar(make, "axis", Words(right, strange, wrong), odd)

@@ -1,4 +1,5 @@
-"""What is there before fastbn in a process that a test starts: libraries hidden from it, other users of numba's threads, PyTorch.
+"""What is there before fastbn in a process that a test starts: libraries hidden from it, other users of numba's
+threads, PyTorch.
 
 HIDE names threading layers whose libraries this process is not to find: as on a machine where nobody installed them.
 """
@@ -10,7 +11,8 @@ import sys
 _POOLS = {"tbb": "tbbpool", "omp": "omppool"}
 _hidden = os.environ.get("HIDE", "").split()
 for _name in _hidden:
-    sys.modules[f"numba.np.ufunc.{_POOLS[_name]}"] = None  # type: ignore[assignment] # what the import system takes for "not there"
+    # what the import system takes for "not there"
+    sys.modules[f"numba.np.ufunc.{_POOLS[_name]}"] = None  # type: ignore[assignment]
 if "tbb" in _hidden:
     _CDLL = ctypes.CDLL
 

@@ -21,7 +21,9 @@ _OPEN_MPI = {
 
 def environment() -> dict[str, str]:
     """The commands of this Python's environment first, fastbn as it is here, and the tests' own modules."""
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("FASTBN_", "OMPI_", "PMI", "PMIX_"))}
+    clean = {
+        name: value for name, value in os.environ.items() if not name.startswith(("FASTBN_", "OMPI_", "PMI", "PMIX_"))
+    }
     places = [str(HERE), str(Path(fastbn.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     return clean | _OPEN_MPI | {"PATH": path, "PYTHONPATH": os.pathsep.join(places)}
@@ -34,7 +36,9 @@ def together(commands: Sequence[Sequence[str]], folder: Path) -> tuple[list[int]
     try:
         for command, file in zip(commands, said, strict=True):
             with file.open("w") as sink:
-                started.append(subprocess.Popen(command, cwd=folder, env=environment(), stdout=sink, stderr=subprocess.STDOUT))
+                started.append(
+                    subprocess.Popen(command, cwd=folder, env=environment(), stdout=sink, stderr=subprocess.STDOUT)
+                )
         status = [process.wait(SECONDS) for process in started]
     finally:
         for process in started:

@@ -1,11 +1,12 @@
-"""Do the tests notice a wrong line? A mutant is the package with one small error; the tests that run that line judge it, as plain Python.
+"""Do the tests notice a wrong line? A mutant is the package with one small error; the tests that run that line judge
+it, as plain Python.
 
     python tests/mutants.py                                     this checkout's mutants, judged by its own tests
     python tests/mutants.py --root OTHER --json before.json     by those of another checkout
     python tests/mutants.py --compare before.json
 
-Every function of the CPU kernels, their schedule, layouts and checks has one or more, found in another checkout by the function's text.
-It forks; a few minutes on two cores.
+Every function of the CPU kernels, their schedule, layouts and checks has one or more, found in another checkout by the
+function's text. It forks; a few minutes on two cores.
 """
 
 import argparse
@@ -34,10 +35,35 @@ import numba  # noqa: F401
 import pytest
 from mutations import ROOT, SCOPE, Mutant, chosen, functions
 
-# What shows a wrong result of the files above on small arrays. Others are of processes, tables and packages, or for compiled kernels.
+# What shows a wrong result of the files above on small arrays. Others are of processes, tables and packages, or for
+# compiled kernels.
 TESTS = (
-    *("kernels", "serial_kernels", "contract", "backends", "layout", "errors", "layer_errors", "moments", "split", "half", "dtypes"),
-    *("scalars", "foreign", "integers", "batchnorm", "kept", "running", "properties", "num_threads", "fold", "determinism", "accuracy"),
+    *(
+        "kernels",
+        "serial_kernels",
+        "contract",
+        "backends",
+        "layout",
+        "errors",
+        "layer_errors",
+        "moments",
+        "split",
+        "half",
+        "dtypes",
+    ),
+    *(
+        "scalars",
+        "foreign",
+        "integers",
+        "batchnorm",
+        "kept",
+        "running",
+        "properties",
+        "num_threads",
+        "fold",
+        "determinism",
+        "accuracy",
+    ),
 )
 SLOW = 6  # seconds of a processor that a test may take; those that take longer as plain Python judge nothing
 BUDGET = 60  # the same for all tests that judge a mutant
@@ -149,7 +175,9 @@ class Bench:
         jobs, failed = len(self.slots), []
 
         def task(job: int) -> Callable[[Path], None]:
-            return lambda slot: run_tests(slot, files, Judge(lambda items: items[job::jobs], str(slot / "copy" / "fastbn")))
+            return lambda slot: run_tests(
+                slot, files, Judge(lambda items: items[job::jobs], str(slot / "copy" / "fastbn"))
+            )
 
         for job, found in self.each({job: task(job) for job in range(jobs)}, 3600):
             if not found or not found["seconds"]:
@@ -223,7 +251,11 @@ def table(rows: list[dict[str, Any]], before: dict[str, bool]) -> str:
     lines = ["| file | tried | caught before | caught now |", "| --- | ---: | ---: | ---: |"]
     for name in [*SCOPE, "all"]:
         some = [row for row in rows if name in (row["file"], "all")]
-        counts = (len(some), sum(before[row["mutant"]] for row in some) if before else "", sum(row["caught"] for row in some))
+        counts = (
+            len(some),
+            sum(before[row["mutant"]] for row in some) if before else "",
+            sum(row["caught"] for row in some),
+        )
         lines += [f"| {name} | {' | '.join(map(str, counts))} |"] if some else []
     return "\n".join(lines)
 
@@ -239,18 +271,27 @@ def main() -> int:
     parser.add_argument("--list", action="store_true", help="show them and judge nothing")
     parser.add_argument("-j", "--jobs", type=int, default=2, help="processes at a time")
     options = parser.parse_args()
-    mutants = {str(mutant): mutant for mutant in chosen(options.seed) if re.search(options.only, f"{mutant.file}:{mutant.function}")}
+    mutants = {
+        str(mutant): mutant
+        for mutant in chosen(options.seed)
+        if re.search(options.only, f"{mutant.file}:{mutant.function}")
+    }
     mutants = dict(random.Random(options.seed).sample(list(mutants.items()), min(options.count or 10**9, len(mutants))))
     if options.list:
         print(*mutants, sep="\n")
         return 0
-    before = {row["mutant"]: row["caught"] for row in json.loads(options.compare.read_text())} if options.compare else {}
+    before = (
+        {row["mutant"]: row["caught"] for row in json.loads(options.compare.read_text())} if options.compare else {}
+    )
     rows, began = [], time.monotonic()
     with tempfile.TemporaryDirectory() as work:
         bench = Bench(options.root.resolve(), Path(work), options.jobs)
         failed = bench.learn()
         print(
-            f"{len(bench.seconds)} tests judge; {len(failed)} fail or take over {SLOW} s as plain Python:", *failed, sep="\n  ", flush=True
+            f"{len(bench.seconds)} tests judge; {len(failed)} fail or take over {SLOW} s as plain Python:",
+            *failed,
+            sep="\n  ",
+            flush=True,
         )
         bench.check()
         for mutant, caught, by in bench.judged(list(mutants.values())):

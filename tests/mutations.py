@@ -11,8 +11,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
-HOSTS = ("__init__", "cache", "half", "jit", "memory", "plain", "simd", "vector")  # what compiles, and what a kernel is made of
-KERNELS = [f"cpu/kernels/{path.name}" for path in sorted((ROOT / "fastbn/cpu/kernels").glob("*.py")) if path.stem not in HOSTS]
+# what compiles, and what a kernel is made of
+HOSTS = ("__init__", "cache", "half", "jit", "memory", "plain", "simd", "vector")
+KERNELS = [
+    f"cpu/kernels/{path.name}" for path in sorted((ROOT / "fastbn/cpu/kernels").glob("*.py")) if path.stem not in HOSTS
+]
 SCOPE = (
     *KERNELS,
     "cpu/schedule.py",
@@ -30,17 +33,22 @@ SCOPE = (
 EQUIVALENT = {
     r"cpu/backend.py:warmup:": "compiles, and plain Python does not",
     r"routes.py:streams: (?!lost)|\+ .*\(shape\[1\], routes.streams\(": "past the cache or not: speed, never a bit",
-    r"serial.py:.*\+ .*True, (y|dx)\)|affine_rest:.*\+ .*(True|1, False), rest_y": "past the cache or not: speed, never a bit",
+    r"serial.py:.*\+ .*True, (y|dx)\)|affine_rest:.*\+ .*(True|1, False), rest_y": "past the cache or not: speed, "
+    "never a bit",
     r"schedule.py:first:.* ahead, back_ahead": "what is fetched meanwhile: speed",
-    r"routes.py:(tasks|lot): (?!lost)|cpu/backend.py:.*\btasks = |\+ lot, tasks = \(routes.lot\(plan, C\)": "who does what: speed",
-    r"schedule.py:(short: (?!lost)|first:.*fused = |last:.*fold >= 1)|routes.py:of:.*\*shape, 2": "another walk, as right as the first",
+    r"routes.py:(tasks|lot): (?!lost)|cpu/backend.py:.*\btasks = |\+ lot, tasks = \(routes.lot\(plan, "
+    r"C\)": "who does what: speed",
+    r"schedule.py:(short: (?!lost)|first:.*fused = |last:.*fold >= 1)|routes.py:of:.*\*shape, 2": "another walk, as "
+    "right as the first",
     r"cpu/backend.py:grad_input:.*applied=False": "another walk, as right as the first",
     r"(whole_rows|one_stream):.*> (W|lanes)|affine_block:.*far|tile_sums:.*PANELS": "one of two loops that do the same",
     r"affine_block:.*0 <= first|gradient_row:.*s <= s1|(grad_reduce|grad_input):.*rest >= 0": "a turn for nothing more",
-    r"(wide_deviations|affine_row):.*\+ .*(8|W) < s1": "the last vector goes to the loop behind, which takes what is left",
+    r"(wide_deviations|affine_row):.*\+ .*(8|W) < s1": "the last vector goes to the loop behind, which takes what is "
+    "left",
     r"affine_rest: dropped.*fill_affine": "task 0 has left them there",
     r"as_row:.*\(2, size\)|cpu/backend.py:_inference.run:.*\(3, C\)|serial.py:.*\+ 17": "more room than is used",
-    r"columns.*:(moments|backward):.*(block \+ 1\)|task \+ 2\))|tile_sums:.*4 \+ W": "units of nothing, or the same ones twice",
+    r"columns.*:(moments|backward):.*(block \+ 1\)|task \+ 2\))|tile_sums:.*4 \+ W": "units of nothing, or the same "
+    "ones twice",
     r"block_gradient:.*6 if training": "a row spread that is not read",
     r"group_rows: (?!lost)": "how many values share a sum: the last digits",
     r"Plan.__init__:.*>= abs": "axes of one stride: elements that share memory",
@@ -92,7 +100,18 @@ SIGNS: dict[type, tuple[str, type]] = {
     ast.And: ("and, or", ast.Or),
     ast.Or: ("and, or", ast.And),
 }
-SYMMETRIC = ("min", "max", "isinstance", "hasattr", "may_share_memory", "shares_memory", "same_memory", "shared", "_overlap", "gcd")
+SYMMETRIC = (
+    "min",
+    "max",
+    "isinstance",
+    "hasattr",
+    "may_share_memory",
+    "shares_memory",
+    "same_memory",
+    "shared",
+    "_overlap",
+    "gcd",
+)
 QUIET = ("prefetch", "fence", "form", "compiled")  # nothing to plain Python, or all the same
 
 
@@ -101,7 +120,9 @@ def _called(node: ast.AST) -> str:
 
 
 def _names(node: ast.AST, context: type = ast.Name) -> set[str]:
-    return {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and (context is ast.Name or isinstance(n.ctx, context))}
+    return {
+        n.id for n in ast.walk(node) if isinstance(n, ast.Name) and (context is ast.Name or isinstance(n.ctx, context))
+    }
 
 
 def _less(bound: ast.expr) -> ast.expr:
@@ -122,10 +143,16 @@ def _quiet(node: Any) -> bool:
 
 
 def _code(node: ast.AST) -> Iterator[tuple[Any, ast.AST]]:
-    """What a function does, in order, each node with its parent: not its signature, annotations, texts or functions within."""
+    """What a function does, in order, each node with its parent: not its signature, annotations, texts or functions
+    within.
+    """
     for field, value in ast.iter_fields(node):
         for child in value if isinstance(value, list) else [value]:
-            if not isinstance(child, ast.AST) or isinstance(child, (ast.arguments, ast.FunctionDef, ast.JoinedStr)) or _quiet(child):
+            if (
+                not isinstance(child, ast.AST)
+                or isinstance(child, (ast.arguments, ast.FunctionDef, ast.JoinedStr))
+                or _quiet(child)
+            ):
                 continue
             if field not in ("annotation", "returns", "decorator_list"):
                 if hasattr(child, "lineno"):
@@ -152,7 +179,11 @@ def _errors(node: Any, parent: Any, bound: set[str]) -> Iterator[tuple[str, Any,
     elif isinstance(node, ast.Call) and _called(node) not in SYMMETRIC:
         alike = _called(node) == "muladd"  # its first two
         yield from (("swapped", node, "args", args) for args in _swapped(node.args, alike))
-    elif isinstance(node, ast.Tuple) and isinstance(node.ctx, ast.Load) and not isinstance(parent, (ast.ExceptHandler, ast.Compare)):
+    elif (
+        isinstance(node, ast.Tuple)
+        and isinstance(node.ctx, ast.Load)
+        and not isinstance(parent, (ast.ExceptHandler, ast.Compare))
+    ):
         if _called(parent) not in SYMMETRIC:
             yield from (("swapped", node, "elts", elements) for elements in _swapped(node.elts))
     elif isinstance(node, ast.Slice) and node.upper is not None:
@@ -198,7 +229,9 @@ class Function:
         return Mutant(self.file, self.name, operator, change, self.old, new, lines)
 
     def chosen(self, rng: random.Random, used: Counter[str]) -> Iterator[Mutant]:
-        """One mutant of a short function, more of a long one, each by another operator where there are so many: those least used."""
+        """One mutant of a short function, more of a long one, each by another operator where there are so many: those
+        least used.
+        """
         kinds: dict[str, list[Any]] = {}
         for part, error in rng.sample(self.errors, len(self.errors)):
             kinds.setdefault(error[0], []).append((part, error))

@@ -1,4 +1,6 @@
-"""The formulas of Ioffe & Szegedy 2015, in float64 on whole arrays: what every backend, the reference too, is held against."""
+"""The formulas of Ioffe & Szegedy 2015, in float64 on whole arrays: what every backend, the reference too, is held
+against.
+"""
 
 from typing import NamedTuple
 
@@ -38,7 +40,13 @@ def xhat(x: np.ndarray, mean: np.ndarray, var: np.ndarray, axis: int, eps: float
 
 
 def normalized(
-    x: np.ndarray, mean: np.ndarray, var: np.ndarray, gamma: np.ndarray | None, beta: np.ndarray | None, axis: int, eps: float
+    x: np.ndarray,
+    mean: np.ndarray,
+    var: np.ndarray,
+    gamma: np.ndarray | None,
+    beta: np.ndarray | None,
+    axis: int,
+    eps: float,
 ) -> np.ndarray:
     """Gamma * xhat + beta."""
     gamma, beta = 1.0 if gamma is None else gamma, 0.0 if beta is None else beta

@@ -40,7 +40,8 @@ def training(r: Ranks) -> None:
         check("var", case.dtype, m.var(), s.var, scale.var)
         check("y", case.dtype, y, want[part], scale.y[part])
         check("dx", case.dtype, dx, g.dx[part], scale.dx[part])
-        own = published.gradients(dy, x, s.mean, s.var, given.gamma, given.axis, EPS, training=False)  # sums of this rank's values
+        # sums of this rank's values
+        own = published.gradients(dy, x, s.mean, s.var, given.gamma, given.axis, EPS, training=False)
         check("dgamma", case.dtype, bn.dgamma, own.dgamma, scale.dgamma)
         check("dbeta", case.dtype, bn.dbeta, own.dbeta, scale.dbeta)
         assert bn.dgamma.dtype == bn.dbeta.dtype == given.gamma.dtype
@@ -57,13 +58,17 @@ def training(r: Ranks) -> None:
 
 
 def evaluation(r: Ranks) -> None:
-    """Evaluation, forward and backward, is this rank's own: the others need not take part. So is training's without a communicator."""
+    """Evaluation, forward and backward, is this rank's own: the others need not take part. So is training's without a
+    communicator.
+    """
     bn = fastbn.BatchNorm(3, comm=r.comm).eval(backward=True)
     plain = fastbn.BatchNorm(3, track_running_stats=False, comm=r.comm).eval(backward=True)
     if r.rank == 0:
         x = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
         np.testing.assert_array_equal(bn(x), fastbn.BatchNorm(3).eval()(x))
-        np.testing.assert_array_equal(bn.backward(x), fastbn.batch_norm_inference_backward(x, x, np.zeros(3), np.ones(3))[0])
+        np.testing.assert_array_equal(
+            bn.backward(x), fastbn.batch_norm_inference_backward(x, x, np.zeros(3), np.ones(3))[0]
+        )
         np.testing.assert_array_equal(plain(x), fastbn.batch_norm(x)[0])  # this batch's statistics, as PyTorch has it
         plain.backward(x)
     assert bn.train()(np.full((2, 3), float(r.rank), np.float32)).shape == (2, 3)
@@ -168,7 +173,9 @@ def errors(r: Ranks) -> None:
         if r.rank == 1:
             inside = np.ones(x.size, np.float32)
             row = inside[: 2 * given.gamma.size].view(np.float64)
-            moments = fastbn.Moments(statistics.count, *({"mean": statistics.mean, "m2": statistics.m2} | {name: row}).values())
+            moments = fastbn.Moments(
+                statistics.count, *({"mean": statistics.mean, "m2": statistics.m2} | {name: row}).values()
+            )
             bn._saved = bn._saved._replace(statistics=moments)
         with r.fails(ValueError, f"out: given an array that overlaps moments.{name}", on=1):
             bn.backward(dy, out=inside.reshape(x.shape) if r.rank == 1 else None)
@@ -180,7 +187,10 @@ def errors(r: Ranks) -> None:
         bn.backward(dy, out=inside.reshape(x.shape) if r.rank == 1 else None)
     bn.beta = beta
     with r.fails(
-        RuntimeError, "rank 0 of" if r.rank else "ranks 1, 2", f"but a {'forward' if r.rank else 'backward'} on", "the same calls"
+        RuntimeError,
+        "rank 0 of" if r.rank else "ranks 1, 2",
+        f"but a {'forward' if r.rank else 'backward'} on",
+        "the same calls",
     ):
         bn.backward(dy) if r.rank else bn(x)
     for key, value in bn.state_dict().items():
@@ -208,7 +218,9 @@ def other_channels(r: Ranks) -> None:
 
 
 def few_values(r: Ranks) -> None:
-    """One value per channel of all ranks together is refused on all of them; an empty batch gives an empty result and changes nothing."""
+    """One value per channel of all ranks together is refused on all of them; an empty batch gives an empty result and
+    changes nothing.
+    """
     bn = fastbn.BatchNorm(4, comm=r.comm)
     fresh = bn.state_dict()
     with r.fails(ValueError, "Expected more than 1 value per channel when training, got input size"):
@@ -237,7 +249,9 @@ def not_finite(r: Ranks) -> None:
 
 
 def copies(r: Ranks) -> None:
-    """Copies share the communicator, and each is a layer of its own; pickle takes the layer where it takes the communicator."""
+    """Copies share the communicator, and each is a layer of its own; pickle takes the layer where it takes the
+    communicator.
+    """
     given = batch(CASES["uneven"], r.size)
     x, dy = given.part(r.rank)
     bn = layer(given, r.comm, momentum=None)

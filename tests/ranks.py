@@ -1,4 +1,5 @@
-"""One rank of several: runs its checks, notes how far it came. Started by test_distributed.py with mpiexec, or as processes with gloo.
+"""One rank of several: runs its checks, notes how far it came. Started by test_distributed.py with mpiexec, or as
+processes with gloo.
 
     ranks.py FOLDER                    under mpiexec
     ranks.py FOLDER RANK RANKS         with gloo

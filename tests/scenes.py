@@ -130,12 +130,15 @@ def fork_in_another_thread() -> None:
 
 
 def compiling(stage: str, nth: int) -> tuple[str, list[str]]:
-    """What a child compiles that is forked while another thread is at the nth event of a stage, and what the parent then does."""
+    """What a child compiles that is forked while another thread is at the nth event of a stage, and what the parent
+    then does.
+    """
     import tiny
     from numba.core import event
     from numba.core.registry import cpu_target
 
-    inferring = cpu_target.typing_context.callstack._lock  # of numba's, while it infers the types of a function that calls another
+    # of numba's, while it infers the types of a function that calls another
+    inferring = cpu_target.typing_context.callstack._lock
     begun, forked, passed = threading.Event(), threading.Event(), iter(range(1, 10**6))
 
     class Listener(event.Listener):
@@ -160,7 +163,9 @@ def compiling(stage: str, nth: int) -> tuple[str, list[str]]:
 
 @scene("main thread")
 def fork_that_gives_up_waiting_for_a_compilation() -> None:
-    """Locks of fastbn, numba and LLVM are held by a thread that the child has not: its own first compilation must not wait for it."""
+    """Locks of fastbn, numba and LLVM are held by a thread that the child has not: its own first compilation must not
+    wait for it.
+    """
     from fastbn.cpu.kernels import cache
 
     with mock.patch.object(cache, "directories", list), mock.patch.object(pool, "_PATIENCE", 0.1):

@@ -17,14 +17,19 @@ CPU_DTYPES = tuple(dtype for dtype, backend in SERVED if backend == "cpu")
 
 
 def _served(dtypes: tuple[str, ...]) -> pytest.MarkDecorator:
-    """Kernels of half precision, which compile as long again, are for a full run: test_half.py has one shape of each in the default run."""
-    marked = [pytest.param(d, b, marks=pytest.mark.full if d in HALF and b == "cpu" else ()) for d, b in SERVED if d in dtypes]
+    """Kernels of half precision, which compile as long again, are for a full run: test_half.py has one shape of each in
+    the default run.
+    """
+    marked = [
+        pytest.param(d, b, marks=pytest.mark.full if d in HALF and b == "cpu" else ()) for d, b in SERVED if d in dtypes
+    ]
     return pytest.mark.parametrize(("dtype", "backend"), marked)
 
 
 every_dtype_and_backend = _served(DTYPES)
 every_half_and_backend = _served(HALF)
-one_half = pytest.mark.parametrize("dtype", [HALF[0], pytest.param(HALF[1], marks=pytest.mark.full)])  # its kernels take 15 s to compile
+# its kernels take 15 s to compile
+one_half = pytest.mark.parametrize("dtype", [HALF[0], pytest.param(HALF[1], marks=pytest.mark.full)])
 every_half_backend = pytest.mark.parametrize(
     "backend", [pytest.param(b, marks=pytest.mark.full if b == "cpu" else ()) for b in HALF_BACKENDS]
 )
@@ -171,11 +176,13 @@ def memory_order(array: np.ndarray) -> list[int]:
     return sorted((a for a in range(array.ndim) if array.shape[a] > 1), key=lambda a: -abs(array.strides[a]))
 
 
-def draw(case: Case, dtype: str, seed: int = 0, offset: float = 3.0) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def draw(
+    case: Case, dtype: str, seed: int = 0, offset: float = 3.0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """(x, dy, gamma, beta) for a case: each channel of x with a mean and a scale of its own.
 
-    x is a multiple of 1/4096, so that the mean of equal values is exact and their variance is 0, in the oracle too. gamma and beta are of
-    the dtype of parameters.
+    x is a multiple of 1/4096, so that the mean of equal values is exact and their variance is 0, in the oracle too.
+    gamma and beta are of the dtype of parameters.
     """
     rng = np.random.default_rng(seed)
     channels = case.shape[case.axis]

@@ -1,4 +1,6 @@
-"""PyTorch, CuPy and two GPUs as far as fastbn asks them: what is allocated, waited for and launched is noted, and nothing computed."""
+"""PyTorch, CuPy and two GPUs as far as fastbn asks them: what is allocated, waited for and launched is noted, and
+nothing computed.
+"""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -141,7 +143,8 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Machine:
         return Cupy(found, found.take("array", sizes, dtype, found.device, found.current["cupy"]), found.device)
 
     def current(library: str, attribute: str) -> Any:
-        return lambda device: SimpleNamespace(**{attribute: found.current[library] if device == 1 else THIRD})  # x is on GPU 1
+        # x is on GPU 1
+        return lambda device: SimpleNamespace(**{attribute: found.current[library] if device == 1 else THIRD})
 
     torch = SimpleNamespace(
         empty=torch_empty,
@@ -150,13 +153,17 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Machine:
         float64=np.float64,
         _C=SimpleNamespace(_cuda_getCurrentRawStream=lambda device: found.current["torch"] if device == 1 else THIRD),
         cuda=SimpleNamespace(
-            ExternalStream=stream("torch"), default_stream=lambda device: stream("torch")(LEGACY, device), stream=lambda given: given
+            ExternalStream=stream("torch"),
+            default_stream=lambda device: stream("torch")(LEGACY, device),
+            stream=lambda given: given,
         ),
     )
     cupy = SimpleNamespace(
         empty=cupy_empty,
         cuda=SimpleNamespace(
-            ExternalStream=stream("cupy"), get_current_stream=current("cupy", "ptr"), Stream=SimpleNamespace(null=stream("cupy")(LEGACY, 1))
+            ExternalStream=stream("cupy"),
+            get_current_stream=current("cupy", "ptr"),
+            Stream=SimpleNamespace(null=stream("cupy")(LEGACY, 1)),
         ),
     )
     monkeypatch.setitem(sys.modules, "torch", torch)
@@ -166,9 +173,13 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Machine:
     def raw(nbytes: int, stream: int, device: int) -> tuple[Any, int]:
         memory = found.take("pool", (nbytes + 256,), np.uint8, found.device, stream)
         found.given_back -= 1
-        return SimpleNamespace(memory=memory, close=lambda: setattr(found, "given_back", found.given_back + 1)), memory.ctypes.data & -256
+        return SimpleNamespace(
+            memory=memory, close=lambda: setattr(found, "given_back", found.given_back + 1)
+        ), memory.ctypes.data & -256
 
-    def launch(kernel: Any, dtype: Any, statistic: Any, blocks: int, threads: int, stream: int, device: int, arguments: Any) -> None:
+    def launch(
+        kernel: Any, dtype: Any, statistic: Any, blocks: int, threads: int, stream: int, device: int, arguments: Any
+    ) -> None:
         found.launched.append((device, stream, found.device))
 
     def empty(sizes: Any, strides: Any, dtype: Any) -> Numba:

@@ -1,4 +1,5 @@
-"""The accuracy promised: hard data in every layout against the published formulas in float64, exact data to the last bit, NaN and Inf
+"""The accuracy promised: hard data in every layout against the published formulas in float64, exact data to the last
+bit, NaN and Inf
 in their own channel only."""
 
 from collections.abc import Callable
@@ -39,8 +40,11 @@ class Problem:
         self.x = accuracy_cases(shape)[name]
         self.dy = rng.standard_normal(shape).astype(np.float32)
         channels = shape[1]
-        self.gamma = rng.uniform(0.25, 2.0, channels).astype(np.float32) * rng.choice([-1, 1], channels).astype(np.float32)
-        self.beta = rng.uniform(-1.0, 1.0, channels).astype(np.float32)  # at most 1: the limit on y is then max(1, |gamma * xhat|)
+        self.gamma = rng.uniform(0.25, 2.0, channels).astype(np.float32) * rng.choice([-1, 1], channels).astype(
+            np.float32
+        )
+        # at most 1: the limit on y is then max(1, |gamma * xhat|)
+        self.beta = rng.uniform(-1.0, 1.0, channels).astype(np.float32)
         self.stats: Statistics = published.statistics(self.x, 1)
         given = self.stats.mean, self.stats.var
         self.y = published.normalized(self.x, *given, self.gamma, self.beta, 1, EPS)
@@ -72,7 +76,9 @@ def test_within_the_limits(case: Case, layout: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("case", [Case((11, 160, 30, 30), 1, "wide rows"), Case((20000, 40), 1, "narrow rows, folded")], ids=str)
+@pytest.mark.parametrize(
+    "case", [Case((11, 160, 30, 30), 1, "wide rows"), Case((20000, 40), 1, "narrow rows, folded")], ids=str
+)
 def test_within_the_limits_row_by_row(case: Case, name: str, replan: Callable[..., None]) -> None:
     """As arrays that no cache holds are summed."""
     replan(SERIAL_BYTES=0, BLOCK_BYTES=0, ALONG_BYTES=0, LINEAR=0)
@@ -99,7 +105,9 @@ def test_a_constant_channel_gives_exactly_beta(case: Case, layout: str) -> None:
 def _squares(x: np.ndarray) -> Statistics:
     """E[x^2] - E[x]^2 in float32, as it must not be done."""
     mean = x.mean((0, 2, 3))
-    return Statistics(0, mean.astype(np.float64), np.maximum(np.square(x).mean((0, 2, 3)) - mean * mean, 0).astype(np.float64))
+    return Statistics(
+        0, mean.astype(np.float64), np.maximum(np.square(x).mean((0, 2, 3)) - mean * mean, 0).astype(np.float64)
+    )
 
 
 def _float32_mean(x: np.ndarray) -> Statistics:
@@ -124,7 +132,10 @@ def test_the_cases_catch_poor_statistics(statistics: object, caught: set[str]) -
         with np.errstate(over="ignore", invalid="ignore"):
             poor = statistics(p.x)
             y = published.normalized(p.x, poor.mean, poor.var, p.gamma, p.beta, 1, EPS)
-            if excess("var", np.float32, poor.var, p.stats.var, p.scales.var) > 1 or excess("y", np.float32, y, p.y, p.scales.y) > 1:
+            if (
+                excess("var", np.float32, poor.var, p.stats.var, p.scales.var) > 1
+                or excess("y", np.float32, y, p.y, p.scales.y) > 1
+            ):
                 broken.add(name)
     assert caught <= broken
 
@@ -139,16 +150,20 @@ def test_the_cases_catch_a_mean_that_is_not_split() -> None:
         assert excess("y", np.float32, y, p.y, p.scales.y) > 2, name
 
 
-# Pairs m * (1 +- k / 2^b): every sum of a block, of values or of squared deviations, fits a float32, so mean and variance are exact.
+# Pairs m * (1 +- k / 2^b): every sum of a block, of values or of squared deviations, fits a float32, so mean and
+# variance are exact.
 PAIRS = ((1.0, 1, 10), (3.0, 3, 10), (-5.0, 5, 8), (2.0**-20, 3, 4), (2.0**40, 1, 2), (0.75, 7, 9))
 WIDE = ((4, 24, 14, 14), (6, 37, 2, 4), (128, 48, 2, 2), (64, 70), (4, 2000), (2, 33))
-# Channels last, a few channels are folded, several rows to one, which parts the pairs: a block of odd ones is not balanced.
+# Channels last, a few channels are folded, several rows to one, which parts the pairs: a block of odd ones is not
+# balanced.
 NARROW = ((2, 1, 2, 2), (10, 3, 6, 10), (2, 2, 150, 150), (2, 5, 2, 1500))
 EXACT = [(shape, layout) for shape in WIDE + NARROW for layout in COMPACT if layout != "channels_last" or shape[1] > 32]
 
 
 def _pairs(shape: tuple[int, ...], dtype: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(x, mean, var): neighbours along every axis but the channels' are a pair, so that blocks of even size are balanced."""
+    """(x, mean, var): neighbours along every axis but the channels' are a pair, so that blocks of even size are
+    balanced.
+    """
     m, k, b = np.array([PAIRS[c % len(PAIRS)] for c in range(shape[1])]).T
     deviation = m * k / 2.0**b
     grid = np.indices(shape)
@@ -170,7 +185,9 @@ def test_exact_data_to_the_last_bit(shape: tuple[int, ...], layout: str, dtype: 
 
 
 def _sums_exactly(shape: tuple[int, ...], seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(x, mean, std) in float32: pairs m * (1 +- k / 2^b) in any order, and m where there is an odd one; x sums exactly in any order."""
+    """(x, mean, std) in float32: pairs m * (1 +- k / 2^b) in any order, and m where there is an odd one; x sums exactly
+    in any order.
+    """
     rng, channels = np.random.default_rng(seed), shape[1]
     count = int(np.prod(shape)) // channels
     bits = min(20, max(1, 22 - int(np.ceil(np.log2(count)))))
@@ -183,11 +200,21 @@ def _sums_exactly(shape: tuple[int, ...], seed: int) -> tuple[np.ndarray, np.nda
 
 
 ROWS = tuple((n, 9, s) for n in (2, 7) for s in range(1, 131))
-LARGER = ((2, 80, 73, 73), (17, 27, 7), (16, 96, 35, 35), (2, 16, 147, 147), (10007, 33), (300, 40, 3, 3), (1, 5, 301, 307))
+LARGER = (
+    (2, 80, 73, 73),
+    (17, 27, 7),
+    (16, 96, 35, 35),
+    (2, 16, 147, 147),
+    (10007, 33),
+    (300, 40, 3, 3),
+    (1, 5, 301, 307),
+)
 
 
 @pytest.mark.parametrize("layout", COMPACT)
-@pytest.mark.parametrize("shapes", [ROWS, *((shape,) for shape in LARGER)], ids=lambda shapes: "rows" if shapes is ROWS else str(shapes[0]))
+@pytest.mark.parametrize(
+    "shapes", [ROWS, *((shape,) for shape in LARGER)], ids=lambda shapes: "rows" if shapes is ROWS else str(shapes[0])
+)
 def test_the_mean_is_exact_where_the_data_sum_exactly(shapes: tuple[tuple[int, ...], ...], layout: str) -> None:
     """Rows of every length, blocks of odd sizes: within the last bits of float64."""
     for seed, shape in enumerate(shapes):
@@ -201,10 +228,16 @@ def test_the_mean_is_exact_where_the_data_sum_exactly(shapes: tuple[tuple[int, .
 @pytest.mark.parametrize("layout", ["C", "channels_last"])
 @pytest.mark.parametrize("gamma", [1.0, 1e3, 1e6])
 def test_one_limit_for_every_gamma(gamma: float, layout: str) -> None:
-    """|y - want| <= 1e-6 max(1, |gamma|) max(1, |xhat|); where the data sum exactly, near the mean too: 1e-6 max(1, |gamma xhat|)."""
+    """|y - want| <= 1e-6 max(1, |gamma|) max(1, |xhat|); where the data sum exactly, near the mean too: 1e-6 max(1,
+    |gamma xhat|).
+    """
     for shape in ((2, 8, 73, 73), (17, 27, 7), (16, 9, 35, 35)):
         for exact in (True, False):
-            values = _sums_exactly(shape, 0)[0] if exact else np.random.default_rng(0).normal(1e3, 1.0, shape).astype(np.float32)
+            values = (
+                _sums_exactly(shape, 0)[0]
+                if exact
+                else np.random.default_rng(0).normal(1e3, 1.0, shape).astype(np.float32)
+            )
             x, stats = COMPACT[layout](values, 1), published.statistics(values, 1)
             y = fastbn.batch_norm(x, np.full(shape[1], gamma, np.float32), eps=EPS)[0]
             hat = published.xhat(values, stats.mean, stats.var, 1, EPS)
@@ -221,9 +254,13 @@ BULKS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 
 @pytest.mark.parametrize("bulk", BULKS)
-@pytest.mark.parametrize(("shape", "size"), [((256, 70), 1e5), ((130, 33), 1e2), ((64, 5, 3, 3), 10.0), ((24, 3, 20, 20), 1e5)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "size"), [((256, 70), 1e5), ((130, 33), 1e2), ((64, 5, 3, 3), 10.0), ((24, 3, 20, 20), 1e5)], ids=str
+)
 @pytest.mark.parametrize("along", [False, True])
-def test_an_outlier_in_every_row(shape: tuple[int, ...], size: float, bulk: str, along: bool, replan: Callable[..., None]) -> None:
+def test_an_outlier_in_every_row(
+    shape: tuple[int, ...], size: float, bulk: str, along: bool, replan: Callable[..., None]
+) -> None:
     """Wherever the values that a shift is made of are taken: one row far from the others, which round alike."""
     if along:
         replan(SERIAL_BYTES=0, BLOCK_BYTES=0, ALONG_BYTES=0, LINEAR=0)
@@ -261,10 +298,15 @@ def test_nan_and_inf_stay_in_their_channel(shape: tuple[int, ...], layout: str, 
 
     healthy = run(x, dy)
     others = np.arange(shape[1]) != channel
-    for given, reached in (((sick, dy), {"y", "mean", "m2", "dx", "dgamma"}), ((x, sick_dy), {"dx", "dgamma", "dbeta"})):
+    for given, reached in (
+        ((sick, dy), {"y", "mean", "m2", "dx", "dgamma"}),
+        ((x, sick_dy), {"dx", "dgamma", "dbeta"}),
+    ):
         for name, got in run(*given).items():
             axis = 1 if got.ndim > 1 else 0
-            np.testing.assert_array_equal(got.compress(others, axis), healthy[name].compress(others, axis), err_msg=name)
+            np.testing.assert_array_equal(
+                got.compress(others, axis), healthy[name].compress(others, axis), err_msg=name
+            )
             own, before = got.take(channel, axis), healthy[name].take(channel, axis)
             if name in reached:
                 assert not np.isfinite(own).any(), name
@@ -287,12 +329,16 @@ def test_beside_torch(memory: str) -> None:
         theirs[name] = excess("y", np.float32, y.numpy(), p.y, p.scales.y)
         ours[name] = excess("y", np.float32, fastbn.batch_norm(x, p.gamma, p.beta, eps=EPS)[0], p.y, p.scales.y)
     assert all(ours[name] <= max(1.0, theirs[name]) for name in NAMES)
-    assert {"offset 1e4", "offset 1e6", "constant 1e7/3"} <= {name for name in NAMES if theirs[name] > 10 and ours[name] <= 1}
+    assert {"offset 1e4", "offset 1e6", "constant 1e7/3"} <= {
+        name for name in NAMES if theirs[name] > 10 and ours[name] <= 1
+    }
 
 
 @pytest.mark.peers
 def test_torch_channels_last_at_offset_1e5() -> None:
-    """The case that the project quotes: a variance of 1 around a mean of 1e5. Once PyTorch has it right, quote another."""
+    """The case that the project quotes: a variance of 1 around a mean of 1e5. Once PyTorch has it right, quote
+    another.
+    """
     torch = pytest.importorskip("torch", reason="compares with PyTorch: pip install 'fastbn[peers]'")
     rng = np.random.default_rng(0)
     x = COMPACT["channels_last"]((1e5 + rng.standard_normal((32, 16, 28, 28))).astype(np.float32), 1)

@@ -23,7 +23,18 @@ EPS = 1e-5
 
 
 def test_the_protocol_is_what_the_plan_says() -> None:
-    assert METHODS == ["moments", "rstd", "track", "normalize", "grad_reduce", "grad_input", "forward", "backward", "compact", "describe"]
+    assert METHODS == [
+        "moments",
+        "rstd",
+        "track",
+        "normalize",
+        "grad_reduce",
+        "grad_input",
+        "forward",
+        "backward",
+        "compact",
+        "describe",
+    ]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -185,7 +196,21 @@ def test_describe_is_a_text_for_both_kinds(backend: str) -> None:
 def test_the_contract_holds_with_streaming_stores_too() -> None:
     """The same tests with every store past the cache; in a process of their own, since a wrong alignment ends it."""
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-n", "0", "-m", "", "-k", "cpu and out_", "-p", "no:cacheprovider", "test_contract.py"],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-n",
+            "0",
+            "-m",
+            "",
+            "-k",
+            "cpu and out_",
+            "-p",
+            "no:cacheprovider",
+            "test_contract.py",
+        ],
         env=os.environ | {"FASTBN_STREAM_BYTES": "0", "PYTEST_ADDOPTS": ""},
         cwd=Path(__file__).parent,
         capture_output=True,
@@ -212,7 +237,9 @@ def test_the_registry_in_its_order() -> None:
     assert f"Registered: {'; '.join(backends.availability())}." == REGISTERED
 
 
-@pytest.mark.skipif(bool(os.environ.get("FASTBN_BACKEND")), reason="FASTBN_BACKEND overrides the default that is tested here")
+@pytest.mark.skipif(
+    bool(os.environ.get("FASTBN_BACKEND")), reason="FASTBN_BACKEND overrides the default that is tested here"
+)
 def test_a_host_array_goes_to_the_cpu() -> None:
     assert select() is select("cpu")
     assert select().__name__ == "fastbn.cpu.backend"
@@ -264,7 +291,9 @@ def test_what_cannot_be_served_is_refused_with_all_there_is(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["cuda", "numpy"])
-def test_a_variable_that_cannot_be_served_is_named_at_the_first_call(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_variable_that_cannot_be_served_is_named_at_the_first_call(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("fastbn.arguments.config.BACKEND", name)
     with pytest.raises(BackendUnavailable) as caught:
         fastbn.moments(np.ones((4, 3)))
@@ -287,13 +316,16 @@ def test_a_variable_that_cannot_be_served_is_named_at_the_first_call(name: str, 
     ],
 )
 @pytest.mark.parametrize("dtype", [*DTYPES, np.float64, np.dtype("bfloat16")])
-def test_explain(shape: tuple[int, ...], options: dict[str, Any], kind: str, dims: tuple[int, ...], dtype: Any, backend: str) -> None:
+def test_explain(
+    shape: tuple[int, ...], options: dict[str, Any], kind: str, dims: tuple[int, ...], dtype: Any, backend: str
+) -> None:
     found = explain(shape, dtype, backend=backend, **options)
     assert (found.backend, found.kind, found.dims) == (backend, kind, dims)
     axis = options.get("axis", 1) % len(shape)
     lines = str(found).splitlines()
     assert lines[0] == (
-        f"shape {shape}, {np.dtype(dtype)}, channel axis {axis}: {shape[axis]} channels of {int(np.prod(shape)) // shape[axis]} values"
+        f"shape {shape}, {np.dtype(dtype)}, channel axis {axis}: {shape[axis]} channels of "
+        f"{int(np.prod(shape)) // shape[axis]} values"
     )
     assert kind in lines[1]
     assert " x ".join(map(str, dims)) in lines[1]
@@ -314,6 +346,8 @@ def test_explain(shape: tuple[int, ...], options: dict[str, Any], kind: str, dim
         (((4, -3),), ValueError, "-3"),
     ],
 )
-def test_explain_refuses_what_the_functions_would(arguments: tuple[Any, ...], error: type[Exception], message: str) -> None:
+def test_explain_refuses_what_the_functions_would(
+    arguments: tuple[Any, ...], error: type[Exception], message: str
+) -> None:
     with pytest.raises(error, match=message):
         explain(*arguments)

@@ -36,7 +36,9 @@ def _check_y(y: np.ndarray, x: np.ndarray, mean: Any, var: Any, bn: fastbn.Batch
     check("y", x.dtype, y, want, scales(x, x, mean, var, bn.gamma, bn.beta, bn.axis, bn.eps, True).y)
 
 
-def _check_gradients(dx: np.ndarray, dy: np.ndarray, x: np.ndarray, mean: Any, var: Any, bn: fastbn.BatchNorm, training: bool) -> None:
+def _check_gradients(
+    dx: np.ndarray, dy: np.ndarray, x: np.ndarray, mean: Any, var: Any, bn: fastbn.BatchNorm, training: bool
+) -> None:
     want = published.gradients(dy, x, mean, var, bn.gamma, bn.axis, bn.eps, training)
     scale = scales(dy, x, mean, var, bn.gamma, bn.beta, bn.axis, bn.eps, training)
     check("dx", x.dtype, dx, want.dx, scale.dx)
@@ -49,7 +51,13 @@ def _check_gradients(dx: np.ndarray, dy: np.ndarray, x: np.ndarray, mean: Any, v
 def test_first_values() -> None:
     bn = fastbn.BatchNorm(3)
     assert (bn.num_features, bn.eps, bn.momentum, bn.axis, bn.dtype) == (3, 1e-5, 0.1, 1, np.float32)
-    assert (bn.affine, bn.track_running_stats, bn.unbiased_running_var, bn.training, bn.backend) == (True, True, True, True, None)
+    assert (bn.affine, bn.track_running_stats, bn.unbiased_running_var, bn.training, bn.backend) == (
+        True,
+        True,
+        True,
+        True,
+        None,
+    )
     for array, value in ((bn.gamma, 1), (bn.beta, 0), (bn.running_mean, 0), (bn.running_var, 1)):
         assert array is not None
         assert array.dtype == np.float32
@@ -316,7 +324,9 @@ def test_load_state_dict_is_the_inverse(options: dict[str, Any], backend: str) -
 def test_load_state_dict_takes_lists_integers_and_other_precisions_and_copies() -> None:
     bn = _layer("reference")
     given = np.array([4.0, 5.0, 6.0])
-    bn.load_state_dict({"weight": [1, 2, 3], "bias": given, "running_mean": given, "running_var": given.astype(np.float16)})
+    bn.load_state_dict(
+        {"weight": [1, 2, 3], "bias": given, "running_mean": given, "running_var": given.astype(np.float16)}
+    )
     given += 1
     np.testing.assert_array_equal(bn.gamma, [1, 2, 3])
     for array in (bn.beta, bn.running_mean, bn.running_var):

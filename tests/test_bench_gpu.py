@@ -70,7 +70,9 @@ def machine(monkeypatch, tmp_path):
     monkeypatch.setattr(gpu, "host", lambda: {"fastbn forward": 30.0})
     monkeypatch.setattr(gpu, "draw", lambda result, path: path.write_bytes(b"a plot"))
     monkeypatch.setattr(gpu_checks, "cases", lambda quick: iter(cases))
-    monkeypatch.setattr(gpu, "timed", lambda result, seconds, quick: result["records"].append(_record(SMALL, 30e-6, 15e-6, 10e-6)))
+    monkeypatch.setattr(
+        gpu, "timed", lambda result, seconds, quick: result["records"].append(_record(SMALL, 30e-6, 15e-6, 10e-6))
+    )
     return SimpleNamespace(cases=cases, path=tmp_path / "gpu.json", argv=["--json", str(tmp_path / "gpu.json")])
 
 
@@ -111,9 +113,14 @@ def test_what_there_is_gets_written_whatever_ends_the_run(machine, monkeypatch):
 
 def test_the_plot_is_drawn_where_matplotlib_is(machine, monkeypatch, capsys):
     with monkeypatch.context() as patch:
-        patch.setattr(gpu.progress, "need", _raising(MissingExtra("the plot needs matplotlib: pip install 'fastbn[demo]'")))
+        patch.setattr(
+            gpu.progress, "need", _raising(MissingExtra("the plot needs matplotlib: pip install 'fastbn[demo]'"))
+        )
         assert gpu.main(machine.argv) == 0
-    assert "the plot needs matplotlib: pip install 'fastbn[demo]'; then python -m bench.gpu --from" in capsys.readouterr().out
+    assert (
+        "the plot needs matplotlib: pip install 'fastbn[demo]'; then python -m bench.gpu --from"
+        in capsys.readouterr().out
+    )
     assert not machine.path.with_suffix(".png").exists()
     assert gpu.main(["--from", str(machine.path)]) == 0
     assert machine.path.with_suffix(".png").exists()
@@ -122,9 +129,13 @@ def test_the_plot_is_drawn_where_matplotlib_is(machine, monkeypatch, capsys):
 def test_a_shape_that_fails_leaves_the_others_and_a_peer_that_refuses_is_left_out(monkeypatch):
     torch = SimpleNamespace(cuda=SimpleNamespace(empty_cache=lambda: None, synchronize=lambda: None))
     monkeypatch.setitem(sys.modules, "torch", torch)
-    monkeypatch.setattr(gpu, "Problem", lambda name, dtype: SimpleNamespace(name=name) if name != LARGE else _raising(MemoryError())())
+    monkeypatch.setattr(
+        gpu, "Problem", lambda name, dtype: SimpleNamespace(name=name) if name != LARGE else _raising(MemoryError())()
+    )
     monkeypatch.setattr(gpu, "plan", lambda quick: [(LARGE, "float32"), (SMALL, "float32")])
-    monkeypatch.setattr(gpu_timing, "record", lambda name, what, problem, compiled: _record(name, 30e-6, 15e-6, 10e-6) | {"pass": what})
+    monkeypatch.setattr(
+        gpu_timing, "record", lambda name, what, problem, compiled: _record(name, 30e-6, 15e-6, 10e-6) | {"pass": what}
+    )
     result = {"records": [], "failed": [], "left": []}
     gpu.timed(result, 60.0, True)
     assert [failed["what"] for failed in result["failed"]] == [f"{LARGE} float32"]
@@ -146,7 +157,9 @@ def test_every_dtype_and_layout_is_checked_with_statistics_of_both_dtypes(quick,
     for what, run in gpu_checks.cases(quick):
         if what[0] in "fb":  # of a dtype, not of a library
             run()
-    assert {(dtype, statistic) for dtype, *_, statistic in seen} == {(a, b) for a in gpu_checks.LIMITS for b in ("float32", "float64")}
+    assert {(dtype, statistic) for dtype, *_, statistic in seen} == {
+        (a, b) for a in gpu_checks.LIMITS for b in ("float32", "float64")
+    }
     assert {(layout, statistic) for _, _, layout, _, statistic in seen} == {
         (a, b) for a in gpu_checks.LAYOUTS for b in ("float32", "float64")
     }
@@ -179,11 +192,19 @@ def timing(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", torch)
     case = gpu_problem.SHAPES[SMALL]
     taking = {"fastbn": Timed(), "PyTorch cuDNN": Timed(), "PyTorch native": Timed()}
-    monkeypatch.setattr(gpu_timing, "contestants", lambda *_: {who: lambda call=call: call for who, call in taking.items()})
+    monkeypatch.setattr(
+        gpu_timing, "contestants", lambda *_: {who: lambda call=call: call for who, call in taking.items()}
+    )
 
     def problem(name, dtype):
         return SimpleNamespace(
-            torch=torch, case=case, dtype=dtype, bytes=4 * math.prod(case.shape), sets=2, moved=lambda what: 1, copy=Timed()
+            torch=torch,
+            case=case,
+            dtype=dtype,
+            bytes=4 * math.prod(case.shape),
+            sets=2,
+            moved=lambda what: 1,
+            copy=Timed(),
         )
 
     monkeypatch.setattr(gpu, "Problem", problem)
@@ -191,7 +212,8 @@ def timing(monkeypatch):
     return SimpleNamespace(taking=taking, released=released, result={"records": [], "failed": [], "left": []})
 
 
-@pytest.mark.parametrize("at", [1, 3, 7])  # of its first two calls, of those that count how many make a batch, of the rounds
+# of its first two calls, of those that count how many make a batch, of the rounds
+@pytest.mark.parametrize("at", [1, 3, 7])
 def test_a_peer_that_fails_while_it_is_timed_costs_that_peer_alone(at, timing):
     timing.taking["PyTorch cuDNN"] = Timed(RuntimeError("CUDA out\nof memory"), at)
     gpu.timed(timing.result, 60.0, True)
@@ -244,7 +266,9 @@ def test_host_time_is_measured_without_a_gpu(monkeypatch):
     pytest.importorskip("numba_cuda", reason="its bindings pack the arguments")
     monkeypatch.setattr(gpu_host, "CALLS", 2)
     lines = gpu_host.report(rounds=1)
-    assert [line.partition(":")[2].split(",")[0].strip() for line in lines[:-1]] == [f"{n} launches" for n in (1, 1, 2, 2, 3, 3, 2, 2)]
+    assert [line.partition(":")[2].split(",")[0].strip() for line in lines[:-1]] == [
+        f"{n} launches" for n in (1, 1, 2, 2, 3, 3, 2, 2)
+    ]
     assert re.match(r"a launch with \d+ arguments: ", lines[-1])
 
 

@@ -159,7 +159,10 @@ def test_the_limits_move_every_byte(name):
     np.testing.assert_allclose(several, x.sum(), rtol=1e-3)
 
 
-BLOCK = r"<!-- (\w+):begin -->\n((?:(?!<!-- ).)*`python -m bench\.(\w+)` from \[its results\]\((\S+)\)(?:(?!<!-- ).)*)<!-- \1:end -->\n"
+BLOCK = (
+    r"<!-- (\w+):begin -->\n((?:(?!<!-- ).)*`python -m bench\.(\w+)` from \[its results\]\((\S+)\)(?:(?!<!-- "
+    r").)*)<!-- \1:end -->\n"
+)
 
 
 def test_the_tables_of_the_documents_are_made_of_the_results(tmp_path):

@@ -57,7 +57,9 @@ def test_a_damaged_file_is_compiled_anew(cache: Path, kind: str) -> None:
 
 
 def test_code_that_another_index_left_is_compiled_anew(cache: Path) -> None:
-    """Two processes that save forms of one kernel at once may leave an index that gives one's code for the other's dtype."""
+    """Two processes that save forms of one kernel at once may leave an index that gives one's code for the other's
+    dtype.
+    """
     assert tiny.compiled("float32")
     assert tiny.compiled("float64")
     one, other = cache.rglob("*.nbc")
@@ -108,7 +110,9 @@ def test_settings_are_numbas() -> None:
 
 
 def test_a_frozen_program_without_files_counts_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same digest in every process and on every line, another one after an edit; without code, kernels are kept nowhere."""
+    """The same digest in every process and on every line, another one after an edit; without code, kernels are kept
+    nowhere.
+    """
     sources = {path.stem: path.read_text() for path in KERNELS.glob("*.py")}
 
     class Importer:
@@ -121,11 +125,17 @@ def test_a_frozen_program_without_files_counts_code(monkeypatch: pytest.MonkeyPa
     def digest() -> str:
         return _cache._sources.__wrapped__()
 
-    monkeypatch.setattr(_cache.pkgutil, "iter_modules", lambda *_: [pkgutil.ModuleInfo(Importer(), name, False) for name in sources])
+    monkeypatch.setattr(
+        _cache.pkgutil, "iter_modules", lambda *_: [pkgutil.ModuleInfo(Importer(), name, False) for name in sources]
+    )
     seen = [digest()]
     sources["welford"] = "# a line above\n" + sources["welford"]
     assert digest() == seen[0]
-    for before, after in (("count_b / count", "count_b * count"), ("0.0 if m2 < 0.0", "1.0 if m2 < 0.0"), ("(mean, m2)", "(m2, mean)")):
+    for before, after in (
+        ("count_b / count", "count_b * count"),
+        ("0.0 if m2 < 0.0", "1.0 if m2 < 0.0"),
+        ("(mean, m2)", "(m2, mean)"),
+    ):
         assert before in sources["welford"]
         sources["welford"] = sources["welford"].replace(before, after)
         seen.append(digest())
@@ -137,7 +147,9 @@ def test_a_frozen_program_without_files_counts_code(monkeypatch: pytest.MonkeyPa
     assert info.cache_directory().startswith("nowhere: this program's importer does not show fastbn's modules")
 
 
-def test_a_program_that_unpacks_itself_keeps_kernels_with_the_user(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_program_that_unpacks_itself_keeps_kernels_with_the_user(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its own directory is there for one process only."""
     monkeypatch.setattr(numba.config, "CACHE_DIR", "")
     assert len(_cache.directories()) == 2

@@ -198,7 +198,9 @@ def test_a_public_call_follows_an_upgrade_of_a_leaf(machine: Machine) -> None:
 
 
 def test_settings_that_change_code_have_directories_of_their_own(machine: Machine, kept: Path) -> None:
-    """Checks of bounds, or code without optimization, were taken by later runs. With NUMBA_OPT=0 most can't be kept at all, nor need be."""
+    """Checks of bounds, or code without optimization, were taken by later runs. With NUMBA_OPT=0 most can't be kept at
+    all, nor need be.
+    """
     shutil.copytree(kept, machine.own)
     cache = {"NUMBA_CACHE_DIR": str(machine.cache)}
     for settings in ({}, {"NUMBA_BOUNDSCHECK": "1"}, {"NUMBA_OPT": "1"}):
@@ -212,7 +214,9 @@ def pack(machine: Machine, how: str) -> None:
     home = machine.site / "fastbn"
     if "bytecode" in how:
         machine.suffix = ".pyc"
-        compileall.compile_dir(home, quiet=2, legacy=True, invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)
+        compileall.compile_dir(
+            home, quiet=2, legacy=True, invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH
+        )
         for path in home.rglob("*.py"):
             path.unlink()
     if "zip" in how:
@@ -268,5 +272,7 @@ def test_warmup_that_can_keep_nothing_fails(machine: Machine, seal: Callable[...
     seal(machine.cache)
     out = machine.python("-c", WARMUP, "float32", NUMBA_CACHE_DIR=str(machine.cache)).splitlines()
     said, code = out
-    assert said.startswith("fastbn: warmup has not begun, for kernels would be kept nowhere: no directory can be written")
+    assert said.startswith(
+        "fastbn: warmup has not begun, for kernels would be kept nowhere: no directory can be written"
+    )
     assert code == "1"

@@ -1,7 +1,9 @@
-"""Every place where an array reaches compiled code, or its address is taken, and the check that it has passed: read from the source.
+"""Every place where an array reaches compiled code, or its address is taken, and the check that it has passed: read
+from the source.
 
-Entry points look at no type, stride or length, and write where the address says. So whoever calls one, or takes an address, stands below:
-in CONTRACT where its arrays come from callers that stand there too, in CHECKED with the check of each. Who is new fails until listed.
+Entry points look at no type, stride or length, and write where the address says. So whoever calls one, or takes an
+address, stands below: in CONTRACT where its arrays come from callers that stand there too, in CHECKED with the check of
+each. Who is new fails until listed.
 """
 
 import ast
@@ -15,34 +17,61 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "fastbn"
 
-# What makes a function a call site: an attribute of this name, whatever it is an attribute of, a call, or a function of CONTRACT.
-ATTRIBUTES = {"form", "compiled", "entry_point", "launch", "compact", "served", "from_address", "address", "ctypes", "data_ptr"}
+# What makes a function a call site: an attribute of this name, whatever it is an attribute of, a call, or a function of
+# CONTRACT.
+ATTRIBUTES = {
+    "form",
+    "compiled",
+    "entry_point",
+    "launch",
+    "compact",
+    "served",
+    "from_address",
+    "address",
+    "ctypes",
+    "data_ptr",
+}
 ATTRIBUTES |= {"__cuda_array_interface__", "__array_interface__"}
 CALLS = {"select"}  # who has a backend may call it
-READY = {"way.forward", "way.backward", "way.normalize", "queue.run"}  # a backend's methods, decided; a program, with its arrays
+# a backend's methods, decided; a program, with its arrays
+READY = {"way.forward", "way.backward", "way.normalize", "queue.run"}
 HARMLESS = {"layout.compact"}  # arithmetic on shapes
 
-# Functions that ask nothing: their arrays are views by a `layout.Plan` or buffers of `devices.view`, and rows of (C,), which their callers
-# have from `checks` and `device`, or memory that they make. Whoever calls one is a call site too. A direct call, `cpu.moments(view)` in a
-# test or a benchmark, is internal: it has to hold the contract of `fastbn.backends.Backend` itself.
+# Functions that ask nothing: their arrays are views by a `layout.Plan` or buffers of `devices.view`, and rows of (C,),
+# which their callers have from `checks` and `device`, or memory that they make. Whoever calls one is a call site too. A
+# direct call, `cpu.moments(view)` in a test or a benchmark, is internal: it has to hold the contract of
+# `fastbn.backends.Backend` itself.
 CONTRACT = {
     *(f"cpu.backend.{name}" for name in ("moments", "rstd", "track", "_sums", "grad_input")),
-    *(f"cpu.backend.{name}" for name in ("normalize", "grad_reduce", "forward", "_forward_in_two", "backward", "_backward_in_two")),
+    *(
+        f"cpu.backend.{name}"
+        for name in ("normalize", "grad_reduce", "forward", "_forward_in_two", "backward", "_backward_in_two")
+    ),
     *(f"cpu.backend.{name}{run}" for name in ("_normalize", "_forward", "_backward") for run in ("", ".run")),
     *("cpu.backend._inference", "cpu.backend._inference.run"),  # addresses: see torch.inference_cache.inference
     "cpu.backend.warmup",  # compiles, without an array
     *(f"cuda.passes.{name}" for name in ("moments", "forward", "inference", "backward", "grad_reduce", "grad_input")),
     *(f"cuda.passes.{name}" for name in ("_parameters", "_finish_sums", "_whole_forward", "_whole_backward")),
-    *(f"cuda.launches.{name}" for name in ("pointer", "fresh", "Call.launch", "Queue._launch", "copy", "alike", "wide", "elementwise")),
+    *(
+        f"cuda.launches.{name}"
+        for name in ("pointer", "fresh", "Call.launch", "Queue._launch", "copy", "alike", "wide", "elementwise")
+    ),
     *(f"cuda.launches.{name}" for name in ("partial_moments", "partial_sums")),
-    *(f"cuda.buffers.{name}" for name in ("view", "_tensor", "address")),  # that a library gives, with shape and strides beside it
-    *(f"cuda.backend.{name}" for name in ("clear", "settled", "place_for", "pair", "new", "_each", "_join", "_copy", "_moments")),
+    # that a library gives, with shape and strides beside it
+    *(f"cuda.buffers.{name}" for name in ("view", "_tensor", "address")),
+    *(
+        f"cuda.backend.{name}"
+        for name in ("clear", "settled", "place_for", "pair", "new", "_each", "_join", "_copy", "_moments")
+    ),
 }
 
 # Addresses that nothing is read from or written to, and backends that are asked for words or for functions of a shape.
 NO_ARRAY = {
-    **{f"cuda.buffers.{name}": "arithmetic on an address" for name in ("Buffer", "Buffer.span", "Buffer.lies", "lying")},
-    "cuda.launches.Queue.run": "its workspace is memory of its own; its arrays are those of the program, whose call sites are listed",
+    **{
+        f"cuda.buffers.{name}": "arithmetic on an address" for name in ("Buffer", "Buffer.span", "Buffer.lies", "lying")
+    },
+    "cuda.launches.Queue.run": "its workspace is memory of its own; its arrays are those of the program, whose call "
+    "sites are listed",
     "cuda.streams.workspace": "memory of its own",
     "cuda.checks.check_out": "compares addresses",
     "cuda.buffers.device_of": "asks the driver whose memory it is",
@@ -65,20 +94,28 @@ NO_ARRAY = {
     "torch.eligibility.plain": "asks whether there is one",
 }
 
-# By call site: how many times it is one, and each array's check, which it calls before the first, itself or in what it calls; or
-# "CHECK in FUNCTION before CALLED".
-X, DY, OUT = {"x": "arguments.checks.as_input"}, {"dy": "arguments.checks.check_like"}, {"out": "arguments.checks.check_out"}
+# By call site: how many times it is one, and each array's check, which it calls before the first, itself or in what it
+# calls; or "CHECK in FUNCTION before CALLED".
+X, DY, OUT = (
+    {"x": "arguments.checks.as_input"},
+    {"dy": "arguments.checks.check_like"},
+    {"out": "arguments.checks.check_out"},
+)
 PARAMETERS = {"gamma": "arguments.checks.as_parameter", "beta": "arguments.checks.as_parameter"}
 STATISTICS = {"mean": "arguments.checks.as_statistic", "var": "arguments.checks.as_statistic"}
 ON_GPU = {"x": "cuda.checks.as_input", "out": "cuda.checks.check_out"}
-LYING = {"gamma": "cuda.checks.check_parameter", "out": "cuda.checks.check_room"}  # of what writes a program for such arrays
+# of what writes a program for such arrays
+LYING = {"gamma": "cuda.checks.check_parameter", "out": "cuda.checks.check_room"}
 CHECKED: dict[str, tuple[int, dict[str, str]]] = {
     "functional.moments": (2, X),
     "functional.batch_norm": (3, X | PARAMETERS | OUT),
     "functional.batch_norm_inference": (4, X | STATISTICS | PARAMETERS | OUT),
     "gradients._backward": (4, X | DY | STATISTICS | PARAMETERS | OUT | {"moments": "statistics.check_moments"}),
     "split.batch_norm_backward_reduce": (2, X | DY | STATISTICS),
-    "split.batch_norm_backward_input": (2, X | DY | STATISTICS | PARAMETERS | OUT | {"sum_dy": "arguments.checks.as_statistic"}),
+    "split.batch_norm_backward_input": (
+        2,
+        X | DY | STATISTICS | PARAMETERS | OUT | {"sum_dy": "arguments.checks.as_statistic"},
+    ),
     "batchnorm.BatchNorm.forward": (
         1,
         X | {"running_mean, running_var": "arguments.checks.well_kept", "strided ones": "cuda.placement.check_kept"},
@@ -91,7 +128,10 @@ CHECKED: dict[str, tuple[int, dict[str, str]]] = {
     "cuda.backend.widened": (2, {"running_mean": "cuda.checks.as_input"}),
     "cuda.backend._widen": (3, {"running_mean": "cuda.checks.check_statistic"}),
     "cuda.backend.track": (1, {"moments": "cuda.checks.as_moment", "running_mean": "cuda.checks.as_input"}),
-    "cuda.backend._track": (5, {"running_mean": "cuda.checks.check_statistic", "running_var": "cuda.checks.check_parameter"}),
+    "cuda.backend._track": (
+        5,
+        {"running_mean": "cuda.checks.check_statistic", "running_var": "cuda.checks.check_parameter"},
+    ),
     "cuda.backend.moments": (3, {"x": "cuda.checks.as_input"}),
     "cuda.backend.batch_norm": (3, ON_GPU),
     "cuda.backend._forward": (6, LYING),
@@ -103,12 +143,16 @@ CHECKED: dict[str, tuple[int, dict[str, str]]] = {
     "cuda.gradients._reduce": (5, {"mean": "cuda.checks.check_statistic"}),
     "cuda.gradients.batch_norm_backward_input": (2, ON_GPU | {"dy": "cuda.checks.check_pair"}),
     "cuda.gradients._input": (5, LYING | {"mean": "cuda.checks.check_statistic"}),
-    "torch.tensors.track": (1, {"running_mean": "torch.eligibility.declines in torch.modules.Served.forward before torch.modules._eager"}),
+    "torch.tensors.track": (
+        1,
+        {"running_mean": "torch.eligibility.declines in torch.modules.Served.forward before torch.modules._eager"},
+    ),
     "torch.inference_cache.inference": (
         3,
         {
             "x": "torch.inference_cache._way in torch.inference_cache.inference before torch.allocator.like",
-            "mean, var, gamma, beta": "torch.eligibility.declines in torch.modules.Served.forward before torch.inference_cache.keep",
+            "mean, var, gamma, beta": "torch.eligibility.declines in torch.modules.Served.forward before "
+            "torch.inference_cache.keep",
         },
     ),
 }
@@ -117,7 +161,10 @@ CHECKED: dict[str, tuple[int, dict[str, str]]] = {
 @cache
 def _modules() -> dict[str, ast.Module]:
     """Of the package, by name; kernels are what is compiled, not who calls it."""
-    files = {path.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", "."): path for path in sorted(PACKAGE.rglob("*.py"))}
+    files = {
+        path.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", "."): path
+        for path in sorted(PACKAGE.rglob("*.py"))
+    }
     return {
         name.removesuffix(".__init__"): ast.parse(path.read_text(encoding="utf-8"))
         for name, path in files.items()
@@ -169,7 +216,10 @@ def _resolved(text: str, name: str) -> str:
     first, _, rest = text.partition(".")
     dotted, outer = f".{rest}" if rest else "", name.split(".")
     places = [".".join([*outer[:k], text]) for k in range(len(outer), 0, -1)]  # its own, the class's, the module's
-    places += [_imported(_module(name)).get(first, "") + dotted, name.rpartition(".")[0] + dotted if first == "self" else ""]
+    places += [
+        _imported(_module(name)).get(first, "") + dotted,
+        name.rpartition(".")[0] + dotted if first == "self" else "",
+    ]
     return next((place for place in places if place in _functions()), "")
 
 
@@ -190,7 +240,9 @@ def _sites(name: str) -> list[int]:
     lines = []
     for node in _own(_functions()[name]):
         text = _text(node)
-        attribute = isinstance(node, ast.Attribute) and (node.attr in ATTRIBUTES or text in READY) and text not in HARMLESS
+        attribute = (
+            isinstance(node, ast.Attribute) and (node.attr in ATTRIBUTES or text in READY) and text not in HARMLESS
+        )
         called = isinstance(node, ast.Call) and _text(node.func) in CALLS
         contract = name not in CONTRACT and text and _resolved(text, name) in CONTRACT
         if attribute or called or contract:
@@ -208,7 +260,9 @@ def _calls(name: str) -> Iterator[tuple[str, int]]:
 def _reaches(name: str, wanted: str, last: float = float("inf"), seen: tuple[str, ...] = ()) -> bool:
     """Whether a function calls another up to a line, itself or through what it calls there."""
     before = [called for called, line in _calls(name) if line <= last]
-    return wanted in before or any(_reaches(called, wanted, seen=(*seen, called)) for called in before if called not in seen)
+    return wanted in before or any(
+        _reaches(called, wanted, seen=(*seen, called)) for called in before if called not in seen
+    )
 
 
 def test_every_call_site_is_listed() -> None:
@@ -269,7 +323,9 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> set[str]:
             for token, argument in zip(tokens, arguments, strict=True):
                 assert _known(argument, token, np.dtype(dtype)), f"{self.name}: {token} given {argument!r:.200}"
             rows = {
-                a.size for a, token in zip(arguments, tokens, strict=True) if token in ("m1", "p1") or (token == "w1" and len(tokens) == 6)
+                a.size
+                for a, token in zip(arguments, tokens, strict=True)
+                if token in ("m1", "p1") or (token == "w1" and len(tokens) == 6)
             }
             assert len(rows - {0}) <= 1, f"{self.name}: rows of {rows} channels"
             return run(*arguments)
@@ -290,7 +346,12 @@ def test_what_reaches_an_entry_point_is_what_it_was_compiled_for(dtype: str, wat
     import fastbn
     from fastbn.cpu.kernels import jit
 
-    for case in (Case((9, 5), 1, "columns"), Case((70, 33), 1, "panels"), Case((3, 4, 21), 1, "rows"), Case((2, 3, 600), 1, "long rows")):
+    for case in (
+        Case((9, 5), 1, "columns"),
+        Case((70, 33), 1, "panels"),
+        Case((3, 4, 21), 1, "rows"),
+        Case((2, 3, 600), 1, "long rows"),
+    ):
         for arrangement in LAYOUTS:
             i = inputs(case, dtype, arrangement)
             rows = "C" if arrangement == "big_endian" else arrangement
@@ -302,6 +363,8 @@ def test_what_reaches_an_entry_point_is_what_it_was_compiled_for(dtype: str, wat
             fastbn.batch_norm_backward_input(i.dy, i.x, i.mean, i.var, *sums, count, i.gamma, case.axis)
             bn = fastbn.BatchNorm(case.shape[1], dtype=dtype)
             if arrangement not in ("broadcast", "one_channel_for_all", "big_endian"):
-                bn.running_mean, bn.running_var = (LAYOUTS[arrangement](np.ones(case.shape[1], dtype), 0) for _ in range(2))
+                bn.running_mean, bn.running_var = (
+                    LAYOUTS[arrangement](np.ones(case.shape[1], dtype), 0) for _ in range(2)
+                )
             bn(i.x)
     assert watched == {kernel.name for kernel in jit.KERNELS if not kernel.name.startswith("inference.")}

@@ -1,4 +1,6 @@
-"""The `check` command must pass on a right backend and fail on a wrong one, naming the functions that rest on what is wrong."""
+"""The `check` command must pass on a right backend and fail on a wrong one, naming the functions that rest on what is
+wrong.
+"""
 
 import sys
 
@@ -26,7 +28,9 @@ def failing(capsys):
     return {line[:30].strip() for line in lines if line.endswith("FAILED")}
 
 
-@pytest.mark.parametrize("dtypes", [("float32", "float64"), pytest.param(DTYPES, marks=pytest.mark.full)], ids=["wide", "every dtype"])
+@pytest.mark.parametrize(
+    "dtypes", [("float32", "float64"), pytest.param(DTYPES, marks=pytest.mark.full)], ids=["wide", "every dtype"]
+)
 @pytest.mark.parametrize("shapes", [SMALL, ((8, 16, 28, 28),)], ids=["serial", "parallel"])
 def test_every_backend_passes(shapes, dtypes, backend, capsys, monkeypatch):
     monkeypatch.setattr(selftest, "SHAPES", shapes)
@@ -40,7 +44,9 @@ def test_every_backend_passes(shapes, dtypes, backend, capsys, monkeypatch):
 
 @pytest.mark.parametrize("dtype", HALF)
 def test_rounding_is_no_error(dtype):
-    """All values, negative powers of two among them, where NumPy's spacing of float16 is that of the smaller neighbours."""
+    """All values, negative powers of two among them, where NumPy's spacing of float16 is that of the smaller
+    neighbours.
+    """
     exact = np.random.default_rng(0).standard_normal(2000)
     exact = np.concatenate([exact, (1 + exact * 1e-4)[:200], (-1 - np.abs(exact) * 1e-4)[:200]])
     rounded = exact.astype(np.float32).astype(dtype)
@@ -127,7 +133,10 @@ LAYER = "BatchNorm, training"
         ({"normalize": _normalize}, {"batch_norm_inference", "BatchNorm, evaluation"}),
         ({"forward": _nan}, {"batch_norm", LAYER}),
         ({"forward": _naive}, {"batch_norm", LAYER}),
-        ({"backward": _backward}, {"batch_norm_backward", "batch_norm_inference_backward", LAYER, "BatchNorm, evaluation"}),
+        (
+            {"backward": _backward},
+            {"batch_norm_backward", "batch_norm_inference_backward", LAYER, "BatchNorm, evaluation"},
+        ),
         ({"forward": _raises}, {"batch_norm", LAYER}),
     ],
     ids=["right", "var", "mean of one channel", "one value of y", "NaN", "naive variance", "dgamma", "raises"],

@@ -1,4 +1,6 @@
-"""The command line: help that shows examples, one clear line for bad input, quick start, `explain`, `info`, `bench`, `warmup`."""
+"""The command line: help that shows examples, one clear line for bad input, quick start, `explain`, `info`, `bench`,
+`warmup`.
+"""
 
 import os
 import re
@@ -20,7 +22,9 @@ NAMES = ["train", "moments", "explain", "info", "check", "bench", "warmup"]
 
 
 def run(*arguments, **options):
-    return subprocess.run([sys.executable, "-m", "fastbn", *arguments], capture_output=True, text=True, timeout=120, **options)
+    return subprocess.run(
+        [sys.executable, "-m", "fastbn", *arguments], capture_output=True, text=True, timeout=120, **options
+    )
 
 
 def refused(capsys, *arguments):
@@ -57,7 +61,11 @@ def test_help_of_each_command_has_examples_that_parse(name, capsys, monkeypatch)
 
 
 def test_version_and_a_missing_or_unknown_command(capsys):
-    for arguments, code, text in ((["--version"], 0, f"fastbn {fastbn.__version__}"), ([], 2, "COMMAND"), (["trian"], 2, "trian")):
+    for arguments, code, text in (
+        (["--version"], 0, f"fastbn {fastbn.__version__}"),
+        ([], 2, "COMMAND"),
+        (["trian"], 2, "trian"),
+    ):
         with pytest.raises(SystemExit) as exit:
             main(arguments)
         assert exit.value.code == code
@@ -127,7 +135,8 @@ def test_a_real_process_fails_in_one_line():
         pytest.param(names, marks=pytest.mark.process)
         for names in (
             *("SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGALRM", "SIGXCPU"),
-            *("SIGHUP SIGTERM", "SIGINT SIGTERM", "SIGHUP SIGINT SIGTERM", "SIGUSR1 SIGUSR2 SIGTERM"),  # at the same moment
+            # at the same moment
+            *("SIGHUP SIGTERM", "SIGINT SIGTERM", "SIGHUP SIGINT SIGTERM", "SIGUSR1 SIGUSR2 SIGTERM"),
         )
     ],
 )
@@ -136,7 +145,8 @@ def test_a_signal_leaves_nothing_behind(names, tmp_path):
     np.save(tmp_path / "x.npy", np.zeros((2000, 50), np.float32))
     # A copy that never ends: every chunk takes a second. Whoever runs the tests may ignore signals, as nohup does.
     slow = (
-        "import signal, sys, time\nfrom fastbn import functional\nfrom fastbn.cpu import interrupts\nfrom fastbn.cli import main\n"
+        "import signal, sys, time\nfrom fastbn import functional\nfrom fastbn.cpu import interrupts\nfrom fastbn.cli "
+        "import main\n"
         "for number in interrupts.ENDING:\n"
         "    signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)\n"
         "functional.batch_norm_inference = lambda *a, **k: time.sleep(1)\nsys.exit(main(sys.argv[1:]))"
@@ -159,7 +169,9 @@ def test_a_signal_leaves_nothing_behind(names, tmp_path):
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows processes are not ended by signals")
 def test_signals_that_end_a_process_let_it_tidy_up():
     taken = interrupts.ENDING
-    assert {"SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGALRM", "SIGXCPU"} <= {number.name for number in taken}
+    assert {"SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGALRM", "SIGXCPU"} <= {
+        number.name for number in taken
+    }
     before = [signal.signal(number, signal.SIG_DFL) for number in taken]
     try:
         for number in taken:
@@ -174,11 +186,13 @@ def test_signals_that_end_a_process_let_it_tidy_up():
             assert getattr(exit.value, "code", 130) == 128 + number
             assert [signal.getsignal(other) for other in taken] == [signal.SIG_DFL] * len(taken)
         with pytest.raises(SystemExit) as exit, interrupts.terminable():
-            both = [signal.SIGTERM, signal.SIGHUP]  # no more: each takes 3 KB, and faulthandler, which pytest enables, leaves 16 KB for all
+            # no more: each takes 3 KB, and faulthandler, which pytest enables, leaves 16 KB for all
+            both = [signal.SIGTERM, signal.SIGHUP]
             signal.pthread_sigmask(signal.SIG_BLOCK, both)
             for number in both:
                 signal.raise_signal(number)
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, both)  # at the same moment: Python complains of one that is ignored by then
+            # at the same moment: Python complains of one that is ignored by then
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, both)
         assert exit.value.code == 128 + signal.SIGHUP
         for own in (signal.SIG_IGN, lambda *_: None):  # as under nohup, or in a program that calls `main`
             for number in taken:
@@ -208,17 +222,26 @@ def test_info_in_a_real_process():
     assert facts["numpy"] == np.__version__
     assert facts["threading layer"] in ("tbb", "omp", "workqueue")
     assert re.match(r"(128|256|512) bits .*|unknown", facts["vectors"])
-    for line in ("cuda: ", "cpu: available", "reference: available", "FASTBN_STREAM_BYTES=1000", "NUMBA_THREADING_LAYER is not set"):
+    for line in (
+        "cuda: ",
+        "cpu: available",
+        "reference: available",
+        "FASTBN_STREAM_BYTES=1000",
+        "NUMBA_THREADING_LAYER is not set",
+    ):
         assert any(given[17:].startswith(line) for given in lines), line
 
 
 def test_the_kernel_cache_named_is_the_one_used(tmp_path):
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "NUMBA_DISABLE_JIT": "0"}
     code = (
-        "import numpy\nfrom fastbn.cli import info\nfrom fastbn.cpu import backend\nfrom fastbn.cpu.kernels import jit\n"
+        "import numpy\nfrom fastbn.cli import info\nfrom fastbn.cpu import backend\nfrom fastbn.cpu.kernels import "
+        "jit\n"
         "jit.KERNELS[0].form(numpy.dtype('f4'), False)\nprint(info.cache_directory())"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True, timeout=120
+    )
     used = {path.parent for path in tmp_path.rglob("*.nbi")}
     assert used == {type(tmp_path)(done.stdout.strip())}
 
@@ -228,7 +251,9 @@ def test_info_without_extras_and_without_a_jit(capsys, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "rich", None)
     monkeypatch.setattr(numba.config, "DISABLE_JIT", 1)
-    monkeypatch.setattr(info.metadata, "version", lambda name: (_ for _ in ()).throw(info.metadata.PackageNotFoundError(name)))
+    monkeypatch.setattr(
+        info.metadata, "version", lambda name: (_ for _ in ()).throw(info.metadata.PackageNotFoundError(name))
+    )
     assert main(["info"]) == 0
     out = capsys.readouterr().out
     assert "tbb              not installed\n" in out
@@ -236,7 +261,9 @@ def test_info_without_extras_and_without_a_jit(capsys, monkeypatch):
 
 
 def test_warmup_compiles_and_says_what(capsys, monkeypatch):
-    """Every dtype there is, for numba's threads and PyTorch's; which kernels there are, and that they are compiled, others test."""
+    """Every dtype there is, for numba's threads and PyTorch's; which kernels there are, and that they are compiled,
+    others test.
+    """
     from fastbn.cpu import backend as cpu  # noqa: F401  # registers the kernels
     from fastbn.cpu import team as _team
     from fastbn.cpu.kernels import jit
@@ -256,13 +283,21 @@ def test_warmup_compiles_and_says_what(capsys, monkeypatch):
             *lines, last = capsys.readouterr().out.splitlines()
             names = {"serial": False, "parallel": True, "team": team}
             forms = [name for name in names if name == "serial" or (names[name] and threads.usable())]
-            assert [line.split("  ")[-1] for line in lines] == [f"{kernel} {dtype} {name}" for dtype in dtypes for name in forms]
+            assert [line.split("  ")[-1] for line in lines] == [
+                f"{kernel} {dtype} {name}" for dtype in dtypes for name in forms
+            ]
             assert asked == [(stored.get(dtype, dtype), names[name]) for dtype in dtypes for name in forms]
-            assert re.match(rf"{len(lines)} forms of kernels in \d+\.\d s: 0 compiled, {len(lines)} found compiled; kept in ", last)
+            assert re.match(
+                rf"{len(lines)} forms of kernels in \d+\.\d s: 0 compiled, {len(lines)} found compiled; "
+                rf"kept in ",
+                last,
+            )
             assert last.endswith(info.cache_directory())
 
 
-@pytest.mark.parametrize("why", ["NUMBA_DISABLE_JIT is set; unset it", "no directory can be written; set NUMBA_CACHE_DIR"])
+@pytest.mark.parametrize(
+    "why", ["NUMBA_DISABLE_JIT is set; unset it", "no directory can be written; set NUMBA_CACHE_DIR"]
+)
 def test_warmup_that_can_keep_nothing_is_refused_before_any_work(why, tmp_path, capsys, monkeypatch):
     import numba
 

@@ -24,7 +24,9 @@ def odd_file(tmp_path):
 
 def printed(monkeypatch, encoding, *arguments):
     """What a command that ends with 0 prints on streams of an encoding that take nothing else."""
-    streams = {name: io.TextIOWrapper(io.BytesIO(), encoding, errors="strict", newline="\n") for name in ("stdout", "stderr")}
+    streams = {
+        name: io.TextIOWrapper(io.BytesIO(), encoding, errors="strict", newline="\n") for name in ("stdout", "stderr")
+    }
     with monkeypatch.context() as patch:
         for name, stream in streams.items():
             patch.setattr(sys, name, stream)
@@ -53,7 +55,9 @@ def test_finished_work_is_shown_in_any_encoding_and_width(encoding, odd_file, mo
 
 def test_a_table_cuts_nothing(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "5")
-    progress.table(("", "with batch normalization", "x"), [("  50", "98.0 %", "1"), ("seconds of training", "", "123456.789")])
+    progress.table(
+        ("", "with batch normalization", "x"), [("  50", "98.0 %", "1"), ("seconds of training", "", "123456.789")]
+    )
     assert capsys.readouterr().out.splitlines() == [
         "",
         "                     with batch normalization           x",
@@ -121,12 +125,15 @@ def test_closed_streams_are_none_of_a_commands_business(odd_file, monkeypatch):
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no full device")
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize(
-    ("redirection", "code"), [("2>&1 >/dev/full", 2), ("2>&1 >&-", 0), ("2>&-", 0), ("2>/dev/full", 0), ("2>&1 | true", 141)]
+    ("redirection", "code"),
+    [("2>&1 >/dev/full", 2), ("2>&1 >&-", 0), ("2>&-", 0), ("2>/dev/full", 0), ("2>&1 | true", 141)],
 )
 def test_a_process_ends_quietly_whatever_takes_its_output(redirection, code, unbuffered):
     for words in ("info", "explain 4,4", "--help"):
         command = f"set -o pipefail; '{sys.executable}' -m fastbn {words} {redirection}"
-        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env={**os.environ, "PYTHONUNBUFFERED": unbuffered})
+        done = subprocess.run(
+            ["bash", "-c", command], capture_output=True, text=True, env={**os.environ, "PYTHONUNBUFFERED": unbuffered}
+        )
         assert (done.returncode, done.stderr) == (code, "")
         assert "Traceback" not in done.stdout
         assert "ignored" not in done.stdout

@@ -18,8 +18,12 @@ def _configured(monkeypatch: pytest.MonkeyPatch, name: str, text: str) -> dict[s
     return runpy.run_path(config.__file__)
 
 
-@pytest.mark.parametrize(("variable", "default"), [("reference", "reference"), ("cpu", "cpu.backend"), ("", "cpu.backend")])
-def test_the_variable_overrides_the_default_and_not_the_request(variable: str, default: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("variable", "default"), [("reference", "reference"), ("cpu", "cpu.backend"), ("", "cpu.backend")]
+)
+def test_the_variable_overrides_the_default_and_not_the_request(
+    variable: str, default: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(config, "BACKEND", _configured(monkeypatch, "FASTBN_BACKEND", variable)["BACKEND"])
     assert (select().__name__, select("cpu").__name__) == (f"fastbn.{default}", "fastbn.cpu.backend")
     assert explain((4, 3)).backend == (variable or "cpu")

@@ -6,7 +6,19 @@ from typing import Any, NamedTuple
 import numpy as np
 import published
 import pytest
-from shapes import CASES, COMPACT, DTYPES, EMPTY, LAYOUTS, Case, arrange, draw, every_dtype_and_backend, memory_order, parameter_dtype
+from shapes import (
+    CASES,
+    COMPACT,
+    DTYPES,
+    EMPTY,
+    LAYOUTS,
+    Case,
+    arrange,
+    draw,
+    every_dtype_and_backend,
+    memory_order,
+    parameter_dtype,
+)
 from tolerances import check, scales
 
 import fastbn
@@ -51,7 +63,9 @@ def _batch_norm(i: Inputs, backend: str, out: Any = None) -> Results:
 
 
 def _inference(i: Inputs, backend: str, out: Any = None) -> Results:
-    return {"y.eval": fastbn.batch_norm_inference(i.x, i.mean, i.var, i.gamma, i.beta, i.axis, EPS, out, backend=backend)}
+    return {
+        "y.eval": fastbn.batch_norm_inference(i.x, i.mean, i.var, i.gamma, i.beta, i.axis, EPS, out, backend=backend)
+    }
 
 
 def _backward(i: Inputs, backend: str, out: Any = None) -> Results:
@@ -61,7 +75,9 @@ def _backward(i: Inputs, backend: str, out: Any = None) -> Results:
 
 
 def _inference_backward(i: Inputs, backend: str, out: Any = None) -> Results:
-    dx, dgamma, dbeta = fastbn.batch_norm_inference_backward(i.dy, i.x, i.mean, i.var, i.gamma, i.axis, EPS, out, backend=backend)
+    dx, dgamma, dbeta = fastbn.batch_norm_inference_backward(
+        i.dy, i.x, i.mean, i.var, i.gamma, i.axis, EPS, out, backend=backend
+    )
     return {"dx.eval": dx, "dgamma.eval": dgamma, "dbeta.eval": dbeta}
 
 
@@ -105,7 +121,9 @@ def written(found: Results) -> np.ndarray:
 
 
 def verify(found: Results, i: Inputs) -> None:
-    """Right values, dtypes and shapes; mean and var in float64, y and dx in the native dtype of x, gradients of parameters in theirs."""
+    """Right values, dtypes and shapes; mean and var in float64, y and dx in the native dtype of x, gradients of
+    parameters in theirs.
+    """
     x, dy = np.asarray(i.x), np.asarray(i.dy)
     native = x.dtype.newbyteorder("=")
     dtypes = {"mean": np.float64, "var": np.float64, "y": native, "dx": native}
@@ -134,9 +152,13 @@ def test_every_function_on_every_arrangement(call: str, arrangement: str, dtype:
         verify(found, i)
         assert [array.tobytes() for array in i[:6]] == before, f"{case}: an input changed"
         for name in set(WHOLE).intersection(found):
-            compact = found[name].transpose(memory_order(found[name]) + [a for a in range(i.x.ndim) if i.x.shape[a] == 1])
+            compact = found[name].transpose(
+                memory_order(found[name]) + [a for a in range(i.x.ndim) if i.x.shape[a] == 1]
+            )
             assert compact.flags.c_contiguous, f"{case}: {name} has gaps"
-            assert 0 in i.x.strides or memory_order(found[name]) == memory_order(i.x), f"{case}: {name} in another memory order than x"
+            assert 0 in i.x.strides or memory_order(found[name]) == memory_order(i.x), (
+                f"{case}: {name} in another memory order than x"
+            )
 
 
 @pytest.mark.parametrize("call", ["batch_norm_backward", "batch_norm_inference_backward", "BatchNorm"])
@@ -181,7 +203,11 @@ def writable(values: np.ndarray, arrangement: str, axis: int) -> tuple[np.ndarra
 @every_dtype_and_backend
 @pytest.mark.parametrize("call", WRITING)
 def test_out_takes_the_result_and_nothing_beside_it_changes(call: str, dtype: str, backend: str) -> None:
-    for case in (Case((9, 5), 1, "rank 2"), Case((3, 4, 21), 1, "rows with a tail"), Case((2, 3, 4, 5), -1, "channels innermost")):
+    for case in (
+        Case((9, 5), 1, "rank 2"),
+        Case((3, 4, 21), 1, "rows with a tail"),
+        Case((2, 3, 4, 5), -1, "channels innermost"),
+    ):
         for arrangement in X_BESIDE_OUT:
             i = inputs(case, dtype, arrangement)
             want = written(WRITING[call](i, backend))
@@ -201,7 +227,11 @@ def test_out_takes_the_result_and_nothing_beside_it_changes(call: str, dtype: st
 def test_out_may_be_an_input_itself(call: str, over: str, dtype: str, backend: str) -> None:
     if over == "dy" and call in ("batch_norm", "batch_norm_inference"):
         over = "x"  # no dy there; the same as the other parameter
-    for case in (Case((9, 5), 1, "rank 2"), Case((3, 4, 21), 1, "rows with a tail"), Case((70, 33), 1, "more columns than a vector")):
+    for case in (
+        Case((9, 5), 1, "rank 2"),
+        Case((3, 4, 21), 1, "rows with a tail"),
+        Case((70, 33), 1, "more columns than a vector"),
+    ):
         for arrangement in OUT:
             i = inputs(case, dtype, arrangement)
             want = written(WRITING[call](i, backend))
@@ -223,7 +253,9 @@ def test_empty_batches(call: str, backend: str) -> None:
             for name, array in CALLS[call](i, backend).items():
                 quantity = name.partition(".")[0]
                 assert array.shape == (case.shape if quantity in ("y", "dx") else (channels,))
-                wanted = {"mean": "float64", "var": "float64", "y": dtype, "dx": dtype}.get(quantity, parameter_dtype(dtype))
+                wanted = {"mean": "float64", "var": "float64", "y": dtype, "dx": dtype}.get(
+                    quantity, parameter_dtype(dtype)
+                )
                 assert array.dtype == wanted
                 np.testing.assert_array_equal(array, np.full_like(array, np.nan if quantity == "var" else 0.0))
             if call in WRITING:
@@ -232,7 +264,9 @@ def test_empty_batches(call: str, backend: str) -> None:
 
 
 @every_dtype_and_backend
-@pytest.mark.parametrize("call", ["moments", "RunningMoments", "batch_norm_inference", "batch_norm_inference_backward", "BatchNorm.eval"])
+@pytest.mark.parametrize(
+    "call", ["moments", "RunningMoments", "batch_norm_inference", "batch_norm_inference_backward", "BatchNorm.eval"]
+)
 def test_one_value_per_channel_where_the_batch_is_not_asked(call: str, dtype: str, backend: str) -> None:
     for case in (Case((1, 5), 1, "rank 2"), Case((1, 5, 1, 1), 1, "rank 4"), Case((37, 1), 0, "channels first")):
         for arrangement in LAYOUTS:
@@ -250,7 +284,9 @@ def test_gamma_and_beta_each_optional(call: str, dtype: str, backend: str) -> No
             found = WRITING[call](i, backend)
             verify(found, i)
             if call.startswith("BatchNorm"):
-                assert {"gamma", "beta"} - set(absent) == {name[1:].partition(".")[0] for name in found if name[1:4] in ("gam", "bet")}
+                assert {"gamma", "beta"} - set(absent) == {
+                    name[1:].partition(".")[0] for name in found if name[1:4] in ("gam", "bet")
+                }
 
 
 @every_dtype_and_backend

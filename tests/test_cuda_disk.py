@@ -1,4 +1,6 @@
-"""CUDA kernels on disk between processes: kept whole, of these sources and this compiler alone, and never a reason to fail."""
+"""CUDA kernels on disk between processes: kept whole, of these sources and this compiler alone, and never a reason to
+fail.
+"""
 
 import importlib
 import os
@@ -40,7 +42,8 @@ def compiled(device: int = 0) -> tuple[str, bytes]:
     """A kernel, in what stands for a new process."""
     kernel = jit.Kernel(finish.clear.body, "w i4")
     found: tuple[str, bytes] = kernel.compiled(FLOAT, DOUBLE, device)
-    assert kernel.compiled(FLOAT, FLOAT, device + 1) is found  # another device of the kind, and statistics that it takes none of
+    # another device of the kind, and statistics that it takes none of
+    assert kernel.compiled(FLOAT, FLOAT, device + 1) is found
     return found
 
 
@@ -63,7 +66,8 @@ def test_a_kernel_is_compiled_once_for_all_processes(folder: Path, compilations:
     assert entry.encode() in code
     assert os.listdir(folder) == [NAME]
     os.umask(mask := os.umask(0))
-    assert (folder / NAME).stat().st_mode & 0o777 == 0o666 & ~mask  # as any file: who installs may be another than who runs
+    # as any file: who installs may be another than who runs
+    assert (folder / NAME).stat().st_mode & 0o777 == 0o666 & ~mask
     assert compiled() == (entry, code)
     assert compilations == ["finish.clear"]
 
@@ -123,7 +127,9 @@ def test_no_bit_of_a_file_its_name_or_its_stamp_may_be_another(folder: Path, mon
     assert disk.load(name) == made
 
 
-def test_what_can_not_be_kept_serves_all_the_same(folder: Path, compilations: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_can_not_be_kept_serves_all_the_same(
+    folder: Path, compilations: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
@@ -154,7 +160,9 @@ def test_the_stamp_sees_sources_compiler_and_settings(monkeypatch: pytest.Monkey
     found = {before}
     modules = list(disk.pkgutil.iter_modules([str(Path(disk.__file__).parent)], "fastbn.cuda.kernels."))
     assert {"fastbn.cuda.kernels.device", "fastbn.cuda.kernels.finish"} <= {module.name for module in modules}
-    edited = SimpleNamespace(find_spec=lambda name, path: SimpleNamespace(loader=SimpleNamespace(get_data=lambda origin: b""), origin=""))
+    edited = SimpleNamespace(
+        find_spec=lambda name, path: SimpleNamespace(loader=SimpleNamespace(get_data=lambda origin: b""), origin="")
+    )
     for what, name, value in (
         (disk.pkgutil, "iter_modules", lambda *given: [module._replace(module_finder=edited) for module in modules]),
         (disk.metadata, "version", lambda name: "0"),

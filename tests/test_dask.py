@@ -1,4 +1,6 @@
-"""fastbn.dask: statistics and normalization of dask arrays, by every scheduler, in any chunks, without keeping blocks."""
+"""fastbn.dask: statistics and normalization of dask arrays, by every scheduler, in any chunks, without keeping
+blocks.
+"""
 
 import os
 import re
@@ -61,7 +63,8 @@ def test_moments_are_those_of_one_pass_however_the_array_is_chunked(dtype: str, 
     for m in found:
         _check(m, x, 1e-12)
         np.testing.assert_allclose(m.mean, one_pass.mean, rtol=1e-12, atol=1e-12)
-        np.testing.assert_allclose(m.var(), one_pass.var(), rtol=1e-12 if offset < 1e4 else 1e-10)  # that of one pass: see tolerances
+        # that of one pass: see tolerances
+        np.testing.assert_allclose(m.var(), one_pass.var(), rtol=1e-12 if offset < 1e4 else 1e-10)
         np.testing.assert_allclose(m.var(), found[0].var(), rtol=1e-12)
 
 
@@ -113,7 +116,9 @@ def test_normalize_is_batch_norm_inference_of_the_whole(lazy: bool, chunks: Any)
     want = fastbn.batch_norm_inference(x, statistics.mean, statistics.var(), gamma, beta, eps=1e-3)
     np.testing.assert_array_equal(y.compute(), want)
     only_beta = bridge.normalize(array, statistics, beta=beta).compute()
-    np.testing.assert_array_equal(only_beta, fastbn.batch_norm_inference(x, statistics.mean, statistics.var(), beta=beta))
+    np.testing.assert_array_equal(
+        only_beta, fastbn.batch_norm_inference(x, statistics.mean, statistics.var(), beta=beta)
+    )
 
 
 def _bits(m: Moments, y: np.ndarray) -> tuple[int, bytes, bytes, bytes]:
@@ -155,10 +160,14 @@ class _Source:
         self.made = self.alive = self.most = 0
         if kind == "delayed":  # as files are read; blocks of map_blocks dask may make anew for each use
             make = dask.delayed(self._make)
-            self.array = da.concatenate([da.from_delayed(make(np.array([i])), (1, 3, 50), np.float32) for i in range(blocks)])
+            self.array = da.concatenate(
+                [da.from_delayed(make(np.array([i])), (1, 3, 50), np.float32) for i in range(blocks)]
+            )
         else:
             chunks, meta = ((1,) * blocks, (3,), (50,)), np.empty((0, 0, 0), np.float32)
-            self.array = da.arange(blocks, chunks=1).map_blocks(self._make, chunks=chunks, new_axis=(1, 2), dtype=np.float32, meta=meta)
+            self.array = da.arange(blocks, chunks=1).map_blocks(
+                self._make, chunks=chunks, new_axis=(1, 2), dtype=np.float32, meta=meta
+            )
 
     def __dask_tokenize__(self) -> str:
         return f"source {id(self)}"
@@ -261,27 +270,34 @@ ONES = da.ones((4, 3), chunks=2, dtype=np.float32)
 MASKED = da.ma.masked_array(ONES, ONES > 2)
 UNKNOWN = ONES[da.from_array(np.array([True, False, True, True]), chunks=2)]
 REFUSED: list[tuple[Any, Any, type[Exception], str]] = [
-    (np.ones((4, 3)), 1, TypeError, "array: given ndarray, want a dask array, e.g. dask.array.from_array(x, chunks); fastbn.moments and "
+    (np.ones((4, 3)), 1, TypeError, "array: given ndarray, want a dask array, e.g. dask.array.from_array(x, chunks); "
+                                    "fastbn.moments and "
      "fastbn.batch_norm_inference take arrays in memory"),
     (da.ones((4, 3), dtype=int), 1, TypeError, f"array: given dtype int64, want {FLOATS}"),
     (da.ones((4, 3), dtype=complex), 1, TypeError, f"array: given dtype complex128, want {FLOATS}"),
     (da.ones((4, 3), dtype=bool), 1, TypeError, f"array: given dtype bool, want {FLOATS}"),
     (MASKED, 1, TypeError, "array: given a masked array, whose mask would be ignored; want a plain one, for example "
      "dask.array.ma.filled(array, 0)"),
-    (SimpleNamespace(data=ONES), 1, TypeError, "array: given SimpleNamespace, want a dask array: its .data is one"),  # as xarray's
-    (SimpleNamespace(data=np.ones(2)), 1, TypeError, "array: given SimpleNamespace, want a dask array, e.g. dask.array.from_array(x, "
+    # as xarray's
+    (SimpleNamespace(data=ONES), 1, TypeError, "array: given SimpleNamespace, want a dask array: its .data is one"),
+    (SimpleNamespace(data=np.ones(2)), 1, TypeError, "array: given SimpleNamespace, want a dask array, e.g. "
+                                                     "dask.array.from_array(x, "
      "chunks); fastbn.moments and fastbn.batch_norm_inference take arrays in memory"),
     (da.ones(()), 0, ValueError, "array: given rank 0, shape (); want rank 2 or more: a batch axis and a channel axis"),
-    (da.ones(4), 0, ValueError, "array: given rank 1, shape (4,); want rank 2 or more: a batch axis and a channel axis"),
+    (da.ones(4), 0, ValueError, "array: given rank 1, shape (4,); want rank 2 or more: a batch axis and a channel "
+                                "axis"),
     (ONES, 2, ValueError, "axis: given 2, want one from -2 to 1 for shape (4, 3)"),
     (ONES, 1.0, TypeError, "axis: given 1.0, want an integer from -2 to 1"),
     (da.ones((4, 0)), 1, ValueError, "array: given shape (4, 0), with no channels along axis 1; want at least one"),
-    (UNKNOWN, 1, ValueError, "array: given chunks of unknown size along axis 0; call array.compute_chunk_sizes() first"),
+    (UNKNOWN, 1, ValueError, "array: given chunks of unknown size along axis 0; call array.compute_chunk_sizes() "
+                             "first"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("array", "axis", "error", "message"), REFUSED)
-def test_what_can_not_be_is_refused_before_there_is_a_graph(array: Any, axis: Any, error: type[Exception], message: str) -> None:
+def test_what_can_not_be_is_refused_before_there_is_a_graph(
+    array: Any, axis: Any, error: type[Exception], message: str
+) -> None:
     of_moments = message.replace(": convert", ", or integers of 8 or 16 bits: convert")
     of_moments = of_moments.replace("float32')", "float64')") if "int64" in message else of_moments
     for call, said in (
@@ -293,7 +309,9 @@ def test_what_can_not_be_is_refused_before_there_is_a_graph(array: Any, axis: An
 
 
 def test_blocks_that_are_masked_though_the_meta_is_plain_are_refused_when_computed() -> None:
-    array = ONES.map_blocks(lambda block: np.ma.masked_greater(block, 2), dtype=np.float32, meta=np.empty((0, 0), np.float32))
+    array = ONES.map_blocks(
+        lambda block: np.ma.masked_greater(block, 2), dtype=np.float32, meta=np.empty((0, 0), np.float32)
+    )
     said = next(message for given, _, _, message in REFUSED if given is MASKED)
     for lazy in (bridge.moments(array), bridge.normalize(array, fastbn.moments(np.ones((4, 3))))):
         with pytest.raises(TypeError, match=f"^{re.escape(said)}$"):

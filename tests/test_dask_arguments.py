@@ -31,11 +31,15 @@ def test_moments_of_integers(dtype: str, chunks: Any) -> None:
 def test_integers_are_not_normalized() -> None:
     array = da.from_array(X, (4, 3, 7))
     with pytest.raises(
-        TypeError, match=r"^array: given dtype uint8, want float16, bfloat16, float32 or float64: convert it first, e.g. arr"
+        TypeError,
+        match=r"^array: given dtype uint8, want float16, bfloat16, float32 or float64: convert it first, "
+        r"e.g. arr",
     ):
         bridge.normalize(array, fastbn.moments(X))
     with pytest.raises(
-        TypeError, match=r"^array: given dtype int64, .* or integers of 8 or 16 bits: convert it first, e.g. array.astype\('fl"
+        TypeError,
+        match=r"^array: given dtype int64, .* or integers of 8 or 16 bits: convert it first, e.g. "
+        r"array.astype\('fl",
     ):
         bridge.moments(array.astype(np.int64))
 

@@ -28,7 +28,8 @@ except NotImplementedError as error:
     print(error)
     y = bridge.normalize(array, m.compute(), np.full(6, 2, "f4"))
 m = m.compute()
-print(hasattr(array, "expr"), m.count, (y.compute() == fastbn.batch_norm_inference(x, m.mean, m.var(), np.full(6, 2, "f4"))).all())
+want = fastbn.batch_norm_inference(x, m.mean, m.var(), np.full(6, 2, "f4"))
+print(hasattr(array, "expr"), m.count, (y.compute() == want).all())
 """
 
 
@@ -37,7 +38,9 @@ def test_query_planning_works_or_its_remedies_do() -> None:
     said = []
     for planning in ("True", "False"):  # read when dask's arrays are imported
         environment = {**os.environ, "DASK_ARRAY__QUERY_PLANNING": planning}
-        run = subprocess.run([sys.executable, "-c", PLANNING], cwd=ROOT, capture_output=True, text=True, check=True, env=environment)
+        run = subprocess.run(
+            [sys.executable, "-c", PLANNING], cwd=ROOT, capture_output=True, text=True, check=True, env=environment
+        )
         said.append(run.stdout.splitlines())
     assert said[1] == ["False 8 True"]
     if said[0][-1] != "False 8 True":  # this dask has it

@@ -22,7 +22,11 @@ def idx(array: np.ndarray) -> bytes:
 
 def arrays(train: int = 7, test: int = 4) -> list[np.ndarray]:
     rng = np.random.default_rng(0)
-    return [rng.integers(0, 256, (n, 3, 2)) if images else np.arange(n) % 3 for n in (train, test) for images in (True, False)]
+    return [
+        rng.integers(0, 256, (n, 3, 2)) if images else np.arange(n) % 3
+        for n in (train, test)
+        for images in (True, False)
+    ]
 
 
 @pytest.fixture
@@ -82,10 +86,15 @@ def test_not_a_directory(tmp_path: Path) -> None:
 def test_a_directory_without_some_or_any_idx_files(directory: Path, tmp_path: Path) -> None:
     (directory / NAMES[1]).unlink()
     (directory / NAMES[2]).unlink()
-    refuses(f"--data: no {NAMES[1]}, no {NAMES[2]} in {directory}; each may be plain or .gz, with '.' for the last '-' too", directory)
+    refuses(
+        f"--data: no {NAMES[1]}, no {NAMES[2]} in {directory}; each may be plain or .gz, with '.' for the last '-' too",
+        directory,
+    )
     empty = tmp_path / "empty"
     empty.mkdir()
-    refuses(f"--data: no {', no '.join(NAMES)} in {empty}; each may be plain or .gz, with '.' for the last '-' too", empty)
+    refuses(
+        f"--data: no {', no '.join(NAMES)} in {empty}; each may be plain or .gz, with '.' for the last '-' too", empty
+    )
 
 
 IMAGES = idx(arrays()[0])  # 7 x 3 x 2: 16 bytes of header, 42 of pixels
@@ -103,9 +112,11 @@ IMAGES = idx(arrays()[0])  # 7 x 3 x 2: 16 bytes of header, 42 of pixels
         (b"\x89PNG\r\n\x1a\n", "begins with 89504e47, want 00000803, an IDX file of unsigned bytes with 3 axes"),
         (idx(arrays()[1]), "begins with 00000801, want 00000803, an IDX file of unsigned bytes with 3 axes"),
         (b"\0\0\r" + IMAGES[3:], "begins with 00000d03, want 00000803, an IDX file of unsigned bytes with 3 axes"),
-        (b"\0\0\x08\x03" + b"\xff" * 12, f"cut short: 0 bytes after the header, want the {(2**32 - 1) ** 3:,} bytes of shape "
+        (b"\0\0\x08\x03" + b"\xff" * 12, f"cut short: 0 bytes after the header, want the {(2**32 - 1) ** 3:,} bytes "
+                                         f"of shape "
          "4294967295 x 4294967295 x 4294967295; fetch it again"),
-        (gzip.compress(IMAGES[:-1], mtime=0), "cut short: 41 bytes after the header, want the 42 bytes of shape 7 x 3 x 2; fetch it again"),
+        (gzip.compress(IMAGES[:-1], mtime=0), "cut short: 41 bytes after the header, want the 42 bytes of shape 7 x 3 "
+                                              "x 2; fetch it again"),
         (idx(np.zeros((0, 3, 2))), "holds no pixels (shape (0, 3, 2)); want at least one image"),
         (idx(np.zeros((7, 0, 2))), "holds no pixels (shape (7, 0, 2)); want at least one image"),
     ],
@@ -135,7 +146,11 @@ def test_gzip_corrupt(directory: Path, at: int) -> None:
 
 
 def test_an_unreadable_file(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=rf"^{re.escape(str(tmp_path / 'none'))}: can't be read: No such file or directory$"):
+    with pytest.raises(
+        DataError,
+        match=rf"^{re.escape(str(tmp_path / 'none'))}: can't be read: No such file or "
+        rf"directory$",
+    ):
         read_idx(tmp_path / "none", 3)
 
 
@@ -144,4 +159,6 @@ def test_files_that_do_not_go_together(directory: Path) -> None:
     refuses(f"{directory / NAMES[2]} has 4 images, {NAMES[3]} 5 labels; want as many of each", directory)
     (directory / NAMES[3]).write_bytes(idx(np.zeros(4)))
     (directory / NAMES[2]).write_bytes(idx(np.zeros((4, 2, 3))))
-    refuses(f"--data: training and test images in {directory} are of 3 x 2 and of 2 x 3 pixels; want one size", directory)
+    refuses(
+        f"--data: training and test images in {directory} are of 3 x 2 and of 2 x 3 pixels; want one size", directory
+    )

@@ -26,7 +26,9 @@ def test_a_rate_far_too_high_is_said_not_warned_of() -> None:
     data, network = toy(), nets.Network(nets.initial_weights((4, 12, 3), 0), "relu", batch_norm=False)
     history = nets.train(network, nets.Optimizer(), 1e30, data, nets.batches(60, 20, 40, 0), 40)
     sentence = demo._summary({True: history, False: nets.History(24, [0, 40], [8, 24])}, 40, 1 / 3)[0]
-    assert sentence.endswith(f"diverged at step {history.diverged} (the loss is no longer a number; try a smaller --lr).")
+    assert sentence.endswith(
+        f"diverged at step {history.diverged} (the loss is no longer a number; try a smaller --lr)."
+    )
     assert demo._answer(network, data.test_images[:1]) == "diverged"
     cells = [row[1:] for row in demo._rows({True: history, False: nets.History(24, [0, 1, 2, 40], [8, 9, 9, 24])}, 40)]
     assert ("diverged", "100.0 %") in cells
@@ -64,17 +66,25 @@ def test_table_rows() -> None:
 def test_plot_shows_both_curves_and_says_what_they_are() -> None:
     histories = {True: nets.History(24, [0, 10], [8, 24]), False: nets.History(24, [0, 10], [8, 9])}
     (axes,) = demo._figure(histories, toy()).axes
-    assert axes.get_xlabel() == "training steps" and axes.get_ylabel() == "test accuracy (%)" and axes.get_title() == "toy"
+    assert (
+        axes.get_xlabel() == "training steps" and axes.get_ylabel() == "test accuracy (%)" and axes.get_title() == "toy"
+    )
     ours, twin, _ = axes.get_lines()
     np.testing.assert_allclose(ours.get_xydata(), [[0, 100 / 3], [10, 100]])
     np.testing.assert_allclose(twin.get_xydata(), [[0, 100 / 3], [10, 37.5]])
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["with batch normalization", "without", "chance"]
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == [
+        "with batch normalization",
+        "without",
+        "chance",
+    ]
 
 
 @pytest.mark.parametrize("name", ["\udcff", "a $x_{$", "\u6570\u5b57", "two\nlines"])
 @pytest.mark.parametrize("kind", ["png", "svg"])
 def test_a_plot_takes_any_name_of_a_directory(name: str, kind: str, tmp_path: Path) -> None:
-    """No text, no formula, no letters that its font has: the training is over when it is drawn, and warnings may be errors."""
+    """No text, no formula, no letters that its font has: the training is over when it is drawn, and warnings may be
+    errors.
+    """
     histories = {True: nets.History(24, [0, 10], [8, 24]), False: nets.History(24, [0, 10], [8, 9])}
     with (tmp_path / "p").open("wb") as file:
         demo._save(demo._figure(histories, toy()._replace(name=name)), file, kind)
@@ -116,7 +126,11 @@ def test_a_short_run(train: Command, capsys: pytest.CaptureFixture[str]) -> None
     assert lines[0] == "data:     scikit-learn's handwritten digits, 8 x 8 pixels: 1347 to train on, 450 to test"
     assert lines[1] == "network:  64-24-24-10 units, sigmoid; same initial weights and batches for both (seed 0)"
     assert lines[2] == "training: 60 steps of 60 images, sgd at rate 0.1 (over the last quarter falling to 0)"
-    assert re.fullmatch(r"kernels:  ready after \d+\.\d s \(the first run compiles them, later ones find them compiled\)", lines[3])
+    assert re.fullmatch(
+        r"kernels:  ready after \d+\.\d s \(the first run compiles them, later ones find them "
+        r"compiled\)",
+        lines[3],
+    )
     assert re.search(r"^  60 +\d+\.\d % +\d+\.\d %", out, re.MULTILINE)
     assert re.search(r"^  for 98 % +not within 60 +not within 60", out, re.MULTILINE)
     assert re.search(r"^seconds of training +\d+\.\d +\d+\.\d", out, re.MULTILINE)
@@ -128,7 +142,9 @@ def test_a_short_run(train: Command, capsys: pytest.CaptureFixture[str]) -> None
 
 
 @pytest.mark.skipif(bool(numba.config.DISABLE_JIT), reason="2000 steps take minutes without compiled kernels")
-def test_the_default_run_shows_what_batch_normalization_does(train: Command, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_default_run_shows_what_batch_normalization_does(
+    train: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
     histories: dict[bool, nets.History] = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "_rows", lambda given, steps: (histories.update(given), [])[1])
@@ -143,7 +159,15 @@ def test_both_networks_get_the_same_weights_and_batches(train: Command, monkeypa
     seen: list[tuple[list[np.ndarray], list[np.ndarray]]] = []
     real = nets.train
 
-    def spy(network: nets.Network, optimizer: nets.Optimizer, rate: float, data: Dataset, chosen: Any, steps: int, *report: Any) -> Any:
+    def spy(
+        network: nets.Network,
+        optimizer: nets.Optimizer,
+        rate: float,
+        data: Dataset,
+        chosen: Any,
+        steps: int,
+        *report: Any,
+    ) -> Any:
         batches = list(chosen)
         seen.append(([layer.weight.copy() for layer in network.layers if isinstance(layer, nets.Linear)], batches))
         return real(network, optimizer, rate, data, iter(batches), steps, *report)
@@ -156,7 +180,9 @@ def test_both_networks_get_the_same_weights_and_batches(train: Command, monkeypa
     assert len(ours[1]) == 60
 
 
-def test_progress_in_a_terminal_without_colour(train: Command, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_in_a_terminal_without_colour(
+    train: Command, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("TTY_COMPATIBLE", "1")
     monkeypatch.setenv("NO_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm-256color")
@@ -177,11 +203,15 @@ def idx_directory(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["svg", "PDF"])
-def test_idx_files_and_other_kinds_of_plot(train: Command, idx_directory: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_idx_files_and_other_kinds_of_plot(
+    train: Command, idx_directory: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert train(*SHORT, "--data", str(idx_directory), "--batch", "60", "--plot", f"curves.{kind}") == 0
     assert Path(f"curves.{kind}").read_bytes().startswith({"svg": b"<?xml", "PDF": b"%PDF"}[kind])
     out = capsys.readouterr().out
-    assert out.startswith(f"data:     {idx_directory}, 2 x 2 pixels: 60 to train on, 24 to test\nnetwork:  4-24-24-3 units")
+    assert out.startswith(
+        f"data:     {idx_directory}, 2 x 2 pixels: 60 to train on, 24 to test\nnetwork:  4-24-24-3 units"
+    )
     assert "98 % of the test images right after" in out
 
 
@@ -202,7 +232,8 @@ def test_an_old_plot_is_replaced(train: Command) -> None:
         (["--lr", "inf"], "--lr: given inf, want a number above 0, like 0.1"),
         (["--steps", "0"], "--steps: given 0, want 1 or more"),
         (["--seed", "-1"], "--seed: given -1, want 0 or more"),
-        *((["--hidden", text], f"--hidden: given '{text}', want whole numbers above 0 with commas between them, like 100,100,100")
+        *((["--hidden", text], f"--hidden: given '{text}', want whole numbers above 0 with commas between them, like "
+                               f"100,100,100")
           for text in ("0,abc", "100,0", "", "10,,10", "1.5")),
         (["--plot", "p.bmp"], "--plot: given 'p.bmp', want a file name that ends in .png, .pdf or .svg"),
         (["--plot", "png"], "--plot: given 'png', want a file name that ends in .png, .pdf or .svg"),
@@ -229,12 +260,18 @@ def test_a_directory_that_takes_no_files(train: Command, monkeypatch: pytest.Mon
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(demo.npy_moments, "replacing", refuse)  # permissions don't stop root
-    with pytest.raises(DataError, match=rf"^--plot: {re.escape(str(Path.cwd()))}/p\.png can't be written: Permission denied$"):
+    with pytest.raises(
+        DataError,
+        match=rf"^--plot: {re.escape(str(Path.cwd()))}/p\.png can't be written: Permission "
+        rf"denied$",
+    ):
         train("--plot", "p.png")
 
 
 @pytest.mark.parametrize("kept", [None, b"old"])
-def test_an_interrupt_leaves_nothing_half_written(train: Command, monkeypatch: pytest.MonkeyPatch, kept: bytes | None) -> None:
+def test_an_interrupt_leaves_nothing_half_written(
+    train: Command, monkeypatch: pytest.MonkeyPatch, kept: bytes | None
+) -> None:
     if kept:
         Path("p.png").write_bytes(kept)
 
@@ -247,7 +284,9 @@ def test_an_interrupt_leaves_nothing_half_written(train: Command, monkeypatch: p
     assert {path.name: path.read_bytes() for path in Path.cwd().iterdir()} == ({"p.png": kept} if kept else {})
 
 
-def test_a_plot_is_in_its_place_before_a_terminal_can_refuse_the_table(train: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plot_is_in_its_place_before_a_terminal_can_refuse_the_table(
+    train: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(demo.screen, "table", lambda *_: open("/none/such"))
     with pytest.raises(OSError, match="none"):
         train(*SHORT, "--plot", "p.png")

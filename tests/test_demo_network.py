@@ -24,10 +24,14 @@ def toy_network(activation: str = "sigmoid", batch_norm: bool = True, seed: int 
     return nets.Network(nets.initial_weights(SIZES, seed), activation, batch_norm)
 
 
-def toy_train(optimizer: str = "sgd", steps: int = 40, seed: int = 0, batch_norm: bool = True) -> tuple[nets.Network, nets.History]:
+def toy_train(
+    optimizer: str = "sgd", steps: int = 40, seed: int = 0, batch_norm: bool = True
+) -> tuple[nets.Network, nets.History]:
     data, network = toy(), toy_network(batch_norm=batch_norm, seed=seed)
     chosen = nets.batches(len(data.images), 20, steps, seed)
-    return network, nets.train(network, nets.OPTIMIZERS[optimizer](), nets.OPTIMIZERS[optimizer].rate, data, chosen, steps)
+    return network, nets.train(
+        network, nets.OPTIMIZERS[optimizer](), nets.OPTIMIZERS[optimizer].rate, data, chosen, steps
+    )
 
 
 # The network.
@@ -41,10 +45,12 @@ def test_gradients_against_finite_differences(activation: str, batch_norm: bool)
     x, labels = rng.standard_normal((6, 5)), rng.integers(0, 3, 6)
     network.backward(nets.cross_entropy(network(x), labels)[1])
     for parameter, _ in network.parameters():
-        parameter += 0.5 * rng.standard_normal(parameter.shape)  # away from the start, where a ReLU may stand on its kink
+        # away from the start, where a ReLU may stand on its kink
+        parameter += 0.5 * rng.standard_normal(parameter.shape)
     network.backward(nets.cross_entropy(network(x), labels)[1])
     pairs = [(parameter, gradient.copy()) for parameter, gradient in network.parameters()]
-    assert len(pairs) == (8 if batch_norm else 6)  # two hidden layers of weight, gamma, beta or of weight, bias; then weight, bias
+    # two hidden layers of weight, gamma, beta or of weight, bias; then weight, bias
+    assert len(pairs) == (8 if batch_norm else 6)
     h = 1e-5
     for parameter, gradient in pairs:
         assert parameter.dtype == gradient.dtype == np.float64
@@ -189,7 +195,10 @@ def test_each_optimizer_lowers_the_loss_and_updates_gamma_and_beta(optimizer: st
     assert losses[-1] < 0.98 * losses[0]
     for array, was in zip(held, before, strict=True):
         assert (array != was).any()
-    assert all(a is b for a, b in zip(held, [array for layer in layers for array in (layer.gamma, layer.beta)], strict=True))  # in place
+    # in place
+    assert all(
+        a is b for a, b in zip(held, [array for layer in layers for array in (layer.gamma, layer.beta)], strict=True)
+    )
 
 
 # Training.
@@ -206,7 +215,12 @@ def test_same_seed_same_run_other_seed_another() -> None:
 def test_history_counts_what_the_network_gets_right() -> None:
     network, history = toy_train(steps=85)
     data = toy()
-    assert history.steps == [*range(0, 85, 2), 85] and history.total == 24 and history.seconds > 0 and history.diverged is None
+    assert (
+        history.steps == [*range(0, 85, 2), 85]
+        and history.total == 24
+        and history.seconds > 0
+        and history.diverged is None
+    )
     assert history.correct[-1] == (network.predict(data.test_images).argmax(axis=1) == data.test_labels).sum()
     assert history.accuracy[-1] > 0.9 > history.accuracy[0]
 

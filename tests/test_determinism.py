@@ -1,4 +1,6 @@
-"""The same input gives the same bits: on any number of threads, in every run, wherever its memory lies, through fused or separate calls."""
+"""The same input gives the same bits: on any number of threads, in every run, wherever its memory lies, through fused
+or separate calls.
+"""
 
 import hashlib
 import itertools
@@ -31,20 +33,27 @@ LARGE = (
 compiled = pytest.mark.skipif(
     bool(numba.config.DISABLE_JIT), reason="plain Python takes minutes for arrays large enough for several threads"
 )
-WHOLE = ((3, 5, 7), (4, 16, 64, 64), (6000, 70))  # in every dtype and layout: a small one, and both kinds of kernels on threads
+# in every dtype and layout: a small one, and both kinds of kernels on threads
+WHOLE = ((3, 5, 7), (4, 16, 64, 64), (6000, 70))
 
 
 def _given(shape: tuple[int, ...], dtype: str, layout: str) -> Any:
-    """All are of a full run; by default the shapes above in float32 and float64, the others in float32 and the two common layouts."""
+    """All are of a full run; by default the shapes above in float32 and float64, the others in float32 and the two
+    common layouts.
+    """
     covered = dtype not in HALF and (shape in WHOLE or (dtype == "float32" and layout in ("C", "channels_last")))
     marks = [*([compiled] if shape in LARGE else []), *([] if covered else [pytest.mark.full])]
     return pytest.param(shape, dtype, layout, marks=marks)
 
 
 every_case = pytest.mark.parametrize(
-    ("shape", "dtype", "layout"), [_given(*case) for case in itertools.product(SMALL + LARGE, CPU_DTYPES, COMPACT)], ids=str
+    ("shape", "dtype", "layout"),
+    [_given(*case) for case in itertools.product(SMALL + LARGE, CPU_DTYPES, COMPACT)],
+    ids=str,
 )
-every_dtype = pytest.mark.parametrize("dtype", [pytest.param(dtype, marks=[pytest.mark.full] * (dtype in HALF)) for dtype in CPU_DTYPES])
+every_dtype = pytest.mark.parametrize(
+    "dtype", [pytest.param(dtype, marks=[pytest.mark.full] * (dtype in HALF)) for dtype in CPU_DTYPES]
+)
 
 Arrays = dict[str, np.ndarray]
 
@@ -65,7 +74,9 @@ def _results(x: np.ndarray, dy: np.ndarray, gamma: np.ndarray, beta: np.ndarray)
     found["y at inference"] = fastbn.batch_norm_inference(x, m.mean, m.var(), gamma, beta)
     found |= zip(("dx", "dgamma", "dbeta"), fastbn.batch_norm_backward(dy, x, m, gamma), strict=True)
     backward = fastbn.batch_norm_inference_backward(dy, x, m.mean, m.var(), gamma)
-    return found | {f"{name} at inference": value for name, value in zip(("dx", "dgamma", "dbeta"), backward, strict=True)}
+    return found | {
+        f"{name} at inference": value for name, value in zip(("dx", "dgamma", "dbeta"), backward, strict=True)
+    }
 
 
 def _bits(array: np.ndarray) -> bytes:
@@ -171,7 +182,9 @@ def test_out_gives_the_same_bits(shape: tuple[int, ...], dtype: str, layout: str
         assert got is out
         _same({"y": got, "mean": found.mean, "m2": found.m2}, {"y": y, "mean": m.mean, "m2": m.m2})
     for out in (own := twin(x), *apart()):
-        assert _bits(fastbn.batch_norm_inference(own if out is own else x, m.mean, m.var(), gamma, beta, out=out)) == _bits(inference)
+        assert _bits(
+            fastbn.batch_norm_inference(own if out is own else x, m.mean, m.var(), gamma, beta, out=out)
+        ) == _bits(inference)
     own_x, own_dy = twin(x), twin(dy)
     for out in (own_x, own_dy, *apart()):
         given = own_dy if out is own_dy else dy, own_x if out is own_x else x
@@ -180,7 +193,9 @@ def test_out_gives_the_same_bits(shape: tuple[int, ...], dtype: str, layout: str
     own_x, own_dy = twin(x), twin(dy)
     for out in (own_x, own_dy, *apart()):
         given = own_dy if out is own_dy else dy, own_x if out is own_x else x
-        for want, got in zip(constant, fastbn.batch_norm_inference_backward(*given, m.mean, m.var(), gamma, out=out), strict=True):
+        for want, got in zip(
+            constant, fastbn.batch_norm_inference_backward(*given, m.mean, m.var(), gamma, out=out), strict=True
+        ):
             assert _bits(got) == _bits(want)
 
 
@@ -210,8 +225,12 @@ def test_memory_anywhere(shape: tuple[int, ...], dtype: str, layout: str) -> Non
 @pytest.mark.parametrize("dtype", ["float32", "float64", pytest.param("float16", marks=pytest.mark.full)])
 @pytest.mark.parametrize("layout", ["C", "channels_last"])
 @pytest.mark.parametrize("shape", [(3, 6, 17, 17), (40, 33), (64, 3), (6, 3, 8, 8)], ids=str)
-def test_not_a_number_at_every_alignment_of_out(shape: tuple[int, ...], layout: str, dtype: str, replan: Callable[..., None]) -> None:
-    """NaN of both signs in x and dy: the same bits at every place of `out` in a vector: 16 of float32, past the cache or into it."""
+def test_not_a_number_at_every_alignment_of_out(
+    shape: tuple[int, ...], layout: str, dtype: str, replan: Callable[..., None]
+) -> None:
+    """NaN of both signs in x and dy: the same bits at every place of `out` in a vector: 16 of float32, past the cache
+    or into it.
+    """
     rng = np.random.default_rng(0)
     x, dy = (COMPACT[layout](rng.standard_normal(shape).astype(dtype), 1) for _ in range(2))
     for array in (x, dy):
@@ -248,7 +267,8 @@ STRIDED = {
         ((6, 8, 5, 12), "C"),
         pytest.param((8, 18, 64, 64), "C", marks=compiled),
         pytest.param((4, 4, 300, 300), "C", marks=compiled),
-        ((30, 72), "channels_last"),  # a few channels would be folded where there are no gaps: then the copy is another layout
+        # a few channels would be folded where there are no gaps: then the copy is another layout
+        ((30, 72), "channels_last"),
         pytest.param((6000, 72), "channels_last", marks=compiled),
         pytest.param((2, 72, 60, 64), "channels_last", marks=compiled),
     ],

@@ -1,4 +1,6 @@
-"""Arrays on a GPU, as far as no GPU is needed: what their interface says, what is refused and with which words, who serves them."""
+"""Arrays on a GPU, as far as no GPU is needed: what their interface says, what is refused and with which words, who
+serves them.
+"""
 
 import importlib
 import importlib.util
@@ -19,7 +21,14 @@ class OnGpu:
     """An array that claims to lie on a GPU."""
 
     def __init__(self, **changed: Any) -> None:
-        whole = {"shape": (2, 3, 4), "typestr": "<f4", "data": (4096, False), "version": 3, "strides": None, "stream": 7}
+        whole = {
+            "shape": (2, 3, 4),
+            "typestr": "<f4",
+            "data": (4096, False),
+            "version": 3,
+            "strides": None,
+            "stream": 7,
+        }
         self.__cuda_array_interface__ = {key: value for key, value in (whole | changed).items() if value != "absent"}
 
 
@@ -33,7 +42,9 @@ def test_what_the_interface_says() -> None:
     found = buffers.view(OnGpu(), "x")
     assert found[:6] == (4096, (2, 3, 4), (12, 4, 1), "float32", False, 7)
     assert (found.size, found.itemsize, found.span()) == (24, 4, (4096, 4096 + 96))
-    strided = buffers.view(OnGpu(strides=(-96, 8, 16), data=(8192, True), typestr="<f2", version=2, stream="absent"), "x")
+    strided = buffers.view(
+        OnGpu(strides=(-96, 8, 16), data=(8192, True), typestr="<f2", version=2, stream="absent"), "x"
+    )
     assert strided[1:6] == ((2, 3, 4), (-48, 4, 8), "float16", True, None)
     assert strided.span() == (8192 - 96, 8192 + 2 * 8 + 3 * 16 + 2)
     assert buffers.view(OnGpu(shape=(0, 3), data=(0, False)), "x").span() == (0, 0)
@@ -58,7 +69,12 @@ def test_numbers_of_an_interface_are_pythons_whatever_they_were() -> None:
         ({"typestr": "absent", "data": "absent"}, TypeError, "lacks typestr, data"),
         ({"mask": object()}, TypeError, "masked array"),
         ({"strides": (12, 4)}, ValueError, r"strides \(12, 4\) for shape \(2, 3, 4\)"),
-        ({"shape": (2, 3.0, 4)}, TypeError, r"x: its __cuda_array_interface__ has \(2, 3.0, 4\) where it should have whole numbers"),
+        (
+            {"shape": (2, 3.0, 4)},
+            TypeError,
+            r"x: its __cuda_array_interface__ has \(2, 3.0, 4\) where it should have "
+            r"whole numbers",
+        ),
         ({"strides": (48, 16, 4.0)}, TypeError, "4.0.* where it should have whole numbers"),
         ({"shape": None}, TypeError, "has None where it should have whole numbers"),
         ({"stream": "7"}, TypeError, "has \\('7',\\) where it should"),
@@ -90,9 +106,14 @@ every_call = pytest.mark.parametrize("call", CALLS)
 
 
 @every_call
-def test_another_backend_can_not_take_an_array_on_a_gpu(call: str, served: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_backend_can_not_take_an_array_on_a_gpu(
+    call: str, served: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for backend in ("cpu", "reference"):
-        with pytest.raises(fastbn.BackendUnavailable, match=f"backend='{backend}' can't take an array on a GPU: copy it to the host first"):
+        with pytest.raises(
+            fastbn.BackendUnavailable,
+            match=f"backend='{backend}' can't take an array on a GPU: copy it to the host first",
+        ):
             CALLS[call](OnGpu(), backend=backend)
     monkeypatch.setattr(config, "BACKEND", "cpu")
     with pytest.raises(fastbn.BackendUnavailable, match="FASTBN_BACKEND='cpu' can't take an array on a GPU"):
@@ -103,7 +124,8 @@ def test_another_backend_can_not_take_an_array_on_a_gpu(call: str, served: None,
 def test_an_array_on_the_host_is_not_copied_to_a_gpu(call: str, served: None) -> None:
     x = np.ones((4, 3), np.float32)
     with pytest.raises(
-        fastbn.BackendUnavailable, match="backend='cuda' takes arrays on a GPU, and this one lives on the host: copy it there"
+        fastbn.BackendUnavailable,
+        match="backend='cuda' takes arrays on a GPU, and this one lives on the host: copy it there",
     ):
         CALLS[call](x, backend="cuda")
     with pytest.raises(TypeError, match="stream: given one for an array on the host"):
@@ -114,14 +136,20 @@ def test_an_array_on_the_host_is_not_copied_to_a_gpu(call: str, served: None) ->
 def test_why_cuda_declines_is_said(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(buffers, "declines", lambda: "the dog ate it")
     for options in ({}, {"backend": "cuda"}):
-        with pytest.raises(fastbn.BackendUnavailable, match="this array lives on a GPU, which backend cuda can't serve: the dog ate it"):
+        with pytest.raises(
+            fastbn.BackendUnavailable, match="this array lives on a GPU, which backend cuda can't serve: the dog ate it"
+        ):
             CALLS[call](OnGpu(), **options)
     assert "cuda: the dog ate it" in fastbn.explain((4, 3)).text
 
 
 def test_parameters_on_a_gpu_beside_an_array_on_the_host() -> None:
     x = np.ones((4, 3), np.float32)
-    with pytest.raises(TypeError, match=r"gamma: given an array on a GPU \(OnGpu\), want a host array: copy it to the host first"):
+    with pytest.raises(
+        TypeError,
+        match=r"gamma: given an array on a GPU \(OnGpu\), want a host array: copy it to the "
+        r"host first",
+    ):
         fastbn.batch_norm(x, OnGpu(shape=(3,)))
 
 
@@ -160,12 +188,16 @@ def _gpus(*versions: tuple[int, int]) -> list[Any]:
 def test_each_reason_to_decline_has_its_remedy(declines: Any) -> None:
     assert "not installed: pip install 'fastbn[cuda13]'" in declines(False, None)
     assert "import _numba_cuda_redirector" in declines(True, Machine(implementation="Built-in"))
-    broken = SimpleNamespace(driver=SimpleNamespace(driver=SimpleNamespace(initialization_error="no libcuda.so")), nvvm=NVVM)
+    broken = SimpleNamespace(
+        driver=SimpleNamespace(driver=SimpleNamespace(initialization_error="no libcuda.so")), nvvm=NVVM
+    )
     without = declines(True, Machine(implementation="NVIDIA", driver=False, cudadrv=broken))
     assert "no CUDA driver that works (no libcuda.so)" in without
     assert "install NVIDIA's driver" in without
     works = SimpleNamespace(driver=SimpleNamespace(initialization_error=None))
-    silent = declines(True, Machine(implementation="NVIDIA", driver=False, cudadrv=SimpleNamespace(driver=works, nvvm=NVVM)))
+    silent = declines(
+        True, Machine(implementation="NVIDIA", driver=False, cudadrv=SimpleNamespace(driver=works, nvvm=NVVM))
+    )
     assert "no CUDA driver that works (which reports no error)" in silent
     uncompiled = SimpleNamespace(driver=works, nvvm=SimpleNamespace(is_available=lambda: False))
     said = declines(True, Machine(implementation="NVIDIA", driver=False, cudadrv=uncompiled))
@@ -179,7 +211,10 @@ def test_each_reason_to_decline_has_its_remedy(declines: Any) -> None:
 
 
 def test_importing_fastbn_touches_no_cuda() -> None:
-    code = "import sys, fastbn; assert not [name for name in sys.modules if name.startswith(('numba.cuda', 'cuda', 'fastbn.cuda.kernels'))]"
+    code = (
+        "import sys, fastbn; assert not [name for name in sys.modules if name.startswith(('numba.cuda', 'cuda', "
+        "'fastbn.cuda.kernels'))]"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -218,8 +253,12 @@ class Device:
 @pytest.fixture
 def cupy(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A stand-in for CuPy."""
-    stream = SimpleNamespace(get_current_stream=lambda device: SimpleNamespace(ptr=9 if device == 3 else 0), Device=lambda index: Device())
-    module = SimpleNamespace(empty=lambda sizes, kind: Tensor(np.empty(sizes, kind)), array=lambda a: Tensor(a.copy()), cuda=stream)
+    stream = SimpleNamespace(
+        get_current_stream=lambda device: SimpleNamespace(ptr=9 if device == 3 else 0), Device=lambda index: Device()
+    )
+    module = SimpleNamespace(
+        empty=lambda sizes, kind: Tensor(np.empty(sizes, kind)), array=lambda a: Tensor(a.copy()), cuda=stream
+    )
     monkeypatch.setitem(sys.modules, "cupy", module)
     return module
 
@@ -281,7 +320,10 @@ def test_fresh_memory_has_an_address_on_a_boundary() -> None:
         buffers.address(tensor[1:])
     with pytest.raises(RuntimeError, match=r"PyTorch makes tensors without memory here, .*: call fastbn outside of it"):
         buffers.address(torch._efficientzerotensor(3))
-    with importlib.import_module("torch._subclasses").FakeTensorMode(), pytest.raises(RuntimeError, match="without memory here"):
+    with (
+        importlib.import_module("torch._subclasses").FakeTensorMode(),
+        pytest.raises(RuntimeError, match="without memory here"),
+    ):
         buffers.address(torch.empty(3))
 
 

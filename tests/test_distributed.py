@@ -1,4 +1,6 @@
-"""BatchNorm and RunningMoments over real ranks: four under MPI, three of torch.distributed; each checks its own, in rank_checks.py."""
+"""BatchNorm and RunningMoments over real ranks: four under MPI, three of torch.distributed; each checks its own, in
+rank_checks.py.
+"""
 
 import json
 import re
@@ -53,7 +55,8 @@ def test_a_rank_that_raises_elsewhere_ends_the_others(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(
         "import sys, numpy, fastbn\nfrom mpi4py import MPI\nbn = fastbn.BatchNorm(2, comm=MPI.COMM_WORLD)\n"
-        "if MPI.COMM_WORLD.rank == 1:\n    raise KeyError('elsewhere')\nbn(numpy.ones((2, 2), 'float32'))\nprint('went on')\n"
+        "if MPI.COMM_WORLD.rank == 1:\n    raise KeyError('elsewhere')\nbn(numpy.ones((2, 2), "
+        "'float32'))\nprint('went on')\n"
     )
     status, said = launch.mpi(4, str(script), folder=tmp_path)
     assert status != [0]
@@ -71,7 +74,9 @@ def test_the_page_launches_as_it_says(extra: str, tmp_path: Path) -> None:
     package, command = LAUNCHED[extra]
     pytest.importorskip(package)
     found = re.findall(
-        rf"^```python {extra}\n(.*?)^```\n\n    (pip install [^\n]+)\n    ({command}[^\n]+)$", PAGE, re.MULTILINE | re.DOTALL
+        rf"^```python {extra}\n(.*?)^```\n\n    (pip install [^\n]+)\n    ({command}[^\n]+)$",
+        PAGE,
+        re.MULTILINE | re.DOTALL,
     )
     assert len(found) == 1
     block, install, line = found[0]
@@ -83,8 +88,14 @@ def test_the_page_launches_as_it_says(extra: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("comm", ["world", object(), 3, np.zeros(2), fastbn], ids=lambda comm: type(comm).__name__)
 def test_a_communicator_of_another_kind(comm: Any) -> None:
-    for make in (lambda: fastbn.BatchNorm(4, comm=comm), lambda: Exchange(comm, 4), lambda: fastbn.RunningMoments(4).reduce(comm)):
-        with pytest.raises(TypeError, match=r"comm: given .*mpi4py.*'fastbn\[mpi\]'.*torch\.distributed.*'fastbn\[torch\]'"):
+    for make in (
+        lambda: fastbn.BatchNorm(4, comm=comm),
+        lambda: Exchange(comm, 4),
+        lambda: fastbn.RunningMoments(4).reduce(comm),
+    ):
+        with pytest.raises(
+            TypeError, match=r"comm: given .*mpi4py.*'fastbn\[mpi\]'.*torch\.distributed.*'fastbn\[torch\]'"
+        ):
             make()
 
 
@@ -96,7 +107,12 @@ def test_none_is_no_communicator_to_reduce_over() -> None:
 
 
 def test_the_extras_that_errors_name_are_there() -> None:
-    extras = (ROOT / "pyproject.toml").read_text(encoding="utf-8").split("[project.optional-dependencies]")[1].split("\n[")[0]
+    extras = (
+        (ROOT / "pyproject.toml")
+        .read_text(encoding="utf-8")
+        .split("[project.optional-dependencies]")[1]
+        .split("\n[")[0]
+    )
     assert re.search(r'^mpi = \["mpi4py', extras, re.MULTILINE)
     assert re.search(r'^torch = \["torch', extras, re.MULTILINE)
 

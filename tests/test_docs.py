@@ -1,4 +1,6 @@
-"""The pages are right: their code runs, their commands and options exist, signatures and links too; docstrings have their sections."""
+"""The pages are right: their code runs, their commands and options exist, signatures and links too; docstrings have
+their sections.
+"""
 
 import importlib.metadata
 import importlib.util
@@ -19,14 +21,17 @@ from fastbn.arguments import config
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = {
-    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+    for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))
 }
-NEEDS = ("dask", "torch")  # packages that only an extra installs: blocks that import one, or its bridge, run by themselves
+# packages that only an extra installs: blocks that import one, or its bridge, run by themselves
+NEEDS = ("dask", "torch")
 PYTHON = re.compile(r"^```python( \w+)?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # Those of "python mpi" and "python torch" are files to be launched: see test_distributed.py.
 BLOCKS = {page: [block for launched, block in PYTHON.findall(text) if not launched] for page, text in PAGES.items()}
 PROSE = PYTHON.sub("", "\n".join(PAGES.values()))
-CODE = [*re.findall(r"^    (\S.*)$", PROSE, re.MULTILINE), *re.findall(r"`([^`\n]+)`", PROSE)]  # indented lines, inline code
+# indented lines, inline code
+CODE = [*re.findall(r"^    (\S.*)$", PROSE, re.MULTILINE), *re.findall(r"`([^`\n]+)`", PROSE)]
 
 
 def _needed(block: str) -> str | None:
@@ -129,7 +134,11 @@ def _variables(text: str) -> set[str]:
 
 
 def test_variables_are_those_of_config() -> None:
-    assert _variables(PROSE) == _variables(config.__doc__ or "") == {"FASTBN_BACKEND", "FASTBN_KEEP_BYTES", "FASTBN_STREAM_BYTES"}
+    assert (
+        _variables(PROSE)
+        == _variables(config.__doc__ or "")
+        == {"FASTBN_BACKEND", "FASTBN_KEEP_BYTES", "FASTBN_STREAM_BYTES"}
+    )
 
 
 def _named(value: inspect.Parameter) -> str:
@@ -148,12 +157,22 @@ def test_the_signature_of_the_layer_is_the_real_one() -> None:
 def test_every_attribute_of_fastbn_that_is_named_is_there() -> None:
     named = set(re.findall(r"\bfastbn\.([A-Za-z_]+)", "\n".join(PAGES.values()))) - {"py"}
     assert {"BatchNorm", "moments"} <= named
-    assert {name for name in named if not hasattr(fastbn, name) and importlib.util.find_spec(f"fastbn.{name}") is None} == set()
+    assert {
+        name for name in named if not hasattr(fastbn, name) and importlib.util.find_spec(f"fastbn.{name}") is None
+    } == set()
 
 
 def _anchors(text: str) -> set[str]:
     """What links into a page may name: its headings, as they are turned into anchors."""
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in re.findall(r"^#+ (.*)$", text, re.MULTILINE)}
+    return {
+        re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+        for heading in re.findall(
+            r"^#+ "
+            r"(.*)$",
+            text,
+            re.MULTILINE,
+        )
+    }
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -175,7 +194,9 @@ def test_the_readme_is_read_in_a_few_minutes() -> None:
 
 
 def test_the_figures_of_the_readme_are_those_of_the_tables() -> None:
-    rows = re.findall(r"^\| .* \| (\d[^|]*) \| (\d[^|]*) \|$", README.split("\n## Is it for me?\n")[1].split("\n## ")[0], re.MULTILINE)
+    rows = re.findall(
+        r"^\| .* \| (\d[^|]*) \| (\d[^|]*) \|$", README.split("\n## Is it for me?\n")[1].split("\n## ")[0], re.MULTILINE
+    )
     assert len(rows) == 7
     measured = PAGES["docs/benchmarks.md"] + PAGES["docs/accuracy.md"]
     assert [figure for row in rows for figure in row if figure not in measured] == []
@@ -195,7 +216,8 @@ def test_the_measured_tables_were_written(name: str) -> None:
     rows = [line for line in found[1].splitlines() if line.startswith("|")]
     assert len(rows) >= 4
     assert len({row.count("|") for row in rows}) == 1
-    for fact in ("fastbn ", "numpy ", "numba ", "threads", "python -m fastbn bench"):  # versions, machine, how it was written
+    # versions, machine, how it was written
+    for fact in ("fastbn ", "numpy ", "numba ", "threads", "python -m fastbn bench"):
         assert fact in found[1], f"the {name} table does not say its {fact}"
 
 
@@ -222,7 +244,9 @@ def test_docstrings_have_their_sections_and_name_every_parameter(name: str) -> N
     assert wanted <= _sections(value)
     listed = (inspect.getdoc(value) or "").partition("Parameters\n")[2]
     for parameter in _parameters(value):
-        assert re.search(rf"^(\w+, )*{parameter}(, \w+)*( :|$)", listed, re.MULTILINE), f"{name}: {parameter} is not documented"
+        assert re.search(rf"^(\w+, )*{parameter}(, \w+)*( :|$)", listed, re.MULTILINE), (
+            f"{name}: {parameter} is not documented"
+        )
 
 
 METHODS = [
@@ -239,4 +263,6 @@ def test_methods_name_their_parameters_or_where_they_are_explained(name: str, me
     text = inspect.getdoc(value) or ""
     assert text
     for parameter in _parameters(value):
-        assert re.search(rf"\b{parameter}\b", text) or re.search(r"`\w+`", text), f"{name}.{method}: {parameter} is not explained"
+        assert re.search(rf"\b{parameter}\b", text) or re.search(r"`\w+`", text), (
+            f"{name}.{method}: {parameter} is not explained"
+        )

@@ -1,4 +1,6 @@
-"""Which dtypes are taken: half ones by whoever made them, in either byte order; what goes beside them; bfloat16 by name."""
+"""Which dtypes are taken: half ones by whoever made them, in either byte order; what goes beside them; bfloat16 by
+name.
+"""
 
 import os
 import re
@@ -29,7 +31,9 @@ def test_the_rules() -> None:
     assert all(dtype.isnative for dtype in dtypes.NATIVE)
 
 
-OTHERS = sorted({value for value in vars(ml_dtypes).values() if isinstance(value, type) and issubclass(value, np.generic)}, key=str)
+OTHERS = sorted(
+    {value for value in vars(ml_dtypes).values() if isinstance(value, type) and issubclass(value, np.generic)}, key=str
+)
 OTHERS.remove(ml_dtypes.bfloat16)
 
 
@@ -37,11 +41,16 @@ OTHERS.remove(ml_dtypes.bfloat16)
 def test_others_of_ml_dtypes_and_of_two_bytes_are_refused(scalar: type) -> None:
     dtype = np.dtype((np.void, 2)) if scalar is np.void else np.dtype(scalar)
     assert not dtypes.supported(dtype)
-    message = f"x: given dtype {dtype}, want float16, bfloat16, float32 or float64: convert it first, e.g. x.astype('float32')"
+    message = (
+        f"x: given dtype {dtype}, want float16, bfloat16, float32 or float64: convert it first, e.g. "
+        f"x.astype('float32')"
+    )
     with pytest.raises(TypeError, match=f"^{re.escape(message)}$"):
         fastbn.batch_norm(np.zeros((2, 3), dtype), backend="reference")
     assert not dtypes.small(dtype)
-    with pytest.raises(TypeError, match=f"^{re.escape(message.replace('float64:', 'float64, or integers of 8 or 16 bits:'))}$"):
+    with pytest.raises(
+        TypeError, match=f"^{re.escape(message.replace('float64:', 'float64, or integers of 8 or 16 bits:'))}$"
+    ):
         fastbn.moments(np.zeros((2, 3), dtype), backend="reference")
 
 
@@ -62,12 +71,17 @@ def test_swapped_bytes_are_values_as_any(dtype: str, backend: str) -> None:
         assert (got.dtype, got.dtype.isnative, got.tobytes()) == (np.dtype(dtype), True, y.tobytes())
         assert (n.mean.tobytes(), n.m2.tobytes()) == (m.mean.tobytes(), m.m2.tobytes())
         dx = fastbn.batch_norm_backward(*given, n, backend=backend)[0]
-        assert (dx.dtype.isnative, dx.tobytes()) == (True, fastbn.batch_norm_backward(x, x, m, backend=backend)[0].tobytes())
+        assert (dx.dtype.isnative, dx.tobytes()) == (
+            True,
+            fastbn.batch_norm_backward(x, x, m, backend=backend)[0].tobytes(),
+        )
 
 
 @every_half_backend
 def test_one_layer_sees_them_all(backend: str) -> None:
-    """float32 parameters go with float16, bfloat16 and float32 x, in turn; the running statistics keep what half would lose."""
+    """float32 parameters go with float16, bfloat16 and float32 x, in turn; the running statistics keep what half would
+    lose.
+    """
     bn = fastbn.BatchNorm(3, momentum=None, backend=backend)
     means = []
     for dtype in (*HALF, "float32", *HALF):
@@ -99,7 +113,9 @@ def test_a_layer_loads_half_values_into_float32(dtype: str) -> None:
 
 
 def _python(code: str) -> str:
-    run = subprocess.run([sys.executable, "-W", "error", "-c", code], env=dict(os.environ), capture_output=True, text=True, check=False)
+    run = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], env=dict(os.environ), capture_output=True, text=True, check=False
+    )
     assert (run.returncode, run.stderr) == (0, "")
     return run.stdout.strip()
 
@@ -112,12 +128,15 @@ def test_the_name_is_known_before_ml_dtypes_is_imported() -> None:
 def test_arrays_are_recognised_where_ml_dtypes_cannot_be_imported() -> None:
     code = (
         "import ml_dtypes, sys, numpy as np; x = np.arange(6).reshape(2, 3).astype(ml_dtypes.bfloat16)\n"
-        "sys.modules['ml_dtypes'] = None\nimport fastbn; print(fastbn.batch_norm(x, eps=1, backend='reference')[0].dtype)"
+        "sys.modules['ml_dtypes'] = None\nimport fastbn; print(fastbn.batch_norm(x, eps=1, "
+        "backend='reference')[0].dtype)"
     )
     assert _python(code) == "bfloat16"
 
 
-def test_without_ml_dtypes_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_ml_dtypes_the_remedy_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setitem(sys.modules, "ml_dtypes", None)
     message = "bfloat16 needs ml_dtypes: pip install 'fastbn[bfloat16]'"
     with pytest.raises(MissingExtra, match=f"^{re.escape(message)}$"):

@@ -11,7 +11,10 @@ from shapes import HALF
 import fastbn
 
 SHAPE = (4, 3, 5)
-MORE = "give more, or take running statistics: batch_norm_inference, bn.eval() of a layer that keeps them (else it is as in training)"
+MORE = (
+    "give more, or take running statistics: batch_norm_inference, bn.eval() of a layer that keeps them (else it is "
+    "as in training)"
+)
 BIG = {half: np.dtype(half).newbyteorder(">") for half in HALF}
 
 
@@ -45,11 +48,15 @@ def _batch_norm(a: dict[str, Any], backend: str) -> Any:
 
 
 def _inference(a: dict[str, Any], backend: str) -> Any:
-    return fastbn.batch_norm_inference(a["x"], a["mean"], a["var"], a["gamma"], a["beta"], a["axis"], a["eps"], a["out"], backend=backend)
+    return fastbn.batch_norm_inference(
+        a["x"], a["mean"], a["var"], a["gamma"], a["beta"], a["axis"], a["eps"], a["out"], backend=backend
+    )
 
 
 def _backward(a: dict[str, Any], backend: str) -> Any:
-    return fastbn.batch_norm_backward(a["dy"], a["x"], a["moments"], a["gamma"], a["axis"], a["eps"], a["out"], backend=backend)
+    return fastbn.batch_norm_backward(
+        a["dy"], a["x"], a["moments"], a["gamma"], a["axis"], a["eps"], a["out"], backend=backend
+    )
 
 
 def _inference_backward(a: dict[str, Any], backend: str) -> Any:
@@ -79,7 +86,9 @@ INFERENCE = ("batch_norm_inference", "batch_norm_inference_backward")
 def refused(function: str, backend: str, error: type[Exception], message: str, given: dict[str, Any]) -> None:
     """Exactly this message, and not one byte of an argument changed."""
     arguments = _good(**given)
-    before = {name: value.tobytes() for name, value in arguments.items() if type(value) is np.ndarray and value.nbytes < 1e6}
+    before = {
+        name: value.tobytes() for name, value in arguments.items() if type(value) is np.ndarray and value.nbytes < 1e6
+    }
     with pytest.raises(error, match=f"^{re.escape(message)}$") as caught:
         FUNCTIONS[function](arguments, backend)
     assert type(caught.value) is error
@@ -87,7 +96,8 @@ def refused(function: str, backend: str, error: type[Exception], message: str, g
 
 
 class _OnGpu:
-    __cuda_array_interface__: dict[str, Any] = {"version": 3}  # noqa: RUF012  # the protocol's name, read by hasattr only
+    # the protocol's name, read by hasattr only
+    __cuda_array_interface__: dict[str, Any] = {"version": 3}  # noqa: RUF012
 
 
 def _float32(*shape: int) -> np.ndarray:
@@ -120,7 +130,9 @@ def _of(dtype: str, **given: Any) -> dict[str, Any]:
     return {name: np.ones(SHAPE, dtype) for name in ("x", "dy", "out")} | given
 
 
-WANT_STATISTICS = "want float16, bfloat16, float32 or float64, or integers of 8 or 16 bits: convert it first, e.g. {0}.astype('{1}')"
+WANT_STATISTICS = (
+    "want float16, bfloat16, float32 or float64, or integers of 8 or 16 bits: convert it first, e.g. {0}.astype('{1}')"
+)
 WANT_FLOAT = "want float16, bfloat16, float32 or float64: convert it first, e.g. {0}.astype('float32')"
 
 # What to give in place of a good argument, who must refuse it, with what.
@@ -138,12 +150,15 @@ BAD: list[tuple[str, tuple[str, ...], dict[str, Any], type[Exception], str]] = [
     ("no channels", EVERY, {"x": _float32(4, 0, 5), "dy": _float32(4, 0, 5)}, ValueError,
      "x: given shape (4, 0, 5), with no channels along axis 1; want at least one"),
     *(
-        (f"x of {dtype}", WRITING, {"x": np.ones(SHAPE, dtype)}, TypeError, f"x: given dtype {dtype}, " + WANT_FLOAT.format("x"))
-        for dtype in ("int64", "int8", "uint8", "bool", "complex64", "object", "float8_e5m2", "int4", "<U1", "datetime64[s]")
+        (f"x of {dtype}", WRITING, {"x": np.ones(SHAPE, dtype)}, TypeError, f"x: given dtype {dtype}, "
+                                                                            f"" + WANT_FLOAT.format("x"))
+        for dtype in ("int64", "int8", "uint8", "bool", "complex64", "object", "float8_e5m2", "int4", "<U1",
+        "datetime64[s]")
     ),
     *(
         (f"x of {dtype}", STATISTICS, {"x": np.ones(SHAPE, dtype)}, TypeError,
-         f"x: given dtype {dtype}, " + WANT_STATISTICS.format("x", "float64" if "int" in dtype and dtype != "int4" else "float32"))
+         f"x: given dtype {dtype}, " + WANT_STATISTICS.format("x",
+         "float64" if "int" in dtype and dtype != "int4" else "float32"))
         for dtype in ("int64", "uint32", "bool", "complex64", "object", "float8_e5m2", "int4", "<U1", "datetime64[s]")
     ),
     ("x a list of integers", WRITING, {"x": [[1, 2], [3, 4]]}, TypeError,
@@ -155,13 +170,16 @@ BAD: list[tuple[str, tuple[str, ...], dict[str, Any], type[Exception], str]] = [
      "dy: given an array on a GPU (_OnGpu), want a host array: copy it to the host first"),
     ("dy masked", BACKWARD, {"dy": np.ma.masked_array(_float32(*SHAPE))}, TypeError,
      "dy: given a masked array, whose mask would be ignored; want a plain array, for example dy.filled(...)"),
-    ("dy of integers", BACKWARD, {"dy": np.ones(SHAPE, int)}, TypeError, "dy: given dtype int64, " + WANT_FLOAT.format("dy")),
+    ("dy of integers", BACKWARD, {"dy": np.ones(SHAPE, int)}, TypeError,
+     "dy: given dtype int64, " + WANT_FLOAT.format("dy")),
     ("dy of float64", BACKWARD, {"dy": np.ones(SHAPE)}, TypeError,
      "dy: given dtype float64, want float32, the dtype of x: convert one of them"),
     ("dy a list of floats beside float32", BACKWARD, {"dy": np.ones(SHAPE).tolist()}, TypeError,
      "dy: given dtype float64, want float32, the dtype of x: convert one of them"),
-    ("dy of another shape", BACKWARD, {"dy": _float32(4, 3, 6)}, ValueError, "dy: given shape (4, 3, 6), want (4, 3, 5), the shape of x"),
-    ("dy that broadcasts", BACKWARD, {"dy": _float32(1, 3, 5)}, ValueError, "dy: given shape (1, 3, 5), want (4, 3, 5), the shape of x"),
+    ("dy of another shape", BACKWARD, {"dy": _float32(4, 3, 6)}, ValueError, "dy: given shape (4, 3, 6), want (4, 3, "
+                                                                             "5), the shape of x"),
+    ("dy that broadcasts", BACKWARD, {"dy": _float32(1, 3, 5)}, ValueError, "dy: given shape (1, 3, 5), want (4, 3, "
+                                                                            "5), the shape of x"),
     ("gamma of float64", WRITING, {"gamma": np.ones(3)}, TypeError,
      "gamma: given dtype float64, want float32 beside this x: convert it, e.g. gamma.astype('float32')"),
     ("beta of float64", FORWARD, {"beta": np.ones(3)}, TypeError,
@@ -182,7 +200,8 @@ BAD: list[tuple[str, tuple[str, ...], dict[str, Any], type[Exception], str]] = [
         (f"{name} of {dtype} beside {x}", functions, _of(x, **{name: np.ones(SHAPE, dtype)}), TypeError,
          f"{name}: given dtype {dtype}, want {x}, the dtype of x{advice}")
         for name, functions, advice in (("dy", BACKWARD, ": convert one of them"), ("out", WRITING, ""))
-        for x, dtype in (("float16", "bfloat16"), ("bfloat16", "float16"), ("bfloat16", "float32"), ("float32", "float16"))
+        for x, dtype in (("float16", "bfloat16"), ("bfloat16", "float16"), ("bfloat16", "float32"), ("float32",
+        "float16"))
     ),
     ("gamma of integers", WRITING, {"gamma": np.ones(3, int)}, TypeError,
      "gamma: given dtype int64, want float32 beside this x: convert it, e.g. gamma.astype('float32')"),
@@ -192,12 +211,16 @@ BAD: list[tuple[str, tuple[str, ...], dict[str, Any], type[Exception], str]] = [
      "gamma: given shape (1,), want (3,), one value per channel of x"),
     ("gamma of rank 2", WRITING, {"gamma": _float32(3, 1)}, ValueError,
      "gamma: given shape (3, 1), want (3,), one value per channel of x"),
-    ("beta a scalar", FORWARD, {"beta": 0.5}, ValueError, "beta: given shape (), want (3,), one value per channel of x"),
+    ("beta a scalar", FORWARD, {"beta": 0.5}, ValueError, "beta: given shape (), want (3,), one value per channel of "
+                                                          "x"),
     ("mean of another length", INFERENCE, {"mean": _float32(4)}, ValueError,
      "mean: given shape (4,), want (3,), one value per channel of x"),
-    ("var of another length", INFERENCE, {"var": _float32(2)}, ValueError, "var: given shape (2,), want (3,), one value per channel of x"),
-    ("mean of integers", INFERENCE, {"mean": np.ones(3, int)}, TypeError, "mean: given dtype int64, want float32 or float64"),
-    ("var complex", INFERENCE, {"var": np.ones(3, complex)}, TypeError, "var: given dtype complex128, want float32 or float64"),
+    ("var of another length", INFERENCE, {"var": _float32(2)}, ValueError, "var: given shape (2,), want (3,), one "
+                                                                           "value per channel of x"),
+    ("mean of integers", INFERENCE, {"mean": np.ones(3, int)}, TypeError, "mean: given dtype int64, want float32 or "
+                                                                          "float64"),
+    ("var complex", INFERENCE, {"var": np.ones(3, complex)}, TypeError, "var: given dtype complex128, want float32 or "
+                                                                        "float64"),
     *(
         (f"{name} of {half} beside {x}", INFERENCE, _of(x, **{name: np.ones(3, half)}), TypeError,
          f"{name}: given dtype {half}, want float32 or float64")
@@ -208,7 +231,8 @@ BAD: list[tuple[str, tuple[str, ...], dict[str, Any], type[Exception], str]] = [
     ("var without mean", INFERENCE, {"mean": None}, ValueError,
      "given running var without running mean; want both, or neither for batch statistics"),
     *(
-        (f"eps {eps}", TRAINING, {"eps": eps}, ValueError, f"eps: given {eps}, want a positive number in training, e.g. 1e-5")
+        (f"eps {eps}", TRAINING, {"eps": eps}, ValueError, f"eps: given {eps}, want a positive number in training, "
+                                                           f"e.g. 1e-5")
         for eps in (0, -1e-5, float("nan"), float("inf"))
     ),
     *(
@@ -220,18 +244,23 @@ BAD: list[tuple[str, tuple[str, ...], dict[str, Any], type[Exception], str]] = [
     ("one value per channel", ("batch_norm",), {"x": _float32(1, 3, 1), "out": None}, ValueError,
      f"Expected more than 1 value per channel when training, got input size (1, 3, 1): {MORE}"),
     ("one value per channel", ("batch_norm_backward",),
-     {"x": _float32(1, 3), "dy": _float32(1, 3), "out": None, "moments": fastbn.Moments(1, np.zeros(3), np.zeros(3))}, ValueError,
+     {"x": _float32(1, 3), "dy": _float32(1, 3), "out": None, "moments": fastbn.Moments(1, np.zeros(3), np.zeros(3))},
+     ValueError,
      f"Expected more than 1 value per channel when training, got input size (1, 3): {MORE}"),
     ("moments a tuple", ("batch_norm_backward",), {"moments": (np.zeros(3), np.ones(3))}, TypeError,
      "moments: given tuple, want the Moments that batch_norm returned"),
     ("moments None", ("batch_norm_backward",), {"moments": None}, TypeError,
      "moments: given NoneType, want the Moments that batch_norm returned"),
-    ("moments of other channels", ("batch_norm_backward",), {"moments": fastbn.Moments(20, np.zeros(4), np.ones(4))}, ValueError,
+    ("moments of other channels", ("batch_norm_backward",), {"moments": fastbn.Moments(20, np.zeros(4), np.ones(4))},
+    ValueError,
      "moments: given 4 channels, want 3, as x has"),
-    ("moments of another count", ("batch_norm_backward",), {"moments": fastbn.Moments(19, np.zeros(3), np.ones(3))}, ValueError,
+    ("moments of another count", ("batch_norm_backward",), {"moments": fastbn.Moments(19, np.zeros(3), np.ones(3))},
+    ValueError,
      "moments: given statistics of 19 values per channel, want 20, as x has"),
-    ("out a list", WRITING, {"out": [1.0]}, TypeError, "out: given list, want a numpy.ndarray of shape (4, 3, 5) and dtype float32"),
-    ("out of float64", WRITING, {"out": np.ones(SHAPE)}, TypeError, "out: given dtype float64, want float32, the dtype of x"),
+    ("out a list", WRITING, {"out": [1.0]}, TypeError, "out: given list, want a numpy.ndarray of shape (4, 3, 5) and "
+                                                       "dtype float32"),
+    ("out of float64", WRITING, {"out": np.ones(SHAPE)}, TypeError, "out: given dtype float64, want float32, the "
+                                                                    "dtype of x"),
     ("out big-endian", WRITING, {"out": np.ones(SHAPE, ">f4")}, TypeError,
      "out: given dtype >f4 in swapped byte order, want float32, the dtype of x"),
     *(
@@ -239,9 +268,12 @@ BAD: list[tuple[str, tuple[str, ...], dict[str, Any], type[Exception], str]] = [
          f"out: given dtype {BIG[half]} in swapped byte order, want {half}, the dtype of x")
         for half in HALF
     ),
-    ("out of another shape", WRITING, {"out": _float32(4, 3, 4)}, ValueError, "out: given shape (4, 3, 4), want (4, 3, 5), the shape of x"),
-    ("out read-only", WRITING, {"out": _read_only()}, ValueError, "out: given a read-only array, want one that can be written"),
-    ("out of shared elements", WRITING, {"out": np.lib.stride_tricks.as_strided(_float32(3, 5), SHAPE, (0, 20, 4))}, ValueError,
+    ("out of another shape", WRITING, {"out": _float32(4, 3, 4)}, ValueError, "out: given shape (4, 3, 4), want (4, "
+                                                                              "3, 5), the shape of x"),
+    ("out read-only", WRITING, {"out": _read_only()}, ValueError, "out: given a read-only array, want one that can be "
+                                                                  "written"),
+    ("out of shared elements", WRITING, {"out": np.lib.stride_tricks.as_strided(_float32(3, 5), SHAPE, (0, 20, 4))},
+    ValueError,
      "out: given an array whose elements share memory (strides (0, 20, 4)), want one of its own memory"),
     ("out overlaps x", WRITING, _overlapping(), ValueError,
      "out: given an array that overlaps an input in part; want the input itself, or memory apart from it"),
@@ -267,12 +299,15 @@ def test_bad_input(function: str, given: dict[str, Any], error: type[Exception],
 def test_ragged_lists(name: str, functions: tuple[str, ...], backend: str) -> None:
     for function in functions:
         with pytest.raises(
-            TypeError, match=rf"^{name}: given ragged or mixed data \(.*inhomogeneous.*\), want an array of float32 or float64$"
+            TypeError,
+            match=rf"^{name}: given ragged or mixed data \(.*inhomogeneous.*\), want an array of float32 "
+            rf"or float64$",
         ):
             FUNCTIONS[function](_good(**{name: [[1.0, 2.0], [3.0]]}), backend)
 
 
-# 2^46 and more elements: whoever allocates an array like x fails with MemoryError, whatever the machine, and never gets to the error.
+# 2^46 and more elements: whoever allocates an array like x fails with MemoryError, whatever the machine, and never gets
+# to the error.
 HUGE = (1 << 23, 3, 1 << 22)
 
 
@@ -296,7 +331,11 @@ def test_huge_shape_cannot_be_allocated() -> None:
         ({"mean": _float32(4)}, "mean: given shape (4,)", INFERENCE),
         ({"eps": -1.0}, "eps: given -1.0", WRITING),
         ({"dy": _float32(4)}, "dy: given shape (4,)", BACKWARD),
-        ({"moments": fastbn.Moments(20, np.zeros(3), np.ones(3))}, "moments: given statistics of 20 values", ("batch_norm_backward",)),
+        (
+            {"moments": fastbn.Moments(20, np.zeros(3), np.ones(3))},
+            "moments: given statistics of 20 values",
+            ("batch_norm_backward",),
+        ),
         ({"out": _float32(4)}, "out: given shape (4,)", WRITING),
         ({"out": _huge(HUGE, "f4")}, "out: given a read-only array", WRITING),
     ],

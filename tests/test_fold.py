@@ -1,4 +1,6 @@
-"""fold and folded_affine: a batch norm in evaluation as part of the layer before it, for NumPy arrays; tensors: test_fold_torch.py."""
+"""fold and folded_affine: a batch norm in evaluation as part of the layer before it, for NumPy arrays; tensors:
+test_fold_torch.py.
+"""
 
 import re
 import subprocess
@@ -44,7 +46,11 @@ def test_folded_affine_is_what_evaluation_does(dtype: str, affine: bool, offset:
 
 
 def test_folded_affine_needs_running_statistics() -> None:
-    with pytest.raises(ValueError, match=r"^folded_affine: this layer keeps no running statistics, and so has no fixed map$"):
+    with pytest.raises(
+        ValueError,
+        match=r"^folded_affine: this layer keeps no running statistics, and so has no "
+        r"fixed map$",
+    ):
         fastbn.BatchNorm(C, track_running_stats=False).folded_affine()
 
 
@@ -73,11 +79,14 @@ def test_the_result_is_of_the_weights_dtype_and_rounded_once(dtype: Any) -> None
     w, shift = fold(layer, np.asfortranarray(weight), bias)
     assert w.dtype == shift.dtype == weight.dtype
     assert w.flags.f_contiguous
-    mean, var, gamma, beta = (a.astype(np.float64) for a in (layer.running_mean, layer.running_var, layer.gamma, layer.beta))
+    mean, var, gamma, beta = (
+        a.astype(np.float64) for a in (layer.running_mean, layer.running_var, layer.gamma, layer.beta)
+    )
     scale = gamma / np.sqrt(var + layer.eps)
     step = float(ml_dtypes.finfo(dtype).eps) / 2
     for got, want in ((w, weight.astype(np.float64) * scale[:, None, None]), (shift, (bias - mean) * scale + beta)):
-        np.testing.assert_allclose(got.astype(np.float64), want, rtol=step * 1.01, atol=1e-13)  # of terms to 500, in float64
+        # of terms to 500, in float64
+        np.testing.assert_allclose(got.astype(np.float64), want, rtol=step * 1.01, atol=1e-13)
 
 
 def test_what_overflows_a_half_is_infinite_without_a_warning() -> None:
@@ -89,8 +98,10 @@ def test_what_overflows_a_half_is_infinite_without_a_warning() -> None:
 
 FLOATS = "float16, bfloat16, float32 or float64: convert it first, e.g. {0}.astype('float32')"
 REFUSED: list[tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]] = [
-    ((np.ones((5, 2)),), {}, ValueError, "weight: given shape (5, 2), want (6, in / groups, *kernel) for the 6 channels of bn"),
-    ((np.ones(6),), {}, ValueError, "weight: given shape (6,), want (6, in / groups, *kernel) for the 6 channels of bn"),
+    ((np.ones((5, 2)),), {}, ValueError, "weight: given shape (5, 2), want (6, in / groups, *kernel) for the 6 "
+                                         "channels of bn"),
+    ((np.ones(6),), {}, ValueError, "weight: given shape (6,), want (6, in / groups, *kernel) for the 6 channels of "
+                                    "bn"),
     ((np.ones((6, 5)),), {"transposed": True}, ValueError,
      "weight: given shape (6, 5), want (in, 6, *kernel) for the 6 channels of bn, as it is transposed"),
     ((np.ones((4, 6, 3)),), {"transposed": True, "groups": 2}, ValueError,
@@ -100,7 +111,8 @@ REFUSED: list[tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]] = [
     ((np.ones((6, 2)),), {"groups": 4}, ValueError, "groups: given 4, want a number that divides the 6 channels of bn"),
     ((np.ones((6, 2)),), {"groups": 0}, ValueError, "groups: given 0, want a number that divides the 6 channels of bn"),
     ((np.ones((6, 2)),), {"groups": 1.5}, TypeError, "groups: given 1.5, want a positive integer"),
-    ((np.ones((6, 2)), np.ones((6, 1))), {}, ValueError, "bias: given shape (6, 1), want (6,), one value per channel of bn"),
+    ((np.ones((6, 2)), np.ones((6, 1))), {}, ValueError, "bias: given shape (6, 1), want (6,), one value per channel "
+                                                         "of bn"),
     ((np.ones((6, 2), int),), {}, TypeError, f"weight: given dtype int64, want {FLOATS.format('weight')}"),
     ((np.ones((6, 2)), np.ones(6, int)), {}, TypeError, f"bias: given dtype int64, want {FLOATS.format('bias')}"),
 ]  # fmt: skip
@@ -123,7 +135,8 @@ def test_only_batch_norms_with_running_statistics_are_folded() -> None:
 
 def test_numpy_needs_no_torch() -> None:
     code = (
-        "import sys, numpy, fastbn; from fastbn.fold import fold; w, b = fold(fastbn.BatchNorm(2, eps=0), numpy.eye(2))\n"
+        "import sys, numpy, fastbn; from fastbn.fold import fold; w, b = fold(fastbn.BatchNorm(2, eps=0), "
+        "numpy.eye(2))\n"
         "assert (w == numpy.eye(2)).all() and not b.any(); print('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"

@@ -59,15 +59,21 @@ def _peak(call: Callable[[], object]) -> int:
 def _parts(shape: tuple[int, ...], dtype: str, channels_last: bool) -> int:
     """How many partitions the schedule cuts the values of a channel into, for the statistics."""
     itemsize, (N, C), S = np.dtype(dtype).itemsize, shape[:2], int(np.prod(shape[2:]))
-    columns = schedule.last(N * S, C, 1, itemsize, True) if channels_last or S == 1 else schedule.last(N, C, S, itemsize, True)
+    columns = (
+        schedule.last(N * S, C, 1, itemsize, True)
+        if channels_last or S == 1
+        else schedule.last(N, C, S, itemsize, True)
+    )
     return max(columns.parts, schedule.first(N, C, S, itemsize).parts)
 
 
 def _bound(shape: tuple[int, ...], dtype: str, channels_last: bool) -> int:
-    """8 bytes for each of 6 C statistics a partition, and for the 12 rows of workspace of 4 tasks a thread; 4 KiB for Python's objects.
+    """8 bytes for each of 6 C statistics a partition, and for the 12 rows of workspace of 4 tasks a thread; 4 KiB for
+    Python's objects.
 
-    A row of workspace is as long as the columns that a task walks: a channel's own, or those of channels (and rows, where channels are
-    few) side by side, but never more than the 1024 that stay in a first-level cache, rounded up to a panel.
+    A row of workspace is as long as the columns that a task walks: a channel's own, or those of channels (and rows,
+    where channels are few) side by side, but never more than the 1024 that stay in a first-level cache, rounded up to a
+    panel.
     """
     channels = max(shape[1], schedule.FOLDED)
     columns = min(schedule.COLUMNS, channels * max(1, schedule.SHORT_BYTES // 4)) + schedule.FOLDED
@@ -94,11 +100,14 @@ def test_a_call_takes_memory_for_its_statistics_only(shape: tuple[int, ...], cha
         assert _peak(call) <= bound, name
 
 
-@pytest.mark.parametrize(("shape", "channels_last"), [((16, 32, 40, 40), False), ((16, 32, 40, 40), True), ((65536, 32), False)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "channels_last"), [((16, 32, 40, 40), False), ((16, 32, 40, 40), True), ((65536, 32), False)], ids=str
+)
 def test_it_does_not_grow_with_the_batch(shape: tuple[int, ...], channels_last: bool) -> None:
     """Four times the batch may have four times the partitions, which are bounded, and no more of anything else.
 
-    But for 2 KiB: where two kernels run instead of one, a few arrays of (C,) more pass between them, and Python's objects for these.
+    But for 2 KiB: where two kernels run instead of one, a few arrays of (C,) more pass between them, and Python's
+    objects for these.
     """
     shapes = shape, (4 * shape[0], *shape[1:])
     small, large = (_calls(shape, "float32", channels_last) for shape in shapes)
@@ -110,7 +119,9 @@ def test_it_does_not_grow_with_the_batch(shape: tuple[int, ...], channels_last: 
 
 @pytest.mark.process
 def test_nothing_is_kept(run: Run) -> None:
-    """After 50 calls of each pass, of layers too, Python holds what it held; after 10000 the process has the memory that it had."""
+    """After 50 calls of each pass, of layers too, Python holds what it held; after 10000 the process has the memory
+    that it had.
+    """
     code = """
         import gc, resource, tracemalloc
         small, large = np.ones((64, 16, 40), np.float32), np.ones((8, 16, 128, 128), np.float32)

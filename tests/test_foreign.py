@@ -1,4 +1,6 @@
-"""Objects that are no arrays of NumPy's: those that have one on the host are taken, all others refused with the way to one."""
+"""Objects that are no arrays of NumPy's: those that have one on the host are taken, all others refused with the way to
+one.
+"""
 
 import re
 import types
@@ -47,8 +49,12 @@ def _raising(error: Exception) -> Any:
 
 
 HOST: dict[str, Any] = {
-    "JAX's on the host": Offers("Array", __cuda_array_interface__=_raising(AttributeError()), __array__=lambda s, *a, **k: ROWS),
-    "older JAX's": Offers("Array", __cuda_array_interface__=_raising(RuntimeError("no GPU")), __array__=lambda s, *a, **k: ROWS),
+    "JAX's on the host": Offers(
+        "Array", __cuda_array_interface__=_raising(AttributeError()), __array__=lambda s, *a, **k: ROWS
+    ),
+    "older JAX's": Offers(
+        "Array", __cuda_array_interface__=_raising(RuntimeError("no GPU")), __array__=lambda s, *a, **k: ROWS
+    ),
     "DLPack on the host": OnlyDLPack(1),
     "DLPack, pinned": OnlyDLPack(3),
     "a buffer": memoryview(ROWS),
@@ -79,37 +85,51 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "a word": (lambda: "a.npy", "given 'a.npy', want an array: numpy.load(...) reads a file"),
     "a dict": (lambda: {"a": ROWS}, "given dict, want an array: one of its values, {0}[...]"),
     "a set": (lambda: {1.0}, "given set, want an array: numpy.stack(list({0})), or a call for each of its arrays"),
-    "a generator": (lambda: (row for row in ROWS), "given generator, want an array: numpy.stack(list({0})), or a call for "),
+    "a generator": (lambda: (row for row in ROWS), "given generator, want an array: numpy.stack(list({0})), or a call "
+                                                   "for "),
     "an object": (object, "given object, want an array of float32 or float64"),
     "ragged": (lambda: [[1.0], [1.0, 2.0]], "given ragged or mixed data ("),
-    "mixed": (lambda: [[1.0, None], [2.0, 3.0]], "given list, of mixed data, want numbers: numpy.stack of arrays of one shape, of "),
-    "sparse, SciPy's": (lambda: Offers("csr", toarray=lambda s: ROWS), "given csr, a sparse one, want a dense array: {0}.toarray()"),
-    "sparse, PyData's": (lambda: Offers("COO", todense=lambda s: ROWS), "given COO, a sparse one, want a dense array: {0}.todense()"),
+    "mixed": (lambda: [[1.0, None], [2.0, 3.0]], "given list, of mixed data, want numbers: numpy.stack of arrays of "
+                                                 "one shape, of "),
+    "sparse, SciPy's": (lambda: Offers("csr", toarray=lambda s: ROWS), "given csr, a sparse one, want a dense array: "
+                                                                       "{0}.toarray()"),
+    "sparse, PyData's": (lambda: Offers("COO", todense=lambda s: ROWS), "given COO, a sparse one, want a dense array: "
+                                                                        "{0}.todense()"),
     "pandas' nullable": (
-        lambda: Offers("Series", to_numpy=lambda s: ROWS, __array__=lambda s, *a, **k: np.array([[1.0, None]] * 2, object)),
+        lambda: Offers("Series", to_numpy=lambda s: ROWS, __array__=lambda s, *a, **k: np.array([[1.0, None]] * 2,
+        object)),
         "given Series, of which NumPy makes an array of objects: {0}.to_numpy('float32')",
     ),
     "what fails": (
-        lambda: Offers("Lazy", __array__=_refuse), "given Lazy, which does not become an array of NumPy (computed elsewhere)"
+        lambda: Offers("Lazy", __array__=_refuse), "given Lazy, which does not become an array of NumPy (computed "
+                                                   "elsewhere)"
     ),
-    "on a GPU": (lambda: Offers("Array", __cuda_array_interface__={}), "given an array on a GPU (Array), want a host array: copy it to "),
-    "DLPack on a GPU": (lambda: OnlyDLPack(2), "given an array on a GPU or another device (OnlyDLPack, device 2 of DLPack): copy it to "),
+    "on a GPU": (lambda: Offers("Array", __cuda_array_interface__={}), "given an array on a GPU (Array), want a host "
+                                                                       "array: copy it to "),
+    "DLPack on a GPU": (lambda: OnlyDLPack(2), "given an array on a GPU or another device (OnlyDLPack, device 2 of "
+                                               "DLPack): copy it to "),
     "DLPack of no device": (
         lambda: Offers("Odd", __dlpack__=lambda s: None, __dlpack_device__=None),
         "given Odd, whose __dlpack_device__ fails ('NoneType' object is not callable): make it an array of NumPy first",
     ),
-    "masked": (lambda: MASKED, "given a masked array, whose mask would be ignored; want a plain array, for example {0}.filled(...)"),
-    "masked in a list": (lambda: [MASKED, MASKED], "given list with a masked array in it, whose mask would be ignored; want plain "),
-    "masked deep in one": (lambda: [ROWS, ([1.0], [MASKED])], "given list with a masked array in it, whose mask would be ignored; want "),
+    "masked": (lambda: MASKED, "given a masked array, whose mask would be ignored; want a plain array, for example "
+                               "{0}.filled(...)"),
+    "masked in a list": (lambda: [MASKED, MASKED], "given list with a masked array in it, whose mask would be "
+                                                   "ignored; want plain "),
+    "masked deep in one": (lambda: [ROWS, ([1.0], [MASKED])], "given list with a masked array in it, whose mask would "
+                                                              "be ignored; want "),
     "a tensor with a gradient": (
         lambda: _tensor(lambda torch: torch.ones(2, 3, requires_grad=True)),
-        "given Tensor that requires a gradient, which NumPy does not record: {0}.detach(), or a module of fastbn.torch, such as BatchNorm",
+        "given Tensor that requires a gradient, which NumPy does not record: {0}.detach(), or a module of "
+        "fastbn.torch, such as BatchNorm",
     ),
     "a sparse tensor": (
-        lambda: _tensor(lambda torch: torch.ones(2, 3).to_sparse()), "given Tensor, a sparse one, want a dense array: {0}.to_dense()"
+        lambda: _tensor(lambda torch: torch.ones(2, 3).to_sparse()), "given Tensor, a sparse one, want a dense array: "
+                                                                     "{0}.to_dense()"
     ),
     "a tensor without memory": (
-        lambda: _tensor(lambda torch: torch.ones(2, 3, device="meta")), "given Tensor, which does not become an array of NumPy ("
+        lambda: _tensor(lambda torch: torch.ones(2, 3, device="meta")), "given Tensor, which does not become an array "
+                                                                        "of NumPy ("
     ),
 }  # fmt: skip
 
@@ -120,7 +140,9 @@ def _takers(value: Any) -> dict[str, Callable[[], Any]]:
     bn = fastbn.BatchNorm(3, backend="reference")
     return {
         "x": lambda: bn(value),
-        "dy": lambda: fastbn.batch_norm_backward(value, ROWS, fastbn.moments(ROWS, backend="reference"), backend="reference"),
+        "dy": lambda: fastbn.batch_norm_backward(
+            value, ROWS, fastbn.moments(ROWS, backend="reference"), backend="reference"
+        ),
         "gamma": lambda: fastbn.batch_norm(ROWS, value, backend="reference"),
         "beta": lambda: fastbn.batch_norm(ROWS, row, value, backend="reference"),
         "mean": lambda: fastbn.batch_norm_inference(ROWS, value, row, backend="reference"),
@@ -131,7 +153,9 @@ def _takers(value: Any) -> dict[str, Callable[[], Any]]:
     }
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.peers if "tensor" in name else ()) for name in REFUSED])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.peers if "tensor" in name else ()) for name in REFUSED]
+)
 def test_what_is_no_array_is_refused_with_the_way_to_one(name: str) -> None:
     make, message = REFUSED[name]
     for argument, act in _takers(make()).items():
@@ -156,11 +180,15 @@ def test_masked_arrays_are_refused_by_all_that_holds_or_takes_results(value: np.
         "mean": lambda: fastbn.Moments(2, value[0], np.ones(3)),
     }
     with pytest.raises(
-        TypeError, match=r"^out: given a masked array, whose mask would stay as it is; want a plain array, for example out.data$"
+        TypeError,
+        match=r"^out: given a masked array, whose mask would stay as it is; want a plain array, for "
+        r"example out.data$",
     ):
         fastbn.batch_norm(ROWS, out=out, backend="reference")
     for argument, act in acts.items():
-        with pytest.raises(TypeError, match=f"^{argument}: given a masked array, whose mask would be ignored; want a plain array"):
+        with pytest.raises(
+            TypeError, match=f"^{argument}: given a masked array, whose mask would be ignored; want a plain array"
+        ):
             act()
     bn.gamma = np.ma.masked_array(np.ones(3, np.float32), [True, False, False])
     with pytest.raises(TypeError, match=r"^gamma: given a masked array"):

@@ -20,19 +20,32 @@ import fastbn
 ROOT = Path(__file__).parents[1]
 KERNELS = "float32,float64"  # those that other tests have compiled
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="guard pages are of mmap and mprotect, processes of fork")
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux", reason="guard pages are of mmap and mprotect, processes of fork"
+)
 
 
 def run(script: str, *words: str) -> subprocess.CompletedProcess[str]:
     places = [str(ROOT / "tests"), str(ROOT), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(places), "NUMBA_NUM_THREADS": "2"}
-    return subprocess.run([sys.executable, "-c", script, *words], env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run(
+        [sys.executable, "-c", script, *words], env=environment, capture_output=True, text=True, check=False
+    )
 
 
 def test_nothing_is_found() -> None:
     """Of the first calls; .ci/run makes as many as a minute holds."""
     done = run(
-        "import sys, fuzz; sys.exit(fuzz.main())", "--calls", "150", "--seconds", "600", "--jobs", "1", "--no-torch", "--dtypes", KERNELS
+        "import sys, fuzz; sys.exit(fuzz.main())",
+        "--calls",
+        "150",
+        "--seconds",
+        "600",
+        "--jobs",
+        "1",
+        "--no-torch",
+        "--dtypes",
+        KERNELS,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "findings: 0" in done.stdout
@@ -42,27 +55,42 @@ def test_nothing_is_found() -> None:
 ENDS = "ends the process (SIG"
 BROKEN: dict[str, tuple[str, tuple[str, ...]]] = {
     "checks.check_place = lambda *_, **__: None": ("batch_norm", ("out=over x): y is wrong",)),
-    "checks.check_out = lambda *_, **__: None": ("batch_norm_inference", ("out=row): was accepted", "out=swapped): y is wrong")),
+    "checks.check_out = lambda *_, **__: None": (
+        "batch_norm_inference",
+        ("out=row): was accepted", "out=swapped): y is wrong"),
+    ),
     "checks.check_like = lambda array, x, name: np.asarray(array)": (
         "batch_norm_backward_reduce",
         ("dy=int16): TypeError that names no argument",),
     ),
     "checks.as_parameter = lambda value, *_: value": ("batch_norm_inference", ("gamma=short): was accepted", ENDS)),
-    "checks.as_statistic = lambda value, *_: value": ("batch_norm_inference", ("mean=short): was accepted", "y is wrong", ENDS)),
+    "checks.as_statistic = lambda value, *_: value": (
+        "batch_norm_inference",
+        ("mean=short): was accepted", "y is wrong", ENDS),
+    ),
     "after('batch_norm', lambda result, x, *_: put(x, 0))": ("batch_norm", ("wrote where it should not", ENDS)),
     "after('batch_norm', lambda result, *_: scale(result[0]))": ("batch_norm", ("y is wrong",)),
     "after('moments', lambda result, *_: scale(result.m2))": ("moments", ("var is wrong",)),
     "after('moments', lambda result, *_: [][0])": ("moments", ("refused what is right (IndexError)",)),
     "after('moments', lambda result, *_: os.abort())": ("moments", (f"{ENDS}ABRT)",)),
     "after('batch_norm_backward', lambda result, *_: scale(result[1]))": ("batch_norm_backward", ("dgamma is wrong",)),
-    "after('batch_norm_inference', lambda y, *_: beyond(y, 1))": ("batch_norm_inference", ("wrote where it should not", ENDS)),
-    "after('batch_norm_inference', lambda y, *_: beyond(y, -1))": ("batch_norm_inference", ("wrote where it should not", ENDS)),
+    "after('batch_norm_inference', lambda y, *_: beyond(y, 1))": (
+        "batch_norm_inference",
+        ("wrote where it should not", ENDS),
+    ),
+    "after('batch_norm_inference', lambda y, *_: beyond(y, -1))": (
+        "batch_norm_inference",
+        ("wrote where it should not", ENDS),
+    ),
     "layer(lambda bn: scale(bn.running_var), lambda bn: None)": ("layer", ("running_var is wrong",)),
     "layer(lambda bn: scale(bn.gamma), lambda bn: None)": (
         "layer",
         ("BatchNorm.forward(): wrote", "BatchNorm.state_dict(): weight is wrong"),
     ),
-    "layer(lambda bn: None, lambda bn: setattr(bn, 'num_batches_tracked', 77))": ("layer", ("an error, but state was changed",)),
+    "layer(lambda bn: None, lambda bn: setattr(bn, 'num_batches_tracked', 77))": (
+        "layer",
+        ("an error, but state was changed",),
+    ),
 }
 BREAK = """
 import contextlib, ctypes, json, os, sys
@@ -124,7 +152,19 @@ for broken, (only, parts) in json.loads(sys.argv.pop(1)).items():
 
 @pytest.mark.process
 def test_what_is_broken_is_found() -> None:
-    done = run(BREAK, json.dumps(BROKEN), "--calls", "4000", "--seconds", "600", "--jobs", "1", "--no-torch", "--dtypes", "float32")
+    done = run(
+        BREAK,
+        json.dumps(BROKEN),
+        "--calls",
+        "4000",
+        "--seconds",
+        "600",
+        "--jobs",
+        "1",
+        "--no-torch",
+        "--dtypes",
+        "float32",
+    )
     assert done.returncode == 0, done.stderr
     for (broken, (_, parts)), line in zip(BROKEN.items(), done.stdout.splitlines(), strict=True):
         found = json.loads(line)
@@ -174,7 +214,9 @@ def test_what_a_wrong_array_means(make: Maker) -> None:
 
 
 def test_what_a_layer_holds_is_known(make: Maker) -> None:
-    """Of copies too: arrays of a subclass stay of it, a mapped one can then be written; of a count that a state does not replace."""
+    """Of copies too: arrays of a subclass stay of it, a mapped one can then be written; of a count that a state does
+    not replace.
+    """
     found: list[Finding] = []
     judge = Judge(0, ["float32"], lambda text: None, found.append)
     for kind in ("mapped", "subclass", "read-only", "list"):
@@ -188,7 +230,10 @@ def test_what_a_layer_holds_is_known(make: Maker) -> None:
             model.bn.running_var[0] = 7.0
         model.learn()
         held = model.is_["running_var"]
-        assert (held.value is model.bn.running_var, held.status) == (True, {"read-only": RIGHT, "list": UNKNOWN}.get(kind, ODD))
+        assert (held.value is model.bn.running_var, held.status) == (
+            True,
+            {"read-only": RIGHT, "list": UNKNOWN}.get(kind, ODD),
+        )
         assert held.wide is None if kind == "list" else list(held.wide) == [7.0, 2.0, 4.0]
         model.forward()
     model = Layer(judge, make, fastbn.BatchNorm(3, track_running_stats=False), np.dtype("f4"), (4, 3), 1, [])

@@ -1,4 +1,6 @@
-"""How arrays are cut for a GPU: every element exactly once, at any size, and sizes that the hardware and float32 can take."""
+"""How arrays are cut for a GPU: every element exactly once, at any size, and sizes that the hardware and float32 can
+take.
+"""
 
 import math
 from unittest import mock
@@ -68,8 +70,17 @@ def test_every_channel_is_finished_once(entries: int, C: int) -> None:
     assert across < 2 * C
 
 
-@given(N=SIZES, C=SIZES, S=SIZES, lanes=LANES, tables=st.sampled_from([1, grids.TABLES]), gaps=st.sampled_from(["none", "outer", "both"]))
-def test_runs_cover_every_element_once_and_know_its_channel(N: int, C: int, S: int, lanes: int, tables: int, gaps: str) -> None:
+@given(
+    N=SIZES,
+    C=SIZES,
+    S=SIZES,
+    lanes=LANES,
+    tables=st.sampled_from([1, grids.TABLES]),
+    gaps=st.sampled_from(["none", "outer", "both"]),
+)
+def test_runs_cover_every_element_once_and_know_its_channel(
+    N: int, C: int, S: int, lanes: int, tables: int, gaps: str
+) -> None:
     outer, inner = {"none": (C * S, S), "outer": (C * S + 3, S), "both": (C * (S + 2), S + 2)}[gaps]
     with mock.patch.object(grids, "TABLES", tables):  # of one column no table is short enough
         grid = grids.runs(N, C, S, lanes, [(outer, inner)])
@@ -103,17 +114,31 @@ def test_runs_cover_every_element_once_and_know_its_channel(N: int, C: int, S: i
         assert grid.mode == grids.ONE or (found[1] == found[1][:, :1]).all()
 
 
-@given(N=SIZES, C=SIZES, S=SIZES, lanes=LANES, tables=st.sampled_from([1, grids.TABLES]), gaps=st.sampled_from(["none", "outer", "both"]))
+@given(
+    N=SIZES,
+    C=SIZES,
+    S=SIZES,
+    lanes=LANES,
+    tables=st.sampled_from([1, grids.TABLES]),
+    gaps=st.sampled_from(["none", "outer", "both"]),
+)
 def test_groups_find_their_coefficients(N: int, C: int, S: int, lanes: int, tables: int, gaps: str) -> None:
     outer, inner = {"none": (C * S, S), "outer": (C * S + 3, S), "both": (C * (S + 2), S + 2)}[gaps]
     with mock.patch.object(grids, "TABLES", tables):  # of one column no table is short enough
         grid = grids.runs(N, C, S, lanes, [(outer, inner)])
-    places = [(copy * C + c) * grid.columns + j for copy in range(grid.copies) for c in range(C) for j in range(grid.columns)]
-    table = dict(zip(places, (c for _ in range(grid.copies) for c in range(C) for _ in range(grid.columns)), strict=True))
+    places = [
+        (copy * C + c) * grid.columns + j for copy in range(grid.copies) for c in range(C) for j in range(grid.columns)
+    ]
+    table = dict(
+        zip(places, (c for _ in range(grid.copies) for c in range(C) for _ in range(grid.columns)), strict=True)
+    )
     for run in range(min(grid.runs, 3 * C)):
         for e in range(0, min(grid.length, 3 * C * S * lanes), lanes):
             count = min(lanes, grid.length - e)
-            want = [(run * (1 if grid.runs > 1 and grid.inner > 1 else C * grid.runs) + (e + k) // S) % C for k in range(count)]
+            want = [
+                (run * (1 if grid.runs > 1 and grid.inner > 1 else C * grid.runs) + (e + k) // S) % C
+                for k in range(count)
+            ]
             c, s = (run * grid.per_run + e // grid.S) % grid.C, e % grid.S
             if grid.mode == grids.TABLE:
                 assert [table[s + k] for k in range(count)] == want
@@ -121,7 +146,15 @@ def test_groups_find_their_coefficients(N: int, C: int, S: int, lanes: int, tabl
                 assert [c if grid.mode == grids.ONE or k < S - s else (c + 1) % C for k in range(count)] == want
 
 
-HUGE = [(1, 1, 2**33), (2**13, 64, 2**14), (2**33, 1, 1), (2**25, 256, 1), (1, 2**20, 2**13), (2**10, 2**20, 8), (3, 5, 7 * 2**27 + 1)]
+HUGE = [
+    (1, 1, 2**33),
+    (2**13, 64, 2**14),
+    (2**33, 1, 1),
+    (2**25, 256, 1),
+    (1, 2**20, 2**13),
+    (2**10, 2**20, 8),
+    (3, 5, 7 * 2**27 + 1),
+]
 
 
 @pytest.mark.parametrize(("N", "C", "S"), HUGE)
@@ -144,14 +177,19 @@ def test_arrays_of_billions_of_elements(N: int, C: int, S: int, lanes: int) -> N
 
 
 @pytest.mark.parametrize(
-    ("N", "C", "S"), [(2, 10_000_001, 1), (2, 2**28 + 1, 1), (8, 2**28 + 1, 1), (63, 10_000_001, 1), (2**20, 2001, 1), (3, 100_001, 5)]
+    ("N", "C", "S"),
+    [(2, 10_000_001, 1), (2, 2**28 + 1, 1), (8, 2**28 + 1, 1), (63, 10_000_001, 1), (2**20, 2001, 1), (3, 100_001, 5)],
 )
 @pytest.mark.parametrize("lanes", [2, 4, 8])
 def test_a_table_of_coefficients_is_no_longer_than_the_array(N: int, C: int, S: int, lanes: int) -> None:
-    """But for what each channel takes: four numbers of float32 beside as many as there are in a column, or of float64."""
+    """But for what each channel takes: four numbers of float32 beside as many as there are in a column, or of
+    float64.
+    """
     grid = grids.runs(N, C, S, lanes, [(C * S, S)])
     columns = grid.S if grid.mode == grids.TABLE else grid.C
-    assert 4 * columns * (8 if lanes == 2 else 4) <= max(N * C * S * 16 // lanes, 4 * (C * S + lanes) * (8 if lanes == 2 else 4))
+    assert 4 * columns * (8 if lanes == 2 else 4) <= max(
+        N * C * S * 16 // lanes, 4 * (C * S + lanes) * (8 if lanes == 2 else 4)
+    )
     assert columns < 2**31
 
 
@@ -165,9 +203,15 @@ def test_large_arrays_keep_a_device_busy_and_small_ones_do_not_shatter() -> None
 def test_more_channels_than_32_bits_count_are_refused() -> None:
     grids.check_channels(2**31 - 8)
     for shape, axis in (((2, 2**31 - 7), 1), ((1, 2**32, 1, 1), 1)):
-        buffer = buffers.Buffer(0, shape, tuple(math.prod(shape[a + 1 :]) for a in range(len(shape))), "float16", False, None, None)
+        buffer = buffers.Buffer(
+            0, shape, tuple(math.prod(shape[a + 1 :]) for a in range(len(shape))), "float16", False, None, None
+        )
         plan = layout.planned(shape, tuple(2 * step for step in buffer.strides), axis, 2)
-        with pytest.raises(ValueError, match=rf"x: given {shape[1]} channels, want at most 2147483640 on a GPU: pass it in slices"):
+        with pytest.raises(
+            ValueError,
+            match=rf"x: given {shape[1]} channels, want at most 2147483640 on a GPU: pass "
+            rf"it in slices",
+        ):
             views.view(buffer, plan)
 
 

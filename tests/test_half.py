@@ -1,4 +1,6 @@
-"""float16 and bfloat16: the bits are those of the float32 result rounded to nearest even, the statistics are float32's own."""
+"""float16 and bfloat16: the bits are those of the float32 result rounded to nearest even, the statistics are float32's
+own.
+"""
 
 import platform
 from pathlib import Path
@@ -78,7 +80,9 @@ def _float32(bits: Any) -> np.ndarray:
 
 @np.errstate(invalid="ignore")  # signaling NaN among the bit patterns
 def _to_round(dtype: str) -> np.ndarray:
-    """float32 values at, between and around all values of a half dtype: every one, every tie, the neighbours of both."""
+    """float32 values at, between and around all values of a half dtype: every one, every tie, the neighbours of
+    both.
+    """
     every = np.arange(1 << 16, dtype=np.uint16).view(dtype)
     every = np.sort(every[np.isfinite(every)].astype(np.float64))
     last = ml_dtypes.finfo(dtype)
@@ -92,7 +96,9 @@ def _to_round(dtype: str) -> np.ndarray:
 
 @np.errstate(invalid="ignore")
 def _nearest_even(values: np.ndarray, dtype: str) -> np.ndarray:
-    """Rounded by the definition, from float64 arithmetic alone: to a multiple of the unit in the last place, ties to an even one."""
+    """Rounded by the definition, from float64 arithmetic alone: to a multiple of the unit in the last place, ties to an
+    even one.
+    """
     info = ml_dtypes.finfo(dtype)
     wide = values.astype(np.float64)
     exponent = np.maximum(np.frexp(wide)[1] - 1, int(info.minexp))
@@ -120,8 +126,12 @@ def _same_values(got: np.ndarray, want: np.ndarray) -> None:
 
 @pytest.mark.parametrize("channels_last", [True, False])
 @every_half_and_backend
-def test_every_tie_subnormal_and_overflow_is_rounded_to_nearest_even(dtype: str, channels_last: bool, backend: str) -> None:
-    """With x = 0 and constants 0 and 1, y is beta; with dy = 1, dx is gamma: any float32 can be sent through the rounding, in silence."""
+def test_every_tie_subnormal_and_overflow_is_rounded_to_nearest_even(
+    dtype: str, channels_last: bool, backend: str
+) -> None:
+    """With x = 0 and constants 0 and 1, y is beta; with dy = 1, dx is gamma: any float32 can be sent through the
+    rounding, in silence.
+    """
     values = _to_round(dtype)
     want = np.repeat(_nearest_even(values, dtype)[:, None], 3, 1)
     shape = (3, values.size) if channels_last else (values.size, 3)
@@ -129,7 +139,9 @@ def test_every_tie_subnormal_and_overflow_is_rounded_to_nearest_even(dtype: str,
     zero, mean, var = np.zeros(shape, dtype), np.zeros(values.size), np.ones(values.size)
     y = fastbn.batch_norm_inference(zero, mean, var, None, values, axis, 0.0, backend=backend)
     _same_values(np.moveaxis(y, axis, 0), want)
-    dx = fastbn.batch_norm_inference_backward(np.ones_like(zero), zero, mean, var, values, axis, 0.0, backend=backend)[0]
+    dx = fastbn.batch_norm_inference_backward(np.ones_like(zero), zero, mean, var, values, axis, 0.0, backend=backend)[
+        0
+    ]
     _same_values(np.moveaxis(dx, axis, 0), want)
 
 
@@ -147,12 +159,14 @@ def test_training_overflows_and_poisons_in_silence(dtype: str, backend: str) -> 
     dx, dgamma, dbeta = fastbn.batch_norm_inference_backward(dy, x, m.mean, m.var(), big, backend=backend)
     assert np.isinf(dx.astype(np.float64)).all()
     assert np.isfinite(dgamma).all() or dtype == "bfloat16"
-    np.testing.assert_array_equal(np.isinf(dbeta), dtype == "bfloat16")  # a sum of three of the largest: beyond float32 only there
+    # a sum of three of the largest: beyond float32 only there
+    np.testing.assert_array_equal(np.isinf(dbeta), dtype == "bfloat16")
     x[1, 0] = np.nan
     assert np.isnan(fastbn.batch_norm(x, big, backend=backend)[0].astype(np.float64))[:, 0].all()
 
 
-OFFSETS = {"float16": (0.0, 3.0, 100.0, 1000.0), "bfloat16": (0.0, 3.0, 30.0, 100.0)}  # where the dtype still has steps below 1
+# where the dtype still has steps below 1
+OFFSETS = {"float16": (0.0, 3.0, 100.0, 1000.0), "bfloat16": (0.0, 3.0, 30.0, 100.0)}
 
 
 @pytest.mark.parametrize("layout", COMPACT)
@@ -167,7 +181,11 @@ def test_within_the_limits_of_the_same_half_data(dtype: str, layout: str, backen
             y, m = fastbn.batch_norm(x, gamma, beta, eps=EPS, backend=backend)
             found = {"mean": m.mean, "var": m.var(), "y": y}
             wanted = {"mean": stats.mean, "var": stats.var, "y": published.normalized(x, *given, gamma, beta, 1, EPS)}
-            found |= zip(("dx", "dgamma", "dbeta"), fastbn.batch_norm_backward(dy, x, m, gamma, eps=EPS, backend=backend), strict=True)
+            found |= zip(
+                ("dx", "dgamma", "dbeta"),
+                fastbn.batch_norm_backward(dy, x, m, gamma, eps=EPS, backend=backend),
+                strict=True,
+            )
             wanted |= published.gradients(dy, x, *given, gamma, 1, EPS, True)._asdict()
             natural = scales(dy, x, *given, gamma, beta, 1, EPS, True)
             for quantity, got in found.items():
@@ -182,7 +200,9 @@ def test_the_rounding_allowed_is_half_a_unit(dtype: str) -> None:
     check("y", dtype, nearest, want)
     for side in (-np.inf, np.inf):
         neighbour = np.nextafter(nearest, np.array(side, dtype))
-        assert (np.abs(neighbour.astype(np.float64) - want) > rounding("y", neighbour))[np.abs(want) > 1e-3].mean() > 0.99
+        assert (np.abs(neighbour.astype(np.float64) - want) > rounding("y", neighbour))[
+            np.abs(want) > 1e-3
+        ].mean() > 0.99
 
 
 @every_half_and_backend
@@ -195,7 +215,9 @@ def test_a_constant_channel_gives_exactly_beta_rounded(dtype: str, backend: str)
         y, m = fastbn.batch_norm(x, None, beta, eps=EPS, backend=backend)
         np.testing.assert_array_equal(m.mean, values.astype(np.float64))
         np.testing.assert_array_equal(m.m2, 0.0)
-        np.testing.assert_array_equal(np.moveaxis(y, 1, -1).reshape(-1, 4), np.broadcast_to(beta.astype(dtype), (x.size // 4, 4)))
+        np.testing.assert_array_equal(
+            np.moveaxis(y, 1, -1).reshape(-1, 4), np.broadcast_to(beta.astype(dtype), (x.size // 4, 4))
+        )
 
 
 @every_half_and_backend
@@ -240,7 +262,12 @@ ALL_BITS = """
 @pytest.mark.parametrize("cpu", ["generic", "nehalem"])
 def test_every_half_on_processors_without_a_conversion(cpu: str, tmp_path: Path) -> None:
     """65,536 patterns, 8 factors: the bits of NumPy's conversion. LLVM's own would abort the process."""
-    environment = {"NUMBA_CPU_NAME": cpu, "NUMBA_CPU_FEATURES": "", "NUMBA_NUM_THREADS": "1", "NUMBA_CACHE_DIR": str(tmp_path / "kernels")}
+    environment = {
+        "NUMBA_CPU_NAME": cpu,
+        "NUMBA_CPU_FEATURES": "",
+        "NUMBA_NUM_THREADS": "1",
+        "NUMBA_CACHE_DIR": str(tmp_path / "kernels"),
+    }
     out, _ = run(tmp_path / "script.py", ALL_BITS, environment)
     assert out == f"0\n{[True] * 6}\n"
 
@@ -253,7 +280,14 @@ def test_which_processors_convert() -> None:
     from fastbn.cpu.kernels import half as _half
 
     assert cpu_target.target_context.codegen().magic_tuple()  # LLVM's targets are registered with numba's
-    names = {"generic": False, "nehalem": False, "sandybridge": False, "ivybridge": True, "haswell": True, "znver4": True}
+    names = {
+        "generic": False,
+        "nehalem": False,
+        "sandybridge": False,
+        "ivybridge": True,
+        "haswell": True,
+        "znver4": True,
+    }
     triple = "x86_64-unknown-linux-gnu"
     assert {name: _half.converts(triple, name, "") for name in names} == names
     assert _half.converts(triple, "generic", "+f16c")

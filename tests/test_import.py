@@ -1,4 +1,6 @@
-"""What `import fastbn` costs and does: little time, no compilation, no driver, no warning; and the names that it gives."""
+"""What `import fastbn` costs and does: little time, no compilation, no driver, no warning; and the names that it
+gives.
+"""
 
 import importlib.metadata
 import inspect
@@ -40,7 +42,8 @@ def test_is_clean_with_warnings_as_errors() -> None:
 
 
 HEAVY = (
-    "numba.cuda", "numba_cuda", "cuda", "cupy", "ml_dtypes", "torch", "jax", "onnx", "scipy", "sklearn", "matplotlib", "rich", "dask",
+    "numba.cuda", "numba_cuda", "cuda", "cupy", "ml_dtypes", "torch", "jax", "onnx", "scipy", "sklearn", "matplotlib",
+    "rich", "dask",
     "distributed", "mpi4py",
 )  # fmt: skip
 
@@ -60,7 +63,8 @@ print(sorted({{str(e.data["dispatcher"].py_func.__name__) for _, e in seen.buffe
 
 def test_a_bridge_whose_package_is_absent_names_its_extra() -> None:
     code = (
-        "import sys; sys.modules['torch'] = None\ntry:\n    import fastbn.torch\nexcept ImportError as e:\n    print(type(e).__name__, e)"
+        "import sys; sys.modules['torch'] = None\ntry:\n    import fastbn.torch\nexcept ImportError as e:\n    "
+        "print(type(e).__name__, e)"
     )
     assert _python(code) == "MissingExtra fastbn.torch needs PyTorch: pip install 'fastbn[torch]'\n"
 

@@ -1,4 +1,6 @@
-"""Statistics of integers of 8 and 16 bits, as images have them: against exact arithmetic, in bounded memory, in every layout."""
+"""Statistics of integers of 8 and 16 bits, as images have them: against exact arithmetic, in bounded memory, in every
+layout.
+"""
 
 import tracemalloc
 from collections.abc import Callable
@@ -9,8 +11,8 @@ import pytest
 import fastbn
 from fastbn import functional
 
-# Float64 holds every value. What merges of pieces round: of the mean, relative to the largest value there is; of m2, where that is 4e5
-# deviations from zero, as one channel's is (2e-14 elsewhere).
+# Float64 holds every value. What merges of pieces round: of the mean, relative to the largest value there is; of m2,
+# where that is 4e5 deviations from zero, as one channel's is (2e-14 elsewhere).
 MEAN, M2 = 2e-15, 1e-11
 DTYPES = ("uint8", "int8", "uint16", "int16", ">u2", ">i2")
 
@@ -35,7 +37,9 @@ def _check(m: fastbn.Moments, x: np.ndarray, axis: int) -> None:
     assert (type(m.count), m.count) == (int, n)
     limit = MEAN * max(abs(int(np.iinfo(x.dtype).min)), np.iinfo(x.dtype).max)
     np.testing.assert_allclose(m.mean, [s / n for s in sums], rtol=0, atol=limit)
-    np.testing.assert_allclose(m.m2, [(n * q - s * s) / n for s, q in zip(sums, squares, strict=True)], rtol=M2, atol=n * limit**2)
+    np.testing.assert_allclose(
+        m.m2, [(n * q - s * s) / n for s, q in zip(sums, squares, strict=True)], rtol=M2, atol=n * limit**2
+    )
 
 
 SHAPES = ((6, 5), (4, 3, 7), (1, 2, 1), (3, 1, 9), (2, 3, 4, 5), (5, 300), (40, 70, 3))
@@ -99,6 +103,14 @@ def test_the_same_bits_on_any_number_of_threads() -> None:
 
 def test_nothing_else_takes_them() -> None:
     x = _draw("uint8", (4, 3))
-    for act in (lambda: fastbn.batch_norm(x), lambda: fastbn.BatchNorm(3)(x), lambda: fastbn.BatchNorm(3).recalibrate([x], progress=False)):
-        with pytest.raises(TypeError, match=r"^(batches: batch 0: )?x: given dtype uint8, want float16, .* or float64: convert it first"):
+    for act in (
+        lambda: fastbn.batch_norm(x),
+        lambda: fastbn.BatchNorm(3)(x),
+        lambda: fastbn.BatchNorm(3).recalibrate([x], progress=False),
+    ):
+        with pytest.raises(
+            TypeError,
+            match=r"^(batches: batch 0: )?x: given dtype uint8, want float16, .* or "
+            r"float64: convert it first",
+        ):
             act()

@@ -1,4 +1,6 @@
-"""Arrays that a user gives a layer, and `out` beside parameters and statistics: served right, whatever their strides, or refused."""
+"""Arrays that a user gives a layer, and `out` beside parameters and statistics: served right, whatever their strides,
+or refused.
+"""
 
 import re
 from collections.abc import Callable
@@ -152,13 +154,20 @@ def test_arrays_that_are_written_lie_apart(use: str, backend: str) -> None:
     pairs = [("running_mean", "running_var"), ("gamma", "running_mean"), ("beta", "running_var"), ("gamma", "beta")]
     for pair in pairs:
         writes = [name for name in pair if USES[use][1] and (use == "load_state_dict" or name in NAMES[2:])]
-        for arrays in ((whole[:C], whole[:C]), (whole[:C], whole[C // 2 :][:C]), (whole[::2], whole[:C]), (whole[::2], whole[1::2])):
+        for arrays in (
+            (whole[:C], whole[:C]),
+            (whole[:C], whole[C // 2 :][:C]),
+            (whole[::2], whole[:C]),
+            (whole[::2], whole[1::2]),
+        ):
             bn = _layer(backend)
             for name, array in zip(pair, arrays, strict=True):
                 setattr(bn, name, array)
             if writes and np.shares_memory(*arrays):
                 other = next(name for name in pair if name != writes[0])
-                message = f"{writes[0]}: given an array that overlaps {other}, want memory apart from it: give it a copy"
+                message = (
+                    f"{writes[0]}: given an array that overlaps {other}, want memory apart from it: give it a copy"
+                )
                 _refused(bn, use, ValueError, message)
             else:
                 USES[use][0](bn, None)
@@ -204,7 +213,9 @@ def test_out_lies_apart_from_parameters_and_statistics(function: str, dtype: str
             continue
         for array in inside:
             before = _root(out).tobytes()
-            with pytest.raises(ValueError, match=f"^out: given an array that overlaps {called}; want memory apart from it$"):
+            with pytest.raises(
+                ValueError, match=f"^out: given an array that overlaps {called}; want memory apart from it$"
+            ):
                 call(**good | {name: array}, out=out, backend=backend)
             assert _root(out).tobytes() == before
     memory = np.ones(values.size + C, dtype)  # one memory, apart
@@ -266,14 +277,22 @@ def test_in_place_in_swapped_byte_order_is_refused(backend: str) -> None:
     x = X.astype(">f4")
     for out in (x, np.empty_like(x)):  # which share their dtype, the object
         before = x.tobytes()
-        with pytest.raises(TypeError, match=r"^out: given dtype >f4 in swapped byte order, want float32, the dtype of x$"):
+        with pytest.raises(
+            TypeError,
+            match=r"^out: given dtype >f4 in swapped byte order, want float32, the dtype of "
+            r"x$",
+        ):
             fastbn.batch_norm(x, out=out, backend=backend)
         assert x.tobytes() == before
 
 
 def test_what_only_reads_statistics_takes_both_precisions(backend: str) -> None:
     for dtype, other in (("float32", "float64"), ("float64", "float32"), ("float32", ">f8")):
-        x, want, bn = X.astype(dtype), _layer(backend, dtype).eval(backward=True), _layer(backend, dtype).eval(backward=True)
+        x, want, bn = (
+            X.astype(dtype),
+            _layer(backend, dtype).eval(backward=True),
+            _layer(backend, dtype).eval(backward=True),
+        )
         for name in NAMES[2:]:
             setattr(bn, name, getattr(bn, name).astype(other))
             getattr(want, name)[...] = getattr(bn, name)

@@ -1,7 +1,7 @@
 """Every kernel and every branch of a schedule at small shapes, against the reference.
 
-The constants of the schedule are made small, so that parts, pieces of rows, folds and column groups all occur; run once compiled, and
-once as plain Python (NUMBA_DISABLE_JIT=1), where every line of a kernel must have run.
+The constants of the schedule are made small, so that parts, pieces of rows, folds and column groups all occur; run once
+compiled, and once as plain Python (NUMBA_DISABLE_JIT=1), where every line of a kernel must have run.
 """
 
 import itertools
@@ -37,8 +37,8 @@ SETTINGS = {
     "fused": {"SERIAL_BYTES": 0, "SLAB_BYTES": 2**30, "PART_BYTES": 2048, "TASKS": 1, "BLOCK": 4},
     "stream": {"SERIAL_BYTES": 0, "STREAM_BYTES": 0, "TASKS": 1, "BLOCK": 8},
 }
-# Which shapes each setting walks in a way of its own: other flags in the schedules of the passes. What is not here differs from "parts" in
-# how many blocks or channels go together at most.
+# Which shapes each setting walks in a way of its own: other flags in the schedules of the passes. What is not here
+# differs from "parts" in how many blocks or channels go together at most.
 WALKS = {
     "default": tuple(SHAPES),
     "parts": tuple(SHAPES),

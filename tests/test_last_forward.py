@@ -19,7 +19,9 @@ rng = np.random.default_rng(0)
 X, DY = rng.normal(3, 2, (2, 6, 3, 5)).astype(np.float32)
 BEFORE = "backward before forward: call the layer on x first, y = bn(x)"
 FAILED = "backward after a forward that raised an error: call the layer again, y = bn(x)"
-EVALUATION = "backward after a forward in evaluation, which keeps no x unless asked to: bn.eval(backward=True), then y = bn(x)"
+EVALUATION = (
+    "backward after a forward in evaluation, which keeps no x unless asked to: bn.eval(backward=True), then y = bn(x)"
+)
 
 
 def _no_backward(bn: fastbn.BatchNorm, why: str) -> None:
@@ -111,7 +113,8 @@ def _assigned(bn: fastbn.BatchNorm) -> fastbn.BatchNorm:
     return bn
 
 
-HELD: dict[str, tuple[Callable[[fastbn.BatchNorm], Any], bool]] = {  # after this, which takes what the layer held before: is x held?
+# after this, which takes what the layer held before: is x held?
+HELD: dict[str, tuple[Callable[[fastbn.BatchNorm], Any], bool]] = {
     "training": (lambda bn: bn.train(), True),
     "eval(backward=True)": (lambda bn: bn.eval(backward=True), True),
     "eval": (lambda bn: bn.eval(), False),
@@ -124,7 +127,11 @@ HELD: dict[str, tuple[Callable[[fastbn.BatchNorm], Any], bool]] = {  # after thi
 @pytest.mark.parametrize("mode", HELD)
 @pytest.mark.parametrize("track", [True, False])
 def test_evaluation_keeps_x_only_where_asked(mode: str, track: bool, backend: str) -> None:
-    bn, set_mode, (before, x) = fastbn.BatchNorm(3, track_running_stats=track, backend=backend), HELD[mode], (X.copy(), X.copy())
+    bn, set_mode, (before, x) = (
+        fastbn.BatchNorm(3, track_running_stats=track, backend=backend),
+        HELD[mode],
+        (X.copy(), X.copy()),
+    )
     bn(before)
     first, last = weakref.ref(before), weakref.ref(x)
     del before
@@ -197,8 +204,12 @@ SEQUENCES = (
 @pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("made", [True, False])
 @pytest.mark.parametrize("sequence", SEQUENCES)
-def test_tracking_is_switched_as_pytorch_has_it(sequence: str, made: bool, momentum: float | None, backend: str) -> None:
-    """`track_running_stats` of a living layer: training moves what there is, or leaves it; evaluation uses what there is."""
+def test_tracking_is_switched_as_pytorch_has_it(
+    sequence: str, made: bool, momentum: float | None, backend: str
+) -> None:
+    """`track_running_stats` of a living layer: training moves what there is, or leaves it; evaluation uses what there
+    is.
+    """
     torch = pytest.importorskip("torch", reason="PyTorch is not installed")
     options: dict[str, Any] = {"momentum": momentum, "track_running_stats": made}
     theirs = torch.nn.BatchNorm1d(3, dtype=torch.float64, **options)
@@ -206,7 +217,9 @@ def test_tracking_is_switched_as_pytorch_has_it(sequence: str, made: bool, momen
     for step, word in enumerate(sequence.split()):
         if word == "call":
             x = (step + 1) * X.astype(np.float64) + step
-            np.testing.assert_allclose(bn(x), theirs(torch.from_numpy(x)).detach().numpy(), rtol=1e-9, atol=1e-9, err_msg=f"step {step}")
+            np.testing.assert_allclose(
+                bn(x), theirs(torch.from_numpy(x)).detach().numpy(), rtol=1e-9, atol=1e-9, err_msg=f"step {step}"
+            )
         elif word == "reset":
             if made or not theirs.track_running_stats:  # PyTorch's fails where there is nothing to reset
                 bn.reset_running_stats(), theirs.reset_running_stats()

@@ -62,7 +62,8 @@ def test_compact_arrays_are_never_copied(arrangement: str, case: Case, dtype: st
 @pytest.mark.parametrize(
     ("shape", "window", "kind"),
     [
-        ((4, 6, 8, 10), np.s_[:, :, 1:5], "channels_first"),  # rows of the image dropped: S stays whole, channels move apart
+        # rows of the image dropped: S stays whole, channels move apart
+        ((4, 6, 8, 10), np.s_[:, :, 1:5], "channels_first"),
         ((4, 6, 50), np.s_[:, 1:4, :], "channels_first"),  # channels dropped
         ((9, 6, 50), np.s_[::2], "channels_first"),  # samples dropped
         ((40, 16), np.s_[::3, 2:9], "channels_last"),  # samples and features dropped
@@ -102,12 +103,16 @@ def _holds_the_channels_of(x: np.ndarray, axis: int) -> None:
 
 @st.composite
 def arrays(draw: st.DrawFn) -> tuple[np.ndarray, int]:
-    """(x, axis): any shape, order of the axes in memory, and slicing with steps, backwards too; every value different."""
+    """(x, axis): any shape, order of the axes in memory, and slicing with steps, backwards too; every value
+    different.
+    """
     shape = draw(st.lists(st.integers(1, 4), min_size=2, max_size=5))
     order = draw(st.permutations(range(len(shape))))
     steps = draw(st.lists(st.sampled_from([1, 1, 1, 2, -1]), min_size=len(shape), max_size=len(shape)))
     margins = draw(st.lists(st.sampled_from([0, 0, 1]), min_size=len(shape), max_size=len(shape)))
-    whole = np.empty([abs(step) * n + margin for n, step, margin in zip(shape, steps, margins, strict=True)], np.float32)
+    whole = np.empty(
+        [abs(step) * n + margin for n, step, margin in zip(shape, steps, margins, strict=True)], np.float32
+    )
     whole = whole.transpose(order).copy().transpose(np.argsort(order))
     window = tuple(slice(0, abs(step) * n, abs(step)) for n, step in zip(shape, steps, strict=True))
     x = whole[window][tuple(slice(None, None, -1 if step < 0 else 1) for step in steps)]
@@ -191,7 +196,10 @@ def test_plan_for_is_the_plan_of_an_array_that_does_not_exist() -> None:
     assert layout.plan_for((1 << 20, 3, 1 << 20), np.float64, 1).dims == (1 << 20, 3, 1 << 20)
 
 
-@pytest.mark.skipif(bool(numba.config.DISABLE_JIT), reason="4 MB through plain Python kernels takes minutes, and vectors there are copies")
+@pytest.mark.skipif(
+    bool(numba.config.DISABLE_JIT),
+    reason="4 MB through plain Python kernels takes minutes, and vectors there are copies",
+)
 @pytest.mark.parametrize("arrangement", ["C", "Fortran", "channels_last"])
 def test_no_copy_of_x_is_made(arrangement: str) -> None:
     """Only for the kernels: the reference holds float64 copies by design."""

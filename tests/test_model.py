@@ -10,7 +10,9 @@ DIMS = [(32, 64, 3136), (32, 512, 49), (65536, 64), (128, 3), (4, 8, 655360)]
 
 @pytest.mark.parametrize("dims", DIMS)
 @pytest.mark.parametrize(("dtype", "itemsize"), [("float32", 4), ("float64", 8), ("float16", 2), ("bfloat16", 2)])
-def test_each_pass_moves_its_arrays_as_often_as_its_kernels_read_and_write_them(dims: tuple[int, ...], dtype: str, itemsize: int) -> None:
+def test_each_pass_moves_its_arrays_as_often_as_its_kernels_read_and_write_them(
+    dims: tuple[int, ...], dtype: str, itemsize: int
+) -> None:
     array = itemsize
     for n in dims:
         array *= n
@@ -52,7 +54,9 @@ def test_one_launch_takes_what_a_block_can_keep_in_cache() -> None:
 
 def test_explain_says_it_without_a_gpu() -> None:
     text = fastbn.explain((32, 64, 56, 56), "float32", backend="cuda").text
-    assert "forward: rows.moments_rows (768 blocks), finish.finish_forward (4 blocks), apply.normalize (1568 blocks)" in text
+    assert (
+        "forward: rows.moments_rows (768 blocks), finish.finish_forward (4 blocks), apply.normalize (1568 blocks)"
+    ) in text
     assert f"moves 77.07 MB, {77.070336 / 3350 * 1e3:.4g} us at 3350 GB/s" in text
     assert "backend: cuda (requested" in text
     assert "cpu: available" in text

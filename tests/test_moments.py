@@ -142,7 +142,9 @@ def test_moments_of_exact_data_are_exact(backend: str) -> None:
 # Made by hand: of stored counts and lists.
 
 
-@pytest.mark.parametrize("count", [np.int32(2_000_000_000), np.uint64(2_000_000_000), np.array(2_000_000_000), 2e9, np.float32(2e9)])
+@pytest.mark.parametrize(
+    "count", [np.int32(2_000_000_000), np.uint64(2_000_000_000), np.array(2_000_000_000), 2e9, np.float32(2e9)]
+)
 def test_counts_become_pythons(count: object) -> None:
     m = Moments(count, np.ones(2), np.ones(2))
     assert type(m.count) is int
@@ -154,7 +156,11 @@ def test_counts_become_pythons(count: object) -> None:
 @pytest.mark.parametrize("kind", [list, tuple, np.float32, np.float16, ">f8", "int8", "bfloat16"])
 def test_statistics_become_arrays_of_float64(kind: object) -> None:
     given = [1.0, 2.0]
-    made = kind(given) if kind in (list, tuple) else np.array(given).astype(dtypes.bfloat16() if kind == "bfloat16" else kind)
+    made = (
+        kind(given)
+        if kind in (list, tuple)
+        else np.array(given).astype(dtypes.bfloat16() if kind == "bfloat16" else kind)
+    )
     m = Moments(8, made, made)
     for values in (m.mean, m.m2):
         assert (type(values), values.dtype, values.dtype.isnative) == (np.ndarray, np.float64, True)
@@ -182,7 +188,8 @@ def test_arrays_of_float64_are_not_copied() -> None:
         ({"m2": np.ones((2, 1))}, ValueError, "m2: given shape (2, 1), want (C,), one value per channel"),
         ({"m2": np.ones(3)}, ValueError, "m2: given shape (3,), want (2,), that of mean"),
         ({"m2": ["1", "2"]}, TypeError, "m2: given dtype <U1, want numbers, of float64 or what becomes that"),
-        ({"mean": np.ones(2, complex)}, TypeError, "mean: given dtype complex128, want numbers, of float64 or what becomes that"),
+        ({"mean": np.ones(2, complex)}, TypeError, "mean: given dtype complex128, want numbers, of float64 or what "
+                                                   "becomes that"),
         ({"m2": [[1.0], [1.0, 2.0]]}, TypeError, "m2: given ragged or mixed data"),
         ({"mean": np.ma.masked_all(2)}, TypeError,
          "mean: given a masked array, whose mask would be ignored; want a plain array, for example mean.filled(...)"),
@@ -195,7 +202,13 @@ def test_what_can_be_no_moments(given: dict[str, object], error: type[Exception]
 
 def test_what_was_assigned_later_becomes_that_too_or_is_refused() -> None:
     want = Moments(4, [1.0, 2.0], [3.0, 5.0])
-    for name, value in (("count", 4.0), ("count", np.int32(4)), ("mean", [1, 2]), ("mean", np.array([1, 2], "f4")), ("m2", (3, 5))):
+    for name, value in (
+        ("count", 4.0),
+        ("count", np.int32(4)),
+        ("mean", [1, 2]),
+        ("mean", np.array([1, 2], "f4")),
+        ("m2", (3, 5)),
+    ):
         m = Moments(4, [1.0, 2.0], [3.0, 5.0])
         setattr(m, name, value)
         np.testing.assert_array_equal(m.var(1), want.var(1))
@@ -211,7 +224,12 @@ def test_what_was_assigned_later_becomes_that_too_or_is_refused() -> None:
         ("m2", None, "m2: given None, want an array"),
     ):
         setattr(m := Moments(4, [1.0, 2.0], [3.0, 5.0]), name, value)
-        for act in (m.var, lambda m=m: m.merge(want), lambda m=m: want.merge(m), lambda m=m: fastbn.RunningMoments(2).merge(m)):
+        for act in (
+            m.var,
+            lambda m=m: m.merge(want),
+            lambda m=m: want.merge(m),
+            lambda m=m: fastbn.RunningMoments(2).merge(m),
+        ):
             with pytest.raises((TypeError, ValueError), match=f"^{re.escape(message)}"):
                 act()
 
@@ -237,7 +255,8 @@ def test_track(dtype: str, backend: str) -> None:
         mean, var = np.array([0.5, 1 / 3, 7, 1], dtype), np.array([2, 1 / 7, 9, 1], dtype)
         with np.errstate(over="ignore"):
             wanted = [
-                ((1 - weight) * old.astype(np.float64) + weight * new).astype(dtype) for old, new in ((mean, m.mean), (var, m.m2 / 7))
+                ((1 - weight) * old.astype(np.float64) + weight * new).astype(dtype)
+                for old, new in ((mean, m.mean), (var, m.m2 / 7))
             ]
         select(backend).track(m, 7.0, weight, mean, var)
         np.testing.assert_allclose(mean, wanted[0], rtol=np.finfo(dtype).eps)

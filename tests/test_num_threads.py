@@ -50,7 +50,8 @@ def seen(serve: Callable[..., None]) -> list[int]:
 
         return run
 
-    serve(**{name: spy(getattr(reference, name)) for name in KERNELS})  # others work on (C,) arrays: one thread, whatever is asked
+    # others work on (C,) arrays: one thread, whatever is asked
+    serve(**{name: spy(getattr(reference, name)) for name in KERNELS})
     return numbers
 
 
@@ -79,10 +80,13 @@ def test_it_ends_with_an_error_too(call: str, serve: Callable[..., None]) -> Non
 
 
 @pytest.mark.parametrize(
-    ("given", "error"), [(0, ValueError), (-1, ValueError), (MOST + 1, ValueError), (1.0, TypeError), (True, TypeError), ("2", TypeError)]
+    ("given", "error"),
+    [(0, ValueError), (-1, ValueError), (MOST + 1, ValueError), (1.0, TypeError), (True, TypeError), ("2", TypeError)],
 )
 @every_call
-def test_a_number_that_cannot_be_is_refused_before_any_work(call: str, given: Any, error: type[Exception], seen: list[int]) -> None:
+def test_a_number_that_cannot_be_is_refused_before_any_work(
+    call: str, given: Any, error: type[Exception], seen: list[int]
+) -> None:
     default = threads.get_num_threads()
     with pytest.raises(error, match=r"^num_threads: given "):
         CALLS[call](num_threads=given, backend="cpu")
@@ -120,7 +124,9 @@ def test_a_layer_may_change_it_later(seen: list[int]) -> None:
     assert seen == [1, 1]
 
 
-@pytest.mark.skipif(bool(numba.config.DISABLE_JIT), reason="plain Python takes minutes for arrays large enough for several threads")
+@pytest.mark.skipif(
+    bool(numba.config.DISABLE_JIT), reason="plain Python takes minutes for arrays large enough for several threads"
+)
 def test_the_bits_are_the_same() -> None:
     x = np.random.default_rng(0).standard_normal((8, 16, 64, 64)).astype(np.float32)  # 2 MB: parallel kernels
     y, m = fastbn.batch_norm(x)

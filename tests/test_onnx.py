@@ -1,4 +1,5 @@
-"""The nine BatchNormalization cases of ONNX's backend tests: two of inference and two of training as the operator's own examples, five
+"""The nine BatchNormalization cases of ONNX's backend tests: two of inference and two of training as the operator's own
+examples, five
 networks of one layer that were converted from PyTorch; all of them float32."""
 
 import importlib
@@ -94,7 +95,9 @@ CASES = [*_node_tests(), *_converted_tests()]
 def test_the_nine_cases_were_found() -> None:
     assert sorted(case.name for case in CASES) == sorted(NODE | CONVERTED)
     assert len(CASES) == 9
-    assert sorted(case.name for case in CASES if case.attributes.get("training_mode")) == sorted(n for n in NODE if "training" in n)
+    assert sorted(case.name for case in CASES if case.attributes.get("training_mode")) == sorted(
+        n for n in NODE if "training" in n
+    )
     assert {array.dtype for case in CASES for array in case.inputs} == {np.dtype(np.float32)}
 
 

@@ -91,7 +91,9 @@ def test_a_numba_without_its_tbb_layer_is_told_from_a_missing_tbb(run: Run) -> N
 
 
 @process
-@pytest.mark.parametrize("call", ["fastbn.moments(x)", "fastbn.BatchNorm(16)(x)", "bn.backward(bn(x))", "seen.update(x)"])
+@pytest.mark.parametrize(
+    "call", ["fastbn.moments(x)", "fastbn.BatchNorm(16)(x)", "bn.backward(bn(x))", "seen.update(x)"]
+)
 def test_the_warning_points_at_the_users_line(run: Run, call: str) -> None:
     code = f"""
         x, bn, seen = np.ones((4, 16, 64, 64), np.float32), fastbn.BatchNorm(16), fastbn.RunningMoments(16)

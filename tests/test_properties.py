@@ -46,14 +46,20 @@ def problems(
     largest: int = 9,
     scales: tuple[float, ...] = (1e-3, 1.0, 1e3),
 ) -> Problem:
-    """Each channel a shuffled ramp of width about 1 with noise, so that no variance is tiny; then scaled and shifted."""
+    """Each channel a shuffled ramp of width about 1 with noise, so that no variance is tiny; then scaled and
+    shifted.
+    """
     n, channels, s = draw(st.integers(2, largest)), draw(st.integers(1, largest)), draw(st.integers(1, largest))
-    shape, axis = draw(st.sampled_from([((n, channels, s), 1), ((n, channels), 1), ((channels, n), 0), ((n, s, channels), 2)]))
+    shape, axis = draw(
+        st.sampled_from([((n, channels, s), 1), ((n, channels), 1), ((channels, n), 0), ((n, s, channels), 2)])
+    )
     scale, offset = draw(st.sampled_from(scales)), draw(st.sampled_from([0.0, 1.0, 100.0]))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     dtype = draw(st.sampled_from(dtypes))
     count = int(np.prod(shape)) // channels
-    ramps = rng.permuted(np.tile(np.linspace(-1, 1, count), (channels, 1)), axis=1) + 0.1 * rng.standard_normal((channels, count))
+    ramps = rng.permuted(np.tile(np.linspace(-1, 1, count), (channels, 1)), axis=1) + 0.1 * rng.standard_normal(
+        (channels, count)
+    )
     rest = [shape[a] for a in range(len(shape)) if a != axis]
     x = np.moveaxis((scale * (ramps + offset)).reshape(channels, *rest), 0, axis).astype(dtype)
     dy = rng.standard_normal(shape).astype(dtype)
@@ -80,7 +86,9 @@ def test_any_split_in_any_order_has_the_same_statistics(backend: str, p: Problem
 @every_dtype_and_backend
 @given(st.lists(st.integers(1, 8), min_size=1, max_size=12), st.data())
 def test_any_split_of_exact_data_is_exact(dtype: str, backend: str, ks: list[int], data: st.DataObject) -> None:
-    """Pairs m(1 - k/16), m(1 + k/16): every chunk of pairs has mean m exactly, and every sum of squares is representable."""
+    """Pairs m(1 - k/16), m(1 + k/16): every chunk of pairs has mean m exactly, and every sum of squares is
+    representable.
+    """
     m = np.array([1.0, -64.0, 2048.0])
     rows = np.stack([m * (1 + sign * k / 16) for k in ks for sign in (-1, 1)]).astype(dtype)
     cuts = [2 * at for at in sorted(data.draw(st.lists(st.integers(0, len(ks)), max_size=4)))]
@@ -96,7 +104,9 @@ def test_any_split_of_exact_data_is_exact(dtype: str, backend: str, ks: list[int
 def test_merge_with_an_empty_side_is_the_other(dtype: str, backend: str, data: st.DataObject) -> None:
     p = data.draw(problems((dtype,), scales=(1e-3, 1.0, 1e2)))  # float16 ends at 65504
     m = fastbn.moments(p.x, p.axis, backend=backend)
-    empty = fastbn.moments(np.empty([0 if a != p.axis else n for a, n in enumerate(p.x.shape)], p.x.dtype), p.axis, backend=backend)
+    empty = fastbn.moments(
+        np.empty([0 if a != p.axis else n for a, n in enumerate(p.x.shape)], p.x.dtype), p.axis, backend=backend
+    )
     for merged in (m.merge(empty), empty.merge(m)):
         assert (merged.count, merged.mean.tobytes(), merged.m2.tobytes()) == (m.count, m.mean.tobytes(), m.m2.tobytes())
 
@@ -123,7 +133,9 @@ def test_y_has_mean_beta_and_deviation_gamma(backend: str, p: Problem) -> None:
 
 @given(problems())
 def test_dx_sums_to_nothing_and_is_orthogonal_to_xhat(backend: str, p: Problem) -> None:
-    """What remains of the second identity is eps / (var + eps) of dgamma: the statistics don't quite cancel the scale."""
+    """What remains of the second identity is eps / (var + eps) of dgamma: the statistics don't quite cancel the
+    scale.
+    """
     m = fastbn.moments(p.x, p.axis, backend=backend)
     dx, dgamma, _ = fastbn.batch_norm_backward(p.dy, p.x, m, p.gamma, p.axis, p.eps, backend=backend)
     hat = published.xhat(p.x, m.mean, m.var(), p.axis, p.eps)
@@ -170,7 +182,9 @@ def test_gradients_are_the_finite_differences(backend: str, p: Problem, training
 def test_a_scale_of_x_changes_the_statistics_and_not_y(backend: str, p: Problem, power: int) -> None:
     scale = 2.0**power  # exact in x and in eps
     y, m = fastbn.batch_norm(p.x, p.gamma, p.beta, p.axis, p.eps, backend=backend)
-    scaled, n = fastbn.batch_norm(p.x * p.x.dtype.type(scale), p.gamma, p.beta, p.axis, p.eps * scale**2, backend=backend)
+    scaled, n = fastbn.batch_norm(
+        p.x * p.x.dtype.type(scale), p.gamma, p.beta, p.axis, p.eps * scale**2, backend=backend
+    )
     tiny = TINY[p.x.dtype.name]
     np.testing.assert_allclose(scaled, y, rtol=tiny, atol=8 * tiny)
     np.testing.assert_allclose(n.mean, scale * m.mean, rtol=tiny, atol=tiny * scale * np.sqrt(m.var().max()))
@@ -215,7 +229,11 @@ def test_channels_are_independent(dtype: str, backend: str, data: st.DataObject)
     def run(x: np.ndarray, dy: np.ndarray) -> list[np.ndarray]:
         y, m = fastbn.batch_norm(x, p.gamma, p.beta, p.axis, p.eps, backend=backend)
         dx, dgamma, dbeta = fastbn.batch_norm_backward(dy, x, m, p.gamma, p.axis, p.eps, backend=backend)
-        return [y.take(others, p.axis), dx.take(others, p.axis), *(array[others] for array in (m.mean, m.m2, dgamma, dbeta))]
+        return [
+            y.take(others, p.axis),
+            dx.take(others, p.axis),
+            *(array[others] for array in (m.mean, m.m2, dgamma, dbeta)),
+        ]
 
     for before, after in zip(run(p.x, p.dy), run(x, dy), strict=True):
         np.testing.assert_array_equal(after, before)

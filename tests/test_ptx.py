@@ -1,4 +1,5 @@
-"""Every CUDA kernel compiled to PTX and assembled, without a GPU: registers, spills, 16-byte accesses, no double precision by accident.
+"""Every CUDA kernel compiled to PTX and assembled, without a GPU: registers, spills, 16-byte accesses, no double
+precision by accident.
 
 What the PTX computes, `cuda/ptx` shows by executing it.
 """
@@ -27,9 +28,12 @@ pytestmark = [pytest.mark.ptx, pytest.mark.peers]
 STORED = ("float32", "float64", "uint16", "int16")
 KERNELS = compiler.kernels()
 FORMS = [
-    (name, statistic) for name, kernel in KERNELS.items() for statistic in compiler.STATISTICS[not compiler.takes_statistics(kernel) :]
+    (name, statistic)
+    for name, kernel in KERNELS.items()
+    for statistic in compiler.STATISTICS[not compiler.takes_statistics(kernel) :]
 ]
-ELEMENTS = [name for name in KERNELS if not name.startswith("finish.")]  # which are on a channel's numbers, and double on purpose
+# which are on a channel's numbers, and double on purpose
+ELEMENTS = [name for name in KERNELS if not name.startswith("finish.")]
 REGISTERS = 128  # with which two blocks of 256 threads share a multiprocessor
 DOUBLE_FEW = 4  # additions of the parts of a mean, once per channel, unrolled; a pass would have dozens
 DOUBLE_ENDS = 96  # instructions of `fused` that finish a channel's statistics, unrolled; its passes would have hundreds
@@ -67,7 +71,8 @@ def assemble(ptx: str, architecture: str, folder: Path) -> Assembled:
     log = done.stdout + done.stderr
     assert done.returncode == 0, log
     stack, stores, loads = (
-        sum(map(int, re.findall(rf"(\d+) bytes {what}", log))) for what in ("stack frame", "spill stores", "spill loads")
+        sum(map(int, re.findall(rf"(\d+) bytes {what}", log)))
+        for what in ("stack frame", "spill stores", "spill loads")
     )
     return Assembled(max(map(int, re.findall(r"Used (\d+) registers", log))), stack, stores + loads)
 
@@ -81,7 +86,9 @@ def nans(ptx: str) -> list[str]:
 
 def loaded(ptx: str) -> int:
     """Elements of half precision that global loads bring; tables of coefficients are float32."""
-    return 8 * len(re.findall(r"ld\.global\S*\.v4\.[bu]32\b", ptx)) + len(re.findall(r"ld\.global(?:\.nc)?\.[bu]16\b", ptx))
+    return 8 * len(re.findall(r"ld\.global\S*\.v4\.[bu]32\b", ptx)) + len(
+        re.findall(r"ld\.global(?:\.nc)?\.[bu]16\b", ptx)
+    )
 
 
 def complaints(ptx: str, name: str, stored: str) -> list[str]:
@@ -115,7 +122,8 @@ def test_what_kernels_are_compiled_to(stored: str, architecture: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("stored", "architecture"), [*((stored, "sm_90a") for stored in STORED), ("float32", "sm_80"), ("uint16", "sm_100a")]
+    ("stored", "architecture"),
+    [*((stored, "sm_90a") for stored in STORED), ("float32", "sm_80"), ("uint16", "sm_100a")],
 )
 def test_kernels_assemble_without_spills(stored: str, architecture: str, tmp_path: Path) -> None:
     """All dtypes for the target in the middle, one dtype for each of the others: 8 s for a dtype and a target."""
@@ -130,7 +138,15 @@ def test_arguments_reach_the_launch(stored: str) -> None:
     """Addresses, numbers and truths become what the driver takes, as numba-cuda has it."""
     kernel = object.__new__(dispatcher._Kernel)
     kernel.extensions = []
-    given: dict[str, Any] = {"x": 1 << 40, "w": 1 << 40, "s": 1 << 40, "t": 1 << 40, "i4": True, "i8": 1 << 40, "f": 0.5}
+    given: dict[str, Any] = {
+        "x": 1 << 40,
+        "w": 1 << 40,
+        "s": 1 << 40,
+        "t": 1 << 40,
+        "i4": True,
+        "i8": 1 << 40,
+        "f": 0.5,
+    }
     for found in jit.KERNELS:
         prepared: list[Any] = []
         types_of = found.signature(np.dtype(stored)).args
@@ -140,14 +156,20 @@ def test_arguments_reach_the_launch(stored: str) -> None:
         for token, value, wanted in zip(found.arguments, found.prepared(values), prepared, strict=True):
             if token in ("i4", "i8", "f"):
                 assert value.tobytes() == bytes(wanted), f"{found.name}: {token}"
-            assert getattr(value, "value", value) == getattr(wanted, "value", wanted) == given[token], f"{found.name}: {token}"
+            assert getattr(value, "value", value) == getattr(wanted, "value", wanted) == given[token], (
+                f"{found.name}: {token}"
+            )
 
 
 def test_a_number_that_does_not_fit_is_refused() -> None:
     kernel = jit.Kernel(lambda n: None, "i4")
     assert kernel.prepared([2**31 - 1])[0].dtype == np.int32
     for value in (2**31, -(2**31) - 1):
-        with pytest.raises(ValueError, match=rf"^x: too large for kernel .*, whose argument 0 of 32 bits would be {value}: give"):
+        with pytest.raises(
+            ValueError,
+            match=rf"^x: too large for kernel .*, whose argument 0 of 32 bits would be "
+            rf"{value}: give",
+        ):
             kernel.prepared([value])
 
 
@@ -165,7 +187,8 @@ def test_a_number_of_numpy_becomes_as_wide_as_its_argument(kind: Any) -> None:
 def test_a_launch_is_handed_over_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
     core = SimpleNamespace(
-        **{name: getattr(jit._core(), name) for name in ("Stream", "LaunchConfig")}, launch=lambda *given: seen.append(given)
+        **{name: getattr(jit._core(), name) for name in ("Stream", "LaunchConfig")},
+        launch=lambda *given: seen.append(given),
     )
     monkeypatch.setattr(jit, "_core", lambda: core)
     kernel = jit.KERNELS[0]
@@ -177,17 +200,42 @@ def test_a_launch_is_handed_over_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [getattr(value, "value", value) for value in arguments] == list(range(len(kernel.arguments)))
 
 
-# As the compiler made it before it was mended, and what else the checks are for: a kernel, what memory holds, and a change of its PTX.
+# As the compiler made it before it was mended, and what else the checks are for: a kernel, what memory holds, and a
+# change of its PTX.
 PLANTED: dict[str, tuple[str, str, Callable[[str], str]]] = {
-    "NaN constants": ("fused.forward_rows", "float32", lambda ptx: re.sub(r"(add\.f32\s+%f\d+, )%f\d+", r"\1 0f7FC00000", ptx, count=1)),
+    "NaN constants": (
+        "fused.forward_rows",
+        "float32",
+        lambda ptx: re.sub(
+            r"(add\.f32\s+%f\d+, "
+            r")%f\d+",
+            r"\1 0f7FC00000",
+            ptx,
+            count=1,
+        ),
+    ),
     "shared memory of one name twice": (
         "fused.forward_rows",
         "float32",
-        lambda ptx: ptx.replace(".visible .entry", ".shared .align 4 .b8 fastbn_few_256_float_1[1024];\n.visible .entry"),
+        lambda ptx: ptx.replace(
+            ".visible .entry", ".shared .align 4 .b8 fastbn_few_256_float_1[1024];\n.visible .entry"
+        ),
     ),
-    "accesses of 16-bit elements": ("apply.normalize", "int16", lambda ptx: re.sub(r"(ld\.global\S*v4)\.[bu]32", r"\1.u16", ptx)),
-    "raw bits in float32": ("apply.normalize", "uint16", lambda ptx: re.sub(r"ld\.global\S*\s+\{%r", "ld.global.v4.b16 {%f", ptx)),
-    "lanes that are not converted": ("rows.moments_rows", "uint16", lambda ptx: re.sub(r"cvt\.f32\.f16[^;]*;", "", ptx, count=1)),
+    "accesses of 16-bit elements": (
+        "apply.normalize",
+        "int16",
+        lambda ptx: re.sub(r"(ld\.global\S*v4)\.[bu]32", r"\1.u16", ptx),
+    ),
+    "raw bits in float32": (
+        "apply.normalize",
+        "uint16",
+        lambda ptx: re.sub(r"ld\.global\S*\s+\{%r", "ld.global.v4.b16 {%f", ptx),
+    ),
+    "lanes that are not converted": (
+        "rows.moments_rows",
+        "uint16",
+        lambda ptx: re.sub(r"cvt\.f32\.f16[^;]*;", "", ptx, count=1),
+    ),
     "no load of 16 bytes": ("columns.sums_columns", "float64", lambda ptx: ptx.replace("v2.f64", "f64")),
     "no store of 16 bytes": ("fused.backward_rows", "float32", lambda ptx: ptx.replace("v4.f32", "v2.f32")),
     "no end in double precision": ("fused.forward_columns", "int16", lambda ptx: ptx.replace(".f64", ".f32")),

@@ -1,4 +1,6 @@
-"""Scales that leave the range of float32: a coefficient that is infinite or subnormal there takes no digit of a result that is a number."""
+"""Scales that leave the range of float32: a coefficient that is infinite or subnormal there takes no digit of a result
+that is a number.
+"""
 
 from typing import NamedTuple
 
@@ -42,7 +44,10 @@ def _close(got: np.ndarray, want: np.ndarray, size: np.ndarray | float) -> bool:
     """Within 3e-6 of the size, or what float32 makes of a number that it can't hold."""
     single = want.astype(np.float32)
     number = np.isfinite(single)
-    near = np.abs(got[number].astype(np.float64) - want[number]) <= 3e-6 * np.broadcast_to(size, want.shape)[number] + 2e-45
+    near = (
+        np.abs(got[number].astype(np.float64) - want[number])
+        <= 3e-6 * np.broadcast_to(size, want.shape)[number] + 2e-45
+    )
     return bool(near.all()) and np.array_equal(got[~number], single[~number], equal_nan=True)
 
 
@@ -87,7 +92,13 @@ def _all(x: np.ndarray, dy: np.ndarray, gamma: np.ndarray) -> Arrays:
     with np.errstate(all="ignore"):
         y, m = fastbn.batch_norm(x, gamma)
         sums = fastbn.batch_norm_backward_reduce(dy, x, m.mean, m.var())
-        found = [y, m.mean, m.m2, *sums, fastbn.batch_norm_backward_input(dy, x, m.mean, m.var(), *sums, m.count, gamma)]
+        found = [
+            y,
+            m.mean,
+            m.m2,
+            *sums,
+            fastbn.batch_norm_backward_input(dy, x, m.mean, m.var(), *sums, m.count, gamma),
+        ]
         found += fastbn.batch_norm_backward(dy, x, m, gamma)
         found += fastbn.batch_norm_inference_backward(dy, x, m.mean, m.var(), gamma)
         return [*found, fastbn.batch_norm_inference(x, m.mean, m.var(), gamma)]
@@ -100,7 +111,13 @@ def test_a_channel_beyond_float32_leaves_the_others_their_bits(shape: tuple[int,
     x, dy = (COMPACT[layout](rng.standard_normal(shape).astype(np.float32), 1) for _ in range(2))
     gamma, others = np.ones(shape[1], np.float32), np.arange(shape[1]) != channel
     healthy = _all(x, dy, gamma)
-    for factor, weight, slope in ((1e31, 1.0, 1.0), (1e-42, 1.0, 1.0), (np.nan, 1.0, 1.0), (1e-3, 3.4e38, 1.0), (1.0, 1.0, 1e32)):
+    for factor, weight, slope in (
+        (1e31, 1.0, 1.0),
+        (1e-42, 1.0, 1.0),
+        (np.nan, 1.0, 1.0),
+        (1e-3, 3.4e38, 1.0),
+        (1.0, 1.0, 1e32),
+    ):
         other_x, other_dy, other_gamma = x.copy(order="K"), dy.copy(order="K"), gamma.copy()
         other_x[:, channel] *= np.float32(factor)
         other_dy[:, channel] *= np.float32(slope)

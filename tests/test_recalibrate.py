@@ -81,7 +81,9 @@ LOADERS: dict[str, Callable[[np.ndarray], Any]] = {
 def test_of_what_a_loader_gives_the_first_array_is_taken(loader: str) -> None:
     batches = _batches(dtype=np.float64)
     want = fastbn.BatchNorm(4, dtype="float64").recalibrate(batches, progress=False)
-    found = fastbn.BatchNorm(4, dtype="float64").recalibrate((LOADERS[loader](x) for x in batches if len(x)), progress=False)
+    found = fastbn.BatchNorm(4, dtype="float64").recalibrate(
+        (LOADERS[loader](x) for x in batches if len(x)), progress=False
+    )
     assert _state(found) == _state(want)
 
 
@@ -117,27 +119,35 @@ def _fails_at_the_end() -> Iterator[np.ndarray]:
 
 ONE = np.ones((1, 4, 1, 1), np.float32)
 REFUSED: list[tuple[Any, type[Exception], str]] = [
-    ([], ValueError, "batches: given no values, want at least one batch that has some (an iterator gives its batches only once)"),
-    ([ONE[:0]], ValueError, "batches: given no values, want at least one batch that has some (an iterator gives its batches only once)"),
+    ([], ValueError, "batches: given no values, want at least one batch that has some (an iterator gives its batches "
+                     "only once)"),
+    ([ONE[:0]], ValueError, "batches: given no values, want at least one batch that has some (an iterator gives its "
+                            "batches only once)"),
     ([ONE], ValueError, "batches: given one value per channel in all, want two or more: one has no unbiased variance"),
     (ONE, TypeError, "batches: given one ndarray, want an iterable of arrays: [x] for a single batch"),
-    ([ONE, {"x": ONE, "y": ONE}], TypeError, "batches: batch 1: given dict with keys 'x', 'y', want arrays: (batch[key] for batch in "
+    ([ONE, {"x": ONE, "y": ONE}], TypeError, "batches: batch 1: given dict with keys 'x', 'y', want arrays: "
+                                             "(batch[key] for batch in "
      "loader), with the key of the input"),
-    ([({"x": ONE}, ONE)], TypeError, "batches: batch 0: given dict with keys 'x', want arrays: (batch[key] for batch in loader), "
+    ([({"x": ONE}, ONE)], TypeError, "batches: batch 0: given dict with keys 'x', want arrays: (batch[key] for batch "
+                                     "in loader), "
      "with the key of the input"),
     ({"a": ONE}, TypeError, "batches: given dict with keys 'a', want an iterable of arrays: its values()?"),
     ((ONE, ONE), TypeError, "batches: given a tuple, one (input, target) of a loader? want the loader, or [batch]"),
     *(
-        ([ONE, batch], TypeError, "batches: batch 1: given a list of 3 arrays of shape (4, 1, 1), which forward would join to one, want an "
+        ([ONE, batch], TypeError, "batches: batch 1: given a list of 3 arrays of shape (4, 1, 1), which forward would "
+                                  "join to one, want an "
          "array: numpy.stack(batch), or batch[0] for the first alone")
         for batch in ([ONE[0]] * 3, ([ONE[0]] * 3, ONE))
     ),
     (7, TypeError, "batches: given int, want an iterable of arrays"),
     (_fails_at_the_end(), OSError, "the disk is gone"),
-    ([ONE, ONE[:, :2]], ValueError, "batches: batch 1: x: given 2 channels along axis 1 of shape (1, 2, 1, 1), want 4, as this layer has"),
-    ([ONE, ONE.astype(np.float64)], TypeError, "batches: batch 1: x: given dtype float64, want float32, this layer's: convert x, or make "
+    ([ONE, ONE[:, :2]], ValueError, "batches: batch 1: x: given 2 channels along axis 1 of shape (1, 2, 1, 1), want "
+                                    "4, as this layer has"),
+    ([ONE, ONE.astype(np.float64)], TypeError, "batches: batch 1: x: given dtype float64, want float32, this layer's: "
+                                               "convert x, or make "
      "the layer with dtype='float64'"),
-    ([ONE, ONE.astype(int)], TypeError, "batches: batch 1: x: given dtype int64, want float16, bfloat16, float32 or float64: convert it "
+    ([ONE, ONE.astype(int)], TypeError, "batches: batch 1: x: given dtype int64, want float16, bfloat16, float32 or "
+                                        "float64: convert it "
      "first, e.g. x.astype('float32')"),
 ]  # fmt: skip
 
@@ -176,7 +186,9 @@ def test_nan_stays_in_its_channel() -> None:
     np.testing.assert_array_equal(layer.running_mean[[0, 2, 3]], clean.running_mean[[0, 2, 3]])
 
 
-def test_a_bar_counts_the_batches_where_there_is_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_bar_counts_the_batches_where_there_is_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("rich", reason="a progress bar: pip install 'fastbn[demo]'")
     for name, value in (("FORCE_COLOR", "1"), ("TERM", "xterm"), ("COLUMNS", "100")):
         monkeypatch.setenv(name, value)

@@ -63,7 +63,10 @@ def test_one_value_at_a_time(backend: str) -> None:
 
 
 def test_merge_takes_both_kinds_and_leaves_the_other_alone(backend: str) -> None:
-    left, right = RunningMoments(3, backend=backend).update(DATA[:7]), RunningMoments(3, backend=backend).update(DATA[7:])
+    left, right = (
+        RunningMoments(3, backend=backend).update(DATA[:7]),
+        RunningMoments(3, backend=backend).update(DATA[7:]),
+    )
     mean, count = right.mean.copy(), right.count
     assert left.merge(right) is left
     _check(left, DATA, 1)
@@ -106,7 +109,8 @@ def test_nan_and_inf_stay_in_their_channel_for_good(value: float, backend: str) 
         (
             DATA.astype(int),
             TypeError,
-            "x: given dtype int64, want float16, bfloat16, float32 or float64, or integers of 8 or 16 bits: convert it first, "
+            "x: given dtype int64, want float16, bfloat16, float32 or float64, or integers of 8 or 16 bits: convert "
+            "it first, "
             "e.g. x.astype('float64')",
         ),
         (DATA[0, 0], ValueError, "x: given rank 1, shape (6,); want rank 2 or more: a batch axis and a channel axis"),
@@ -138,7 +142,10 @@ def test_a_refused_merge_changes_nothing(other: object, error: type[Exception], 
 
 @pytest.mark.parametrize(
     ("channels", "error", "message"),
-    [(0, ValueError, "num_features: given 0, want at least 1"), (1.5, TypeError, "num_features: given 1.5, want a positive integer")],
+    [
+        (0, ValueError, "num_features: given 0, want at least 1"),
+        (1.5, TypeError, "num_features: given 1.5, want a positive integer"),
+    ],
 )
 def test_channels_are_a_positive_integer(channels: object, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=f"^{re.escape(message)}$"):

@@ -1,4 +1,6 @@
-"""Arguments that are one value: whatever is given in their place, the documented error names them and nothing has changed."""
+"""Arguments that are one value: whatever is given in their place, the documented error names them and nothing has
+changed.
+"""
 
 import inspect
 from collections.abc import Callable
@@ -23,16 +25,23 @@ def _good(dtype: str = "float32") -> dict[str, Any]:
     row = np.ones(3, dtype)
     m = fastbn.moments(x, backend="reference")
     return {
-        "x": x, "dy": x.copy(), "mean": row, "var": row.copy(), "gamma": row.copy(), "beta": row.copy(), "sum_dy": row.copy(),
-        "sum_dy_xhat": row.copy(), "moments": m, "count": 20, "out": x.copy(), "axis": 1, "eps": 1e-5, "shape": SHAPE, "num_features": 3,
-        "m2": row.copy(), "chunk": x, "other": m, "bn": fastbn.BatchNorm(3), "weight": np.ones((3, 2), "f4"), "device": "cpu", "mode": True,
+        "x": x, "dy": x.copy(), "mean": row, "var": row.copy(), "gamma": row.copy(), "beta": row.copy(),
+        "sum_dy": row.copy(),
+        "sum_dy_xhat": row.copy(), "moments": m, "count": 20, "out": x.copy(), "axis": 1, "eps": 1e-5, "shape": SHAPE,
+        "num_features": 3,
+        "m2": row.copy(), "chunk": x, "other": m, "bn": fastbn.BatchNorm(3), "weight": np.ones((3, 2), "f4"),
+        "device": "cpu", "mode": True,
         "state": fastbn.BatchNorm(3).state_dict(), "num_threads": 1, "batches": [x],
     }  # fmt: skip
 
 
 LAYER, SEEN, M = fastbn.BatchNorm(3), fastbn.RunningMoments(3), fastbn.moments(_good()["x"], backend="reference")
 CALLS: dict[str, Callable[..., Any]] = {
-    **{name: getattr(fastbn, name) for name in fastbn.__all__ if callable(getattr(fastbn, name)) and name != "BackendUnavailable"},
+    **{
+        name: getattr(fastbn, name)
+        for name in fastbn.__all__
+        if callable(getattr(fastbn, name)) and name != "BackendUnavailable"
+    },
     "fold": fastbn.fold.fold,
     **{
         f"{type(owner).__name__}.{name}": method
@@ -114,7 +123,11 @@ def test_absurd_attributes(name: str) -> None:
     }
     for act, call in acts.items():
         for absurd, value in ABSURD.items():
-            if absurd in TAKEN[name] or name not in USED.get(act, OPTIONS) or (act == "reset_parameters" and absurd in LATER.get(name, ())):
+            if (
+                absurd in TAKEN[name]
+                or name not in USED.get(act, OPTIONS)
+                or (act == "reset_parameters" and absurd in LATER.get(name, ()))
+            ):
                 continue
             bn = fastbn.BatchNorm(3, backend="reference", momentum=None)
             setattr(bn, name, value)
@@ -140,7 +153,13 @@ def test_evaluation_looks_at_what_it_uses_and_attributes_become_what_they_should
         refused(lambda other=other: other(X), name, "list", [other])
     bn.momentum, bn.training, bn.num_batches_tracked = np.float32(0.5), np.bool_(True), np.array(7)
     bn(X)
-    assert (type(bn.momentum), bn.momentum, bn.training, type(bn.num_batches_tracked), bn.num_batches_tracked) == (float, 0.5, True, int, 8)
+    assert (type(bn.momentum), bn.momentum, bn.training, type(bn.num_batches_tracked), bn.num_batches_tracked) == (
+        float,
+        0.5,
+        True,
+        int,
+        8,
+    )
 
 
 class _Ranks:
@@ -163,7 +182,11 @@ def test_numbers_of_every_kind_are_taken(one: Any) -> None:
         assert (bn.affine, bn.track_running_stats) == (True, True)
         return
     bn = fastbn.BatchNorm(3, axis=one, momentum=one, eps=one, num_threads=one, unbiased_running_var=one)
-    kinds = {type(getattr(bn, name)) for name in ("axis", "num_threads")}, {type(bn.eps), type(bn.momentum)}, type(bn.unbiased_running_var)
+    kinds = (
+        {type(getattr(bn, name)) for name in ("axis", "num_threads")},
+        {type(bn.eps), type(bn.momentum)},
+        type(bn.unbiased_running_var),
+    )
     assert kinds == ({int}, {float}, bool)
     np.testing.assert_array_equal(fastbn.moments(x, one, num_threads=one).mean, fastbn.moments(x).mean)
     bn.num_batches_tracked = one

@@ -99,7 +99,10 @@ def test_the_halves_of_a_forward(dtype):
 @pytest.mark.parametrize("last", [pytest.param(last, marks=compiled) for last in (False, True)])
 def test_a_training_step_whose_coefficients_leave_float32(last):
     rng = np.random.default_rng(1)
-    x, dy = rng.normal(50.0, 0.2, (3, 4, 130)).astype("f4"), rng.normal(size=(3, 4, 130)).astype("f4") * np.float32(1e-3)
+    x, dy = (
+        rng.normal(50.0, 0.2, (3, 4, 130)).astype("f4"),
+        rng.normal(size=(3, 4, 130)).astype("f4") * np.float32(1e-3),
+    )
     C = 130 if last else 4
     gamma, beta = np.full(C, 3e38, "f4"), rng.normal(size=C).astype("f4")
     y, dx, *_ = step(x, dy, gamma, beta, last)
@@ -110,10 +113,21 @@ def test_a_training_step_whose_coefficients_leave_float32(last):
     assert np.isfinite(y).any()
     tiny, slope = x[0] * np.float32(1e-43), dy[0]
     if last:
-        z, dz, normalize, back = tiny.reshape(-1, 4), slope.reshape(-1, 4), kernels.normalize_channels_last, backward_channels_last
+        z, dz, normalize, back = (
+            tiny.reshape(-1, 4),
+            slope.reshape(-1, 4),
+            kernels.normalize_channels_last,
+            backward_channels_last,
+        )
     else:
         z, dz, normalize, back = tiny[None], slope[None], kernels.normalize_channels_first, backward_channels_first
-    y, dx, sums, none, constants = np.empty_like(z), np.empty_like(z), np.empty((2, 4)), np.empty(0, "f4"), (np.zeros(4), np.full(4, 1e40))
+    y, dx, sums, none, constants = (
+        np.empty_like(z),
+        np.empty_like(z),
+        np.empty((2, 4)),
+        np.empty(0, "f4"),
+        (np.zeros(4), np.full(4, 1e40)),
+    )
     normalize(z, *constants, none, none, y)
     np.testing.assert_array_equal(y, (z.astype("f8") * 1e40).astype("f4"))
     back(dz, z, *constants, none, dx, sums)

@@ -22,7 +22,9 @@ def pieces(case: Case) -> list[tuple[slice, ...]]:
     return [(slice(None),) * along + (slice(a, b),) for a, b in itertools.pairwise((0, 0, 1, 1, case.shape[along]))]
 
 
-def in_parts(x: Any, dy: Any, s: Any, gamma: Any, case: Case, backend: str | None = None) -> tuple[np.ndarray, Any, Any]:
+def in_parts(
+    x: Any, dy: Any, s: Any, gamma: Any, case: Case, backend: str | None = None
+) -> tuple[np.ndarray, Any, Any]:
     """dx, sum_dy and sum_dy_xhat of the whole, computed in parts."""
     parts = pieces(case)
     statistics = (s.mean, s.var)
@@ -32,7 +34,9 @@ def in_parts(x: Any, dy: Any, s: Any, gamma: Any, case: Case, backend: str | Non
     whole = [np.add.reduce(both) for both in zip(*sums, strict=True)]
     dx = np.empty_like(x)
     for p in parts:
-        dx[p] = fastbn.batch_norm_backward_input(dy[p], x[p], *statistics, *whole, s.count, gamma, case.axis, EPS, backend=backend)
+        dx[p] = fastbn.batch_norm_backward_input(
+            dy[p], x[p], *statistics, *whole, s.count, gamma, case.axis, EPS, backend=backend
+        )
     return dx, *whole
 
 
@@ -144,12 +148,18 @@ WRONG_INPUT: tuple[tuple[dict[str, Any], type[Exception], str], ...] = (
     ({"count": 8.0}, TypeError, "count: given 8.0, want a whole number"),
     ({"gamma": V}, TypeError, "gamma: given dtype float64, want float32"),
     ({"out": np.empty((4, 3, 3), np.float32)}, ValueError, "out: given shape"),
-    ({"dy": X[:1, :, :1], "x": X[:1, :, :1], "count": 1}, ValueError, "Expected more than 1 value per channel when training"),
+    (
+        {"dy": X[:1, :, :1], "x": X[:1, :, :1], "count": 1},
+        ValueError,
+        "Expected more than 1 value per channel when training",
+    ),
 )
 
 
 def _reduce(given: dict[str, Any]) -> Any:
-    return fastbn.batch_norm_backward_reduce(**{k: v for k, v in given.items() if k not in ("sum_dy", "sum_dy_xhat", "count")})
+    return fastbn.batch_norm_backward_reduce(
+        **{k: v for k, v in given.items() if k not in ("sum_dy", "sum_dy_xhat", "count")}
+    )
 
 
 def _input(given: dict[str, Any]) -> Any:
@@ -162,12 +172,16 @@ def _refused(call: Callable[[dict[str, Any]], Any], wrong: dict[str, Any], kind:
         call(GOOD | wrong)
 
 
-@pytest.mark.parametrize(("wrong", "kind", "words"), WRONG, ids=lambda value: str(list(value)) if isinstance(value, dict) else "")
+@pytest.mark.parametrize(
+    ("wrong", "kind", "words"), WRONG, ids=lambda value: str(list(value)) if isinstance(value, dict) else ""
+)
 def test_errors_of_both(wrong: dict[str, Any], kind: type[Exception], words: str) -> None:
     _refused(_reduce, wrong, kind, words)
     _refused(_input, wrong, kind, words)
 
 
-@pytest.mark.parametrize(("wrong", "kind", "words"), WRONG_INPUT, ids=lambda value: str(list(value)) if isinstance(value, dict) else "")
+@pytest.mark.parametrize(
+    ("wrong", "kind", "words"), WRONG_INPUT, ids=lambda value: str(list(value)) if isinstance(value, dict) else ""
+)
 def test_errors_of_the_second(wrong: dict[str, Any], kind: type[Exception], words: str) -> None:
     _refused(_input, wrong, kind, words)

@@ -45,7 +45,18 @@ def left(tmp_path):
 def test_every_order_axis_and_chunk(tmp_path, dtype, order, axis, chunk_bytes):
     x = data(dtype, order)
     np.save(tmp_path / "x.npy", x)
-    arguments = ["moments", "x.npy", "--axis", axis, "--save", "s.npz", "--normalize", "y.npy", "--chunk-mb", chunk_bytes / 1e6]
+    arguments = [
+        "moments",
+        "x.npy",
+        "--axis",
+        axis,
+        "--save",
+        "s.npz",
+        "--normalize",
+        "y.npy",
+        "--chunk-mb",
+        chunk_bytes / 1e6,
+    ]
     paths = [str(tmp_path / a) if str(a).endswith((".npy", ".npz")) else str(a) for a in arguments]
     assert main(paths) == 0
 
@@ -74,7 +85,9 @@ def test_half_files(tmp_path, dtype, order, backend, capsys, monkeypatch):
     np.save(tmp_path / "x.npy", x)
     paths = [str(tmp_path / name) for name in ("x.npy", "s.npz", "y.npy")]
     option = ["--bfloat16"] if dtype == "bfloat16" else []
-    assert main(["moments", paths[0], "--save", paths[1], "--normalize", paths[2], "--chunk-mb", "0.0003", *option]) == 0
+    assert (
+        main(["moments", paths[0], "--save", paths[1], "--normalize", paths[2], "--chunk-mb", "0.0003", *option]) == 0
+    )
     assert f"{np.dtype(dtype).name}, shape (5, 6, 7, 3), 1,260 bytes" in capsys.readouterr().out
 
     m = fastbn.moments(x)
@@ -100,7 +113,9 @@ def test_integer_files(tmp_path, dtype, chunk_bytes, capsys):
     np.testing.assert_allclose(saved["mean"], wide.mean((0, 2, 3)), rtol=1e-14)
     np.testing.assert_allclose(saved["var"], wide.var((0, 2, 3)), rtol=1e-13)
     assert main([*command, "--normalize", str(tmp_path / "y.npy")]) == 2
-    assert f"holds {np.dtype(dtype)}, a copy to be normalized wants float16, bfloat16, float32 or float64" in capsys.readouterr().err
+    assert (
+        f"holds {np.dtype(dtype)}, a copy to be normalized wants float16, bfloat16, float32 or float64"
+    ) in capsys.readouterr().err
     assert left(tmp_path) == ["s.npz", "x.npy"]
 
 
@@ -109,7 +124,10 @@ def test_bfloat16_is_asked_for_and_only_for_what_may_be_it(tmp_path, capsys, mon
     for dtype in ("float32", "float16", "int16"):
         np.save(path, np.ones((2, 3), dtype))
         assert main(["moments", path, "--bfloat16"]) == 2
-        assert f"holds {dtype}, not bfloat16, which numpy.save writes as |V2: leave out --bfloat16" in capsys.readouterr().err
+        assert (
+            f"holds {dtype}, not bfloat16, which numpy.save writes as |V2: leave out --bfloat16"
+            in capsys.readouterr().err
+        )
     np.save(path, np.ones((2, 3), "bfloat16"))
     assert main(["moments", path]) == 2
     said = capsys.readouterr().err
@@ -128,7 +146,9 @@ def test_chunks_are_consecutive_and_hold_the_channels_they_say(shape, draw, limi
     for dims, first in npy_moments._chunks(npy, limit):
         size = math.prod(dims)
         assert size == 1 or size * 8 <= limit
-        expected = np.broadcast_to(np.arange(first, first + dims[axis]).reshape([-1 if a == axis else 1 for a in range(len(dims))]), dims)
+        expected = np.broadcast_to(
+            np.arange(first, first + dims[axis]).reshape([-1 if a == axis else 1 for a in range(len(dims))]), dims
+        )
         np.testing.assert_array_equal(channel[position : position + size], expected.ravel())
         position += size
     assert position == math.prod(shape)
@@ -217,7 +237,10 @@ def _written(array, version):
 
 HEADER = _bytes(data())[:128]
 BAD = {
-    "cut short in the data": (_bytes(data())[:-1], "cut short: the header promises float32 of shape (5, 6, 7, 3), 1 bytes more"),
+    "cut short in the data": (
+        _bytes(data())[:-1],
+        "cut short: the header promises float32 of shape (5, 6, 7, 3), 1 bytes more",
+    ),
     "cut short in the header": (HEADER[:50], "damaged .npy header"),
     "cut short in the magic": (HEADER[:5], "damaged .npy header"),
     "empty": (b"", "is not a .npy file"),
@@ -227,14 +250,23 @@ BAD = {
     "a header that can't be parsed": (HEADER.replace(b"{", b"("), "damaged .npy header"),
     "a format to come": (HEADER.replace(b"NUMPY\x01", b"NUMPY\x07"), "is of .npy format 7.0, want 1.0, 2.0 or 3.0"),
     "an endless header": (b"\x93NUMPY\x03\0\xff\xff\xff\xff{" + b" " * 2**20, "damaged .npy header"),
-    "a header of more than NumPy takes": (b"\x93NUMPY\x02\0\0\x80\0\0" + HEADER[10:-1] + b" " * 2**15, "damaged .npy header"),
-    "fields with names in UTF-8": (_written(np.zeros((2, 2), [("\u2026", "f4")]), (3, 0)), "want float16, bfloat16, float32 or float64"),
+    "a header of more than NumPy takes": (
+        b"\x93NUMPY\x02\0\0\x80\0\0" + HEADER[10:-1] + b" " * 2**15,
+        "damaged .npy header",
+    ),
+    "fields with names in UTF-8": (
+        _written(np.zeros((2, 2), [("\u2026", "f4")]), (3, 0)),
+        "want float16, bfloat16, float32 or float64",
+    ),
     "a negative shape": (HEADER.replace(b"(5, 6", b"(5,-6") + bytes(2520), "cut short"),
     "a gigantic shape": (HEADER.replace(b"(5, 6, 7, 3), }     ", b"(99999999999999, 6)}"), "cut short"),
     "integers": (_bytes(np.ones((2, 3), np.int32)), "holds int32, want float16, bfloat16, float32 or float64"),
     "complex": (_bytes(np.ones((2, 3), np.complex64)), "holds complex64, want float16, bfloat16, float32 or float64"),
     "strings": (_bytes(np.array([["a", "b"]])), "holds <U1, want float16, bfloat16, float32 or float64"),
-    "objects": (_bytes(np.array([[None, 1]]), allow_pickle=True), "holds object, want float16, bfloat16, float32 or float64"),
+    "objects": (
+        _bytes(np.array([[None, 1]]), allow_pickle=True),
+        "holds object, want float16, bfloat16, float32 or float64",
+    ),
     "records": (_bytes(np.zeros((2, 2), "f4,i4")), "want float16, bfloat16, float32 or float64"),
     "one axis": (_bytes(np.ones(3, np.float32)), "want rank 2 or more"),
     "a scalar": (_bytes(np.float32(1)), "want rank 2 or more"),
@@ -247,7 +279,19 @@ BAD = {
 def test_bad_files(name, tmp_path, capsys):
     content, message = BAD[name]
     (tmp_path / "x.npy").write_bytes(content)
-    assert main(["moments", str(tmp_path / "x.npy"), "--save", str(tmp_path / "s.npz"), "--normalize", str(tmp_path / "y.npy")]) == 2
+    assert (
+        main(
+            [
+                "moments",
+                str(tmp_path / "x.npy"),
+                "--save",
+                str(tmp_path / "s.npz"),
+                "--normalize",
+                str(tmp_path / "y.npy"),
+            ]
+        )
+        == 2
+    )
     captured = capsys.readouterr()
     assert message in captured.err
     assert captured.err.startswith("fastbn: ")

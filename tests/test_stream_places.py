@@ -1,4 +1,6 @@
-"""Where the `moments` command reads and writes: refused before any work, nothing half-written; links, names, permissions."""
+"""Where the `moments` command reads and writes: refused before any work, nothing half-written; links, names,
+permissions.
+"""
 
 import os
 import sys
@@ -49,7 +51,9 @@ def test_places_where_no_file_is_are_one_line(npy, tmp_path, capsys, monkeypatch
     if sys.platform != "win32":
         (tmp_path / "gone").rmdir()
         assert "no such file" in refused("x.npy")
-        assert "y.npy: the current directory is gone; change into another, or give an absolute name" in refused(npy, "--save", "y.npy")
+        assert "y.npy: the current directory is gone; change into another, or give an absolute name" in refused(
+            npy, "--save", "y.npy"
+        )
     monkeypatch.undo()
 
 
@@ -112,7 +116,10 @@ def test_an_interrupt_in_the_middle_leaves_nothing(raised, code, before, npy, tm
     y = tmp_path / "y.npy"
     if before:
         y.write_bytes(before)
-    assert main(["moments", str(npy), "--normalize", str(y), "--save", str(tmp_path / "s.npz"), "--chunk-mb", "0.0005"]) == code
+    assert (
+        main(["moments", str(npy), "--normalize", str(y), "--save", str(tmp_path / "s.npz"), "--chunk-mb", "0.0005"])
+        == code
+    )
     assert len(calls) == 3
     assert left(tmp_path) == (["x.npy", "y.npy"] if before else ["x.npy"])
     assert before is None or y.read_bytes() == before

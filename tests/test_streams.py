@@ -1,4 +1,6 @@
-"""Streams: which handle, whose memory is allocated under which, who waits for whom, on which GPU. PyTorch and CuPy are stand-ins here."""
+"""Streams: which handle, whose memory is allocated under which, who waits for whom, on which GPU. PyTorch and CuPy are
+stand-ins here.
+"""
 
 from types import SimpleNamespace
 from typing import Any
@@ -43,7 +45,8 @@ def test_a_stream_of_every_library_is_known_by_its_handle() -> None:
         (SimpleNamespace(__cuda_stream__=lambda: (0, 8)), 8),
         (LEGACY_DEFAULT_STREAM, LEGACY),
         (PER_THREAD_DEFAULT_STREAM, 2),
-        # 0 is the legacy default stream, whatever the bindings take it for where CUDA_PYTHON_CUDA_PER_THREAD_DEFAULT_STREAM is set.
+        # 0 is the legacy default stream, whatever the bindings take it for where
+        # CUDA_PYTHON_CUDA_PER_THREAD_DEFAULT_STREAM is set.
         (0, LEGACY),
         (driver.CUstream(0), LEGACY),
         (NumbaStream(driver.CUstream(0)), LEGACY),
@@ -51,7 +54,13 @@ def test_a_stream_of_every_library_is_known_by_its_handle() -> None:
         (SimpleNamespace(ptr=0), LEGACY),
     ):
         assert streams.handle(given) == want, given
-    absurd = {**ABSURD, "whole float": 8.0, "digits": "8", "bytes": bytearray(b"8"), "float without axes": np.array(8.0)}
+    absurd = {
+        **ABSURD,
+        "whole float": 8.0,
+        "digits": "8",
+        "bytes": bytearray(b"8"),
+        "float without axes": np.array(8.0),
+    }
     for name, value in absurd.items():
         with pytest.raises((TypeError, ValueError), match=r"^stream: given .*, want a handle"):
             streams.handle(value)
@@ -130,14 +139,20 @@ def test_a_tensor_that_can_not_be_recorded_leaves_the_current_gpu_and_stream(
     asked = []
     monkeypatch.setattr(KINDS["torch"], "record_stream", lambda tensor, stream: asked.append(tensor) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        fastbn.batch_norm(given(machine, kind, (4, 3, 5)), given(machine, "torch", (3,)), given(machine, "torch", (3,)), stream=OTHER)
+        fastbn.batch_norm(
+            given(machine, kind, (4, 3, 5)), given(machine, "torch", (3,)), given(machine, "torch", (3,)), stream=OTHER
+        )
     assert (machine.device, machine.current) == (0, {"torch": OWN, "cupy": OWN})
     assert len(asked) == (3 if kind == "torch" else 2)  # the others are recorded all the same
 
 
 def test_memory_is_given_back_where_a_launch_fails(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jit.Kernel, "launch", lambda *given: 1 / 0)
-    with pytest.raises(RuntimeError, match=r"CUDA failed at kernel rows\.moments_rows, .*stream 0x200: division by zero"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"CUDA failed at kernel rows\.moments_rows, .*stream 0x200: division by "
+        r"zero",
+    ):
         fastbn.moments(given(machine, "numba", (4, 3, 5)), stream=OTHER)
     assert machine.given_back == 0
     assert [what for what, *_ in machine.allocated] == ["array", "pool"]
@@ -198,11 +213,19 @@ def test_a_workspace_without_a_library_is_of_a_pool_in_the_order_of_its_stream(m
     finally:
         jit._pool.cache_clear()
     names = [name for name, *_ in driver.asked]
-    assert names == ["cuDeviceGetAttribute", "cuMemPoolCreate", "cuMemPoolSetAttribute", *2 * ["cuMemAllocFromPoolAsync", "cuMemFreeAsync"]]
+    assert names == [
+        "cuDeviceGetAttribute",
+        "cuMemPoolCreate",
+        "cuMemPoolSetAttribute",
+        *2 * ["cuMemAllocFromPoolAsync", "cuMemFreeAsync"],
+    ]
     (_, wanted), (_, pool, what, value) = driver.asked[1:3]
     assert (wanted.location.id, wanted.location.type.name) == (1, "CU_MEM_LOCATION_TYPE_DEVICE")
     assert (int(pool), what.name, int(value)) == (77, "CU_MEMPOOL_ATTR_RELEASE_THRESHOLD", jit.KEPT)
-    assert [(nbytes, int(pool), stream) for _, nbytes, pool, stream in driver.asked[3::2]] == [(1000, 77, 2), (1000, 77, OTHER)]
+    assert [(nbytes, int(pool), stream) for _, nbytes, pool, stream in driver.asked[3::2]] == [
+        (1000, 77, 2),
+        (1000, 77, OTHER),
+    ]
     assert driver.asked[4::2] == [("cuMemFreeAsync", 4096, 2), ("cuMemFreeAsync", 4096, OTHER)]
 
 
@@ -217,7 +240,9 @@ def test_a_refusal_of_the_driver_is_said(monkeypatch: pytest.MonkeyPatch) -> Non
         jit.raw(1 << 50, OTHER, 0)
 
 
-def test_a_wait_that_fails_leaves_the_current_gpu_and_stream_as_they_were(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wait_that_fails_leaves_the_current_gpu_and_stream_as_they_were(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(jit, "wait", lambda stream, other: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         fastbn.batch_norm(given(machine, "cupy", (4, 3, 5), THIRD), stream=OTHER)

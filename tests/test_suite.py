@@ -62,7 +62,9 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[tuple[str, 
     ]
     places = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTEST_ADDOPTS": "", "INTERVALS": str(place / "intervals"), "PYTHONPATH": places}
-    done = subprocess.run([*command, str(place)], env=environment, capture_output=True, text=True, check=False, cwd=place)
+    done = subprocess.run(
+        [*command, str(place)], env=environment, capture_output=True, text=True, check=False, cwd=place
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     lines = [line.split() for line in (place / "intervals").read_text().splitlines()]
     return done.stdout, [(name, float(begin), float(end)) for name, begin, end in lines]
@@ -74,7 +76,9 @@ def test_what_measures_runs_alone(ran: tuple[str, list[tuple[str, float, float]]
     intervals = ran[1]
     assert [name for name, *_ in intervals].count("alone") == 4
     together = {
-        frozenset((a, b)) for (a, begin, end), (b, start, stop) in itertools.combinations(intervals, 2) if begin < stop and start < end
+        frozenset((a, b))
+        for (a, begin, end), (b, start, stop) in itertools.combinations(intervals, 2)
+        if begin < stop and start < end
     }
     assert together == {frozenset(("beside",))}  # the others do run side by side, two alone ones do not
 

@@ -1,4 +1,6 @@
-"""set_num_threads and limits of a call: for one Python thread, restored, the same bits, numba's own number untouched."""
+"""set_num_threads and limits of a call: for one Python thread, restored, the same bits, numba's own number
+untouched.
+"""
 
 import os
 import sys
@@ -87,13 +89,22 @@ def test_each_python_thread_has_its_own() -> None:
 
 
 def test_a_warning_points_past_fastbns_files_and_pytorchs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Frames of fastbn's, of PyTorch's that call a module, and of code that torch.compile made, and then the user's: this one."""
+    """Frames of fastbn's, of PyTorch's that call a module, and of code that torch.compile made, and then the user's:
+    this one.
+    """
     call = pool._users_level
     monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(__file__="/site/torch/__init__.py"))
     ours = f"{pool._OURS}torch{os.sep}modules.py"
     theirs = "/site/torch/nn/modules/module.py"
     made = [("<eval_with_key>.5", None), ("torchinductor/ab/cab.py", "torch._inductor.runtime.compile_tasks.cab")]
-    frames = [(ours, "fastbn.torch.modules"), (ours, None), (theirs, "torch.nn"), *made, (theirs, "torch.nn"), ("<frozen runpy>", "runpy")]
+    frames = [
+        (ours, "fastbn.torch.modules"),
+        (ours, None),
+        (theirs, "torch.nn"),
+        *made,
+        (theirs, "torch.nn"),
+        ("<frozen runpy>", "runpy"),
+    ]
     for level, (file, module) in enumerate(frames, 2):
         names = {"call": call, "__name__": module}
         exec(compile("def outer(): return call()", file, "exec"), names)
@@ -106,9 +117,12 @@ def test_a_warning_points_past_fastbns_files_and_pytorchs(monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize(
-    ("found", "remedy"), [(False, "install TBB (pip install tbb; "), (True, "install a numba with its TBB layer, which ")]
+    ("found", "remedy"),
+    [(False, "install TBB (pip install tbb; "), (True, "install a numba with its TBB layer, which ")],
 )
-def test_the_remedy_tells_a_missing_tbb_from_a_numba_without_it(found: bool, remedy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_remedy_tells_a_missing_tbb_from_a_numba_without_it(
+    found: bool, remedy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(pool, "_importable", lambda name: False)
     monkeypatch.setattr(pool, "_loaded", False)
     monkeypatch.setattr(pool, "_load", lambda path: found)

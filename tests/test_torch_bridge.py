@@ -107,7 +107,8 @@ def test_memory_format_is_pytorchs(shape: tuple[int, ...], layout: str, training
             strides.append([[t.stride(a) for a in range(t.dim()) if t.shape[a] > 1] for t in (y, given.grad)])
             grads.append(given.grad)
     assert strides[:3] == strides[3:]
-    torch.testing.assert_close(grads[3:], grads[:3], rtol=1e-4, atol=1e-3 if layout == "expanded" else 1e-5)  # expanded: rstd is 316
+    # expanded: rstd is 316
+    torch.testing.assert_close(grads[3:], grads[:3], rtol=1e-4, atol=1e-3 if layout == "expanded" else 1e-5)
 
 
 def test_a_frozen_layer_keeps_no_input_and_has_the_same_gradient() -> None:

@@ -1,4 +1,6 @@
-"""fastbn.torch under torch.compile, torch.export and autocast: no graph breaks, the same tolerances; and PyTorch's own opcheck."""
+"""fastbn.torch under torch.compile, torch.export and autocast: no graph breaks, the same tolerances; and PyTorch's own
+opcheck.
+"""
 
 import copy
 import warnings
@@ -71,7 +73,9 @@ def test_inductor_holds_the_tolerances(dtype: Any, layout: str) -> None:
 
 @long
 def test_between_neighbours_the_compiler_lays_channels_last(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a convolution gives reaches the kernel in the memory order that the compiler chose for it, and all of it gives eager's step."""
+    """What a convolution gives reaches the kernel in the memory order that the compiler chose for it, and all of it
+    gives eager's step.
+    """
     torch.manual_seed(0)
     model = torch.nn.Sequential(
         torch.nn.Conv2d(3, 16, 3, bias=False), fastbn.torch.BatchNorm2d(16), torch.nn.ReLU(), torch.nn.Conv2d(16, 4, 3)
@@ -80,7 +84,9 @@ def test_between_neighbours_the_compiler_lays_channels_last(monkeypatch: pytest.
     compiled = torch.compile(model, fullgraph=True)
     x = torch.randn(4, 3, 12, 12)
     with monkeypatch.context() as patch:
-        patch.setattr(functional, "moments", lambda x, *given, **more: seen.append(x.strides) or moments(x, *given, **more))
+        patch.setattr(
+            functional, "moments", lambda x, *given, **more: seen.append(x.strides) or moments(x, *given, **more)
+        )
         compiled(x).square().sum().backward()
     other(x).square().sum().backward()
     assert seen == [(4 * 16 * 10 * 10, 4, 4 * 16 * 10, 4 * 16)]
@@ -102,8 +108,13 @@ def test_one_compilation_serves_every_batch_size() -> None:
 
 
 def test_compiled_calls_that_pytorch_refuses_or_serves_are_pytorchs() -> None:
-    compiled = {library: torch.compile(library.BatchNorm2d(5), backend="aot_eager") for library in (torch.nn, fastbn.torch)}
-    for shape, words in (((1, 5, 1, 1), "Expected more than 1 value per channel when training"), ((2, 5), "expected 4D input")):
+    compiled = {
+        library: torch.compile(library.BatchNorm2d(5), backend="aot_eager") for library in (torch.nn, fastbn.torch)
+    }
+    for shape, words in (
+        ((1, 5, 1, 1), "Expected more than 1 value per channel when training"),
+        ((2, 5), "expected 4D input"),
+    ):
         kinds = []
         for call in compiled.values():
             with pytest.raises((ValueError, RuntimeError), match=words) as caught:
@@ -160,7 +171,8 @@ def test_exported(training: bool, strict: bool) -> None:
     x, plain = torch.randn(4, 3, 8, 8), copy.deepcopy(model)
     program = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=2)},), strict=strict)
     targets = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
-    assert ("fastbn.batch_norm.default" in targets) == training  # evaluation is ordinary operations, to be joined to others
+    # evaluation is ordinary operations, to be joined to others
+    assert ("fastbn.batch_norm.default" in targets) == training
     assert not any("batch_norm" in target and "fastbn" not in target for target in targets)
     module = program.module()
     for size in (4, 7):

@@ -15,14 +15,20 @@ KINDS = ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d")
 
 
 class Net(torch.nn.Module):  # type: ignore[misc]
-    """Three ranks, one module in two places, one without parameters, one without statistics, in a list and in a dict."""
+    """Three ranks, one module in two places, one without parameters, one without statistics, in a list and in a
+    dict.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.conv = torch.nn.Conv2d(3, 4, 3, padding=1)
         self.shared = torch.nn.BatchNorm2d(4, momentum=None)
-        self.blocks = torch.nn.ModuleList([torch.nn.Sequential(self.shared, torch.nn.ReLU()), torch.nn.BatchNorm2d(4, affine=False)])
-        self.more = torch.nn.ModuleDict({"volume": torch.nn.BatchNorm3d(2, track_running_stats=False), "flat": torch.nn.BatchNorm1d(4)})
+        self.blocks = torch.nn.ModuleList(
+            [torch.nn.Sequential(self.shared, torch.nn.ReLU()), torch.nn.BatchNorm2d(4, affine=False)]
+        )
+        self.more = torch.nn.ModuleDict(
+            {"volume": torch.nn.BatchNorm3d(2, track_running_stats=False), "flat": torch.nn.BatchNorm1d(4)}
+        )
         self.slim = torch.nn.BatchNorm1d(4, bias=False)
 
     def forward(self, x: Any) -> Any:
@@ -38,8 +44,18 @@ def _kinds(model: Any) -> list[type]:
 
 def _state(model: Any) -> dict[str, Any]:
     """Everything about a model by name: the objects themselves."""
-    found = {f"{name} {k}": id(v) for name, m in model.named_modules() for k, v in vars(m).items() if not isinstance(v, bool | float | int)}
-    flags = {f"{name} {k}": v for name, m in model.named_modules() for k, v in vars(m).items() if isinstance(v, bool | float | int)}
+    found = {
+        f"{name} {k}": id(v)
+        for name, m in model.named_modules()
+        for k, v in vars(m).items()
+        if not isinstance(v, bool | float | int)
+    }
+    flags = {
+        f"{name} {k}": v
+        for name, m in model.named_modules()
+        for k, v in vars(m).items()
+        if isinstance(v, bool | float | int)
+    }
     tensors = {name: (id(v), v.requires_grad) for name, v in [*model.named_parameters(), *model.named_buffers()]}
     return {**found, **flags, **tensors, **{name: id(m) for name, m in model.named_modules()}}
 
@@ -64,7 +80,9 @@ def test_the_class_changes_and_nothing_else() -> None:
 
 
 def test_training_goes_as_before_and_an_optimizer_goes_on() -> None:
-    """Five steps of both, converted after the first and reverted before the last: the same losses, parameters and statistics."""
+    """Five steps of both, converted after the first and reverted before the last: the same losses, parameters and
+    statistics.
+    """
     torch.manual_seed(0)
     model = Net().double()
     models = [model, copy.deepcopy(model)]
@@ -141,14 +159,24 @@ class OfOurs(fastbn.torch.BatchNorm2d):  # type: ignore[misc,name-defined]
 
 def test_subclasses_are_left_alone_and_reported() -> None:
     lazy = torch.nn.LazyBatchNorm2d()
-    model = torch.nn.Sequential(torch.nn.SyncBatchNorm(2), Mine(2), torch.nn.BatchNorm2d(2), lazy, torch.nn.InstanceNorm2d(2), OfOurs(2))
+    model = torch.nn.Sequential(
+        torch.nn.SyncBatchNorm(2), Mine(2), torch.nn.BatchNorm2d(2), lazy, torch.nn.InstanceNorm2d(2), OfOurs(2)
+    )
     kinds = [type(m) for m in model]
-    with pytest.warns(UserWarning, match=r"left alone.*0 \(torch\.nn\..*SyncBatchNorm\), 1 \(.*Mine\), 3 \(.*LazyBatchNorm2d\)"):
+    with pytest.warns(
+        UserWarning,
+        match=r"left alone.*0 \(torch\.nn\..*SyncBatchNorm\), 1 \(.*Mine\), 3 "
+        r"\(.*LazyBatchNorm2d\)",
+    ):
         fastbn.torch.convert(model)
     assert [type(m) for m in model] == [*kinds[:2], fastbn.torch.BatchNorm2d, *kinds[3:]]
     wanted = {"0": torch.nn.SyncBatchNorm, "1": Mine, "3": torch.nn.LazyBatchNorm2d, "5": OfOurs}
     assert fastbn.torch.left_alone(model) == wanted
-    with pytest.warns(UserWarning, match=r"revert left alone, for .* derived from fastbn's: 5 \(.*\.OfOurs\)$") as caught:
+    with pytest.warns(
+        UserWarning,
+        match=r"revert left alone, for .* derived from fastbn's: 5 "
+        r"\(.*\.OfOurs\)$",
+    ) as caught:
         assert [type(m) for m in fastbn.torch.revert(model)] == kinds
     assert caught[0].filename == __file__
     x = torch.randn(4, 2, 3, 3)
@@ -198,7 +226,8 @@ def test_a_model_without_batch_norms_is_reported_once() -> None:
     with pytest.warns(UserWarning) as caught:
         assert fastbn.torch.convert(model) is model
     assert [str(w.message) for w in caught] == [
-        "fastbn.torch.convert found no batch norm in torch.nn.modules.container.Sequential: nothing runs on fastbn's kernels"
+        "fastbn.torch.convert found no batch norm in torch.nn.modules.container.Sequential: nothing runs on fastbn's "
+        "kernels"
     ]
     assert caught[0].filename == __file__
     for quiet in (fastbn.torch.BatchNorm1d(3), torch.nn.Sequential(fastbn.torch.SyncBatchNorm(3))):
@@ -245,7 +274,10 @@ def test_what_can_not_be_reverted_is_told_another_remedy() -> None:
         kind, model = type(module), torch.nn.Sequential(torch.nn.ReLU(), module)
         with pytest.warns(UserWarning, match=rf"revert left alone.*: 1 \({kind.__module__}\.{kind.__name__}\)$"):
             fastbn.torch.revert(model)
-        words = rf"given a model with {kind.__module__}\.{kind.__name__}, which .*, nor can fastbn\.torch\.revert swap it: remove its param"
+        words = (
+            rf"given a model with {kind.__module__}\.{kind.__name__}, which .*, nor can fastbn\.torch\.revert "
+            rf"swap it: remove its param"
+        )
         with pytest.raises(RuntimeError, match=r"^torch\.jit\.script: " + words):
             torch.jit.script(model)
         if module is not parametrized:  # which torch.fx takes for one of PyTorch's own, and leaves whole

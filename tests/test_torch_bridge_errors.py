@@ -1,4 +1,6 @@
-"""What fastbn.torch leaves to PyTorch's own kernels: everything that PyTorch refuses, in its words, and what only it takes."""
+"""What fastbn.torch leaves to PyTorch's own kernels: everything that PyTorch refuses, in its words, and what only it
+takes.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -44,7 +46,11 @@ WRONG: dict[str, tuple[str, Callable[[Any], Any], Callable[[], Any]]] = {
     "float32 layer, double x": ("BatchNorm1d", lambda m: m, lambda: torch.ones(3, 5, dtype=torch.float64)),
     "float64 layer, single x": ("BatchNorm1d", lambda m: m.double(), lambda: torch.ones(3, 5)),
     "half layer, single x": ("BatchNorm1d", lambda m: m.half(), lambda: torch.ones(3, 5)),
-    "one statistic": ("BatchNorm1d", lambda m: m._buffers.update(running_mean=None) or m.eval(), lambda: torch.ones(3, 5)),
+    "one statistic": (
+        "BatchNorm1d",
+        lambda m: m._buffers.update(running_mean=None) or m.eval(),
+        lambda: torch.ones(3, 5),
+    ),
     "sparse": ("BatchNorm1d", lambda m: m, lambda: torch.ones(3, 5).to_sparse()),
     "a NumPy array": ("BatchNorm1d", lambda m: m, lambda: np.ones((3, 5), np.float32)),
 }
@@ -62,8 +68,10 @@ def test_what_pytorch_refuses_is_refused_in_its_words(what: str) -> None:
 
 
 NUMBERS = {  # as eps and as momentum
-    "a string": "0.1", "a tensor": torch.tensor(0.1), "a tensor of (1,)": torch.tensor([0.1]), "a list": [0.1], "an array": np.array([0.1]),
-    "an array without axes": np.array(0.1), "NumPy's single": np.float32(0.1), "NumPy's double": np.float64(0.1), "large": 10**400,
+    "a string": "0.1", "a tensor": torch.tensor(0.1), "a tensor of (1,)": torch.tensor([0.1]),
+    "a list": [0.1], "an array": np.array([0.1]),
+    "an array without axes": np.array(0.1), "NumPy's single": np.float32(0.1), "NumPy's double": np.float64(0.1),
+    "large": 10**400,
     "one": 1, "true": True, "nan": np.nan, "infinite": np.inf, "below 0": -np.inf, "none": None,
 }  # fmt: skip
 
@@ -97,7 +105,11 @@ OWN: dict[str, tuple[Callable[[Any], Any], Callable[[], Any], str]] = {
     "bfloat16 parameters": (lambda m: m.bfloat16(), lambda: torch.randn(4, 5, 3, 3).bfloat16(), "bfloat16"),
     "empty": (lambda m: m, lambda: torch.randn(0, 5, 3, 3), "less than two values"),
     "empty, evaluation": (lambda m: m.eval(), lambda: torch.randn(0, 5, 3, 3), ""),
-    "negated view": (lambda m: m, lambda: torch.randn(4, 5, 3, 3, dtype=torch.complex64).conj().imag, "no plain memory"),
+    "negated view": (
+        lambda m: m,
+        lambda: torch.randn(4, 5, 3, 3, dtype=torch.complex64).conj().imag,
+        "no plain memory",
+    ),
     "on meta": (lambda m: m.to("meta"), lambda: torch.empty(4, 5, 3, 3, device="meta"), "on meta"),
 }
 
@@ -109,7 +121,9 @@ def test_what_only_pytorch_takes_is_as_pytorch_has_it(what: str) -> None:
     x = make()
     theirs, ours = (change(library.BatchNorm2d(5)) for library in (torch.nn, fastbn.torch))
     told = fastbn.torch.explain(ours, x)
-    assert (told.startswith("PyTorch's own kernels") and reason in told) if reason else told.startswith("fastbn's kernels")
+    assert (
+        (told.startswith("PyTorch's own kernels") and reason in told) if reason else told.startswith("fastbn's kernels")
+    )
     results = []
     for module in (theirs, ours):
         given = x.detach().requires_grad_()
@@ -125,7 +139,9 @@ def test_what_only_pytorch_takes_is_as_pytorch_has_it(what: str) -> None:
 def test_explain_says_why_and_refuses_what_is_no_batch_norm() -> None:
     x = torch.ones(2, 5, 3, 3)
     assert "channels_first" in fastbn.torch.explain(fastbn.torch.BatchNorm2d(5), x)
-    assert "channels_last (R x C" in fastbn.torch.explain(fastbn.torch.BatchNorm2d(5), x.to(memory_format=torch.channels_last))
+    assert "channels_last (R x C" in fastbn.torch.explain(
+        fastbn.torch.BatchNorm2d(5), x.to(memory_format=torch.channels_last)
+    )
     assert "in training" not in fastbn.torch.explain(fastbn.torch.BatchNorm2d(5), x)
     told = fastbn.torch.explain(fastbn.torch.BatchNorm2d(5).eval(), x)
     assert told.startswith("fastbn's kernels, with the running statistics; below, what runs in training\n")

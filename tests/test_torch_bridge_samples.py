@@ -1,4 +1,6 @@
-"""PyTorch's own samples of its batch norm modules through fastbn.torch, and its checks of first and second derivatives."""
+"""PyTorch's own samples of its batch norm modules through fastbn.torch, and its checks of first and second
+derivatives.
+"""
 
 import copy
 import itertools
@@ -100,7 +102,9 @@ def _leaves(case: tuple[bool | None, ...]) -> list[Any]:
     """x, gamma, beta: each trained, not trained or, None, absent."""
     x = draw((3, 2, 2, 2), 1.0, 0, torch.float64)[0]
     made = [x, torch.linspace(0.5, 2.0, 2, dtype=torch.float64), torch.linspace(-1.0, 1.0, 2, dtype=torch.float64)]
-    return [None if trained is None else values.requires_grad_(trained) for values, trained in zip(made, case, strict=True)]
+    return [
+        None if trained is None else values.requires_grad_(trained) for values, trained in zip(made, case, strict=True)
+    ]
 
 
 CASES = [case for case in itertools.product((True, False), (True, False, None), (True, False, None)) if True in case]
@@ -117,7 +121,11 @@ def test_any_combination_of_what_is_trained(way: str, case: tuple[bool | None, .
         given = iter(trained)
         a, g, b = (next(given) if kind else leaf for kind, leaf in zip(case, (x, gamma, beta), strict=True))
         if way == "operator":
-            return custom_ops.batch_norm(a, g, b, 1e-5)[0] if training else custom_ops.batch_norm_inference(a, mean, var, g, b, 1e-5)
+            return (
+                custom_ops.batch_norm(a, g, b, 1e-5)[0]
+                if training
+                else custom_ops.batch_norm_inference(a, mean, var, g, b, 1e-5)
+            )
         module = fastbn.torch.BatchNorm2d(2, dtype=torch.float64).train(training)
         for name, value in (("weight", g), ("bias", b)):
             module._parameters.pop(name)
@@ -155,7 +163,10 @@ def test_second_derivatives_keep_their_digits(training: bool, dtype: Any, offset
     """Against float64 on the same data; x of float32 alone would lose them far from zero."""
     x, dy = draw((16, 3, 5), offset, 0, dtype)
     found = []
-    for kind, module in ((dtype, fastbn.torch.BatchNorm1d(3)), (torch.float64, torch.nn.BatchNorm1d(3, dtype=torch.float64))):
+    for kind, module in (
+        (dtype, fastbn.torch.BatchNorm1d(3)),
+        (torch.float64, torch.nn.BatchNorm1d(3, dtype=torch.float64)),
+    ):
         module.train(training)
         if not training:
             module.running_mean.fill_(offset)
@@ -185,7 +196,9 @@ PENALTIES = {  # of y: its gradient depends on x, on nothing, on what comes behi
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("options", [{}, {"affine": False}, {"track_running_stats": False}], ids=str)
 def test_a_gradient_penalty_is_pytorchs(options: dict[str, Any], training: bool, frozen: bool, penalty: str) -> None:
-    """The gradient of a gradient, through a layer that is frozen too, where PyTorch records a dx on which nothing depends."""
+    """The gradient of a gradient, through a layer that is frozen too, where PyTorch records a dx on which nothing
+    depends.
+    """
     x, found = draw((4, 2, 3), 1.0, 0, torch.float64)[0], []
     for library in (torch.nn, fastbn.torch):
         module = library.BatchNorm1d(2, dtype=torch.float64, **options).train(training).requires_grad_(not frozen)
@@ -196,7 +209,9 @@ def test_a_gradient_penalty_is_pytorchs(options: dict[str, Any], training: bool,
         assert dx.requires_grad
         assert not dx.is_leaf
         (dx.square().sum(1).sqrt() - 1).square().mean().backward()
-        found.append([dx.detach(), *(torch.zeros_like(v) if v.grad is None else v.grad for v in (given, *module.parameters()))])
+        found.append(
+            [dx.detach(), *(torch.zeros_like(v) if v.grad is None else v.grad for v in (given, *module.parameters()))]
+        )
     for theirs, ours in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-9)
 
@@ -228,7 +243,9 @@ def test_a_penalty_through_a_frozen_layer_between_others(options: dict[str, Any]
 def test_the_operators_penalty_through_constants() -> None:
     x = draw((4, 2, 3), 1.0, 0, torch.float64)[0].requires_grad_()
     mean, var = torch.ones(2, dtype=torch.float64), torch.full((2,), 2.0, dtype=torch.float64)
-    (dx,) = torch.autograd.grad(custom_ops.batch_norm_inference(x, mean, var, None, None, 1e-5).sum(), x, create_graph=True)
+    (dx,) = torch.autograd.grad(
+        custom_ops.batch_norm_inference(x, mean, var, None, None, 1e-5).sum(), x, create_graph=True
+    )
     assert dx.requires_grad
     dx.square().sum().backward()
     assert x.grad is None

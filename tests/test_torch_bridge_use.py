@@ -32,7 +32,9 @@ def test_kernels_see_the_memory_of_the_tensors_and_pytorch_that_of_the_results(m
 
         def call(*arguments: Any, **options: Any) -> Any:
             found = real(*arguments, **options)
-            seen.append(([a for a in arguments if isinstance(a, np.ndarray)], found[0] if isinstance(found, tuple) else found))
+            seen.append(
+                ([a for a in arguments if isinstance(a, np.ndarray)], found[0] if isinstance(found, tuple) else found)
+            )
             return found
 
         monkeypatch.setattr(module, name, call)
@@ -166,7 +168,9 @@ def workers_of_a_dataloader() -> None:
     module(x)
     module.eval()
     data = _Normalized(module, x)
-    loader = torch.utils.data.DataLoader(data, batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=120)
+    loader = torch.utils.data.DataLoader(
+        data, batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=120
+    )
     for k, y in enumerate(loader):
         assert torch.equal(y, data[k])
     module.train()(x).sum().backward()
@@ -242,7 +246,9 @@ def test_batched_gradients_are_those_of_one_after_the_other(training: bool, froz
 def test_a_penalty_on_batched_gradients_is_pytorchs(options: dict[str, Any], frozen: bool, batched: bool) -> None:
     """Also where nothing depends on them; of the operators as of the modules."""
     x, steep, found = torch.randn(5, 6, 4, 4), torch.randn(2, 5, 6, 4, 4) if batched else torch.randn(5, 6, 4, 4), []
-    theirs, ours = (library.BatchNorm2d(6, **options).eval().requires_grad_(not frozen) for library in (torch.nn, fastbn.torch))
+    theirs, ours = (
+        library.BatchNorm2d(6, **options).eval().requires_grad_(not frozen) for library in (torch.nn, fastbn.torch)
+    )
     calls = [theirs, ours]
     if theirs.running_mean is not None:
         constants = (theirs.running_mean, theirs.running_var)
@@ -255,7 +261,9 @@ def test_a_penalty_on_batched_gradients_is_pytorchs(options: dict[str, Any], fro
         dx.square().sum().backward()
         found.append((dx.detach(), torch.zeros_like(x) if given.grad is None else given.grad))
         if batched:
-            slopes = torch.autograd.functional.jacobian(call, x[:2, :, 0, 0, None, None], vectorize=True, create_graph=True)
+            slopes = torch.autograd.functional.jacobian(
+                call, x[:2, :, 0, 0, None, None], vectorize=True, create_graph=True
+            )
             assert slopes.requires_grad
     for dx, grad in found[1:]:
         torch.testing.assert_close(dx, found[0][0], rtol=1e-4, atol=1e-5)
@@ -292,7 +300,9 @@ def test_saved_tensors_go_through_hooks() -> None:
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("back", [lambda v: torch._neg_view(-v), torch.nn.Parameter, lambda v: torch._efficientzerotensor(v.shape)])
+@pytest.mark.parametrize(
+    "back", [lambda v: torch._neg_view(-v), torch.nn.Parameter, lambda v: torch._efficientzerotensor(v.shape)]
+)
 def test_hooks_of_saved_tensors_may_give_back_any_kind(back: Any, training: bool) -> None:
     found = []
     for way in (lambda v: back(v.detach()).clone(), lambda v: back(v.detach())):

@@ -26,7 +26,12 @@ def _seed() -> None:
 
 CONVOLUTIONS = [(f"Conv{t}{rank}d", rank) for t in ("", "Transpose") for rank in (1, 2, 3)]
 SETTINGS = itertools.cycle(
-    [(True, True, torch.float32), (True, False, torch.float64), (False, True, torch.float64), (False, False, torch.float32)]
+    [
+        (True, True, torch.float32),
+        (True, False, torch.float64),
+        (False, True, torch.float64),
+        (False, False, torch.float32),
+    ]
 )
 LAYERS = [(*conv, groups, *next(SETTINGS)) for conv, groups in itertools.product(CONVOLUTIONS, (1, 2, 4))]
 
@@ -43,7 +48,10 @@ def test_every_convolution(kind: str, rank: int, groups: int, bias: bool, affine
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize(("affine", "bias"), [(True, True), (True, False), (False, True), (False, False)])
 def test_linear(affine: bool, bias: bool, dtype: Any) -> None:
-    model = used(nn.Sequential(nn.Linear(5, 7, bias=bias), nn.BatchNorm1d(7, affine=affine), nn.Sigmoid(), nn.Linear(7, 2)), dtype)
+    model = used(
+        nn.Sequential(nn.Linear(5, 7, bias=bias), nn.BatchNorm1d(7, affine=affine), nn.Sigmoid(), nn.Linear(7, 2)),
+        dtype,
+    )
     check(model, torch.randn(6, 5, dtype=dtype))
 
 
@@ -157,9 +165,15 @@ def test_a_batch_norm_of_another_axis_is_refused_not_wrong() -> None:
     model = used(nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6)))
     x = torch.randn(2, 6, 5, dtype=torch.float64)
     model(x)
-    with pytest.raises(ValueError, match=r"^x: given rank 3, want 2: the batch norm here was folded into the layer before it$"):
+    with pytest.raises(
+        ValueError,
+        match=r"^x: given rank 3, want 2: the batch norm here was folded into the layer "
+        r"before it$",
+    ):
         fuse(model)(x)
-    check(used(nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(3))), torch.randn(2, 3, 5, dtype=torch.float64), left=("1",))
+    check(
+        used(nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(3))), torch.randn(2, 3, 5, dtype=torch.float64), left=("1",)
+    )
 
 
 def test_tracing_leaves_nothing_behind() -> None:
@@ -199,7 +213,9 @@ def test_training_mode_is_refused() -> None:
 
 @pytest.mark.parametrize("norm", [nn.SyncBatchNorm, SyncBatchNorm])
 @pytest.mark.parametrize(
-    ("layer", "shape"), [(nn.Linear(3, 4), (5, 3)), (nn.Conv1d(3, 4, 2), (5, 3, 6)), (nn.ConvTranspose2d(3, 4, 2), (2, 3, 5, 6))], ids=str
+    ("layer", "shape"),
+    [(nn.Linear(3, 4), (5, 3)), (nn.Conv1d(3, 4, 2), (5, 3, 6)), (nn.ConvTranspose2d(3, 4, 2), (2, 3, 5, 6))],
+    ids=str,
 )
 def test_synchronized_batch_norms(layer: Any, shape: tuple[int, ...], norm: Any) -> None:
     fused = check(used(nn.Sequential(layer, norm(4))), torch.randn(shape, dtype=torch.float64))

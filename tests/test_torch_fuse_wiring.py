@@ -47,7 +47,14 @@ class Wired(nn.Module):
         raise AssertionError(self.way)
 
 
-WAYS = ["output used twice", "output returned too", "layer called twice", "norm called twice", "weight used elsewhere", "something between"]
+WAYS = [
+    "output used twice",
+    "output returned too",
+    "layer called twice",
+    "norm called twice",
+    "weight used elsewhere",
+    "something between",
+]
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -87,7 +94,9 @@ class Own(nn.BatchNorm2d):
     """As fastbn's own subclasses are: a forward of fastbn's that computes what PyTorch's does."""
 
     def forward(self, x: Any) -> Any:
-        return nn.functional.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
+        return nn.functional.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
+        )
 
 
 Own.__module__ = "fastbn.torch.modules"
@@ -143,7 +152,9 @@ def _training(model: Any) -> None:
     model[1].momentum = 0.0
 
 
-@pytest.mark.parametrize("change", [_hooked, _hooked_before, _parametrized, _parametrized_bias, _computed, _pruned, _patched, _training])
+@pytest.mark.parametrize(
+    "change", [_hooked, _hooked_before, _parametrized, _parametrized_bias, _computed, _pruned, _patched, _training]
+)
 def test_changed_modules_are_left_alone(change: Any) -> None:
     model = used(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)))
     change(model)

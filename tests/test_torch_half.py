@@ -36,14 +36,18 @@ def _tensor(array: np.ndarray) -> Any:
 
 def _array(tensor: Any) -> np.ndarray:
     tensor = tensor.detach()
-    return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16) if tensor.dtype == torch.bfloat16 else tensor.numpy()
+    return (
+        tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16) if tensor.dtype == torch.bfloat16 else tensor.numpy()
+    )
 
 
 def _near(quantity: str, ours: np.ndarray, theirs: np.ndarray, scale: np.ndarray) -> None:
     """Both have rounded a float32 value: half a unit each, and what the values before may differ by."""
     assert ours.dtype == theirs.dtype
     error = np.abs(ours.astype(np.float64) - theirs.astype(np.float64))
-    limit = TOLERANCE[quantity, "float32"].relative * SLACK * scale + rounding(quantity, ours) + rounding(quantity, theirs)
+    limit = (
+        TOLERANCE[quantity, "float32"].relative * SLACK * scale + rounding(quantity, ours) + rounding(quantity, theirs)
+    )
     assert (error <= limit).all(), f"{quantity}: {np.max(error / limit):.3g} times what is allowed"
 
 
@@ -84,7 +88,11 @@ def _beside_torch(cases: Any, dtype: str, layout: str, offset: float, training: 
         natural = scales(dy, x, *statistics, gamma, beta, 1, EPS, training)
         condition = 1.0 + offset / np.sqrt(statistics[1] + EPS).min()  # of float32 statistics, for PyTorch
         _near("y", y, _array(y_t), condition * natural.y)
-        sums = float(ml_dtypes.finfo(dtype).eps) / (TOLERANCE["dx", "float32"].relative * SLACK) if layout == "channels_last" else 0.0
+        sums = (
+            float(ml_dtypes.finfo(dtype).eps) / (TOLERANCE["dx", "float32"].relative * SLACK)
+            if layout == "channels_last"
+            else 0.0
+        )
         _near("dx", dx, _array(x_t.grad), (condition + sums) * natural.dx)
         for name, found, leaf in (("dgamma", bn.dgamma, weight), ("dbeta", bn.dbeta, bias)):
             assert found is not None

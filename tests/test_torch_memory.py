@@ -24,7 +24,9 @@ keeps = pytest.mark.skipif(not hasattr(mmap, "MADV_FREE"), reason="memory is kep
 
 @pytest.fixture(scope="module", autouse=True)
 def no_garbage() -> None:
-    """What other modules' tests left could come back in the midst of these. Once: beside all of PyTorch it takes 0.5 s."""
+    """What other modules' tests left could come back in the midst of these. Once: beside all of PyTorch it takes 0.5
+    s.
+    """
     gc.collect()
 
 
@@ -63,7 +65,9 @@ def test_memory_is_taken_again_by_a_result_of_the_same_size() -> None:
 
 
 @keeps
-@pytest.mark.parametrize("hold", [lambda y: y[3:5], lambda y: y.numpy(), lambda y: y.detach(), lambda y: y.untyped_storage()])
+@pytest.mark.parametrize(
+    "hold", [lambda y: y[3:5], lambda y: y.numpy(), lambda y: y.detach(), lambda y: y.untyped_storage()]
+)
 def test_it_is_not_taken_while_anything_sees_it(hold: Any) -> None:
     y = result()
     address, held = y.data_ptr(), hold(y)
@@ -141,7 +145,9 @@ def test_a_step_in_memory_of_the_last_has_the_same_bits(layout: str) -> None:
         y = module(leaf)
         y.backward(x.cos())
         inferred = [module.eval()(x).detach() for _ in range(2)]
-        found.append([value.clone() for value in (y.detach(), leaf.grad, *inferred, module.weight.grad, module.bias.grad)])
+        found.append(
+            [value.clone() for value in (y.detach(), leaf.grad, *inferred, module.weight.grad, module.bias.grad)]
+        )
         for value in (y.detach(), leaf.grad, *inferred):
             value.fill_(torch.nan)
         del y, leaf, value, inferred
@@ -174,7 +180,9 @@ def test_threads_never_get_the_same_memory() -> None:
 @forks
 @pytest.mark.process
 def test_a_child_has_memory_of_its_own(run: Run) -> None:
-    """The parent keeps none beyond a fork; results on either side stay what they are, and the process ends in silence, with one alive."""
+    """The parent keeps none beyond a fork; results on either side stay what they are, and the process ends in silence,
+    with one alive.
+    """
     code = """
         import torch
         from fastbn.torch import memory

@@ -1,4 +1,6 @@
-"""The layer beside torch.nn.BatchNorm1d/2d/3d: through training steps, evaluation, state_dict, and where the two differ by design."""
+"""The layer beside torch.nn.BatchNorm1d/2d/3d: through training steps, evaluation, state_dict, and where the two differ
+by design.
+"""
 
 from typing import Any
 
@@ -35,7 +37,9 @@ def _draw(shape: tuple[int, ...], offset: float, seed: int, dtype: Any = np.floa
 
 
 def _pair(module: Any, dtype: Any = np.float32, **options: Any) -> tuple[fastbn.BatchNorm, Any]:
-    """A fastbn layer of `dtype` and PyTorch's in float64, with the same parameters: PyTorch's arithmetic, without float32's error."""
+    """A fastbn layer of `dtype` and PyTorch's in float64, with the same parameters: PyTorch's arithmetic, without
+    float32's error.
+    """
     theirs = module(CHANNELS, dtype=torch.float64, **options)
     ours = fastbn.BatchNorm(CHANNELS, dtype=dtype, **options)
     if ours.gamma is not None and ours.beta is not None:
@@ -102,18 +106,26 @@ def test_without_parameters_or_running_statistics(affine: bool, track: bool, tra
     ours, theirs = _pair(torch.nn.BatchNorm2d, affine=affine, track_running_stats=track)
     assert list(ours.state_dict()) == list(theirs.state_dict())
     for seed in range(2):
-        _step((ours.train() if training else ours.eval(backward=True)), theirs.train(training), *_draw((4, 5, 3, 3), 1e2, seed))
+        _step(
+            (ours.train() if training else ours.eval(backward=True)),
+            theirs.train(training),
+            *_draw((4, 5, 3, 3), 1e2, seed),
+        )
     assert (ours.dgamma is None) == (ours.dbeta is None) == (not affine)
 
 
 @pytest.mark.parametrize("shape", [(1, 5), (1, 5, 1), (1, 5, 1, 1), (1, 5, 1, 1, 1)])
 def test_one_value_per_channel(shape: tuple[int, ...]) -> None:
-    module = {2: torch.nn.BatchNorm1d, 3: torch.nn.BatchNorm1d, 4: torch.nn.BatchNorm2d, 5: torch.nn.BatchNorm3d}[len(shape)]
+    module = {2: torch.nn.BatchNorm1d, 3: torch.nn.BatchNorm1d, 4: torch.nn.BatchNorm2d, 5: torch.nn.BatchNorm3d}[
+        len(shape)
+    ]
     ours, theirs = _pair(module)
     x, dy = _draw(shape, 0.0, 0)
     with pytest.raises(ValueError, match="Expected more than 1 value per channel when training") as torchs:
         theirs(torch.from_numpy(x).double())
-    with pytest.raises(ValueError, match="Expected more than 1 value per channel when training, got input size") as fastbns:
+    with pytest.raises(
+        ValueError, match="Expected more than 1 value per channel when training, got input size"
+    ) as fastbns:
         ours(x)
     assert [c for c in str(torchs.value) if c.isdigit()] == [c for c in str(fastbns.value) if c.isdigit()]
     assert ours.num_batches_tracked == 0
@@ -122,11 +134,18 @@ def test_one_value_per_channel(shape: tuple[int, ...]) -> None:
 
 
 def test_an_empty_batch_is_not_counted() -> None:
-    """By design unlike PyTorch, which leaves the running statistics alone but counts the batch: its next cumulative average is off."""
+    """By design unlike PyTorch, which leaves the running statistics alone but counts the batch: its next cumulative
+    average is off.
+    """
     ours, theirs = _pair(torch.nn.BatchNorm2d, momentum=None)
     empty = np.empty((0, 5, 3, 3), np.float32)
     before = {key: value.copy() for key, value in ours.state_dict().items()}
-    assert ours(empty).shape == ours.backward(empty).shape == tuple(theirs(torch.from_numpy(empty).double()).shape) == empty.shape
+    assert (
+        ours(empty).shape
+        == ours.backward(empty).shape
+        == tuple(theirs(torch.from_numpy(empty).double()).shape)
+        == empty.shape
+    )
     assert not ours.dgamma.any()
     assert not ours.dbeta.any()
     for key, value in ours.state_dict().items():
@@ -169,7 +188,9 @@ def test_state_dict_both_ways(dtype: str, options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("offset", OFFSETS)
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_biased_running_variance(momentum: float | None, offset: float) -> None:
-    """The switch for ONNX, Keras and Flax, against the formula: m2 / count moves the running variance, and y is the same."""
+    """The switch for ONNX, Keras and Flax, against the formula: m2 / count moves the running variance, and y is the
+    same.
+    """
     biased = fastbn.BatchNorm(CHANNELS, momentum=momentum, unbiased_running_var=False)
     plain = fastbn.BatchNorm(CHANNELS, momentum=momentum)
     mean, var = np.zeros(CHANNELS), np.ones(CHANNELS)

@@ -57,7 +57,9 @@ def fresh(module: Any, x: Any) -> Any:
 @pytest.mark.parametrize("affine", [True, False])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, *HALF])
-def test_the_second_call_is_prepared_and_has_the_same_bits(dtype: Any, layout: str, affine: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_second_call_is_prepared_and_has_the_same_bits(
+    dtype: Any, layout: str, affine: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     module, x = called(dtype=dtype, affine=affine)
     x = LAYOUTS[layout](x)
     for large in (kernels.LARGE, 1):
@@ -109,9 +111,13 @@ CHANGES: dict[str, Any] = {
     "no parameters": lambda m: (setattr(m, "weight", None), setattr(m, "bias", None)),
     "shared memory": lambda m: (m.share_memory(), m.running_mean.add_(1.0)),
     "float64 and back": lambda m: (m.double(), m.weight.add_(1.0), m.float()),
-    "strides at the same address": lambda m: setattr(m.running_mean, "data", m.running_mean.data.as_strided((CHANNELS,), (0,))),
+    "strides at the same address": lambda m: setattr(
+        m.running_mean, "data", m.running_mean.data.as_strided((CHANNELS,), (0,))
+    ),
     "in place at the same address": lambda m: m.running_var.as_strided_((CHANNELS,), (0,)),
-    "signs at the same address": lambda m: setattr(m, "bias", None) or setattr(m.weight, "data", torch._neg_view(m.weight.data)),
+    "signs at the same address": lambda m: (
+        setattr(m, "bias", None) or setattr(m.weight, "data", torch._neg_view(m.weight.data))
+    ),
     "a parametrization": lambda m: torch.nn.utils.parametrizations.weight_norm(m, dim=None) and m.weight,
 }
 
@@ -222,7 +228,8 @@ def test_modes_and_transforms_see_pytorchs_operators() -> None:
     assert any("batch_norm" in name for name in names)
     torch.testing.assert_close(torch.func.vmap(module)(x.unsqueeze(1)).squeeze(1), module(x))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of torch.jit, which PyTorch calls for derivatives forwards
+        # of torch.jit, which PyTorch calls for derivatives forwards
+        warnings.simplefilter("ignore", DeprecationWarning)
         with torch.autograd.forward_ad.dual_level():
             dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
             assert torch.autograd.forward_ad.unpack_dual(module(dual)).tangent is not None

@@ -1,4 +1,6 @@
-"""Every sample of batch normalization that the PyTorch wheel tests itself with: fastbn agrees, forward, statistics and gradients."""
+"""Every sample of batch normalization that the PyTorch wheel tests itself with: fastbn agrees, forward, statistics and
+gradients.
+"""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -35,7 +37,9 @@ class Arguments(NamedTuple):
     eps: float
 
 
-def _functional(x: Any, rm: Any, rv: Any, w: Any, b: Any, training: bool = False, momentum: float = 0.1, eps: float = 1e-5) -> Arguments:
+def _functional(
+    x: Any, rm: Any, rv: Any, w: Any, b: Any, training: bool = False, momentum: float = 0.1, eps: float = 1e-5
+) -> Arguments:
     return Arguments(x, rm, rv, w, b, training, momentum, eps)
 
 
@@ -204,7 +208,8 @@ def _module_samples() -> Iterator[Any]:
                 inputs = module.module_inputs_func(module, "cpu", dtype, True, training)
                 for number, sample in enumerate(inputs):
                     for memory in _formats(sample.forward_input.args[0].ndim):
-                        label = f"{module.name}-{number}-{sample.desc}-{str(dtype)[6:]}-{'train' if training else 'eval'}-{memory}"
+                        mode = "train" if training else "eval"
+                        label = f"{module.name}-{number}-{sample.desc}-{str(dtype)[6:]}-{mode}-{memory}"
                         yield pytest.param(module, sample, dtype, training, memory, id=label)
 
 
@@ -274,8 +279,13 @@ def _module_errors() -> Iterator[Any]:
     for module in MODULES:
         if module.module_error_inputs_func is not None:
             for dtype in DTYPES:
-                errors = module.module_error_inputs_func(module, device="cpu", dtype=dtype, requires_grad=False, training=True)
-                yield from (pytest.param(module, error, dtype, id=f"{module.name}-{n}-{str(dtype)[6:]}") for n, error in enumerate(errors))
+                errors = module.module_error_inputs_func(
+                    module, device="cpu", dtype=dtype, requires_grad=False, training=True
+                )
+                yield from (
+                    pytest.param(module, error, dtype, id=f"{module.name}-{n}-{str(dtype)[6:]}")
+                    for n, error in enumerate(errors)
+                )
 
 
 MODULE_ERRORS = list(_module_errors())

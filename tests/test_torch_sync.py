@@ -30,7 +30,9 @@ def test_the_constructor_is_pytorchs() -> None:
         SyncBatchNorm(3, other=1)
 
 
-@pytest.mark.parametrize("options", [{}, {"affine": False}, {"track_running_stats": False}, {"momentum": None}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"affine": False}, {"track_running_stats": False}, {"momentum": None}], ids=str
+)
 @pytest.mark.parametrize("rest", [(), (5,), (3, 4), (2, 3, 2)], ids=str)
 def test_without_a_group_it_is_ordinary(rest: tuple[int, ...], options: dict[str, Any]) -> None:
     shape = (4, 3, *rest)
@@ -88,7 +90,10 @@ def test_numbers_beside_other_ranks() -> None:
         module.momentum = momentum
         module(x)
         torch.testing.assert_close(module.state_dict(), want.state_dict(), rtol=1e-6, atol=1e-6)
-    odd = {"momentum": ("0.1", torch.tensor([0.1, 0.2]), [0.1], 10**400), "eps": ("1e-5", [1e-5], None, np.nan, np.inf, True, 0.0, 10**400)}
+    odd = {
+        "momentum": ("0.1", torch.tensor([0.1, 0.2]), [0.1], 10**400),
+        "eps": ("1e-5", [1e-5], None, np.nan, np.inf, True, 0.0, 10**400),
+    }
     for name, value in [(name, value) for name, values in odd.items() for value in values]:
         module = SyncBatchNorm(3)
         setattr(module, name, value)
@@ -127,7 +132,8 @@ def _model() -> nn.Module:
     shared = nn.BatchNorm1d(6)
     model = nn.Sequential(
         nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Sequential(Own(4, eps=1e-3, momentum=None), nn.InstanceNorm2d(4)),
-        nn.Flatten(), nn.BatchNorm1d(4, affine=False), nn.BatchNorm1d(4, track_running_stats=False), nn.SyncBatchNorm(4), shared, shared,
+        nn.Flatten(), nn.BatchNorm1d(4, affine=False), nn.BatchNorm1d(4, track_running_stats=False),
+        nn.SyncBatchNorm(4), shared, shared,
     )  # fmt: skip
     model[1].eval()
     model[1].weight.requires_grad_(False)
@@ -157,7 +163,9 @@ def test_a_converted_model_shares_what_it_was_made_of() -> None:
     assert not after["1"].weight.requires_grad
     assert not hasattr(after["4"], "qconfig")
     assert after["7"] is after["8"]
-    assert {key: id(value) for key, value in model.state_dict(keep_vars=True).items()} == {key: id(value) for key, value in state.items()}
+    assert {key: id(value) for key, value in model.state_dict(keep_vars=True).items()} == {
+        key: id(value) for key, value in state.items()
+    }
 
 
 def test_converting_as_pytorch_does() -> None:
@@ -211,4 +219,6 @@ def test_copies_and_pickles() -> None:
     for other in (twin, pickle.loads(pickle.dumps(bn))):
         assert type(other) is SyncBatchNorm
         assert other.eps == 1e-3
-        assert all(torch.equal(a, b) for a, b in zip(other.state_dict().values(), bn.state_dict().values(), strict=True))
+        assert all(
+            torch.equal(a, b) for a, b in zip(other.state_dict().values(), bn.state_dict().values(), strict=True)
+        )

@@ -1,4 +1,6 @@
-"""fastbn's kernels on PyTorch's threads: the same bits, from the disk cache too, nothing left changed, and never in a forked child."""
+"""fastbn's kernels on PyTorch's threads: the same bits, from the disk cache too, nothing left changed, and never in a
+forked child.
+"""
 
 import os
 import subprocess
@@ -149,7 +151,8 @@ import torch
 from numba.core import event
 from fastbn.torch import BatchNorm1d, BatchNorm2d, BatchNorm3d, explain
 torch.set_num_threads(2)
-shapes = (64, 32), (4096, 70), (300, 300), (4, 3, 5, 5), (32, 64, 7, 7), (2, 2, 300, 300), (4, 64, 64, 64), (8, 24, 40, 40), (4, 8, 4, 4, 4)
+shapes = (64, 32), (4096, 70), (300, 300), (4, 3, 5, 5), (32, 64, 7, 7), (2, 2, 300, 300), (4, 64, 64, 64)
+shapes += (8, 24, 40, 40), (4, 8, 4, 4, 4)
 with event.install_recorder("numba:compile") as seen:
     for shape in shapes:
         for transposed in (False, True):
@@ -159,7 +162,8 @@ with event.install_recorder("numba:compile") as seen:
                 bn.train(mode)(x.requires_grad_()).square().sum().backward()
             with torch.no_grad():
                 bn(x), bn(x)
-print([e.data["dispatcher"].py_func.__name__ for _, e in seen.buffer], "OpenMP team" in explain(bn, torch.randn(8, 8, 16, 16, 16)))
+names = [e.data["dispatcher"].py_func.__name__ for _, e in seen.buffer]
+print(names, "OpenMP team" in explain(bn, torch.randn(8, 8, 16, 16, 16)))
 """
 
 
@@ -168,7 +172,9 @@ def test_after_warmup_layers_compile_nothing(runtime: _team.Runtime) -> None:
     """In another process, on PyTorch's threads; of one dtype, for two minutes where nothing is kept yet."""
     root, said = Path(__file__).parents[1], []
     for words in (["-m", "fastbn", "warmup", "float32"], ["-c", LAYERS]):
-        done = subprocess.run([sys.executable, *words], cwd=root, capture_output=True, text=True, timeout=600, check=True)
+        done = subprocess.run(
+            [sys.executable, *words], cwd=root, capture_output=True, text=True, timeout=600, check=True
+        )
         said.append(done.stdout)
     assert "inference.columns float32 team" in said[0]
     assert said[1] == "[] True\n"

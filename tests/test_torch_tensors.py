@@ -1,4 +1,6 @@
-"""Tensors of every kind in every place of a batch norm: what memory does not hold, or holds with gaps, goes as PyTorch has it."""
+"""Tensors of every kind in every place of a batch norm: what memory does not hold, or holds with gaps, goes as PyTorch
+has it.
+"""
 
 import itertools
 from collections.abc import Callable
@@ -61,7 +63,8 @@ KINDS: dict[str, Callable[[Any], Any]] = {
 }
 GAPS = ("column of a table", "every second")
 PLACES = ("x", "weight", "bias", *STATISTICS, "dy")
-CASES = [case for case in itertools.product(PLACES, KINDS) if case != ("dy", "sparse")]  # which PyTorch refuses, here only in training
+# which PyTorch refuses, here only in training
+CASES = [case for case in itertools.product(PLACES, KINDS) if case != ("dy", "sparse")]
 
 
 def _module(library: Any) -> Any:
@@ -78,13 +81,16 @@ def _put(module: Any, place: str, value: Any) -> None:
 
 
 def _run(library: Any, place: str, kind: str, training: bool, recorded: bool) -> Any:
-    """Two calls, of which the second may be served as the first was, and gradients; the type and first words of an error."""
+    """Two calls, of which the second may be served as the first was, and gradients; the type and first words of an
+    error.
+    """
     module = _module(library).train(training)
     given = {"x": torch.randn(6, C), "dy": torch.randn(6, C), **module._parameters, **module._buffers}
     value = KINDS[kind](given[place].detach())
     try:
         if library is torch.nn and place in STATISTICS and kind in GAPS:
-            value = value.contiguous()  # PyTorch 2.13 takes the gaps for statistics in the derivative of weight, in evaluation
+            # PyTorch 2.13 takes the gaps for statistics in the derivative of weight, in evaluation
+            value = value.contiguous()
         if place in ("x", "dy"):
             given[place] = value
         else:
@@ -142,7 +148,16 @@ def _shared(where: str, module: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "where", ["columns", "expanded", "backwards over each other", "the same", "weight", "bias, shifted", "columns of parameters"]
+    "where",
+    [
+        "columns",
+        "expanded",
+        "backwards over each other",
+        "the same",
+        "weight",
+        "bias, shifted",
+        "columns of parameters",
+    ],
 )
 def test_running_statistics_that_share_memory_or_have_gaps_are_pytorchs_to_move(where: str) -> None:
     found = []
@@ -154,7 +169,9 @@ def test_running_statistics_that_share_memory_or_have_gaps_are_pytorchs_to_move(
             assert "the running statistics lie in memory with gaps, or share it" in fastbn.torch.explain(module, x)
             assert fastbn.torch.explain(module.eval(), x).startswith("fastbn's kernels")  # which only read them
             module.train()
-        found.append([module(x).detach(), *module._buffers.values(), *(v.detach() for v in module._parameters.values())])
+        found.append(
+            [module(x).detach(), *module._buffers.values(), *(v.detach() for v in module._parameters.values())]
+        )
     if "columns" in where:  # what overlaps PyTorch's threads write by turns
         assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
@@ -171,7 +188,13 @@ def test_statistics_side_by_side_are_served() -> None:
 @pytest.mark.filterwarnings("ignore")  # as above
 def test_operators_of_torch_ops_refuse_or_serve_every_kind() -> None:
     """Called by hand: the values of the tensor, or an error, whatever lies at its address."""
-    x, dy, mean, var, gamma = torch.randn(6, C), torch.randn(6, C), torch.randn(C), torch.rand(C) + 0.5, torch.rand(C) + 0.5
+    x, dy, mean, var, gamma = (
+        torch.randn(6, C),
+        torch.randn(6, C),
+        torch.randn(C),
+        torch.rand(C) + 0.5,
+        torch.rand(C) + 0.5,
+    )
     calls = {
         "moments": [x],
         "batch_norm": [x, gamma, mean, 1e-5],
@@ -179,7 +202,15 @@ def test_operators_of_torch_ops_refuse_or_serve_every_kind() -> None:
         "batch_norm_backward": [dy, x, mean, var, gamma, 1e-5],
         "batch_norm_inference_backward": [dy, x, mean, var, gamma, 1e-5],
     }
-    same = ("negated", "imaginary part of a conjugate", *GAPS, "subclass", "parameter", "requires a gradient", "functional")
+    same = (
+        "negated",
+        "imaginary part of a conjugate",
+        *GAPS,
+        "subclass",
+        "parameter",
+        "requires a gradient",
+        "functional",
+    )
     refused = (TypeError, ValueError, RuntimeError)  # NotImplementedError of the dispatcher is one of the last
     for name, arguments in calls.items():
         call = getattr(torch.ops.fastbn, name)
@@ -195,4 +226,6 @@ def test_operators_of_torch_ops_refuse_or_serve_every_kind() -> None:
             assert kind != "on meta" or len(arguments) == 1, (name, k)  # beside others on the CPU
             if kind in same:
                 for a, b in zip(*((r,) if isinstance(r, torch.Tensor) else r for r in (got, want)), strict=True):
-                    torch.testing.assert_close(torch._from_functional_tensor(a) if torch._is_functional_tensor(a) else a.detach(), b)
+                    torch.testing.assert_close(
+                        torch._from_functional_tensor(a) if torch._is_functional_tensor(a) else a.detach(), b
+                    )

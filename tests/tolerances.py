@@ -1,12 +1,14 @@
 """The one table of tolerances, per quantity and dtype, and the natural scale that each is relative to.
 
-y and dx of float16 and bfloat16 may also differ by half a unit in the last place, their rounding; all else of them is as for float32.
-A tolerance is relative to what the quantity is made of, not to its own value, which may cancel to nothing:
+y and dx of float16 and bfloat16 may also differ by half a unit in the last place, their rounding; all else of them is
+as for float32. A tolerance is relative to what the quantity is made of, not to its own value, which may cancel to
+nothing:
 
     mean     max(|mean|, std)                                    of the channel
     var      var                                                 of the channel
     y        max(1, |gamma * xhat|, |beta|)                      of the element
-    dx       |gamma| * rstd * (|dy| + D + max(1, |xhat|) * G)    of the element, D and G the next two scales / m; |gamma * dy| * rstd
+    dx       |gamma| * rstd * (|dy| + D + max(1, |xhat|) * G)    of the element, D and G the next two scales / m; |gamma
+    * dy| * rstd
                                                                  at inference
     dgamma   sum of |dy * xhat|, G * m                           of the channel
     dbeta    sum of |dy|, D * m                                  of the channel
@@ -39,7 +41,9 @@ TOLERANCE: dict[tuple[str, str], Tolerance] = {
     ("dgamma", "float32"): Tolerance(1e-6, _ROUNDINGS),
     ("dbeta", "float32"): Tolerance(1e-6, _ROUNDINGS),
     ("mean", "float64"): Tolerance(1e-14, _SUMS),
-    ("var", "float64"): Tolerance(1e-10, "squares of deviations that carry the condition number's error to first order in a merge"),
+    ("var", "float64"): Tolerance(
+        1e-10, "squares of deviations that carry the condition number's error to first order in a merge"
+    ),
     ("y", "float64"): Tolerance(1e-9, _CONDITION),
     ("dx", "float64"): Tolerance(1e-9, _CONDITION),
     ("dgamma", "float64"): Tolerance(1e-9, _CONDITION),
@@ -53,7 +57,9 @@ def tolerance(quantity: str, dtype: Any) -> Tolerance:
 
 
 def rounding(quantity: str, got: np.ndarray) -> Any:
-    """What rounding a result to the half precision that it is stored in may add to its error: half a unit in the last place."""
+    """What rounding a result to the half precision that it is stored in may add to its error: half a unit in the last
+    place.
+    """
     if quantity not in ("y", "dx") or got.dtype.name not in HALF:
         return 0.0
     info = ml_dtypes.finfo(got.dtype)
@@ -97,11 +103,14 @@ def scales(
     weight = beside(1.0 if gamma is None else gamma)
     height = np.maximum(1.0, np.maximum(weight * hat, beside(0.0 if beta is None else beta)))
     terms = steep + beside(dbeta / m) + np.maximum(1.0, hat) * beside(dgamma / m) if training else steep
-    return Scales(np.maximum(np.abs(mean), np.sqrt(var)), var, height, weight * terms / np.sqrt(beside(var) + eps), dgamma, dbeta)
+    return Scales(
+        np.maximum(np.abs(mean), np.sqrt(var)), var, height, weight * terms / np.sqrt(beside(var) + eps), dgamma, dbeta
+    )
 
 
 def excess(quantity: str, dtype: Any, got: np.ndarray, want: np.ndarray, scale: Any = 1.0, slack: Any = 1.0) -> float:
-    """The worst error as a multiple of what is allowed: at most 1 within the tolerance, inf where either side is not finite.
+    """The worst error as a multiple of what is allowed: at most 1 within the tolerance, inf where either side is not
+    finite.
 
     Where the scale is 0 nothing is allowed. `slack` widens the tolerance: for peers that round more than fastbn does.
     """
@@ -119,4 +128,6 @@ def excess(quantity: str, dtype: Any, got: np.ndarray, want: np.ndarray, scale: 
 def check(quantity: str, dtype: Any, got: np.ndarray, want: np.ndarray, scale: Any = 1.0, slack: Any = 1.0) -> None:
     """Fail where the error exceeds the tolerance."""
     found = excess(quantity, dtype, got, want, scale, slack)
-    assert found <= 1.0, f"{quantity} of {np.dtype(dtype).name}: error {found:.3g} times what is allowed ({tolerance(quantity, dtype)})"
+    assert found <= 1.0, (
+        f"{quantity} of {np.dtype(dtype).name}: error {found:.3g} times what is allowed ({tolerance(quantity, dtype)})"
+    )

@@ -63,12 +63,16 @@ def served(module: Any, x: Any) -> bool:
 
 
 def step(ours: Any, theirs: Any, x: Any, dy: Any, run: Any = None) -> None:
-    """One forward and backward of both, compared: y, gradients, statistics; `run` is what calls ours, where that is compiled."""
+    """One forward and backward of both, compared: y, gradients, statistics; `run` is what calls ours, where that is
+    compiled.
+    """
     assert served(ours, x)
     batch = ours.training or ours.running_mean is None
     if not batch:  # rounded to float32 at every training step, compared there: from here on the same numbers
         theirs.load_state_dict(ours.state_dict())
-    mean, var = (None, None) if batch else (array(ours.running_mean).astype(float), array(ours.running_var).astype(float))
+    mean, var = (
+        (None, None) if batch else (array(ours.running_mean).astype(float), array(ours.running_var).astype(float))
+    )
     ours.zero_grad()
     theirs.zero_grad()
     given, wide = x.detach().requires_grad_(), x.detach().double().requires_grad_()
@@ -86,7 +90,13 @@ def step(ours: Any, theirs: Any, x: Any, dy: Any, run: Any = None) -> None:
     for name in ("weight", "bias"):
         if getattr(ours, name) is not None:
             quantity = {"weight": "dgamma", "bias": "dbeta"}[name]
-            check(quantity, dtype, array(getattr(ours, name).grad), array(getattr(theirs, name).grad), getattr(natural, quantity))
+            check(
+                quantity,
+                dtype,
+                array(getattr(ours, name).grad),
+                array(getattr(theirs, name).grad),
+                getattr(natural, quantity),
+            )
     if ours.running_mean is not None:
         check("mean", dtype, array(ours.running_mean), array(theirs.running_mean), np.maximum(1.0, np.abs(stats.mean)))
         check("var", dtype, array(ours.running_var), array(theirs.running_var), 1.0 + stats.var)

@@ -1,4 +1,6 @@
-"""What every process of torch.distributed does and checks beside rank_checks.py: fastbn.torch.SyncBatchNorm, on the CPU with gloo."""
+"""What every process of torch.distributed does and checks beside rank_checks.py: fastbn.torch.SyncBatchNorm, on the CPU
+with gloo.
+"""
 
 import copy
 import pickle
@@ -22,7 +24,9 @@ def join(folder: Path, rank: int, size: int) -> Ranks:
     """The group of all processes, which meet at a file."""
     torch.set_num_threads(1)
     store = f"file://{folder / 'store'}"
-    distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=size, timeout=timedelta(seconds=SECONDS))
+    distributed.init_process_group(
+        "gloo", init_method=store, rank=rank, world_size=size, timeout=timedelta(seconds=SECONDS)
+    )
     return Ranks(distributed.group.WORLD, rank, size)
 
 
@@ -56,7 +60,11 @@ def total(tensor: torch.Tensor) -> torch.Tensor:
 
 SHARES = ((3, 1, 5), (2, 0, 4), (0, 3, 1), (1, 1, 1))
 CASES = [
-    *((shares, rest, torch.float32, 1e2, False, {}) for shares in SHARES for rest in ((4,), (4, 5), (4, 3, 5), (4, 2, 3, 2))),
+    *(
+        (shares, rest, torch.float32, 1e2, False, {})
+        for shares in SHARES
+        for rest in ((4,), (4, 5), (4, 3, 5), (4, 2, 3, 2))
+    ),
     *(((3, 0, 2), (4, 3, 5), torch.float32, offset, True, {}) for offset in (0.0, 1e2, 1e4)),
     ((3, 0, 2), (4, 2, 3, 2), torch.float32, 1.0, True, {}),
     ((3, 0, 2), (4, 3, 5), torch.float64, 1e4, False, {}),
@@ -132,13 +140,17 @@ def alone(r: Ranks) -> None:
         torch.testing.assert_close(own(x), want(x))
         torch.testing.assert_close(own.running_var, want.running_var)
         torch.testing.assert_close(bn.eval()(x), nn.BatchNorm1d(3).eval()(x))
-        with r.fails(ValueError, "Expected more than 1 value per channel when training, got input size torch.Size([1, 3])"):
+        with r.fails(
+            ValueError, "Expected more than 1 value per channel when training, got input size torch.Size([1, 3])"
+        ):
             own(torch.ones(1, 3))
     bn.train()(x)
 
 
 def refused(r: Ranks) -> None:
-    """PyTorch's errors, in its words, on the rank that has the bad input; at once an error on the others too; nothing has changed."""
+    """PyTorch's errors, in its words, on the rank that has the bad input; at once an error on the others too; nothing
+    has changed.
+    """
     x = torch.randn(2, 3, 4)
     bn = SyncBatchNorm(3)
     fresh = copy.deepcopy(bn.state_dict())
@@ -165,9 +177,13 @@ def refused(r: Ranks) -> None:
 
 
 def in_a_model(r: Ranks) -> None:
-    """DistributedDataParallel over a converted model: the gradients of one process on the whole batch; compiled and copied models too."""
+    """DistributedDataParallel over a converted model: the gradients of one process on the whole batch; compiled and
+    copied models too.
+    """
     torch.manual_seed(0)
-    want = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 3), nn.BatchNorm2d(2)).double()
+    want = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 2, 3), nn.BatchNorm2d(2)
+    ).double()
     model = convert_sync_batchnorm(copy.deepcopy(want))
     x, dy, part = draw((3, 1, 2), (3, 6, 6), torch.float64, 1.0)
     (want(x) * dy[:, :2, :2, :2]).sum().backward()
@@ -207,4 +223,12 @@ def a_rank_that_is_gone(r: Ranks) -> None:
             bn(torch.ones(2, 3))
 
 
-CHECKS = (synchronized_training, half_parameters, alone, refused, in_a_model, agrees_with_the_layer, a_rank_that_is_gone)
+CHECKS = (
+    synchronized_training,
+    half_parameters,
+    alone,
+    refused,
+    in_a_model,
+    agrees_with_the_layer,
+    a_rank_that_is_gone,
+)

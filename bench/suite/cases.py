@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 
-ALIGNMENT = 64  # bytes: PyTorch's own tensors start on a cache line, so nobody is slowed down by where NumPy's happen to start
+# bytes: PyTorch's own tensors start on a cache line, so nobody is slowed down by where NumPy's happen to start
+ALIGNMENT = 64
 
 IMAGES: tuple[tuple[int, ...], ...] = (  # each channels first and channels last in memory
     (32, 64, 112, 112),  # the first layer of a ResNet
@@ -40,7 +41,8 @@ FLAT: tuple[tuple[int, ...], ...] = (
     (200_000, 4),  # few channels, many rows
     (131_071, 1),
 )
-SMALL_SHAPES: tuple[tuple[int, ...], ...] = ((32, 64), (16, 256), (2, 16, 8, 8), (1, 64, 7, 7))  # where a call is mostly overhead
+# where a call is mostly overhead
+SMALL_SHAPES: tuple[tuple[int, ...], ...] = ((32, 64), (16, 256), (2, 16, 8, 8), (1, 64, 7, 7))
 
 
 class Case(NamedTuple):
@@ -104,14 +106,18 @@ def empty(name: str, dtype: str) -> Array:
     """An array of a case's shape and memory order that begins on a cache line."""
     case, kind = CASES[name], dtype_of(dtype)
     size = math.prod(case.shape) * kind.itemsize
-    made: Array = aligned(size).view(kind).reshape([case.shape[axis] for axis in case.memory]).transpose(np.argsort(case.memory))
+    made: Array = (
+        aligned(size).view(kind).reshape([case.shape[axis] for axis in case.memory]).transpose(np.argsort(case.memory))
+    )
     return made
 
 
 def array(name: str, dtype: str, seed: int = 0) -> Array:
     """Normal data of a case, mean 3 and standard deviation 2; the same values in either memory order."""
     made = empty(name, dtype)
-    values = np.random.default_rng(seed).standard_normal(CASES[name].shape, np.float64 if dtype == "float64" else np.float32)
+    values = np.random.default_rng(seed).standard_normal(
+        CASES[name].shape, np.float64 if dtype == "float64" else np.float32
+    )
     values *= 2
     values += 3
     made[...] = values

@@ -12,7 +12,8 @@ from fastbn import reference
 from .cases import CASES, array, check, empty, parameters
 
 EPS = 1e-5
-LIMITS = {"float32": 1e-5, "float64": 1e-10, "float16": 2e-3, "bfloat16": 1e-2}  # of errors against float64, in units of max(1, |value|)
+# of errors against float64, in units of max(1, |value|)
+LIMITS = {"float32": 1e-5, "float64": 1e-10, "float16": 2e-3, "bfloat16": 1e-2}
 
 
 class _Pass:
@@ -50,7 +51,9 @@ class _Pass:
         """Check the forward."""
         self.forward()
         rows, m = self.expected()
-        y = reference.normalize(rows, m.mean, m.rstd(EPS), self.gamma[self.some], self.beta[self.some], np.empty(rows.shape))
+        y = reference.normalize(
+            rows, m.mean, m.rstd(EPS), self.gamma[self.some], self.beta[self.some], np.empty(rows.shape)
+        )
         check(self.rows(self.out), y, self.limit)
 
     def prepare_backward(self) -> None:
@@ -58,7 +61,9 @@ class _Pass:
         self.moments = fastbn.moments(self.x)
         self.backward()
         rows, m = self.expected()
-        dx = reference.backward(self.rows(self.dy), rows, m.mean, m.rstd(EPS), self.gamma[self.some], np.empty(rows.shape))[0]
+        dx = reference.backward(
+            self.rows(self.dy), rows, m.mean, m.rstd(EPS), self.gamma[self.some], np.empty(rows.shape)
+        )[0]
         check(self.rows(self.out), dx, self.limit)
 
     def forward(self) -> None:
@@ -98,7 +103,9 @@ class Inference(_Pass):
         self.mean, self.var = m.mean, m.var()
         self.inference()
         rows, m = self.expected()
-        y = reference.normalize(rows, m.mean, m.rstd(EPS), self.gamma[self.some], self.beta[self.some], np.empty(rows.shape))
+        y = reference.normalize(
+            rows, m.mean, m.rstd(EPS), self.gamma[self.some], self.beta[self.some], np.empty(rows.shape)
+        )
         check(self.rows(self.out), y, self.limit)
 
     def inference(self) -> None:
@@ -138,7 +145,10 @@ class OtherBackward(Backward):
 
 
 class PeakMemory(_Pass):
-    """Peak of the process, in bytes: the three arrays, the interpreter and what a pass takes besides, which should be next to nothing."""
+    """Peak of the process, in bytes.
+
+    The three arrays, the interpreter and what a pass takes besides, which should be next to nothing.
+    """
 
     params: ClassVar[list[list[str]]] = [["32x64x112x112", "32x64x112x112 last"], ["float32"]]
 
@@ -162,4 +172,8 @@ class PeakMemory(_Pass):
         check(dbeta[0], self.dy[:, 0].sum(dtype=np.float64), self.limit)
         rstd = m.rstd(EPS)[0]
         xhat = (self.x[0, 0].astype(np.float64) - m.mean[0]) * rstd
-        check(self.out[0, 0], self.gamma[0] * rstd * (self.dy[0, 0] - dbeta[0] / m.count - xhat * dgamma[0] / m.count), self.limit)
+        check(
+            self.out[0, 0],
+            self.gamma[0] * rstd * (self.dy[0, 0] - dbeta[0] / m.count - xhat * dgamma[0] / m.count),
+            self.limit,
+        )

@@ -1,6 +1,7 @@
 """Which dtypes x may have, and which dtype its parameters then have.
 
-bfloat16 is the one of `ml_dtypes`. Arrays of it are recognised by name: whoever holds one has the package, and fastbn need not import it.
+bfloat16 is the one of `ml_dtypes`. Arrays of it are recognised by name: whoever holds one has the package, and fastbn
+need not import it.
 """
 
 from __future__ import annotations
@@ -36,7 +37,10 @@ def small(dtype: Dtype) -> bool:
 
 
 def of_parameters(dtype: Dtype) -> Dtype:
-    """The dtype of gamma, beta, their gradients and the running statistics beside x of a supported dtype: never a half one."""
+    """The dtype of gamma, beta, their gradients and the running statistics beside x of a supported dtype.
+
+    Never a half one.
+    """
     return FLOAT64 if dtype.itemsize == 8 else FLOAT32
 
 

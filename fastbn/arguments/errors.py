@@ -10,7 +10,10 @@ RuntimeError
 
 
 class BackendUnavailable(RuntimeError):
-    """An explicit request for a backend that can't be served; says what was asked, what is registered and why each declines."""
+    """An explicit request for a backend that can't be served.
+
+    Says what was asked, what is registered and why each declines.
+    """
 
 
 class DataError(ValueError):

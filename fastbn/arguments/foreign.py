@@ -15,7 +15,8 @@ from fastbn.arguments.scalars import shown
 
 Array = NDArray[Any]
 
-ON_HOST = (1, 3, 11, 13)  # DLPack's numbers of devices whose memory the host reads: its own, pinned for CUDA or ROCm, managed
+# DLPack's numbers of devices whose memory the host reads: its own, pinned for CUDA or ROCm, managed
+ON_HOST = (1, 3, 11, 13)
 
 
 def on_device(value: Any) -> bool:
@@ -36,7 +37,9 @@ def is_simulated(value: Any) -> bool:
 
 
 def as_array(value: Any, name: str, dtype: dtypes.Dtype | None = None) -> Array:
-    """The array of whatever has one on the host, NumPy's own and without a subclass; `dtype` for what has none of its own.
+    """The array of whatever has one on the host, NumPy's own and without a subclass.
+
+    `dtype` for what has none of its own.
 
     Raises
     ------
@@ -51,7 +54,8 @@ def as_array(value: Any, name: str, dtype: dtypes.Dtype | None = None) -> Array:
     if (reason := _refused(value, own)) is not None:
         raise TypeError(f"{name}: {reason}")
     try:
-        if "torch" in sys.modules and str(getattr(value, "dtype", "")) == "torch.bfloat16":  # which NumPy has not: its bits
+        # which NumPy has not: its bits
+        if "torch" in sys.modules and str(getattr(value, "dtype", "")) == "torch.bfloat16":
             bits: Array = value.view(sys.modules["torch"].int16).numpy()
             return bits.view(dtypes.bfloat16())
         if _speaks_dlpack_only(value):
@@ -60,10 +64,13 @@ def as_array(value: Any, name: str, dtype: dtypes.Dtype | None = None) -> Array:
     except ValueError as error:
         raise TypeError(f"{name}: given ragged or mixed data ({error}), want an array of float32 or float64") from None
     except (TypeError, RuntimeError, BufferError) as error:  # as libraries refuse
-        raise TypeError(f"{name}: given {type(value).__name__}, which does not become an array of NumPy ({error})") from error
+        raise TypeError(
+            f"{name}: given {type(value).__name__}, which does not become an array of NumPy ({error})"
+        ) from error
     if array.dtype == object:
         raise TypeError(f"{name}: given {type(value).__name__}, {_of_objects(value, own)}")
-    if dtype is not None and array.dtype.kind in "iuf" and not hasattr(value, "dtype"):  # not of words, of which NumPy would read numbers
+    # not of words, of which NumPy would read numbers
+    if dtype is not None and array.dtype.kind in "iuf" and not hasattr(value, "dtype"):
         return array.astype(dtype, copy=False)
     return array
 
@@ -78,7 +85,10 @@ def _refused(value: Any, name: str) -> str | None:
     if isinstance(value, np.ma.MaskedArray):
         return f"given a masked array, whose mask would be ignored; want a plain array, for example {name}.filled(...)"
     if _holds_masked(value):
-        return f"{given} with a masked array in it, whose mask would be ignored; want plain arrays, for example array.filled(...)"
+        return (
+            f"{given} with a masked array in it, whose mask would be ignored; want plain arrays, for example "
+            f"array.filled(...)"
+        )
     if on_device(value):
         return f"given an array on a GPU ({type(value).__name__}), want a host array: copy it to the host first"
     if isinstance(value, Mapping):
@@ -112,7 +122,10 @@ def _undelivered(value: Any) -> str | None:
         return f"given {type(value).__name__}, whose __dlpack_device__ fails ({error}): make it an array of NumPy first"
     if device in ON_HOST:
         return None
-    return f"given an array on a GPU or another device ({type(value).__name__}, device {device} of DLPack): copy it to the host first"
+    return (
+        f"given an array on a GPU or another device ({type(value).__name__}, device {device} of DLPack): copy it "
+        f"to the host first"
+    )
 
 
 def _of_objects(value: Any, name: str) -> str:

@@ -1,8 +1,9 @@
 """Any checked array and channel axis -> a canonical view.
 
-Canonical views are (N, C, S) with S contiguous ("channels first") or (R, C) with C contiguous ("channels last"). Batch normalization
-does not care in which order a channel's values come, so the other axes are ordered by their strides: C and Fortran order, transposed
-and strided arrays become canonical without a copy wherever two strides describe them; the rest is copied, once, here.
+Canonical views are (N, C, S) with S contiguous ("channels first") or (R, C) with C contiguous ("channels last"). Batch
+normalization does not care in which order a channel's values come, so the other axes are ordered by their strides: C
+and Fortran order, transposed and strided arrays become canonical without a copy wherever two strides describe them; the
+rest is copied, once, here.
 """
 
 from __future__ import annotations
@@ -27,14 +28,34 @@ ALIGNED_BYTES = 64 * 1024  # from here on the alignment gains more than the 2 us
 class Plan:
     """How arrays of one shape and memory order become canonical.
 
-    `kind` tells which kernels run, `dims` is (N, C, S) or (R, C), `order` the transposition before the reshape to `dims` (None where the
-    plain reshape does), `count` the values per channel of `channels`, `memory` the axes of a result from the outermost in memory.
+    `kind` tells which kernels run, `dims` is (N, C, S) or (R, C), `order` the transposition before the reshape to
+    `dims` (None where the plain reshape does), `count` the values per channel of `channels`, `memory` the axes of a
+    result from the outermost in memory.
     """
 
-    __slots__ = ("_as_is", "_back", "_compact", "_size", "axis", "channels", "count", "dims", "kind", "memory", "order", "shape")
+    __slots__ = (
+        "_as_is",
+        "_back",
+        "_compact",
+        "_size",
+        "axis",
+        "channels",
+        "count",
+        "dims",
+        "kind",
+        "memory",
+        "order",
+        "shape",
+    )
 
     def __init__(
-        self, shape: tuple[int, ...], strides: tuple[int, ...], axis: int, outer: Sequence[int], inner: Sequence[int], last: bool
+        self,
+        shape: tuple[int, ...],
+        strides: tuple[int, ...],
+        axis: int,
+        outer: Sequence[int],
+        inner: Sequence[int],
+        last: bool,
     ) -> None:
         self.shape = shape
         self.axis, self.channels = axis, shape[axis]
@@ -68,7 +89,10 @@ class Plan:
         return view if view.strides[-1] == array.itemsize and np.may_share_memory(view, array) else None
 
     def empty(self, dtype: np.dtype[Any]) -> tuple[Array, Array]:
-        """Fresh memory in this memory order: (array of `shape`, its canonical view), on a 64-byte boundary where it is large."""
+        """Fresh memory in this memory order.
+
+        (array of `shape`, its canonical view), on a 64-byte boundary where it is large.
+        """
         size = self._size * dtype.itemsize
         if size < ALIGNED_BYTES:
             whole = np.empty(self._compact, dtype)
@@ -112,7 +136,10 @@ def planned(shape: tuple[int, ...], strides: tuple[int, ...], axis: int, itemsiz
 
 
 def view_of(plan: Plan, x: Array) -> tuple[Plan, Array]:
-    """The canonical view of the array that was planned; of a compact copy, and its plan, where two strides can't describe it."""
+    """The canonical view of the array that was planned.
+
+    Of a compact copy, and its plan, where two strides can't describe it.
+    """
     if x.dtype.isnative and (view := plan.view(x)) is not None:
         return plan, view
     compact = np.empty_like(x, dtype=x.dtype.newbyteorder("="), subok=False)
@@ -127,7 +154,9 @@ def plan_for(shape: tuple[int, ...], dtype: DTypeLike, axis: int, channels_last:
     """The plan of a compact array that need not exist: C order, or channels innermost in memory."""
     dtype = np.dtype(dtype)
     axes = [a for a in range(len(shape)) if a != axis] + [axis] if channels_last else list(range(len(shape)))
-    strides = [dtype.itemsize * math.prod(max(shape[b], 1) for b in axes[axes.index(a) + 1 :]) for a in range(len(shape))]
+    strides = [
+        dtype.itemsize * math.prod(max(shape[b], 1) for b in axes[axes.index(a) + 1 :]) for a in range(len(shape))
+    ]
     return planned(shape, tuple(strides), axis, dtype.itemsize)
 
 

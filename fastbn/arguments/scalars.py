@@ -1,4 +1,7 @@
-"""Arguments that are one value: numbers, whole numbers, flags. Each becomes Python's own, or a TypeError or ValueError that names it."""
+"""Arguments that are one value.
+
+Numbers, whole numbers, flags. Each becomes Python's own, or a TypeError or ValueError that names it.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,10 @@ def shown(value: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Python's own value of NumPy's scalars and of arrays and tensors without axes; None of what is no number: booleans, words, arrays."""
+    """Python's own value of NumPy's scalars and of arrays and tensors without axes.
+
+    None of what is no number: booleans, words, arrays.
+    """
     if getattr(value, "shape", ()) != () or getattr(getattr(value, "dtype", None), "kind", "f") in "bcmMSU":
         return None
     if isinstance(value, np.ma.MaskedArray):
@@ -112,12 +118,17 @@ def check_ddof(ddof: Any) -> float:
 
 
 def check_momentum(momentum: Any) -> float | None:
-    """The weight of the new value; None for the cumulative average. Outside 0 to 1 it extrapolates, as PyTorch lets it."""
+    """The weight of the new value.
+
+    None for the cumulative average. Outside 0 to 1 it extrapolates, as PyTorch lets it.
+    """
     if momentum is None:
         return None
     value = number(momentum, "momentum", "a number from 0 to 1, or None for the cumulative average")
     if not math.isfinite(value):
-        raise ValueError(f"momentum: given {momentum}, want a finite number: the weight of the new value (1 - decay elsewhere)")
+        raise ValueError(
+            f"momentum: given {momentum}, want a finite number: the weight of the new value (1 - decay elsewhere)"
+        )
     return value
 
 
@@ -133,4 +144,7 @@ def check_backend(backend: Any) -> str | None:
     """The name of a backend, which may be none that is there, or None."""
     if backend is None or isinstance(backend, str):
         return backend
-    raise TypeError(f"backend: given {shown(backend)}, want a name, 'cpu', 'cuda' or 'reference', or None: where the array lives decides")
+    raise TypeError(
+        f"backend: given {shown(backend)}, want a name, 'cpu', 'cuda' or 'reference', or None: where the "
+        f"array lives decides"
+    )

@@ -38,9 +38,15 @@ class Command(NamedTuple):
 
 def _explain_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("shape", metavar="SHAPE", help="of the array, like 32,64,56,56 or 32x64x56x56")
-    parser.add_argument("dtype", metavar="DTYPE", nargs="?", default="float32", help=f"{dtypes.WANTED} (default: float32)")
-    parser.add_argument("--axis", type=int, default=1, metavar="A", help="the channel axis, negative counts from the end (default: 1)")
-    parser.add_argument("--channels-last", action="store_true", help="the channels are innermost in memory, wherever their axis is")
+    parser.add_argument(
+        "dtype", metavar="DTYPE", nargs="?", default="float32", help=f"{dtypes.WANTED} (default: float32)"
+    )
+    parser.add_argument(
+        "--axis", type=int, default=1, metavar="A", help="the channel axis, negative counts from the end (default: 1)"
+    )
+    parser.add_argument(
+        "--channels-last", action="store_true", help="the channels are innermost in memory, wherever their axis is"
+    )
     parser.add_argument("--backend", metavar="NAME", help="ask for one backend: cpu, cuda or reference")
 
 
@@ -55,7 +61,11 @@ def _shape(text: str) -> tuple[int, ...]:
 
 
 def _explain(args: argparse.Namespace) -> int:
-    print(fastbn.explain(_shape(args.shape), args.dtype, args.axis, channels_last=args.channels_last, backend=args.backend))
+    print(
+        fastbn.explain(
+            _shape(args.shape), args.dtype, args.axis, channels_last=args.channels_last, backend=args.backend
+        )
+    )
     return 0
 
 
@@ -110,7 +120,11 @@ COMMANDS = (
     Command(
         "moments",
         "mean and standard deviation per channel of a .npy file of any size, in bounded memory",
-        ("moments images.npy", "moments table.npy --axis -1 --save statistics.npz", "moments images.npy --normalize normalized.npy"),
+        (
+            "moments images.npy",
+            "moments table.npy --axis -1 --save statistics.npz",
+            "moments images.npy --normalize normalized.npy",
+        ),
         npy_moments.add_arguments,
         npy_moments.run,
     ),
@@ -130,7 +144,8 @@ COMMANDS = (
     ),
     Command(
         "check",
-        "hold every public function against the float64 reference on this machine, in seconds (at first some minutes: it compiles)",
+        "hold every public function against the float64 reference on this machine, in seconds (at first some minutes: "
+        "it compiles)",
         ("check", "check --backend reference"),
         selftest.add_arguments,
         selftest.run,
@@ -144,7 +159,8 @@ COMMANDS = (
     ),
     Command(
         "warmup",
-        "compile every kernel ahead, for an image say, also for the threads of PyTorch where that is installed: a minute or two a dtype",
+        "compile every kernel ahead, for an image say, also for the threads of PyTorch where that is installed: a "
+        "minute or two a dtype",
         ("warmup", "warmup float32", "NUMBA_CACHE_DIR=/var/cache/numba python -m fastbn warmup float32"),
         _warmup_arguments,
         _warmup,
@@ -173,7 +189,9 @@ def _parser() -> argparse.ArgumentParser:
     shape: Any = argparse.RawDescriptionHelpFormatter  # the examples keep their lines
     parser = _Parser(
         prog=PROGRAM,
-        description=_paragraph("Batch normalization for NumPy arrays: train with it, take the statistics of a file, check it, time it."),
+        description=_paragraph(
+            "Batch normalization for NumPy arrays: train with it, take the statistics of a file, check it, time it."
+        ),
         epilog=_epilog(("train", "moments images.npy", "explain 32,64,56,56 float32", "COMMAND --help")),
         formatter_class=shape,
     )
@@ -200,8 +218,11 @@ def _writable() -> Iterator[None]:
     with ExitStack() as stack:
         for name, redirect in (("stdout", redirect_stdout), ("stderr", redirect_stderr)):
             stream: Any = getattr(sys, name)
-            if stream is None:  # closed, `>&-`: nor may a file that is opened later take its number, and what libraries print
-                stack.enter_context(redirect(stack.enter_context(open(os.devnull, "w", encoding="utf-8", errors="replace"))))
+            # closed, `>&-`: nor may a file that is opened later take its number, and what libraries print
+            if stream is None:
+                stack.enter_context(
+                    redirect(stack.enter_context(open(os.devnull, "w", encoding="utf-8", errors="replace")))
+                )
                 continue
             if isinstance(stream, io.TextIOWrapper):
                 stack.callback(stream.reconfigure, errors=stream.errors)
@@ -256,8 +277,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns
     -------
     int
-        Exit code: 0, 1 where `check` fails or `warmup` can keep nothing, 2 for bad input or output that can't be written, 130 after an
-        interrupt, 141 where the reader of the output has gone.
+        Exit code: 0, 1 where `check` fails or `warmup` can keep nothing, 2 for bad input or output that can't be
+        written, 130 after an interrupt, 141 where the reader of the output has gone.
     """
     traceback = False
     with _writable():

@@ -1,4 +1,7 @@
-"""The `bench` command: speed beside NumPy and PyTorch in a short table; accuracy, by `fastbn.cli.cases`. The full suite is in bench/."""
+"""The `bench` command: speed beside NumPy and PyTorch in a short table.
+
+Accuracy, by `fastbn.cli.cases`. The full suite is in bench/.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,8 @@ SHAPES: tuple[tuple[tuple[int, ...], bool], ...] = (  # float32; whether the cha
     ((32, 64), True),
 )
 EPS = config.EPS
-CROWD = 0.5  # processors short, from which on PyTorch's spinning threads wait for each other 10 to 1000 times as long as they work
+# processors short, from which on PyTorch's spinning threads wait for each other 10 to 1000 times as long as they work
+CROWD = 0.5
 AGREEMENT = 1e-4  # absolute, on data of standard deviation 1: a wrong result is timed by nobody
 
 
@@ -49,7 +53,9 @@ def numpy_forward(x: Array, gamma: Array, beta: Array, y: Array, axes: tuple[int
     return (y,)
 
 
-def numpy_backward(dy: Array, x: Array, mean: Array, var: Array, gamma: Array, axes: tuple[int, ...]) -> tuple[Array, Array, Array]:
+def numpy_backward(
+    dy: Array, x: Array, mean: Array, var: Array, gamma: Array, axes: tuple[int, ...]
+) -> tuple[Array, Array, Array]:
     """Backward as plain NumPy writes it; mean, var and gamma broadcast against x."""
     rstd = 1 / np.sqrt(var + np.float32(EPS))
     xhat = (x - mean) * rstd
@@ -61,7 +67,8 @@ def numpy_backward(dy: Array, x: Array, mean: Array, var: Array, gamma: Array, a
 def contestants(shape: tuple[int, ...], channels_last: bool) -> dict[str, Contestants]:
     """Build the calls to time on one array: {"forward": {name: call}, "backward": ...}.
 
-    Every forward writes into memory of its own, allocated here; every backward allocates its gradients, since PyTorch's has no `out`.
+    Every forward writes into memory of its own, allocated here; every backward allocates its gradients, since PyTorch's
+    has no `out`.
     """
     rng = np.random.default_rng(0)
     order = (0, *range(2, len(shape)), 1) if channels_last else tuple(range(len(shape)))
@@ -71,7 +78,10 @@ def contestants(shape: tuple[int, ...], channels_last: bool) -> dict[str, Contes
     axes = (0, *range(2, len(shape)))
     shaped = (1, -1, *(1 for _ in shape[2:]))
     wide_gamma, wide_beta = gamma.reshape(shaped), beta.reshape(shaped)
-    mean, var = x.mean(axes, np.float64, keepdims=True).astype(np.float32), x.var(axes, np.float64, keepdims=True).astype(np.float32)
+    mean, var = (
+        x.mean(axes, np.float64, keepdims=True).astype(np.float32),
+        x.var(axes, np.float64, keepdims=True).astype(np.float32),
+    )
     m = fastbn.moments(x)
     outs = [np.empty_like(x) for _ in range(3)]
     forward: Contestants = {
@@ -88,7 +98,9 @@ def contestants(shape: tuple[int, ...], channels_last: bool) -> dict[str, Contes
         tx, tdy, tgamma, tbeta, ty = (torch.from_numpy(a) for a in (x, dy, gamma, beta, outs[2]))
         tmean, trstd = torch.empty(shape[1]), torch.empty(shape[1])
         stats = {"out": ty, "save_mean": tmean, "save_invstd": trstd}
-        forward["PyTorch"] = lambda: aten.native_batch_norm.out(tx, tgamma, tbeta, None, None, True, 0.1, EPS, **stats)[:1]
+        forward["PyTorch"] = lambda: aten.native_batch_norm.out(tx, tgamma, tbeta, None, None, True, 0.1, EPS, **stats)[
+            :1
+        ]
         backward["PyTorch"] = lambda: aten.native_batch_norm_backward(
             tdy, tx, tgamma, None, None, tmean, trstd, True, EPS, [True, True, True]
         )
@@ -101,9 +113,16 @@ def agree(calls: Contestants) -> None:
     expected = [np.asarray(a) for a in calls["fastbn"]()]
     for name, call in calls.items():
         for i, (a, e) in enumerate(zip(call(), expected, strict=True)):
-            apart = error(np.asarray(a), e.astype(np.float64), np.maximum(1.0, np.abs(e)) * (1.0 if i == 0 else np.sqrt(expected[0].size)))
+            apart = error(
+                np.asarray(a),
+                e.astype(np.float64),
+                np.maximum(1.0, np.abs(e)) * (1.0 if i == 0 else np.sqrt(expected[0].size)),
+            )
             if not apart <= AGREEMENT:
-                raise SystemExit(f"fastbn: result {i} of {name} and fastbn differ by {apart:.1e}, nothing is timed; run: fastbn check")
+                raise SystemExit(
+                    f"fastbn: result {i} of {name} and fastbn differ by {apart:.1e}, nothing is timed; "
+                    f"run: fastbn check"
+                )
 
 
 def interleaved(calls: Contestants, repeats: int) -> dict[str, float]:
@@ -116,24 +135,34 @@ def interleaved(calls: Contestants, repeats: int) -> dict[str, float]:
 
 
 def others() -> float | None:
-    """Processor seconds that all processes but this one have used since the start of the system; None where it does not tell."""
+    """Processor seconds that all processes but this one have used since the start of the system.
+
+    None where it does not tell.
+    """
     try:
         ticks = [int(n) for n in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
     except OSError:
         return None
     own = os.times()
-    return (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK") - own.user - own.system  # all but idle and iowait
+    # all but idle and iowait
+    return (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK") - own.user - own.system
 
 
 def crowded(before: float | None, seconds: float, threads: int) -> str | None:
-    """Say by how much the processors fell short since `before`; None where there were enough, or the system does not tell."""
+    """Say by how much the processors fell short since `before`.
+
+    None where there were enough, or the system does not tell.
+    """
     after = others()
     if before is None or after is None:
         return None
     used, there = (after - before) / seconds, os.cpu_count() or 1
     if used + threads <= there + CROWD:
         return None
-    return f"other processes used {used:.1f} of {there} processors meanwhile: these timings mean little, repeat them on a quiet machine"
+    return (
+        f"other processes used {used:.1f} of {there} processors meanwhile: these timings mean little, repeat them "
+        f"on a quiet machine"
+    )
 
 
 def speed(repeats: int) -> list[dict[str, Any]]:
@@ -159,7 +188,12 @@ def _speed_table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[lis
 
 def machine() -> dict[str, str]:
     """Facts that the numbers depend on."""
-    packages = {"fastbn": fastbn.__version__, "numpy": np.__version__, "numba": info.version("numba"), "torch": info.version("torch")}
+    packages = {
+        "fastbn": fastbn.__version__,
+        "numpy": np.__version__,
+        "numba": info.version("numba"),
+        "torch": info.version("torch"),
+    }
     return {
         "processor": info.cpu_name(),
         "threads": str(fastbn.get_num_threads()),
@@ -177,7 +211,9 @@ def sentence(facts: Mapping[str, str]) -> str:
 
 
 def replace_block(path: Path, name: str, text: str | None) -> None:
-    """Put text between the lines ``<!-- name:begin -->`` and ``<!-- name:end -->`` of a file; None only looks whether they are there.
+    """Put text between the lines ``<!-- name:begin -->`` and ``<!-- name:end -->`` of a file.
+
+    None only looks whether they are there.
 
     Raises
     ------
@@ -188,7 +224,10 @@ def replace_block(path: Path, name: str, text: str | None) -> None:
     block = re.compile(rf"(<!-- {name}:begin -->\r?\n).*?(<!-- {name}:end -->)", re.DOTALL)
     after, found = block.subn(lambda match: match[1] + (text or "") + match[2], before)
     if found != 1:
-        raise ValueError(f"{path}: has {found} blocks from <!-- {name}:begin --> to <!-- {name}:end -->, want one, markers on own lines")
+        raise ValueError(
+            f"{path}: has {found} blocks from <!-- {name}:begin --> to <!-- {name}:end -->, want one, "
+            f"markers on own lines"
+        )
     if text is not None:
         with replacing(path) as file:
             file.write(after.encode())
@@ -202,18 +241,27 @@ def markdown(headers: Sequence[str], lines: Sequence[Sequence[str]], notes: str)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the `bench` command."""
-    parser.add_argument("--accuracy", action="store_true", help="compare accuracy on hard float32 data instead of speed")
-    parser.add_argument("--repeats", type=int, default=9, metavar="N", help="turns of each contestant (default: %(default)s)")
+    parser.add_argument(
+        "--accuracy", action="store_true", help="compare accuracy on hard float32 data instead of speed"
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=9, metavar="N", help="turns of each contestant (default: %(default)s)"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers")
     parser.add_argument(
-        "--readme", type=Path, metavar="FILE", help="replace the block between <!-- speed:begin --> and <!-- speed:end --> (or accuracy)"
+        "--readme",
+        type=Path,
+        metavar="FILE",
+        help="replace the block between <!-- speed:begin --> and <!-- speed:end --> (or accuracy)",
     )
 
 
 NOTES = {
-    "speed": "fastbn's time, and the others' as multiples of it: medians of interleaved calls on float32 data. A forward writes into "
+    "speed": "fastbn's time, and the others' as multiples of it: medians of interleaved calls on float32 data. A "
+    "forward writes into "
     "memory given to it, a backward allocates its result. Channels first or last in memory.",
-    "accuracy": "Worst errors of var / of y, against float64 on the same float32 data: of var relative (absolute where it is 0), of y in "
+    "accuracy": "Worst errors of var / of y, against float64 on the same float32 data: of var relative (absolute "
+    "where it is 0), of y in "
     f"units of max(1, abs(xhat)). Shape {'x'.join(map(str, cases.SHAPE))}, channels first or last in memory.",
 }
 
@@ -248,6 +296,8 @@ def run(args: argparse.Namespace) -> int:
         return 1
     if args.readme:
         command = "python -m fastbn bench" + (" --accuracy" if args.accuracy else "")
-        replace_block(args.readme, name, markdown(headers, lines, f"{NOTES[name]} {sentence(facts)}. Written by `{command}`."))
+        replace_block(
+            args.readme, name, markdown(headers, lines, f"{NOTES[name]} {sentence(facts)}. Written by `{command}`.")
+        )
         print(f"wrote the {name} table into {args.readme}")
     return 0

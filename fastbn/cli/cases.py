@@ -1,4 +1,4 @@
-"""The accuracy table: float32 data on which sums of squares, float32 sums and poor shifts go wrong, and the errors made on it."""
+"""The accuracy table: float32 data on which sums of squares, float32 sums and poor shifts go wrong, and the errors."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def _pytorch(x: Array) -> tuple[Array, Array]:
 
 
 def accuracy(shape: tuple[int, ...] = SHAPE) -> list[dict[str, Any]]:
-    """One record per case: its name, and the worst errors of var and of y, by library and place of the channels in memory.
+    """One record per case: its name, and the worst errors of var and of y, by library and place of the channels.
 
     The error of var is relative, or absolute where var is 0; that of y is in units of max(1, |xhat|).
     """
@@ -110,7 +110,10 @@ def accuracy(shape: tuple[int, ...] = SHAPE) -> list[dict[str, Any]]:
                 canonical = np.ascontiguousarray(found_y, np.float64).reshape(y.shape)
                 with np.errstate(invalid="ignore"):  # Inf where a peer overflows
                     worst_var = error(found_var, var, np.where(var == 0, 1.0, var))
-                    errors[f"{name} {channels}"] = {"var": worst_var, "y": error(canonical, y, np.maximum(1.0, np.abs(y)))}
+                    errors[f"{name} {channels}"] = {
+                        "var": worst_var,
+                        "y": error(canonical, y, np.maximum(1.0, np.abs(y))),
+                    }
         rows.append({"case": case, "errors": errors})
     return rows
 

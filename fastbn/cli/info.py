@@ -58,8 +58,13 @@ def cache_directory() -> str:
         return "nowhere: NUMBA_DISABLE_JIT is set; unset it to compile any"
     places = cache.directories()
     if not places:
-        return "nowhere: this program's importer does not show fastbn's modules, so old kernels could not be told from new ones"
-    partly = "; most are compiled anew at each start, since NUMBA_OPT=0 leaves addresses in them" if config.OPT == 0 else ""
+        return (
+            "nowhere: this program's importer does not show fastbn's modules, so old kernels could not be told "
+            "from new ones"
+        )
+    partly = (
+        "; most are compiled anew at each start, since NUMBA_OPT=0 leaves addresses in them" if config.OPT == 0 else ""
+    )
     for place in places:
         if cache.writable(place):
             return f"{place}{partly}"
@@ -95,7 +100,8 @@ def facts() -> Iterator[tuple[str, str]]:
     yield "kernel cache", cache_directory()
     yield from _labelled("backends", availability())
     yield from _labelled(
-        "environment", [f"{name}={os.environ[name]}" if name in os.environ else f"{name} is not set" for name in VARIABLES]
+        "environment",
+        [f"{name}={os.environ[name]}" if name in os.environ else f"{name} is not set" for name in VARIABLES],
     )
 
 

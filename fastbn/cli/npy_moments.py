@@ -1,7 +1,8 @@
 """Statistics and normalization of .npy files larger than memory, and the `moments` command.
 
-A file is read in its own memory order, a bounded piece at a time, into one buffer. Plain reads, not a memory map: mapped pages count as
-this process's memory until something evicts them, and a file cut short under a map kills the process with SIGBUS.
+A file is read in its own memory order, a bounded piece at a time, into one buffer. Plain reads, not a memory map:
+mapped pages count as this process's memory until something evicts them, and a file cut short under a map kills the
+process with SIGBUS.
 """
 
 from __future__ import annotations
@@ -78,26 +79,41 @@ def open_npy(path: Path, axis: int, bfloat16: bool = False, integers: bool = Fal
         bfloat16 without `ml_dtypes`.
     """
     if not path.is_file():
-        absent = "leads in a circle of links" if _circular(path) else "is a link to nothing" if path.is_symlink() else "no such file"
+        absent = (
+            "leads in a circle of links"
+            if _circular(path)
+            else "is a link to nothing"
+            if path.is_symlink()
+            else "no such file"
+        )
         found = "is not a file" if path.exists() else absent
         raise DataError(f"{path}: {found}; want a .npy file, as numpy.save writes it")
     with path.open("rb") as file:
         shape, fortran, dtype, offset = _header(file.read(HEADER_BYTES), path)
     if bfloat16:
         if dtype != RAW:
-            raise DataError(f"{path}: holds {dtype}, not bfloat16, which numpy.save writes as {RAW.str}: leave out --bfloat16")
+            raise DataError(
+                f"{path}: holds {dtype}, not bfloat16, which numpy.save writes as {RAW.str}: leave out --bfloat16"
+            )
         dtype = dtypes.bfloat16()
     elif dtype == RAW:
-        raise DataError(f"{path}: holds {RAW.str}, two bytes a value without a type: if they are bfloat16, add --bfloat16")
+        raise DataError(
+            f"{path}: holds {RAW.str}, two bytes a value without a type: if they are bfloat16, add --bfloat16"
+        )
     if not (dtypes.supported(dtype) or (integers and dtypes.small(dtype))):
         if dtypes.small(dtype):
-            raise DataError(f"{path}: holds {dtype}, a copy to be normalized wants {dtypes.WANTED}: array.astype('float32') first")
+            raise DataError(
+                f"{path}: holds {dtype}, a copy to be normalized wants {dtypes.WANTED}: array.astype('float32') first"
+            )
         raise DataError(
-            f"{path}: holds {dtype}, want {dtypes.WANTED}, or integers of 8 or 16 bits: convert it first, array.astype('float32')"
+            f"{path}: holds {dtype}, want {dtypes.WANTED}, or integers of 8 or 16 bits: convert it first, "
+            f"array.astype('float32')"
         )
     missing = offset + math.prod(shape) * dtype.itemsize - path.stat().st_size
     if missing > 0 or min(shape, default=0) < 0:
-        raise DataError(f"{path}: cut short: the header promises {dtype} of shape {shape}, {missing:,} bytes more than there are")
+        raise DataError(
+            f"{path}: cut short: the header promises {dtype} of shape {shape}, {missing:,} bytes more than there are"
+        )
     axis = checks.check_axis(shape, axis, str(path))
     if 0 in shape:
         raise DataError(f"{path}: holds no values, its shape is {shape}")
@@ -123,11 +139,16 @@ def _header(start: bytes, path: Path) -> tuple[tuple[int, ...], bool, np.dtype[A
     except Exception as error:  # NumPy's parser lets tokenize's and ast's errors through
         reason = str(error).partition("\n")[0]
         raise DataError(f"{path}: has a damaged .npy header ({reason})") from None
-    raise DataError(f"{path}: is of .npy format {'.'.join(map(str, version))}, want 1.0, 2.0 or 3.0: save it again with numpy.save")
+    raise DataError(
+        f"{path}: is of .npy format {'.'.join(map(str, version))}, want 1.0, 2.0 or 3.0: save it again with numpy.save"
+    )
 
 
 class Chunk(NamedTuple):
-    """A piece of a file, contiguous there: native values in file order, all ranks kept, and the channels that it holds."""
+    """A piece of a file, contiguous there.
+
+    Native values in file order, all ranks kept, and the channels that it holds.
+    """
 
     values: Array
     first: int  # channel
@@ -136,10 +157,13 @@ class Chunk(NamedTuple):
 def _chunks(npy: Npy, limit: int) -> Iterator[tuple[tuple[int, ...], int]]:
     """(shape, first channel) of consecutive pieces of at most `limit` bytes, in file order.
 
-    A piece is a range of one axis: the outermost one whose rows fit. Everything within is whole, everything outside is one index.
+    A piece is a range of one axis: the outermost one whose rows fit. Everything within is whole, everything outside is
+    one index.
     """
     dims, axis = npy.dims, npy.axis
-    split = next(d for d in range(len(dims)) if d == len(dims) - 1 or math.prod(dims[d + 1 :]) * npy.dtype.itemsize <= limit)
+    split = next(
+        d for d in range(len(dims)) if d == len(dims) - 1 or math.prod(dims[d + 1 :]) * npy.dtype.itemsize <= limit
+    )
     step = max(1, limit // (math.prod(dims[split + 1 :]) * npy.dtype.itemsize))
     for outer in np.ndindex(*dims[:split]):
         for start in range(0, dims[split], step):
@@ -216,7 +240,8 @@ def write_normalized(npy: Npy, m: Moments, eps: float, limit: int, out: IO[bytes
 def _circular(path: Path) -> bool:
     """Whether links lead in a circle, at the end of a path or on its way."""
     try:
-        found = Path(os.path.realpath(path))  # which leaves such links, and no others; Path.resolve raises RuntimeError, until Python 3.13
+        # which leaves such links, and no others; Path.resolve raises RuntimeError, until Python 3.13
+        found = Path(os.path.realpath(path))
     except FileNotFoundError:  # the current directory is gone
         return False
     return any(part.is_symlink() for part in (found, *found.parents))
@@ -229,7 +254,9 @@ def resolved(path: Path) -> Path:
     try:
         return Path(os.path.realpath(path))
     except FileNotFoundError:
-        raise ValueError(f"{path}: the current directory is gone; change into another, or give an absolute name") from None
+        raise ValueError(
+            f"{path}: the current directory is gone; change into another, or give an absolute name"
+        ) from None
 
 
 def check_output(path: Path, nbytes: int, source: Path | None = None) -> Path:
@@ -244,7 +271,9 @@ def check_output(path: Path, nbytes: int, source: Path | None = None) -> Path:
             raise ValueError(f"{path}: is the input itself; give the output another name")
     free = shutil.disk_usage(path.parent).free
     if free < nbytes:
-        raise ValueError(f"{path}: needs {nbytes:,} bytes, its disk has {free:,} left; free some or choose another disk")
+        raise ValueError(
+            f"{path}: needs {nbytes:,} bytes, its disk has {free:,} left; free some or choose another disk"
+        )
     return path
 
 
@@ -252,7 +281,8 @@ def check_output(path: Path, nbytes: int, source: Path | None = None) -> Path:
 def replacing(path: Path) -> Iterator[IO[bytes]]:
     """Open a file beside `path` that replaces it at the end; after an error or an interrupt nothing is left of it."""
     path = resolved(path)
-    part = path.with_name(f".{path.name[:60]}.{secrets.token_hex(4)}.part")  # 60 letters: 240 bytes of the 255 that a name may have
+    # 60 letters: 240 bytes of the 255 that a name may have
+    part = path.with_name(f".{path.name[:60]}.{secrets.token_hex(4)}.part")
     try:
         with part.open("xb") as file:
             yield file
@@ -265,15 +295,30 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the `moments` command."""
     parser.add_argument(
-        "file", metavar="FILE.npy", type=Path, help="floating point, or integers of 8 or 16 bits, two axes or more, as numpy.save writes it"
+        "file",
+        metavar="FILE.npy",
+        type=Path,
+        help="floating point, or integers of 8 or 16 bits, two axes or more, as numpy.save writes it",
     )
-    parser.add_argument("--axis", type=int, default=1, metavar="A", help="the channel axis, negative counts from the end (default: 1)")
-    parser.add_argument("--bfloat16", action="store_true", help="the file holds bfloat16, of which numpy.save writes two bytes a value")
-    parser.add_argument("--save", type=Path, metavar="OUT.npz", help="write count, mean, var, std and axis for numpy.load")
-    parser.add_argument("--normalize", type=Path, metavar="OUT.npy", help="write the copy (x - mean) / sqrt(var + eps)")
-    parser.add_argument("--eps", type=float, default=config.EPS, metavar="E", help="added to the variance (default: %(default)s)")
     parser.add_argument(
-        "--chunk-mb", type=float, default=CHUNK_MB, metavar="MB", help="megabytes held in memory at a time (default: %(default)g)"
+        "--axis", type=int, default=1, metavar="A", help="the channel axis, negative counts from the end (default: 1)"
+    )
+    parser.add_argument(
+        "--bfloat16", action="store_true", help="the file holds bfloat16, of which numpy.save writes two bytes a value"
+    )
+    parser.add_argument(
+        "--save", type=Path, metavar="OUT.npz", help="write count, mean, var, std and axis for numpy.load"
+    )
+    parser.add_argument("--normalize", type=Path, metavar="OUT.npy", help="write the copy (x - mean) / sqrt(var + eps)")
+    parser.add_argument(
+        "--eps", type=float, default=config.EPS, metavar="E", help="added to the variance (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--chunk-mb",
+        type=float,
+        default=CHUNK_MB,
+        metavar="MB",
+        help="megabytes held in memory at a time (default: %(default)g)",
     )
 
 
@@ -316,7 +361,9 @@ def _print(npy: Npy, m: Moments, axis: int, eps: float | None) -> None:
     print(f"channel axis {axis}: {m.mean.size:,} channels of {m.count:,} values")
     mean, std = m.mean, m.std()
     half = SHOWN // 2
-    shown = list(range(m.mean.size)) if m.mean.size <= SHOWN else [*range(half), *range(m.mean.size - half, m.mean.size)]
+    shown = (
+        list(range(m.mean.size)) if m.mean.size <= SHOWN else [*range(half), *range(m.mean.size - half, m.mean.size)]
+    )
     rows = [[f"{c}", f"{mean[c]:.9g}", f"{std[c]:.9g}"] for c in shown]
     left_out = m.mean.size - len(shown)
     if left_out:

@@ -1,6 +1,7 @@
 """Every public function against the float64 reference on this machine: the `check` command.
 
-The reference is called on arrays made canonical here, not by `arguments.layout`: an error there would hide in a comparison with itself.
+The reference is called on arrays made canonical here, not by `arguments.layout`: an error there would hide in a
+comparison with itself.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ EPS = config.EPS
 def limit(dtype: np.dtype[Any], offset: float) -> float:
     """Largest error allowed, in units of the quantity's scale.
 
-    float32 and half: the promise for every offset up to 1e6. float64: 2e-15 is 9 roundings of the mean, for kernel and reference together.
+    float32 and half: the promise for every offset up to 1e6. float64: 2e-15 is 9 roundings of the mean, for kernel and
+    reference together.
     """
     return 1e-12 + 2e-15 * offset if dtype == np.float64 else 1e-6
 
@@ -71,7 +73,9 @@ class Case:
             x, dy = np.asfortranarray(x), np.asfortranarray(dy)
         self.x, self.dy = x, dy
         self.parameter_dtype = dtypes.of_parameters(x.dtype)
-        self.gamma, self.beta = (a.astype(self.parameter_dtype) for a in (rng.uniform(0.5, 2.0, shape[1]), rng.standard_normal(shape[1])))
+        self.gamma, self.beta = (
+            a.astype(self.parameter_dtype) for a in (rng.uniform(0.5, 2.0, shape[1]), rng.standard_normal(shape[1]))
+        )
         self.limit = limit(x.dtype, offset)
         self.label = f"{dtype}, shape {shape}, channels {'last' if channels_last else 'first'}, offset {offset:g}"
         self.wide_x, self.wide_dy = (np.array(a, np.float64, order="C").reshape(*shape[:2], -1) for a in (x, dy))
@@ -79,13 +83,19 @@ class Case:
 
     def forward(self, mean: Wide, var: Wide) -> tuple[Wide, Wide]:
         """y, and its scale: max(1, |gamma * xhat|)."""
-        y = reference.normalize(self.wide_x, mean, 1 / np.sqrt(var + EPS), self.gamma, self.beta, np.empty_like(self.wide_x))
+        y = reference.normalize(
+            self.wide_x, mean, 1 / np.sqrt(var + EPS), self.gamma, self.beta, np.empty_like(self.wide_x)
+        )
         return y, np.maximum(1.0, np.abs(y - self.beta[:, None]))
 
-    def backward(self, mean: Wide, var: Wide, training: bool) -> tuple[tuple[Wide, Wide, Wide], tuple[Wide, Wide, Wide]]:
+    def backward(
+        self, mean: Wide, var: Wide, training: bool
+    ) -> tuple[tuple[Wide, Wide, Wide], tuple[Wide, Wide, Wide]]:
         """(dx, dgamma, dbeta), and their scales: max(1, |dx|), and for sums those of the absolute terms."""
         rstd = 1 / np.sqrt(var + EPS)
-        results = reference.backward(self.wide_dy, self.wide_x, mean, rstd, self.gamma, np.empty_like(self.wide_x), training)
+        results = reference.backward(
+            self.wide_dy, self.wide_x, mean, rstd, self.gamma, np.empty_like(self.wide_x), training
+        )
         dbeta, dgamma = np.abs(self.wide_dy), np.abs(self.wide_dy * (self.wide_x - mean[:, None]) * rstd[:, None])
         return results, (np.maximum(1.0, np.abs(results[0])), dgamma.sum((0, 2)), dbeta.sum((0, 2)))
 
@@ -104,7 +114,8 @@ class Finding(NamedTuple):
 
 
 Findings = Iterator[tuple[str, float]]
-GRADIENTS = ("dx", "dgamma", "dbeta")  # allowed twice as much: after a forward they inherit the error of its variance, through rstd
+# allowed twice as much: after a forward they inherit the error of its variance, through rstd
+GRADIENTS = ("dx", "dgamma", "dbeta")
 
 
 def _statistics(case: Case, m: fastbn.Moments) -> Findings:
@@ -221,7 +232,9 @@ def worst(name: str, backend: str | None) -> tuple[Finding, str]:
     reached = -1.0
     for case in cases():
         try:
-            findings = [Finding(q, value, case.limit * (2 if q in GRADIENTS else 1)) for q, value in CHECKS[name](case, backend)]
+            findings = [
+                Finding(q, value, case.limit * (2 if q in GRADIENTS else 1)) for q, value in CHECKS[name](case, backend)
+            ]
         except Exception as raised:  # a function that raises has failed its check; the others still run
             message = f"{type(raised).__name__}: {raised}".splitlines()[0]
             return Finding(message, np.inf, case.limit), case.label
@@ -233,7 +246,9 @@ def worst(name: str, backend: str | None) -> tuple[Finding, str]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the `check` command."""
-    parser.add_argument("--backend", metavar="NAME", help="the backend to check (default: the one that serves host arrays)")
+    parser.add_argument(
+        "--backend", metavar="NAME", help="the backend to check (default: the one that serves host arrays)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

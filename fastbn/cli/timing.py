@@ -9,7 +9,8 @@ from collections.abc import Callable
 
 REST_SECONDS = 5e-3  # a library's threads spin for up to 10 ms after a call and take a processor from the next one's
 RESTS = 40  # enough for any of them; a thread that never rests is not waited for
-WARM_SECONDS = 20e-3  # a library's own threads take a while to wake: its first calls after a rest cost up to three times the later ones
+# a library's own threads take a while to wake: its first calls after a rest cost up to three times the later ones
+WARM_SECONDS = 20e-3
 SAMPLE_SECONDS = 1e-3  # calls shorter than this are timed several at a time
 TURN_SECONDS = 10e-3  # of timed calls
 SAMPLES = 5

@@ -1,4 +1,7 @@
-"""The CPU backend, host side: allocate statistics and workspaces, pick the kernel, call it. See `fastbn.backends.Backend`."""
+"""The CPU backend, host side.
+
+Allocate statistics and workspaces, pick the kernel, call it. See `fastbn.backends.Backend`.
+"""
 
 from __future__ import annotations
 
@@ -79,7 +82,10 @@ def normalize(x: Array, mean: Wide, rstd: Wide, gamma: Array | None, beta: Array
 
 @lru_cache(maxsize=4096)
 def _normalize(given: Ints, shape: Ints, dtype: np.dtype[Any], out: Ints, x: Ints) -> Callable[..., Array]:
-    """The normalization of arrays of one shape, dtype and memory order, with all decided that these decide; `given` reshapes to `shape`."""
+    """The normalization of arrays of one shape, dtype and memory order, with all decided that these decide.
+
+    `given` reshapes to `shape`.
+    """
     C, stream = shape[1], routes.streams(math.prod(shape) * dtype.itemsize, 2)
     route = routes.of(shape, dtype, x, out, applied=True)
     bits, stored, kind, seen, _, share, first, last, none = route
@@ -93,11 +99,14 @@ def _normalize(given: Ints, shape: Ints, dtype: np.dtype[Any], out: Ints, x: Int
             kernel = channels_first.normalize.form(stored, tasks > 1)
             kernel(z, mean, rstd, gamma, beta, first.pieces, tasks, stream, np.empty((3, C + 7 & -8), kind), y)
         elif last is not None:
-            (rows, rest), (rows_y, rest_y) = ((z, z), (y, y)) if last.fold == 1 else (routes.folded(last, z), routes.folded(last, y))
+            (rows, rest), (rows_y, rest_y) = (
+                ((z, z), (y, y)) if last.fold == 1 else (routes.folded(last, z), routes.folded(last, y))
+            )
             tasks = routes.tasks(last.runs * last.blocks, True) if last.parallel else 1
             kernel = columns_apply.normalize.form(stored, tasks > 1)
             kernel(
-                rows, rest, mean, rstd, gamma, beta, share, last.fold, last.rest, last.runs, last.block, tasks, last.columns, stream,
+                rows, rest, mean, rstd, gamma, beta, share, last.fold, last.rest, last.runs, last.block, tasks,
+                last.columns, stream,
                 np.empty(tasks * last.work + 64, kind), rows_y, rest_y,
             )  # fmt: skip
         return out
@@ -126,13 +135,21 @@ def _sums(dy: Array, x: Array, mean: Wide, rstd: Wide) -> Wide:
         run = columns_backward.grad_reduce.form(route.stored, tasks > 1)
         run(
             *routes.folded(cut, bits_dy), *routes.folded(cut, bits), mean, rstd,
-            route.share, cut.fold, cut.rest, cut.parts, cut.block, tasks, cut.columns, cut.back_along, work, partial, sums,
+            route.share, cut.fold, cut.rest, cut.parts, cut.block, tasks, cut.columns, cut.back_along, work, partial,
+            sums,
         )  # fmt: skip
     return sums
 
 
 def grad_input(
-    dy: Array, x: Array, mean: Wide, rstd: Wide, gamma: Array | None, sums: tuple[Wide, Wide] | None, count: int, out: Array
+    dy: Array,
+    x: Array,
+    mean: Wide,
+    rstd: Wide,
+    gamma: Array | None,
+    sums: tuple[Wide, Wide] | None,
+    count: int,
+    out: Array,
 ) -> Array:
     """dx in training; with sums=None the statistics are constants, as at inference."""
     stream = routes.streams(out.nbytes, 3)
@@ -151,7 +168,8 @@ def grad_input(
         run = columns_backward.grad_input.form(route.stored, tasks > 1)
         run(
             *routes.folded(cut, bits_dy), *routes.folded(cut, bits), mean, rstd, gamma, both, count, training,
-            route.share, cut.fold, cut.rest, cut.runs, cut.block, tasks, cut.columns, stream, work, *routes.folded(cut, dx),
+            route.share, cut.fold, cut.rest, cut.runs, cut.block, tasks, cut.columns, stream, work, *routes.folded(cut,
+            dx),
         )  # fmt: skip
     return out
 
@@ -162,8 +180,13 @@ def forward(x: Array, gamma: Array | None, beta: Array | None, eps: float, out: 
 
 
 @lru_cache(maxsize=4096)
-def _forward(given: Ints, shape: Ints, dtype: np.dtype[Any], out: Ints, x: Ints) -> Callable[..., tuple[Array, Moments]]:
-    """The forward of arrays of one shape, dtype and memory order, with all decided that these decide; arrays as `given` reshape to it."""
+def _forward(
+    given: Ints, shape: Ints, dtype: np.dtype[Any], out: Ints, x: Ints
+) -> Callable[..., tuple[Array, Moments]]:
+    """The forward of arrays of one shape, dtype and memory order, with all decided that these decide.
+
+    Arrays as `given` reshape to it.
+    """
     route = routes.fused(shape, dtype, out, x)
     if route is None:
         return _forward_in_two
@@ -179,7 +202,22 @@ def _forward(given: Ints, shape: Ints, dtype: np.dtype[Any], out: Ints, x: Ints)
             tasks = routes.tasks(-(-C // first.lot), first.parallel)
             kernel = channels_first.forward.form(stored, tasks > 1)
             work = np.empty((tasks, 3, 8), kind)
-            kernel(z, gamma, beta, eps, first.rows, first.splits, first.blocks, first.lot, tasks, first.ahead, stream, work, y, stats)
+            kernel(
+                z,
+                gamma,
+                beta,
+                eps,
+                first.rows,
+                first.splits,
+                first.blocks,
+                first.lot,
+                tasks,
+                first.ahead,
+                stream,
+                work,
+                y,
+                stats,
+            )
         elif last is not None:
             tasks = routes.tasks(last.blocks, True) if last.parallel else 1
             kernel = columns_apply.forward.form(stored, tasks > 1)
@@ -196,14 +234,25 @@ def _forward_in_two(x: Array, gamma: Array | None, beta: Array | None, eps: floa
 
 
 def backward(
-    dy: Array, x: Array, mean: Wide, rstd: Wide, gamma: Array | None, out: Array, training: bool = True, grads: Array | None = None
+    dy: Array,
+    x: Array,
+    mean: Wide,
+    rstd: Wide,
+    gamma: Array | None,
+    out: Array,
+    training: bool = True,
+    grads: Array | None = None,
 ) -> tuple[Array, Wide, Wide]:
     """grad_reduce and grad_input, in one kernel where a task's share stays in the cache: (dx, dgamma, dbeta)."""
-    return _backward(x.shape, x.shape, x.dtype, out.strides, x.strides, dy.strides)(dy, x, mean, rstd, gamma, out, training, grads)
+    return _backward(x.shape, x.shape, x.dtype, out.strides, x.strides, dy.strides)(
+        dy, x, mean, rstd, gamma, out, training, grads
+    )
 
 
 @lru_cache(maxsize=4096)
-def _backward(given: Ints, shape: Ints, dtype: np.dtype[Any], out: Ints, x: Ints, dy: Ints) -> Callable[..., tuple[Array, Wide, Wide]]:
+def _backward(
+    given: Ints, shape: Ints, dtype: np.dtype[Any], out: Ints, x: Ints, dy: Ints
+) -> Callable[..., tuple[Array, Wide, Wide]]:
     """The backward, as `_forward`."""
     route = routes.fused(shape, dtype, out, x, dy)
     if route is None:
@@ -213,7 +262,14 @@ def _backward(given: Ints, shape: Ints, dtype: np.dtype[Any], out: Ints, x: Ints
     C, stream = shape[1], routes.streams(math.prod(shape) * dtype.itemsize, 3)
 
     def run(
-        dy: Array, x: Array, mean: Wide, rstd: Wide, gamma: Array | None, out: Array, training: bool, grads: Array | None
+        dy: Array,
+        x: Array,
+        mean: Wide,
+        rstd: Wide,
+        gamma: Array | None,
+        out: Array,
+        training: bool,
+        grads: Array | None,
     ) -> tuple[Array, Wide, Wide]:
         z, dz, dx = (x, dy, out) if as_is else (route.see(x), route.see(dy), route.see(out))
         gamma = none if gamma is None else gamma
@@ -223,14 +279,31 @@ def _backward(given: Ints, shape: Ints, dtype: np.dtype[Any], out: Ints, x: Ints
             kernel = rows_backward.backward.form(stored, tasks > 1)
             work = np.empty((tasks, 5, 8), kind)
             kernel(
-                dz, z, mean, rstd, gamma, training, first.rows, first.splits, first.blocks, first.back_lot, tasks, first.back_ahead, stream,
+                dz, z, mean, rstd, gamma, training, first.rows, first.splits, first.blocks, first.back_lot, tasks,
+                first.back_ahead, stream,
                 work, dx, sums, grads,
             )  # fmt: skip
         elif last is not None:
             tasks = routes.tasks(last.blocks, True) if last.parallel else 1
             kernel = columns_backward.backward.form(stored, tasks > 1)
             work = np.empty(tasks * last.work + 64, kind)
-            kernel(dz, z, mean, rstd, gamma, training, share, last.block, tasks, last.columns, stream, work, dx, sums, grads)
+            kernel(
+                dz,
+                z,
+                mean,
+                rstd,
+                gamma,
+                training,
+                share,
+                last.block,
+                tasks,
+                last.columns,
+                stream,
+                work,
+                dx,
+                sums,
+                grads,
+            )
         return out, sums[1], sums[0]
 
     return run
@@ -249,8 +322,15 @@ def _backward_in_two(
 
 @lru_cache(maxsize=4096)
 def _inference(shape: Ints, dtype: np.dtype[Any]) -> Callable[..., None]:
-    """`rstd` and `normalize` of memory without gaps: addresses of x, y, mean, var, gamma and beta, 0 where absent, and eps."""
-    one, C, stream = layout.compact(shape, dtype.itemsize), shape[1], routes.streams(math.prod(shape) * dtype.itemsize, 2)
+    """`rstd` and `normalize` of memory without gaps.
+
+    Addresses of x, y, mean, var, gamma and beta, 0 where absent, and eps.
+    """
+    one, C, stream = (
+        layout.compact(shape, dtype.itemsize),
+        shape[1],
+        routes.streams(math.prod(shape) * dtype.itemsize, 2),
+    )
     route = routes.of(shape, dtype, one, one, applied=True)
     stored, kind, like, most = route.stored, route.kind, np.empty(0, route.stored), 4 * threads.most()
     arguments: Ints
@@ -298,7 +378,10 @@ def describe(dims: tuple[int, ...], dtype: np.dtype[Any]) -> str:
     columns = last is not None
     statistics, apply = (channels_last, columns_apply) if columns else (channels_first, channels_first)
     back = columns_backward if columns else rows_backward
-    fused, streams = routes.fused(dims, dtype, one, one) is not None, routes.streams(math.prod(dims) * dtype.itemsize, 2)
+    fused, streams = (
+        routes.fused(dims, dtype, one, one) is not None,
+        routes.streams(math.prod(dims) * dtype.itemsize, 2),
+    )
     rows = routes.of(dims, dtype, one, one, applied=True).first is not None
     forwards = [apply.forward] if fused else [statistics.moments, (channels_first if rows else columns_apply).normalize]
     along = rows_backward if routes.of(dims, dtype, one, one, one, applied=True).first is not None else back
@@ -308,12 +391,19 @@ def describe(dims: tuple[int, ...], dtype: np.dtype[Any]) -> str:
     how = threads.describe() if parallel else "one thread: too small to wake the others"
     stores = "streaming, past the cache" if streams else "ordinary, into the cache"
     form = f"{dtype}, {'parallel' if parallel and threads.parallel() else 'serial'}"
-    lines = (f"kernels: {names[0]} ({form})", f"backward: {names[1]}", f"schedule: {passes}; {units} task{'s' * (units != 1)}, {cut}")
+    lines = (
+        f"kernels: {names[0]} ({form})",
+        f"backward: {names[1]}",
+        f"schedule: {passes}; {units} task{'s' * (units != 1)}, {cut}",
+    )
     return "\n".join((*lines, f"threads: {how}", f"stores: {stores}"))
 
 
 def warmup(dtypes: Iterable[np.dtype[Any]], team: _team.Runtime | None = None) -> Iterator[str]:
-    """Compile every kernel for each dtype, serial and, where threads are safe, parallel, on numba's threads and a team's; yields names."""
+    """Compile every kernel for each dtype, serial and.
+
+    Where threads are safe, parallel, on numba's threads and a team's; yields names.
+    """
     forms = {"serial": False, "parallel": True} | ({} if team is None else {"team": team})
     for kernel in jit.KERNELS:
         for dtype in dtypes:

@@ -1,4 +1,7 @@
-"""Signals that end a process: taken so that files half written are removed, and Ctrl-C put off where it would leave a library half done."""
+"""Signals that end a process.
+
+Taken so that files half written are removed, and Ctrl-C put off where it would leave a library half done.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +19,16 @@ ENDING = [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]
 
 
 class _Stop:
-    """A handler of all that are left to Python's ways: the first one raises, and those that follow must not end the tidying up."""
+    """A handler of all that are left to Python's ways.
+
+    The first one raises, and those that follow must not end the tidying up.
+    """
 
     def __init__(self) -> None:
         ways = {number: signal.getsignal(number) for number in ENDING}
-        self.before = {number: way for number, way in ways.items() if way in (signal.SIG_DFL, signal.default_int_handler)}
+        self.before = {
+            number: way for number, way in ways.items() if way in (signal.SIG_DFL, signal.default_int_handler)
+        }
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
         for other in self.before:
@@ -32,8 +40,9 @@ class _Stop:
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """Let the signals that end a process raise SystemExit, and Ctrl-C KeyboardInterrupt, but only the first of them: in main threads.
+    """Let the signals that end a process raise SystemExit, and Ctrl-C KeyboardInterrupt, but only the first of them.
 
+    In main threads.
     Where one is ignored, as under nohup, or taken in the program's own way, it stays so.
     """
     if threading.current_thread() is not threading.main_thread():
@@ -51,14 +60,19 @@ def terminable() -> Iterator[None]:
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """Put off Ctrl-C for a moment, whatever else is raised in it. Not where the program takes it in its own way, nor in other threads."""
+    """Put off Ctrl-C for a moment, whatever else is raised in it.
+
+    Not where the program takes it in its own way, nor in other threads.
+    """
     interrupts: list[int] = []
 
     def later(number: int, frame: FrameType | None) -> None:
         interrupts.append(number)
 
     before = signal.getsignal(signal.SIGINT)
-    mine = threading.current_thread() is threading.main_thread() and (before is signal.default_int_handler or isinstance(before, _Stop))
+    mine = threading.current_thread() is threading.main_thread() and (
+        before is signal.default_int_handler or isinstance(before, _Stop)
+    )
     if mine:
         signal.signal(signal.SIGINT, later)
     try:

@@ -1,8 +1,9 @@
-"""numba's thread pool: which layer drives it, and whether kernels may use it in this process. Imports numba only when asked.
+"""numba's thread pool: which layer drives it, and whether kernels may use it in this process.
 
-TBB survives forks and any number of Python threads. numba's other layers end the process: GNU OpenMP when a forked child uses the pool of
-its parent, workqueue when two Python threads use it at once. A lock around fastbn's calls would not hold back the user's own parallel
-functions, so the serial kernels run there: the same bits, and one warning.
+Imports numba only when asked.
+TBB survives forks and any number of Python threads. numba's other layers end the process: GNU OpenMP when a forked
+child uses the pool of its parent, workqueue when two Python threads use it at once. A lock around fastbn's calls would
+not hold back the user's own parallel functions, so the serial kernels run there: the same bits, and one warning.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from typing import NamedTuple
 
 __all__ = ["Serial", "functions", "guard_forks", "launch", "layer", "lock", "mask", "ready", "running", "serial"]
 
-lock = threading.RLock()  # held while a kernel is compiled and the pool launched; a fork waits: the child would find numba's locks held
+# held while a kernel is compiled and the pool launched; a fork waits: the child would find numba's locks held
+lock = threading.RLock()
 _PATIENCE = 30.0  # seconds that a fork waits: a kernel compiles in two
 
 _POOLS = {"tbb": "tbbpool", "omp": "omppool", "workqueue": "workqueue"}
@@ -62,8 +64,10 @@ def _load(path: Path) -> bool:
 
 
 _TBB = {"linux": "libtbb.so.12", "darwin": "libtbb.12.dylib", "win32": "tbb12.dll"}.get(sys.platform, "")
-_PLACE = ("Library", "bin") if sys.platform == "win32" else ("lib",)  # where pip puts the wheel's files, and numba does not look
-_loaded = _load(Path(sys.prefix, *_PLACE, _TBB))  # at import: numba picks its layer at the first parallel function, also one of the user's
+# where pip puts the wheel's files, and numba does not look
+_PLACE = ("Library", "bin") if sys.platform == "win32" else ("lib",)
+# at import: numba picks its layer at the first parallel function, also one of the user's
+_loaded = _load(Path(sys.prefix, *_PLACE, _TBB))
 
 
 def _load_from_elsewhere() -> bool:
@@ -123,7 +127,8 @@ def _remedy(name: str) -> str:
         steps = ["install TBB (pip install tbb; where pip has no wheel: conda install tbb)"]
         if _load_from_elsewhere():  # TBB is there
             steps = [
-                f"install a numba with its TBB layer, which this {__version__} lacks (pip install -U numba, or conda install numba tbb)"
+                f"install a numba with its TBB layer, which this {__version__} lacks (pip install -U numba, or conda "
+                f"install numba tbb)"
             ]
     if name == "omp" and steps and _asked() == "default":
         steps[0] += ", or, in a program that does not fork, set NUMBA_THREADING_LAYER=omp"
@@ -146,7 +151,9 @@ def serial() -> Serial | None:
         return Serial("numba has only one")
     name = layer()
     if name == "tbb":
-        return Serial("this process was forked beside other threads, or by another thread than TBB's") if _broken else None
+        return (
+            Serial("this process was forked beside other threads, or by another thread than TBB's") if _broken else None
+        )
     # Asked for by name, OpenMP runs where no parent of this process can have launched it.
     if name == _asked() == "omp" and not _broken and (_launcher is not None or running() is None):
         return None
@@ -182,7 +189,10 @@ def _decide() -> None:
 
 
 def ready() -> bool:
-    """Whether parallel kernels run in this process, at the moment of the first parallel call: decides, launches the pool, warns once."""
+    """Whether parallel kernels run in this process, at the moment of the first parallel call.
+
+    Decides, launches the pool, warns once.
+    """
     global _warned
     if _safe:
         return True
@@ -200,9 +210,11 @@ _OURS = str(Path(__file__).parents[1]) + os.sep
 
 
 def _users_level() -> int:
-    """The `stacklevel` that points a warning of the caller at the user's line: past fastbn's files, PyTorch's, and code without a file.
+    """The `stacklevel` that points a warning of the caller at the user's line.
 
-    Such code is what torch.compile makes, and runpy; but at a prompt, and with `python -c`, it is the user's, by the name of __main__.
+    Past fastbn's files, PyTorch's, and code without a file.
+    Such code is what torch.compile makes, and runpy; but at a prompt, and with `python -c`, it is the user's, by the
+    name of __main__.
     """
     frame: FrameType | None = sys._getframe(1)
     level, last = 0, 1
@@ -235,7 +247,8 @@ def mask() -> int:
 def functions() -> tuple[Callable[[], int], Callable[[int], None]]:
     """numba's getter and setter of the calling thread's mask, once the pool runs.
 
-    Not the public ones: they take a lock that all forked processes share, and that a child killed at that moment keeps for ever.
+    Not the public ones: they take a lock that all forked processes share, and that a child killed at that moment keeps
+    for ever.
     """
     import numba
     from numba.np.ufunc import parallel
@@ -248,8 +261,8 @@ def functions() -> tuple[Callable[[], int], Callable[[int], None]]:
 
 def _before_fork() -> None:
     global _whole
-    # numba shuts TBB down in the thread that launched it only, and fails to where other threads have used it: the child would then find
-    # its locks as they were, and wait for them in one of ten forks beside busy threads.
+    # numba shuts TBB down in the thread that launched it only, and fails to where other threads have used it: the child
+    # would then find its locks as they were, and wait for them in one of ten forks beside busy threads.
     _whole = running() == "tbb" and _launcher == threading.get_ident() and threading.active_count() == 1
 
 
@@ -276,7 +289,10 @@ def _let_go_in_child() -> None:
 
 
 def _renew() -> None:
-    """New locks in a child of a fork that gave up waiting: the old ones are held by a thread that is not here, which was compiling."""
+    """New locks in a child of a fork that gave up waiting.
+
+    The old ones are held by a thread that is not here, which was compiling.
+    """
     global lock
     lock = threading.RLock()
     modules = ("numba.core.compiler_lock", "numba.core.registry", "llvmlite.binding.ffi", "fastbn.cpu.team")
@@ -297,6 +313,9 @@ if hasattr(os, "register_at_fork"):
 
 
 def guard_forks() -> None:
-    """Let forks wait for compilations from now on: what is registered last holds first, and a compilation needs logging's lock."""
+    """Let forks wait for compilations from now on.
+
+    What is registered last holds first, and a compilation needs logging's lock.
+    """
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(before=_hold, after_in_parent=_let_go, after_in_child=_let_go_in_child)

@@ -1,4 +1,7 @@
-"""How the CPU kernels walk arrays of one shape, dtype and memory order: on rows or columns, in one kernel or two, on how many tasks."""
+"""How the CPU kernels walk arrays of one shape, dtype and memory order.
+
+On rows or columns, in one kernel or two, on how many tasks.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +46,10 @@ class Route(NamedTuple):
 
 @lru_cache(maxsize=4096)
 def of(shape: Ints, dtype: np.dtype[Any], *strides: Ints, applied: bool = False) -> Route:
-    """On columns where the kernels for that serve every array: channels last, or short rows without gaps between them."""
+    """On columns where the kernels for that serve every array.
+
+    Channels last, or short rows without gaps between them.
+    """
     bits = None if dtype in NONE else BITS[dtype.name]
     kind = DOUBLE if dtype.itemsize == 8 else SINGLE
     if len(shape) == 2:
@@ -62,8 +68,8 @@ def of(shape: Ints, dtype: np.dtype[Any], *strides: Ints, applied: bool = False)
 def fused(shape: Ints, dtype: np.dtype[Any], out: Ints, *strides: Ints) -> Route | None:
     """The route of a call in one kernel, where a task's share stays in the cache between its two passes.
 
-    Not where the last-level cache holds all arrays and they are not small: there two kernels in the order of memory are faster.
-    The inputs alone decide how statistics are taken, so that they do not depend on where the result goes.
+    Not where the last-level cache holds all arrays and they are not small: there two kernels in the order of memory are
+    faster. The inputs alone decide how statistics are taken, so that they do not depend on where the result goes.
     """
     route = of(shape, dtype, *strides)
     if route.first is not None:
@@ -84,7 +90,10 @@ def tasks(units: int, parallel: bool) -> int:
 
 
 def lot(plan: schedule.First, C: int) -> int:
-    """Channels that statistics alone take together: as many as leave work for every task; one where its rows are long."""
+    """Channels that statistics alone take together: as many as leave work for every task.
+
+    One where its rows are long.
+    """
     if plan.splits > 1:
         return 1
     return max(1, C * plan.parts // (4 * threads.get_num_threads())) if plan.parallel else C

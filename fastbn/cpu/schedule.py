@@ -1,7 +1,8 @@
-"""How an array is cut into blocks, parts and units: pure functions of the shape, so that any number of threads gives the same bits.
+"""How an array is cut into blocks, parts and units.
 
-Sizes that decide the arithmetic are of the arithmetic's elements (`itemsize`: 4 for half precision too): a half-precision array is cut as
-its float32 copy would be.
+Pure functions of the shape, so that any number of threads gives the same bits.
+Sizes that decide the arithmetic are of the arithmetic's elements (`itemsize`: 4 for half precision too): a
+half-precision array is cut as its float32 copy would be.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ from fastbn.arguments import config
 from fastbn.cpu.kernels.blocks import BLOCK, LINEAR, PANELS, WORK, cut
 
 SLAB_BYTES = 4 * 2**20  # channels first: what a task may hold in its cache between two passes
-# Channels first: what the fused kernels take together, up to 8 channels. Coefficients are computed for 8 at once, which shows where slabs
-# are small; statistics then go along the memory, which forward gains from up to twice a core's own cache (32 x 512 x 28 x 28: 1.2 to 1.6
-# times as fast, 32 x 256 x 28 x 28: 1.2 to 1.4), and backward, which reads two arrays, does not (32 x 256 x 28 x 28: 0.85).
+# Channels first: what the fused kernels take together, up to 8 channels. Coefficients are computed for 8 at once, which
+# shows where slabs are small; statistics then go along the memory, which forward gains from up to twice a core's own
+# cache (32 x 512 x 28 x 28: 1.2 to 1.6 times as fast, 32 x 256 x 28 x 28: 1.2 to 1.4), and backward, which reads two
+# arrays, does not (32 x 256 x 28 x 28: 0.85).
 LOT_BYTES, BACK_BYTES = 2 * 2**20, 64 * 1024
-SWEEP_BYTES = 24 * 2**20  # channels first: arrays that together fill the last-level cache well, and are still found there when read again
+# channels first: arrays that together fill the last-level cache well, and are still found there when read again
+SWEEP_BYTES = 24 * 2**20
 ALONG_BYTES = 32 * 2**20  # columns: what a last-level cache does not hold
 BLOCK_BYTES = 512 * 1024  # columns: the same, in pieces of rows that are far apart
 PART_BYTES = 256 * 1024  # a task worth scheduling
@@ -27,9 +30,9 @@ FOLDED = 128  # columns that rows are folded to
 NARROW = 256  # columns: in shorter runs, memory waits for the prefetcher more than it moves data
 
 SHORT_BYTES = 2048  # rows of channels first up to this are treated as columns
-# And in passes over elements alone, where columns are runs of 4 KB from as many pages as there are rows: those of a vector and more go in
-# the order of memory (normalized in a network, 32 x 576 x 8 x 8: 850 -> 260 us in one process, 430 -> 260 in another; 12.8 MB in rows of
-# 196 bytes: 1110 -> 760).
+# And in passes over elements alone, where columns are runs of 4 KB from as many pages as there are rows: those of a
+# vector and more go in the order of memory (normalized in a network, 32 x 576 x 8 x 8: 850 -> 260 us in one process,
+# 430 -> 260 in another; 12.8 MB in rows of 196 bytes: 1110 -> 760).
 SHORT_APPLIED = 63
 PARTS = 64  # enough tasks for the cores of any machine that numba drives well
 TASKS = 16
@@ -108,16 +111,21 @@ def last(R: int, C: int, S: int, itemsize: int, contiguous: bool, applied: bool 
         parts, block = 1, min(C, widest, max(held, narrow), max(narrow, -(-C // TASKS)) if parallel else C)
     else:
         parts, block = max(1, min(PARTS, size // PART_BYTES, rows // 64, 2**16 // (C * S))), min(C, widest)
-    step = lanes // math.gcd(S, lanes)  # channels whose columns are whole vectors: runs then begin on the boundaries of streaming stores
+    # channels whose columns are whole vectors: runs then begin on the boundaries of streaming stores
+    step = lanes // math.gcd(S, lanes)
     if block < C and block >= step:
         block = block // step * step
     blocks = -(-C // block)
-    columns = (-(-block * fold * S // lanes) + 1) * lanes  # one more: past the cache, vectors begin on boundaries of the result
-    columns += lanes * (columns * itemsize % 4096 == 0)  # rows a page apart would share the sets of the first-level cache
+    # one more: past the cache, vectors begin on boundaries of the result
+    columns = (-(-block * fold * S // lanes) + 1) * lanes
+    # rows a page apart would share the sets of the first-level cache
+    columns += lanes * (columns * itemsize % 4096 == 0)
     width = block * fold * S
     along = parts > 1 and size >= ALONG_BYTES and width > LINEAR
-    # The backward reads two arrays, and rows of several panels worse than others: 8960 x 256 is 1.16 times as fast row by row.
+    # The backward reads two arrays, and rows of several panels worse than others: 8960 x 256 is 1.16 times as fast row
+    # by row.
     back_along = parts > 1 and 2 * size >= (ALONG_BYTES // 2 if LINEAR < width <= PANELS else ALONG_BYTES)
-    # Two at least: columns of a few hundred, all rows, share the sets of a core's cache (inference of 128 x 2048: 49 -> 40 us).
+    # Two at least: columns of a few hundred, all rows, share the sets of a core's cache (inference of 128 x 2048: 49 ->
+    # 40 us).
     runs = max(1, min(-(-PARTS // blocks), max(2, size // PART_BYTES // blocks), rows // 32)) if parallel else 1
     return Last(fold, R - fold * rows, parts, block, blocks, columns, WORK * columns, runs, along, back_along, parallel)

@@ -1,9 +1,11 @@
-"""Parallel kernels on threads that another library keeps: those of a GNU OpenMP runtime, which PyTorch brings, in the place of numba's.
+"""Parallel kernels on threads that another library keeps.
 
-Two pools in one program take the processors from each other: after each of its operations OpenMP's threads spin for milliseconds, in which
-TBB's find a processor late. Beside a PyTorch operation on 32 x 128 x 16 x 16 a forward took 245 us on PyTorch's threads, 390 on TBB's.
-numba's parallel functions call a symbol, `numba_parallel_for`, that numba sets to its layer's function; kernels that are linked while it
-means the function below run on a team of OpenMP's, as numba's own OpenMP layer would.
+Those of a GNU OpenMP runtime, which PyTorch brings, in the place of numba's.
+Two pools in one program take the processors from each other: after each of its operations OpenMP's threads spin for
+milliseconds, in which TBB's find a processor late. Beside a PyTorch operation on 32 x 128 x 16 x 16 a forward took 245
+us on PyTorch's threads, 390 on TBB's. numba's parallel functions call a symbol, `numba_parallel_for`, that numba sets
+to its layer's function; kernels that are linked while it means the function below run on a team of OpenMP's, as numba's
+own OpenMP layer would.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ class Runtime(NamedTuple):
     omp_get_num_threads: int
 
 
-# A loop of numba's: `dims[0]` calls of a function, each with places of its own in its arrays; every member of the team takes its share.
+# A loop of numba's: `dims[0]` calls of a function, each with places of its own in its arrays; every member of the team
+# takes its share.
 _PROGRAM = """
 %loop = type {{ ptr, ptr, ptr, ptr, ptr, i64, i64 }}
 
@@ -122,7 +125,10 @@ def _address(runtime: Runtime) -> int:
 
 @contextmanager
 def linked(runtime: Runtime) -> Iterator[None]:
-    """What numba links inside runs on this runtime's threads; numba's pool is launched already, and no other thread links meanwhile."""
+    """What numba links inside runs on this runtime's threads.
+
+    numba's pool is launched already, and no other thread links meanwhile.
+    """
     with global_compiler_lock:
         before = binding.address_of_symbol(SYMBOL)
         if before is None or struct.calcsize("P") != 8:

@@ -79,8 +79,8 @@ def get_num_threads() -> int:
     Returns
     -------
     int
-        What `set_num_threads` set, else numba's own number: NUMBA_NUM_THREADS, unless `numba.set_num_threads` lowered it. Arrays under 256
-        KiB always take one thread, and so do all where `explain` says so.
+        What `set_num_threads` set, else numba's own number: NUMBA_NUM_THREADS, unless `numba.set_num_threads` lowered
+        it. Arrays under 256 KiB always take one thread, and so do all where `explain` says so.
     """
     return pool.mask() if _limit.count is None else _limit.count
 
@@ -93,7 +93,9 @@ class _Limited:
         self._before = _limit.count
         _limit.count = self._wanted
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         _limit.count = self._before
 
 
@@ -106,7 +108,10 @@ def limited(num_threads: int | None) -> AbstractContextManager[None]:
 
 
 class on_team:  # a context, entered at every call: a generator's would take 1 us
-    """Within it, parallel kernels of the calling Python thread run on another library's threads: a `kernels._team.Runtime`, or None."""
+    """Within it, parallel kernels of the calling Python thread run on another library's threads.
+
+    A `kernels._team.Runtime`, or None.
+    """
 
     def __init__(self, runtime: Any) -> None:
         self._runtime = runtime
@@ -115,7 +120,9 @@ class on_team:  # a context, entered at every call: a generator's would take 1 u
         self._before = _limit.team
         _limit.team = self._runtime
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         _limit.team = self._before
 
 
@@ -125,7 +132,10 @@ def team() -> Any:
 
 
 def count() -> int:
-    """Threads of a parallel call in the calling Python thread: 1 for the serial kernel, 0 for as many as numba's mask says."""
+    """Threads of a parallel call in the calling Python thread.
+
+    1 for the serial kernel, 0 for as many as numba's mask says.
+    """
     wanted = _limit.count
     if wanted == 1 or not pool.ready():
         return 1

@@ -14,7 +14,16 @@ import numpy as np
 from fastbn.arguments import checks, layout, scalars
 from fastbn.cuda import buffers, launches, passes, views
 from fastbn.cuda.buffers import Buffer, Lies
-from fastbn.cuda.checks import as_input, as_moment, check_out, check_parameter, check_room, check_statistic, optional, parameters
+from fastbn.cuda.checks import (
+    as_input,
+    as_moment,
+    check_out,
+    check_parameter,
+    check_room,
+    check_statistic,
+    optional,
+    parameters,
+)
 from fastbn.cuda.checks import check_apart as check_apart
 from fastbn.cuda.checks import check_features as check_features
 from fastbn.cuda.checks import same_memory as same_memory
@@ -70,7 +79,16 @@ class DeviceMoments(Moments):
 
 def _each(call: Call, m2: Buffer, found: None, kernel: Any, values: int, *options: int) -> None:
     given = [call.value(k) for k in range(values)]
-    call.launch(kernel, views.DOUBLE, launches.threads(m2.size), pointer(m2), *given, *options, m2.size, fresh(2, m2.shape, "float64"))
+    call.launch(
+        kernel,
+        views.DOUBLE,
+        launches.threads(m2.size),
+        pointer(m2),
+        *given,
+        *options,
+        m2.size,
+        fresh(2, m2.shape, "float64"),
+    )
 
 
 def _join(call: Call, mean: Buffer, m2: Buffer, other: Buffer, other_m2: Buffer, found: None) -> None:
@@ -134,7 +152,9 @@ def beside(call: Call, plan: layout.Plan, x: Buffer) -> views.View:
     return found
 
 
-def place_for(call: Call, plan: layout.Plan, out: Buffer | None, x: Buffer, number: int) -> tuple[views.View, Buffer | None]:
+def place_for(
+    call: Call, plan: layout.Plan, out: Buffer | None, x: Buffer, number: int
+) -> tuple[views.View, Buffer | None]:
     """Where a kernel writes the result that has this number, and what that must be copied to."""
     if out is None:
         out = buffers.lying((x.shape, buffers.strides_of(x.shape, plan.memory), x.dtype, 0), number)
@@ -187,7 +207,8 @@ def _track(call: Call, mean: Buffer, m2: Buffer, first: Buffer, second: Buffer) 
     check_statistic(first, C, "running_mean")
     check_parameter(second, C, first.dtype, "running_var")
     call.launch(
-        finish.track, buffers.STORED[first.dtype], launches.threads(C), pointer(mean), pointer(m2), call.value(0), call.value(1), C,
+        finish.track, buffers.STORED[first.dtype], launches.threads(C), pointer(mean), pointer(m2), call.value(0),
+        call.value(1), C,
         pointer(first), pointer(second),
     )  # fmt: skip
 
@@ -218,7 +239,9 @@ def _moments(call: Call, x: Buffer, stats: None, axis: int) -> layout.Plan:
     return plan
 
 
-def batch_norm(x: Any, gamma: Any, beta: Any, axis: int, eps: float, out: Any, stream: Any) -> tuple[Any, DeviceMoments]:
+def batch_norm(
+    x: Any, gamma: Any, beta: Any, axis: int, eps: float, out: Any, stream: Any
+) -> tuple[Any, DeviceMoments]:
     """`fastbn.batch_norm`."""
     x, gamma, beta, target = as_input(x), optional(gamma, "gamma"), optional(beta, "beta"), optional(out, "out")
     program = launches.program(_forward, lies(x, gamma, beta, target, None), axis_of(x, axis))
@@ -231,7 +254,9 @@ def batch_norm(x: Any, gamma: Any, beta: Any, axis: int, eps: float, out: Any, s
     return out, made(plan.count, mean, m2, DeviceMoments)
 
 
-def _forward(call: Call, x: Buffer, gamma: Buffer | None, beta: Buffer | None, out: Buffer | None, stats: None, axis: int) -> layout.Plan:
+def _forward(
+    call: Call, x: Buffer, gamma: Buffer | None, beta: Buffer | None, out: Buffer | None, stats: None, axis: int
+) -> layout.Plan:
     plan, kind = planned(x, axis), parameters(x)
     check_parameter(gamma, plan.channels, kind, "gamma")
     check_parameter(beta, plan.channels, kind, "beta")
@@ -249,7 +274,9 @@ def _forward(call: Call, x: Buffer, gamma: Buffer | None, beta: Buffer | None, o
     return plan
 
 
-def batch_norm_inference(x: Any, mean: Any, var: Any, gamma: Any, beta: Any, axis: int, eps: float, out: Any, stream: Any) -> Any:
+def batch_norm_inference(
+    x: Any, mean: Any, var: Any, gamma: Any, beta: Any, axis: int, eps: float, out: Any, stream: Any
+) -> Any:
     """`fastbn.batch_norm_inference`."""
     checks.check_running(mean, var)
     x, mean, var = as_input(x), as_input(mean, "mean"), as_input(var, "var")
@@ -264,7 +291,14 @@ def batch_norm_inference(x: Any, mean: Any, var: Any, gamma: Any, beta: Any, axi
 
 
 def _inference(
-    call: Call, x: Buffer, mean: Buffer, var: Buffer, gamma: Buffer | None, beta: Buffer | None, out: Buffer | None, axis: int
+    call: Call,
+    x: Buffer,
+    mean: Buffer,
+    var: Buffer,
+    gamma: Buffer | None,
+    beta: Buffer | None,
+    out: Buffer | None,
+    axis: int,
 ) -> layout.Plan:
     plan, kind = planned(x, axis), parameters(x)
     check_statistic(mean, plan.channels, "mean")

@@ -1,4 +1,7 @@
-"""Arrays on a GPU: what `__cuda_array_interface__` says of them, and new ones of the same kind. No driver is touched at import."""
+"""Arrays on a GPU: what `__cuda_array_interface__` says of them, and new ones of the same kind.
+
+No driver is touched at import.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +20,15 @@ from fastbn.arguments.foreign import is_simulated
 from fastbn.arguments.foreign import on_device as on_device
 
 Ints = tuple[int, ...]
-Lies = tuple[Ints, Ints, str, int]  # shape, strides in elements, dtype, bytes from a 16-byte boundary: what launches depend on
+# shape, strides in elements, dtype, bytes from a 16-byte boundary: what launches depend on
+Lies = tuple[Ints, Ints, str, int]
 
-LEGACY = 1  # the legacy default stream, whatever handle 0 is to the driver's bindings (another one in each thread, where so asked for)
+# the legacy default stream, whatever handle 0 is to the driver's bindings (another one in each thread, where so asked
+# for)
+LEGACY = 1
 
-# What memory of each dtype is to the kernels: half precision is its bits, in the integer type that tells which one it is.
+# What memory of each dtype is to the kernels: half precision is its bits, in the integer type that tells which one it
+# is.
 STORED: dict[str, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),
     "float64": np.dtype(np.float64),
@@ -92,7 +99,10 @@ def _root(kind: Any) -> str:
 
 @lru_cache(maxsize=1)
 def memory() -> Any:
-    """Where memory of a GPU comes from: imported late, for it imports numba.cuda; an import in a function takes 1 us, again and again."""
+    """Where memory of a GPU comes from: imported late, for it imports numba.cuda.
+
+    An import in a function takes 1 us, again and again.
+    """
     from fastbn.cuda.kernels import jit
 
     return jit
@@ -104,7 +114,9 @@ def _dtype(given: Any, interface: dict[str, Any], name: str) -> str:
         own = str(getattr(given, "dtype", "")).rpartition(".")[2]
         if own == "bfloat16":
             return own
-        raise TypeError(f"{name}: given dtype {own or typestr} (typestr {typestr!r}), want {dtypes.WANTED}: convert it first")
+        raise TypeError(
+            f"{name}: given dtype {own or typestr} (typestr {typestr!r}), want {dtypes.WANTED}: convert it first"
+        )
     return _TYPES[typestr]
 
 
@@ -149,7 +161,9 @@ def view(given: Any, name: str) -> Buffer:
     if len(strides) != len(shape):
         raise ValueError(f"{name}: its __cuda_array_interface__ has strides {steps} for shape {shape}")
     if address % itemsize or (steps is not None and any(step % itemsize for step in steps)):
-        raise ValueError(f"{name}: given an array off its elements' boundary (address {address}, strides {steps}); copy it first")
+        raise ValueError(
+            f"{name}: given an array off its elements' boundary (address {address}, strides {steps}); copy it first"
+        )
     if not address and 0 not in shape:
         raise ValueError(f"{name}: given a null pointer for shape {shape}")
     producer = None if stream is None else _ints((stream,), name)[0] or LEGACY
@@ -157,11 +171,16 @@ def view(given: Any, name: str) -> Buffer:
 
 
 def _ints(given: Any, name: str) -> Ints:
-    """Whole numbers of an interface as Python's: those of NumPy have a width, in which products and masks wrap or raise."""
+    """Whole numbers of an interface as Python's.
+
+    Those of NumPy have a width, in which products and masks wrap or raise.
+    """
     try:
         return tuple(map(operator.index, given))
     except TypeError:
-        raise TypeError(f"{name}: its __cuda_array_interface__ has {given!r} where it should have whole numbers") from None
+        raise TypeError(
+            f"{name}: its __cuda_array_interface__ has {given!r} where it should have whole numbers"
+        ) from None
 
 
 @lru_cache(maxsize=4096)
@@ -173,18 +192,29 @@ def compact(shape: Ints) -> Ints:
 def _tensor(given: Any, name: str) -> Buffer:
     dtype = _of_torch(given.dtype)
     if dtype is None:
-        raise TypeError(f"{name}: given dtype {given.dtype}, want {dtypes.WANTED}: convert it first, e.g. {name}.float()")
+        raise TypeError(
+            f"{name}: given dtype {given.dtype}, want {dtypes.WANTED}: convert it first, e.g. {name}.float()"
+        )
     if given.requires_grad:
         instead = "or a module of fastbn.torch, such as BatchNorm2d"
-        raise TypeError(f"{name}: given a tensor that requires a gradient, which this call does not record: {name}.detach(), {instead}")
+        raise TypeError(
+            f"{name}: given a tensor that requires a gradient, which this call does not record: "
+            f"{name}.detach(), {instead}"
+        )
     try:
         address, strides = given.data_ptr(), given.stride()
     except Exception as error:  # sparse ones; those of torch.func's transformations
-        raise TypeError(f"{name}: given a tensor without memory of its own ({error}), want a plain one: {name}.to_dense()") from error
+        raise TypeError(
+            f"{name}: given a tensor without memory of its own ({error}), want a plain one: {name}.to_dense()"
+        ) from error
     if given.is_neg():
-        raise TypeError(f"{name}: given a view whose memory holds the negated values, want memory of its own: {name}.resolve_neg()")
+        raise TypeError(
+            f"{name}: given a view whose memory holds the negated values, want memory of its own: {name}.resolve_neg()"
+        )
     if not address and given.numel():
-        raise TypeError(f"{name}: given a tensor without memory (of zeros, or a fake one), want a plain one: {name}.clone()")
+        raise TypeError(
+            f"{name}: given a tensor without memory (of zeros, or a fake one), want a plain one: {name}.clone()"
+        )
     return Buffer(address, tuple(given.shape), strides, dtype, False, None, given)
 
 
@@ -206,9 +236,13 @@ def address(array: Any) -> int:
     if library(array) != "torch":
         found = view(array, "result").address
     elif not (found := array.data_ptr()) and array.numel():
-        raise RuntimeError("PyTorch makes tensors without memory here, as within FakeTensorMode: call fastbn outside of it")
+        raise RuntimeError(
+            "PyTorch makes tensors without memory here, as within FakeTensorMode: call fastbn outside of it"
+        )
     if found & 15:
-        raise RuntimeError(f"{type(array).__name__}: fresh memory at address {found:#x}, want a 16-byte boundary: please report this")
+        raise RuntimeError(
+            f"{type(array).__name__}: fresh memory at address {found:#x}, want a 16-byte boundary: please report this"
+        )
     return found
 
 
@@ -225,7 +259,10 @@ def device_of(buffer: Buffer) -> int:
 
 
 def empty(shape: Ints, order: Ints, dtype: str, like: Buffer) -> Any:
-    """Fresh memory on the device of `like`, the current one, an array of its kind; `order` lists the axes from the outermost in memory."""
+    """Fresh memory on the device of `like`, the current one, an array of its kind.
+
+    `order` lists the axes from the outermost in memory.
+    """
     root = library(like.owner)
     sizes, back, steps = _laid(shape, order)
     if root == "torch":
@@ -238,14 +275,17 @@ def empty(shape: Ints, order: Ints, dtype: str, like: Buffer) -> Any:
             made = sys.modules["cupy"].empty(sizes, kind)
         return made if back is None else made.transpose(back)
     if dtype == "bfloat16":
-        raise TypeError(f"x: given bfloat16 in a {type(like.owner).__name__}; want a PyTorch tensor or a CuPy array for it, or give out=")
+        raise TypeError(
+            f"x: given bfloat16 in a {type(like.owner).__name__}; want a PyTorch tensor or a CuPy array "
+            f"for it, or give out="
+        )
     itemsize = STORED[dtype].itemsize
     return memory().empty(shape, tuple(step * itemsize for step in steps), np.dtype(dtype))
 
 
 @lru_cache(maxsize=4096)
 def _laid(shape: Ints, order: Ints) -> tuple[Ints, Ints | None, Ints]:
-    """Sizes from the outermost axis in memory, each axis' place among them (None where it is its own), and strides in elements."""
+    """Sizes from the outermost axis in memory, each axis' place among them (None where it is its own), and strides."""
     sizes, back = tuple(shape[a] for a in order), tuple(order.index(a) for a in range(len(order)))
     steps = compact(sizes)
     return sizes, None if back == tuple(range(len(back))) else back, tuple(steps[k] for k in back)
@@ -270,21 +310,30 @@ def declines() -> str | None:
     cuda = _numba_cuda()
     if getattr(cuda, "implementation", "") != "NVIDIA":
         return (
-            "numba's built-in CUDA target is in the place of NVIDIA's numba-cuda, whose .pth file did not run (pip install --target?): "
+            "numba's built-in CUDA target is in the place of NVIDIA's numba-cuda, whose .pth file did not run (pip "
+            "install --target?): "
             "import _numba_cuda_redirector before numba, or install into an environment"
         )
     if not cuda.is_available():
         error = getattr(cuda.cudadrv.driver.driver, "initialization_error", None)
         if error is None and not cuda.cudadrv.nvvm.is_available():
-            return f"libNVVM, which compiles the kernels, is not installed: {INSTALL}, or a CUDA toolkit, and CUDA_HOME says where it is"
+            return (
+                f"libNVVM, which compiles the kernels, is not installed: {INSTALL}, or a CUDA toolkit, and "
+                f"CUDA_HOME says where it is"
+            )
         said = " ".join(str(error or "which reports no error").split())
-        return f"no CUDA driver that works ({said}): install NVIDIA's driver, or give the container its GPUs (--gpus all)"
+        return (
+            f"no CUDA driver that works ({said}): install NVIDIA's driver, or give the container its GPUs (--gpus all)"
+        )
     if not len(cuda.gpus):
         return "the CUDA driver shows no device: check CUDA_VISIBLE_DEVICES"
     newest = max(cuda.gpus[k].compute_capability for k in range(len(cuda.gpus)))
     if newest < OLDEST:
         found, wanted = (".".join(map(str, version)) for version in (newest, OLDEST))
-        return f"the newest GPU here is of compute capability {found}, want {wanted} or later (A100, RTX 30 and newer): use host arrays"
+        return (
+            f"the newest GPU here is of compute capability {found}, want {wanted} or later (A100, RTX 30 and "
+            f"newer): use host arrays"
+        )
     return None
 
 
@@ -292,7 +341,9 @@ def check_served() -> None:
     """BackendUnavailable where no array on a GPU can be served on this machine."""
     reason = declines()
     if reason is not None:
-        raise BackendUnavailable(f"this array lives on a GPU, which backend cuda can't serve: {reason}. Or copy it to the host.")
+        raise BackendUnavailable(
+            f"this array lives on a GPU, which backend cuda can't serve: {reason}. Or copy it to the host."
+        )
 
 
 def _simulating() -> bool:

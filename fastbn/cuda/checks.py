@@ -16,7 +16,9 @@ from fastbn.cuda.buffers import Buffer
 def as_input(x: Any, name: str = "x") -> Buffer:
     """An input on a GPU; TypeError for a host array beside it."""
     if not foreign.on_device(x):
-        raise TypeError(f"{name}: given {type(x).__name__} on the host, want an array on the GPU, where x is: copy it there first")
+        raise TypeError(
+            f"{name}: given {type(x).__name__} on the host, want an array on the GPU, where x is: copy it there first"
+        )
     return buffers.view(x, name)
 
 
@@ -54,7 +56,10 @@ def _check_row(buffer: Buffer, channels: int, name: str) -> None:
     if buffer.shape != (channels,):
         raise ValueError(f"{name}: given shape {buffer.shape}, want ({channels},), one value per channel of x")
     if channels > 1 and buffer.strides != (1,):
-        raise ValueError(f"{name}: given an array with gaps (strides {buffer.strides} elements), want a contiguous one: copy it first")
+        raise ValueError(
+            f"{name}: given an array with gaps (strides {buffer.strides} elements), want a contiguous "
+            f"one: copy it first"
+        )
 
 
 def check_pair(dy: Buffer, x: Buffer) -> None:
@@ -77,8 +82,9 @@ def check_room(out: Buffer | None, x: Buffer) -> None:
 
 
 def check_out(out: Buffer | None, inputs: Sequence[Buffer], **others: Buffer | None) -> None:
-    """An `out` where the result may be written, as `checks.check_out` has it for the host: each input either itself or apart from it.
+    """An `out` where the result may be written, as `checks.check_out` has it for the host.
 
+    Each input either itself or apart from it.
     NumPy is asked only where bounds meet: for an `out` and three arrays beside it that takes 12 us, bounds 2.
     """
     if out is None:
@@ -86,7 +92,9 @@ def check_out(out: Buffer | None, inputs: Sequence[Buffer], **others: Buffer | N
     if out.readonly:
         raise ValueError("out: given a read-only array, want one that can be written")
     begin, end = out.span()
-    meeting = [a for a in inputs if _meet(a, begin, end) and not (a.address == out.address and a.strides == out.strides)]
+    meeting = [
+        a for a in inputs if _meet(a, begin, end) and not (a.address == out.address and a.strides == out.strides)
+    ]
     if meeting:
         checks.check_place(_shadow(out), *map(_shadow, meeting))
     beside = {name: a for name, a in others.items() if a is not None and _meet(a, begin, end)}
@@ -127,7 +135,8 @@ class _Interface:
     def __init__(self, buffer: Buffer) -> None:
         strides = tuple(s * buffer.itemsize for s in buffer.strides)
         self.__array_interface__ = {
-            "shape": buffer.shape, "strides": strides, "typestr": f"|V{buffer.itemsize}", "data": (buffer.address, False), "version": 3,
+            "shape": buffer.shape, "strides": strides, "typestr": f"|V{buffer.itemsize}", "data": (buffer.address,
+            False), "version": 3,
         }  # fmt: skip
 
 
@@ -137,7 +146,9 @@ def _shadow(buffer: Buffer) -> Any:
 
 def _shadows(arrays: Mapping[str, Any]) -> dict[str, Any]:
     given = {name: value for name, value in arrays.items() if value is not None}
-    return {name: _shadow(value if isinstance(value, Buffer) else as_input(value, name)) for name, value in given.items()}
+    return {
+        name: _shadow(value if isinstance(value, Buffer) else as_input(value, name)) for name, value in given.items()
+    }
 
 
 def parameters(x: Buffer) -> str:
@@ -151,12 +162,18 @@ def check_features(x: Any, axis: int, channels: int, dtype: str) -> None:
     axis = checks.check_axis(buffer.shape, axis)
     if buffer.shape[axis] != checks.check_channels(channels):
         raise ValueError(
-            f"x: given {buffer.shape[axis]} channels along axis {axis} of shape {buffer.shape}, want {channels}, as this layer has"
+            f"x: given {buffer.shape[axis]} channels along axis {axis} of shape {buffer.shape}, want {channels}, as "
+            f"this layer has"
         )
     if (wanted := parameters(buffer)) != dtype:
-        raise TypeError(f"x: given dtype {buffer.dtype}, want {dtype}, this layer's: convert x, or make the layer with dtype='{wanted}'")
+        raise TypeError(
+            f"x: given dtype {buffer.dtype}, want {dtype}, this layer's: convert x, or make the layer "
+            f"with dtype='{wanted}'"
+        )
 
 
 def same_memory(a: Any, b: Any) -> bool:
     """Whether two arrays on a GPU are element for element the same memory."""
-    return a is b or (buffers.on_device(a) and overlap.same_memory(_shadow(buffers.view(a, "out")), _shadow(buffers.view(b, "x"))))
+    return a is b or (
+        buffers.on_device(a) and overlap.same_memory(_shadow(buffers.view(a, "out")), _shadow(buffers.view(b, "x")))
+    )

@@ -1,4 +1,7 @@
-"""What the CUDA backend would do for a shape, and how many bytes that must move: known without a GPU, and without numba."""
+"""What the CUDA backend would do for a shape, and how many bytes that must move.
+
+Known without a GPU, and without numba.
+"""
 
 from __future__ import annotations
 

@@ -8,7 +8,16 @@ from fastbn.arguments import checks, layout
 from fastbn.cuda import launches, passes
 from fastbn.cuda.backend import axis_of, clear, lies, new, pair, place_for, planned, settled
 from fastbn.cuda.buffers import Buffer
-from fastbn.cuda.checks import as_input, check_out, check_pair, check_parameter, check_room, check_statistic, optional, parameters
+from fastbn.cuda.checks import (
+    as_input,
+    check_out,
+    check_pair,
+    check_parameter,
+    check_room,
+    check_statistic,
+    optional,
+    parameters,
+)
 from fastbn.cuda.launches import Call, Queue, fresh
 from fastbn.statistics import check_moments
 
@@ -16,7 +25,7 @@ from fastbn.statistics import check_moments
 def backward(
     dy: Any, x: Any, m: Any, constant: tuple[Any, Any] | None, gamma: Any, axis: int, eps: float, out: Any, stream: Any
 ) -> tuple[Any, Any, Any]:
-    """`fastbn.batch_norm_backward`, and `fastbn.batch_norm_inference_backward` with `constant` statistics (mean, var)."""
+    """`fastbn.batch_norm_backward`; with `constant` statistics (mean, var) `fastbn.batch_norm_inference_backward`."""
     training = constant is None
     names = ("moments.mean", "moments.m2") if training else ("mean", "var")
     x, dy, gamma, target = as_input(x), as_input(dy, "dy"), optional(gamma, "gamma"), optional(out, "out")
@@ -70,7 +79,9 @@ def _backward(
     return plan
 
 
-def batch_norm_backward_reduce(dy: Any, x: Any, mean: Any, var: Any, axis: int, eps: float, stream: Any) -> tuple[Any, Any]:
+def batch_norm_backward_reduce(
+    dy: Any, x: Any, mean: Any, var: Any, axis: int, eps: float, stream: Any
+) -> tuple[Any, Any]:
     """`fastbn.batch_norm_backward_reduce`."""
     x, dy = as_input(x), as_input(dy, "dy")
     check_pair(dy, x)

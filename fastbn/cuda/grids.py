@@ -1,7 +1,8 @@
 """How an array is cut into blocks and threads of a GPU: pure functions of shape, strides and alignment, in elements.
 
-Which values are merged in which order does not depend on the device: the same input gives the same bits on every run. Sizes below are of
-an H100 or H200, 132 multiprocessors of 2048 threads; they were chosen on paper and are to be measured.
+Which values are merged in which order does not depend on the device: the same input gives the same bits on every run.
+Sizes below are of an H100 or H200, 132 multiprocessors of 2048 threads; they were chosen on paper and are to be
+measured.
 """
 
 from __future__ import annotations
@@ -129,7 +130,8 @@ def _across(W: int, S: int, lanes: int) -> int:
 def columns(R: int, C: int, S: int, lanes: int, contiguous: bool) -> Columns:
     """The grid of R rows of C * S columns; only rows without gaps can be folded."""
     width, fold = C * S, 1
-    if contiguous and not (S == 1 and R * _across(C, 1, lanes) < DEEP * THREADS):  # which one launch takes, a channel to a column
+    # which one launch takes, a channel to a column
+    if contiguous and not (S == 1 and R * _across(C, 1, lanes) < DEEP * THREADS):
         whole = lanes // math.gcd(width, lanes)  # rows that are whole groups
         fold = whole * max(1, min(WARP * lanes // (whole * width), R // (16 * whole)))
         fold = 1 if R < 16 * fold else fold
@@ -147,7 +149,10 @@ def columns(R: int, C: int, S: int, lanes: int, contiguous: bool) -> Columns:
 
 
 def finish(entries: int, C: int) -> int:
-    """Channels of a block that merges so many partial results of each: as few as leave a thread to each, but what 32 bytes hold."""
+    """Channels of a block that merges so many partial results of each.
+
+    As few as leave a thread to each, but what 32 bytes hold.
+    """
     return min(max(SECTOR, THREADS >> (entries - 1).bit_length()), 1 << (C - 1).bit_length())
 
 
@@ -167,7 +172,8 @@ def runs(N: int, C: int, S: int, lanes: int, steps: Sequence[tuple[int, int]]) -
     mode = _mode(per_run, S, lanes)
     image = math.lcm(C * S, lanes) if runs == 1 else C * S  # columns from which on all is as it was
     if mode == TABLE and image > max(TABLES, C * S) and (image * max(EACH, lanes) > length or image >= LONG):
-        runs, length, per_run, image = N, C * S, C, C * S  # rows wherever they begin, for the table would be longer than the array
+        # rows wherever they begin, for the table would be longer than the array
+        runs, length, per_run, image = N, C * S, C, C * S
         mode = _mode(per_run, S, lanes)
     groups = -(-length // lanes)
     found = (1, -(-image // lanes) * lanes, S, image // (C * S)) if mode == TABLE else (C, S, 1, 1)

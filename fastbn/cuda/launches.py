@@ -1,4 +1,4 @@
-"""Launches on a GPU: what a call launches, written down once for arrays that lie alike, and run on the memory and stream of each call."""
+"""Launches on a GPU: what a call launches, written down once for arrays that lie alike, and run with each call's."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ WORK = 0  # the number of the workspace among what a program is given
 
 
 class Place(NamedTuple):
-    """What a program learns at each call: where memory is, bytes from the 16-byte boundary below the array of a number; or a value."""
+    """What a program learns at each call: where memory is, bytes from the 16-byte boundary below the array of a number.
+
+    Or a value.
+    """
 
     number: int
     offset: int = 0
@@ -36,7 +39,8 @@ class Step(NamedTuple):
     statistic: np.dtype[Any]
     blocks: int
     arguments: list[Any]  # as the driver takes them
-    places: list[tuple[int, int, int]]  # arguments that are filled in: which, by what has this number, bytes behind that
+    # arguments that are filled in: which, by what has this number, bytes behind that
+    places: list[tuple[int, int, int]]
     memory: list[Place]  # the same, as the simulator has to know them
 
 
@@ -71,7 +75,9 @@ class Call:
         place = self.take(buffer.size, STORED[dtype])
         return buffer._replace(address=place.offset, strides=strides, dtype=dtype, owner=WORK)
 
-    def launch(self, kernel: jit.Kernel, dtype: np.dtype[Any], blocks: int, *arguments: Any, statistic: str = "float64") -> None:
+    def launch(
+        self, kernel: jit.Kernel, dtype: np.dtype[Any], blocks: int, *arguments: Any, statistic: str = "float64"
+    ) -> None:
         """Launch a kernel for memory of a dtype, and given statistics of another.
 
         Raises
@@ -92,9 +98,14 @@ def pointer(buffer: Buffer) -> Place:
 
 @lru_cache(maxsize=PROGRAMS)
 def program(write: Callable[..., Any], arrays: tuple[Lies | None, ...], *options: Hashable) -> Program:
-    """What `write` launches for arrays that lie so, each None where it is absent: it gets buffers, whose owner is their number."""
+    """What `write` launches for arrays that lie so, each None where it is absent.
+
+    It gets buffers, whose owner is their number.
+    """
     call = Call(len(arrays))
-    found = write(call, *(None if lies is None else buffers.lying(lies, k) for k, lies in enumerate(arrays, 1)), *options)
+    found = write(
+        call, *(None if lies is None else buffers.lying(lies, k) for k, lies in enumerate(arrays, 1)), *options
+    )
     return Program(call.steps, call.work, found)
 
 
@@ -131,13 +142,20 @@ class Queue:
         self.apart = self.stream != own
         self._x, self._arrays = x, [x, *(buffer for buffer in arrays.values() if buffer is not None)]
         for name, buffer in arrays.items():
-            if buffer is not None and buffer is not x and buffer.size and (there := buffers.device_of(buffer)) != self.device:
+            if (
+                buffer is not None
+                and buffer is not x
+                and buffer.size
+                and (there := buffers.device_of(buffer)) != self.device
+            ):
                 raise ValueError(f"{name}: given an array on GPU {there}, want GPU {self.device}, where x is")
         self._lent = streams.lent(self._arrays, self.stream, self.device)
 
     def __enter__(self) -> Queue:
         self._inside: ExitStack | None = None
-        others = [buffer.stream for buffer in self._arrays if buffer.stream is not None and buffer.stream != self.stream]
+        others = [
+            buffer.stream for buffer in self._arrays if buffer.stream is not None and buffer.stream != self.stream
+        ]
         current = jit.current()
         if self.apart or others or self._lent or current != self.device:
             with ExitStack() as stack:
@@ -157,7 +175,7 @@ class Queue:
             self._inside.__exit__(*reason)
 
     def run(self, program: Program, arrays: tuple[Any, ...], *values: float) -> None:
-        """Launch a program on the arrays that it was written for, each a buffer, an address, or None where it is absent, and its values.
+        """Launch a program on its arrays, each a buffer, an address, or None where it is absent, and its values.
 
         Raises
         ------
@@ -209,7 +227,9 @@ def copy(call: Call, source: Buffer, target: Buffer) -> None:
         else:
             joined.append((n, s, t))
     if len(joined) > copying.RANK:
-        raise ValueError(f"x: given strides {source.strides} for shape {source.shape}: copy it to contiguous memory first")
+        raise ValueError(
+            f"x: given strides {source.strides} for shape {source.shape}: copy it to contiguous memory first"
+        )
     joined = [(1, 0, 0)] * (copying.RANK - len(joined)) + joined
     sizes, first, second = zip(*joined, strict=True)
     kind = STORED[source.dtype]
@@ -229,7 +249,9 @@ def wide(call: Call, values: Buffer) -> Buffer:
     if values.dtype == "float64":
         return values
     wide = call.take_like(values, "float64", (1,))
-    call.launch(finish.widen, DOUBLE, threads(values.size), pointer(values), values.size, pointer(wide), statistic=values.dtype)
+    call.launch(
+        finish.widen, DOUBLE, threads(values.size), pointer(values), values.size, pointer(wide), statistic=values.dtype
+    )
     return wide
 
 
@@ -238,12 +260,14 @@ def partial_moments(call: Call, x: View, plan: Sized) -> Any:
     stored, partial = STORED[x.buffer.dtype], call.take(3 * plan.entries * x.C, DOUBLE)
     if (grid := plan.rows) is not None:
         call.launch(
-            rows.moments_rows, stored, grid.blocks(x.C), pointer(x.buffer), x.N, x.C, x.S, x.outer, x.inner, x.base, grid.slots, grid.rest,
+            rows.moments_rows, stored, grid.blocks(x.C), pointer(x.buffer), x.N, x.C, x.S, x.outer, x.inner, x.base,
+            grid.slots, grid.rest,
             grid.step_n, grid.step_v, grid.chunk, grid.chunk_rest, partial,
         )  # fmt: skip
     elif (cut := plan.columns) is not None:
         call.launch(
-            columns.moments_columns, stored, cut.blocks, pointer(x.buffer), cut.R, cut.W, x.C, x.S, cut.fold * x.outer, cut.rest,
+            columns.moments_columns, stored, cut.blocks, pointer(x.buffer), cut.R, cut.W, x.C, x.S, cut.fold * x.outer,
+            cut.rest,
             cut.across, cut.units, cut.chunk, cut.copies, plan.even, partial,
         )  # fmt: skip
     return partial
@@ -254,14 +278,18 @@ def partial_sums(call: Call, dy: View, x: View, mean: Buffer, plan: Sized) -> An
     stored, partial = STORED[x.buffer.dtype], call.take(2 * plan.entries * x.C, DOUBLE)
     if (grid := plan.rows) is not None:
         call.launch(
-            rows.sums_rows, stored, grid.blocks(x.C), pointer(x.buffer), pointer(dy.buffer), pointer(mean), x.N, x.C, x.S, x.outer, x.inner,
-            dy.outer, dy.inner, x.base, dy.base, grid.slots, grid.rest, grid.step_n, grid.step_v, grid.chunk, grid.chunk_rest,
+            rows.sums_rows, stored, grid.blocks(x.C), pointer(x.buffer), pointer(dy.buffer), pointer(mean), x.N, x.C,
+            x.S, x.outer, x.inner,
+            dy.outer, dy.inner, x.base, dy.base, grid.slots, grid.rest, grid.step_n, grid.step_v, grid.chunk,
+            grid.chunk_rest,
             partial, statistic=mean.dtype,
         )  # fmt: skip
     elif (cut := plan.columns) is not None:
         call.launch(
-            columns.sums_columns, stored, cut.blocks, pointer(x.buffer), pointer(dy.buffer), pointer(mean), cut.R, cut.W,
-            x.C, x.S, cut.fold * x.outer, cut.fold * dy.outer, cut.rest, cut.across, cut.units, cut.chunk, cut.copies, plan.even,
+            columns.sums_columns, stored, cut.blocks, pointer(x.buffer), pointer(dy.buffer), pointer(mean), cut.R,
+            cut.W,
+            x.C, x.S, cut.fold * x.outer, cut.fold * dy.outer, cut.rest, cut.across, cut.units, cut.chunk, cut.copies,
+            plan.even,
             partial, statistic=mean.dtype,
         )  # fmt: skip
     return partial
@@ -277,6 +305,7 @@ def elementwise(call: Call, kernels: tuple[jit.Kernel, jit.Kernel], flat: Flat, 
     x, grid = views[0], flat.grid
     call.launch(
         kernels[x.N * x.C * x.S >= grids.LONG], STORED[x.buffer.dtype], grid.blocks(grids.THREADS),
-        *(pointer(v.buffer) for v in views), coefs, flat.table[2], grid.C, grid.S, grid.runs, grid.length, grid.per_run, grid.inner,
+        *(pointer(v.buffer) for v in views), coefs, flat.table[2], grid.C, grid.S, grid.runs, grid.length,
+        grid.per_run, grid.inner,
         *flat.steps, grid.groups, grid.mode, flat.aligned, grid.apart, *grid.steps,
     )  # fmt: skip

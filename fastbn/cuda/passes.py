@@ -50,13 +50,16 @@ def forward(call: Call, x: View, gamma: Buffer | None, beta: Buffer | None, eps:
     launches.elementwise(call, NORMALIZE, flat, coefs, x, out)
 
 
-def inference(call: Call, x: View, mean: Buffer, var: Buffer, gamma: Buffer | None, beta: Buffer | None, eps: Any, out: View) -> None:
+def inference(
+    call: Call, x: View, mean: Buffer, var: Buffer, gamma: Buffer | None, beta: Buffer | None, eps: Any, out: View
+) -> None:
     """The forward with given statistics."""
     kind, flat = kind_of(x), views.flat(x, out)
     coefs = call.take(3 * flat.table[2], kind)
     mean, var = launches.alike(call, mean, var)
     call.launch(
-        finish.set_scale, kind, launches.threads(x.C), pointer(mean), pointer(var), 1.0, eps, *_parameters(x, gamma, beta), x.C,
+        finish.set_scale, kind, launches.threads(x.C), pointer(mean), pointer(var), 1.0, eps, *_parameters(x, gamma,
+        beta), x.C,
         *flat.table, coefs, statistic=mean.dtype,
     )  # fmt: skip
     launches.elementwise(call, NORMALIZE, flat, coefs, x, out)
@@ -142,23 +145,28 @@ def grad_input(
     sums = launches.wide(call, sums[0]), launches.wide(call, sums[1])
     weight, _, affine = _parameters(x, gamma)
     call.launch(
-        finish.set_slope, kind, launches.threads(x.C), pointer(mean), pointer(var), 1.0, eps, *map(pointer, sums), values, weight, affine,
+        finish.set_slope, kind, launches.threads(x.C), pointer(mean), pointer(var), 1.0, eps, *map(pointer, sums),
+        values, weight, affine,
         x.C, *flat.table, coefs, statistic=mean.dtype,
     )  # fmt: skip
     launches.elementwise(call, GRADIENT, flat, coefs, x, dy, out)
 
 
-def _whole_forward(call: Call, x: View, parameters: tuple[Any, Any, int], eps: Any, out: View, stats: Any, plan: views.Sized) -> None:
+def _whole_forward(
+    call: Call, x: View, parameters: tuple[Any, Any, int], eps: Any, out: View, stats: Any, plan: views.Sized
+) -> None:
     """Statistics and y in one launch."""
     given, stored = (pointer(x.buffer), pointer(out.buffer), *parameters, eps), STORED[x.buffer.dtype]
     if (grid := plan.rows) is not None:
         call.launch(
-            fused.forward_rows, stored, x.C, *given, x.N, x.C, x.S, x.outer, x.inner, out.outer, out.inner, x.base, out.base,
+            fused.forward_rows, stored, x.C, *given, x.N, x.C, x.S, x.outer, x.inner, out.outer, out.inner, x.base,
+            out.base,
             grid.slots, grid.rest, grid.step_n, grid.step_v, grid.chunk, grid.chunk_rest, stats,
         )  # fmt: skip
     elif (cut := plan.columns) is not None:
         call.launch(
-            fused.forward_columns, stored, cut.blocks, *given, x.N, x.C, x.outer, out.outer, cut.across, plan.even, stats,
+            fused.forward_columns, stored, cut.blocks, *given, x.N, x.C, x.outer, out.outer, cut.across, plan.even,
+            stats,
         )  # fmt: skip
 
 
@@ -181,12 +189,15 @@ def _whole_backward(
     given, stored = (*arrays, count, eps, float(x.N * x.S), weight, affine), STORED[x.buffer.dtype]
     if (grid := plan.rows) is not None:
         call.launch(
-            fused.backward_rows, stored, x.C, *given, x.N, x.C, x.S, x.outer, x.inner, dy.outer, dy.inner, out.outer, out.inner,
-            x.base, dy.base, out.base, grid.slots, grid.rest, grid.step_n, grid.step_v, grid.chunk, grid.chunk_rest, grads,
+            fused.backward_rows, stored, x.C, *given, x.N, x.C, x.S, x.outer, x.inner, dy.outer, dy.inner, out.outer,
+            out.inner,
+            x.base, dy.base, out.base, grid.slots, grid.rest, grid.step_n, grid.step_v, grid.chunk, grid.chunk_rest,
+            grads,
             statistic=mean.dtype,
         )  # fmt: skip
     elif (cut := plan.columns) is not None:
         call.launch(
-            fused.backward_columns, stored, cut.blocks, *given, x.N, x.C, x.outer, dy.outer, out.outer, cut.across, plan.even,
+            fused.backward_columns, stored, cut.blocks, *given, x.N, x.C, x.outer, dy.outer, out.outer, cut.across,
+            plan.even,
             grads, statistic=mean.dtype,
         )  # fmt: skip

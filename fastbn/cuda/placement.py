@@ -19,7 +19,9 @@ KINDS = ("torch", "cupy", "numba")
 
 
 def chosen(kind: str | None) -> str:
-    """The library whose arrays a layer on a GPU holds: the one asked for, else the first of PyTorch and CuPy that is imported, else numba.
+    """The library whose arrays a layer on a GPU holds.
+
+    The one asked for, else the first of PyTorch and CuPy that is imported, else numba.
 
     Raises
     ------
@@ -31,7 +33,9 @@ def chosen(kind: str | None) -> str:
     if kind is None:
         return next((name for name in KINDS if name in sys.modules and name != "numba" and _usable(name)), "numba")
     if not isinstance(kind, str):
-        raise TypeError(f"kind: given {scalars.shown(kind)}, want one of {', '.join(KINDS)}: the library of the layer's arrays")
+        raise TypeError(
+            f"kind: given {scalars.shown(kind)}, want one of {', '.join(KINDS)}: the library of the layer's arrays"
+        )
     if kind not in KINDS:
         raise ValueError(f"kind: given {kind!r}, want one of {', '.join(KINDS)}: the library of the layer's arrays")
     return kind
@@ -145,7 +149,10 @@ def check_kept(arrays: Mapping[str, Any], channels: int, dtype: np.dtype[Any], w
 
 
 def check_apart(out: Any, **others: Any) -> None:
-    """An `out`, on either side, apart from what a layer keeps; what else it may be, the function that takes it will say."""
+    """An `out`, on either side, apart from what a layer keeps.
+
+    What else it may be, the function that takes it will say.
+    """
     if isinstance(out, np.ndarray):
         checks.check_apart(out, **{name: array for name, array in others.items() if not buffers.on_device(array)})
     elif out is not None and buffers.on_device(out):

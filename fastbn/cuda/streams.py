@@ -17,7 +17,10 @@ from fastbn.cuda.buffers import LEGACY, Buffer
 
 
 def current_stream(buffer: Buffer, device: int) -> int:
-    """The stream that work on a buffer goes to unless the caller names one: its library's current one of its device, as a handle."""
+    """The stream that work on a buffer goes to unless the caller names one.
+
+    Its library's current one of its device, as a handle.
+    """
     root = buffers.library(buffer.owner)
     if root == "torch":
         torch = sys.modules["torch"]
@@ -53,7 +56,8 @@ def _handle(stream: Any) -> int | None:
     try:
         if isinstance(stream, bool | np.bool_):
             return None
-        if isinstance(stream, numbers.Number) or hasattr(stream, "dtype"):  # of those that are not whole int() would make some
+        # of those that are not whole int() would make some
+        if isinstance(stream, numbers.Number) or hasattr(stream, "dtype"):
             return operator.index(cast(Any, stream))
         if isinstance(found := getattr(stream, "cuda_stream", None), int):  # PyTorch's
             return found
@@ -62,7 +66,8 @@ def _handle(stream: Any) -> int | None:
             return int((protocol() if callable(protocol) else protocol)[1])
         if isinstance(found := getattr(stream, "ptr", None), int):  # CuPy's
             return found
-        if hasattr(type(stream), "__int__") or hasattr(type(stream), "__index__"):  # the driver's own type, in cuda.bindings
+        # the driver's own type, in cuda.bindings
+        if hasattr(type(stream), "__int__") or hasattr(type(stream), "__index__"):
             return int(stream)
     except Exception:  # whatever a library's object raises, it is no stream
         pass
@@ -70,7 +75,10 @@ def _handle(stream: Any) -> int | None:
 
 
 def allocating(like: Buffer, stream: int, device: int) -> AbstractContextManager[Any]:
-    """Within it a library's memory belongs to a stream that is not its current one: what is given back is taken again behind its work."""
+    """Within it a library's memory belongs to a stream that is not its current one.
+
+    What is given back is taken again behind its work.
+    """
     root = buffers.library(like.owner)
     if root not in ("torch", "cupy"):
         return nullcontext()  # numba's is of no stream
@@ -78,7 +86,9 @@ def allocating(like: Buffer, stream: int, device: int) -> AbstractContextManager
     if root == "torch":
         context: AbstractContextManager[Any] = library.stream(_of_library(library, stream, device))
         return context
-    own: AbstractContextManager[Any] = library.Stream.null if stream == LEGACY else library.ExternalStream(stream, device)
+    own: AbstractContextManager[Any] = (
+        library.Stream.null if stream == LEGACY else library.ExternalStream(stream, device)
+    )
     return own
 
 
@@ -89,7 +99,10 @@ def lent(arrays: Sequence[Buffer], stream: int, device: int) -> list[Buffer]:
 
 
 def used(tensor: Buffer, stream: int, device: int) -> None:
-    """Tell PyTorch that a stream works on a tensor: its memory is not another's before that is done. The other libraries don't ask."""
+    """Tell PyTorch that a stream works on a tensor.
+
+    Its memory is not another's before that is done. The other libraries don't ask.
+    """
     tensor.owner.record_stream(_of_library(sys.modules["torch"].cuda, stream, device))
 
 
@@ -99,7 +112,10 @@ def _of_library(cuda: Any, stream: int, device: int) -> Any:
 
 
 def workspace(nbytes: int, like: Buffer, stream: int, device: int) -> tuple[Any, int]:
-    """(owner, address) of memory for one call, of the library of an array, or of a pool of the device: see `give_back`."""
+    """(owner, address) of memory for one call, of the library of an array, or of a pool of the device.
+
+    See `give_back`.
+    """
     root = buffers.library(like.owner)
     if root == "torch":
         torch = sys.modules["torch"]
@@ -115,6 +131,9 @@ def workspace(nbytes: int, like: Buffer, stream: int, device: int) -> tuple[Any,
 
 
 def give_back(owner: Any) -> None:
-    """A workspace whose call has been queued. What a library counts references of, and orders by its stream, needs no word."""
+    """A workspace whose call has been queued.
+
+    What a library counts references of, and orders by its stream, needs no word.
+    """
     if hasattr(owner, "close"):
         owner.close()

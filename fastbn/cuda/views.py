@@ -1,4 +1,7 @@
-"""Arrays on a GPU as the kernels walk them: canonical views, and the grids of the passes over them. Nothing here needs numba."""
+"""Arrays on a GPU as the kernels walk them.
+
+Canonical views, and the grids of the passes over them. Nothing here needs numba.
+"""
 
 from __future__ import annotations
 
@@ -38,10 +41,14 @@ def view(buffer: Buffer, plan: layout.Plan) -> View | None:
     return None if found is None else View(buffer, *found)
 
 
-def _walk(shape: Ints, strides: Ints, order: Ints | None, axis: int, kind: str) -> tuple[int, int, int, int, int] | None:
+def _walk(
+    shape: Ints, strides: Ints, order: Ints | None, axis: int, kind: str
+) -> tuple[int, int, int, int, int] | None:
     axes = order or tuple(range(len(shape)))
     cut = axes.index(axis)
-    outer, inner = (_joined(shape, strides, [a for a in part if shape[a] != 1]) for part in (axes[:cut], axes[cut + 1 :]))
+    outer, inner = (
+        _joined(shape, strides, [a for a in part if shape[a] != 1]) for part in (axes[:cut], axes[cut + 1 :])
+    )
     if outer is None or inner is None or inner[1] != 1:
         return None
     (N, step), (S, _), C = outer, inner, shape[axis]
@@ -81,10 +88,14 @@ def sized_for(out: View, *views: View) -> Sized:
     return _sized_for((out.base, out.outer, out.inner), views[0][1:4], arrays, 16 // views[0].buffer.itemsize)
 
 
-def _sized_for(out: tuple[int, int, int], dims: tuple[int, int, int], arrays: tuple[tuple[int, int, int], ...], lanes: int) -> Sized:
+def _sized_for(
+    out: tuple[int, int, int], dims: tuple[int, int, int], arrays: tuple[tuple[int, int, int], ...], lanes: int
+) -> Sized:
     plan, (N, C, S) = _sized(dims, arrays, lanes), dims
     if plan.rows is not None:
-        alike = plan.rows.chunk == 0 or not any((one - first) % lanes for one, first in zip(out, arrays[0], strict=True))
+        alike = plan.rows.chunk == 0 or not any(
+            (one - first) % lanes for one, first in zip(out, arrays[0], strict=True)
+        )
         if not alike or N * S * (16 // lanes) > grids.SLAB or (plan.entries > 1 and C < grids.ENOUGH):
             return plan
         return plan._replace(rows=grids.undivided(plan.rows, N), entries=1, whole=True)
@@ -119,7 +130,10 @@ class Flat(NamedTuple):
 
     @property
     def table(self) -> tuple[int, int, int]:
-        """What kernels need to know of the table of coefficients: columns of a channel, copies of all, and the length of a row."""
+        """What kernels need to know of the table of coefficients.
+
+        Columns of a channel, copies of all, and the length of a row.
+        """
         grid = self.grid
         return grid.columns, grid.copies, pad_of(grid.S if grid.mode == grids.TABLE else grid.C)
 
@@ -133,7 +147,9 @@ def _flat(dims: tuple[int, int, int], arrays: tuple[tuple[int, int, int], ...], 
     grid = grids.runs(*dims, lanes, [(outer, inner) for _, outer, inner in arrays])
     apart = [(0, 0) if grid.runs == 1 else (outer, inner if grid.inner > 1 else 0) for _, outer, inner in arrays]
     aligned = all(grids.even_rows(base, step, lanes) for (base, _, _), step in zip(arrays, apart, strict=True))
-    return Flat(grid, tuple(n for step in apart for n in step), aligned and (grid.runs == 1 or grid.length % lanes == 0))
+    return Flat(
+        grid, tuple(n for step in apart for n in step), aligned and (grid.runs == 1 or grid.length % lanes == 0)
+    )
 
 
 def kind_of(x: View) -> np.dtype[Any]:

@@ -1,7 +1,7 @@
 """Batch normalization in PyTorch models: modules with PyTorch's own names and state, run by fastbn's kernels.
 
-`convert(model)` swaps a model's batch norms in place, `revert(model)` swaps them back; `convert_sync_batchnorm(model)` lets processes share
-a batch; `fuse(model)` folds them away for inference. PyTorch comes with the extra `torch`.
+`convert(model)` swaps a model's batch norms in place, `revert(model)` swaps them back; `convert_sync_batchnorm(model)`
+lets processes share a batch; `fuse(model)` folds them away for inference. PyTorch comes with the extra `torch`.
 """
 
 from fastbn.arguments.errors import MissingExtra

@@ -1,10 +1,11 @@
 """Memory for large results, taken again from results that are gone.
 
-Fresh pages cost more than a norm: 33 MB take 16 ms from malloc, 3.6 in huge pages, nothing where they are held already; to normalize
-them takes 1.6. What is held is the system's to take whenever it runs short of memory (MADV_FREE), so that no process ends for it.
+Fresh pages cost more than a norm: 33 MB take 16 ms from malloc, 3.6 in huge pages, nothing where they are held already;
+to normalize them takes 1.6. What is held is the system's to take whenever it runs short of memory (MADV_FREE), so that
+no process ends for it.
 
-No locks: a tensor may go at any bytecode of any thread, and a fork may come while one is held. Each step here is one operation of a dict
-or a deque.
+No locks: a tensor may go at any bytecode of any thread, and a fork may come while one is held. Each step here is one
+operation of a dict or a deque.
 """
 
 from __future__ import annotations
@@ -38,7 +39,10 @@ _lent: dict[int, tuple[weakref.ref[Any], Room]] = {}  # by the identity of the r
 
 
 def like(x: Tensor) -> Tensor:
-    """Memory in the order of dense x on the CPU, on a boundary of a huge page; it can't be resized. Other results' values are in it."""
+    """Memory in the order of dense x on the CPU, on a boundary of a huge page.
+
+    It can't be resized. Other results' values are in it.
+    """
     memory = torch.from_numpy(_bytes(x.nbytes)).view(x.dtype)
     return torch.empty(0, dtype=x.dtype, device="cpu").set_(memory.untyped_storage(), 0, x.shape, x.stride())
 
@@ -46,13 +50,14 @@ def like(x: Tensor) -> Tensor:
 def empty_cache() -> None:
     """Give the memory of large results that are gone back to the system, as `torch.cuda.empty_cache` does on a GPU.
 
-    Results of 4 MiB and more leave theirs to the next ones of the same size, up to ``FASTBN_KEEP_BYTES`` in all. The system takes it by
-    itself where memory is short; tools that show a process's memory count it until then.
+    Results of 4 MiB and more leave theirs to the next ones of the same size, up to ``FASTBN_KEEP_BYTES`` in all. The
+    system takes it by itself where memory is short; tools that show a process's memory count it until then.
     """
     _free.clear()
 
 
-# A child would share the pages, and both would copy them when they write: 4 KiB at a time, for huge pages are split for it.
+# A child would share the pages, and both would copy them when they write: 4 KiB at a time, for huge pages are split for
+# it.
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(before=empty_cache)
 
@@ -119,7 +124,10 @@ def _advise(mapped: mmap.mmap, name: str, *place: int) -> bool:
 
 
 def _back(reference: weakref.ref[Any]) -> None:
-    """Keep the room of a result that is gone, if the system can take it when it must; others go for it, the longest unused first."""
+    """Keep the room of a result that is gone, if the system can take it when it must.
+
+    Others go for it, the longest unused first.
+    """
     room = _lent.pop(id(reference))[1]
     if room.size <= config.KEEP_BYTES and _advise(room.mapped, "MADV_FREE"):
         _free.append(room)

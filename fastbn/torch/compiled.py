@@ -1,7 +1,8 @@
-"""Batch normalization as torch.compile sees it: moments by fastbn's kernel, all else in ordinary operations, joined to their neighbours.
+"""Batch normalization as torch.compile sees it.
 
-As operators of their own, forward and backward kept in the memory order of the eager program what the compiler lays channels last: a step
-of a compiled MobileNetV2 took twice as long as with PyTorch's norms. This takes 0.97 of it.
+Moments by fastbn's kernel, all else in ordinary operations, joined to their neighbours.
+As operators of their own, forward and backward kept in the memory order of the eager program what the compiler lays
+channels last: a step of a compiled MobileNetV2 took twice as long as with PyTorch's norms. This takes 0.97 of it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ from fastbn.torch.eligibility import PARAMETERS
 
 
 def _held(values: Tensor) -> Tensor:
-    """Values per channel as memory: else Inductor computes them anew, in float64, for each element, which takes twice the time."""
+    """Values per channel as memory.
+
+    Else Inductor computes them anew, in float64, for each element, which takes twice the time.
+    """
     return values.as_strided(values.shape, (1,))
 
 
@@ -25,7 +29,9 @@ def _along(x: Tensor) -> list[int]:
     return [-1, *[1] * (x.dim() - 2)]
 
 
-def _map(mean: Tensor, rstd: Tensor, gamma: Tensor | None, beta: Tensor | None, kind: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def _map(
+    mean: Tensor, rstd: Tensor, gamma: Tensor | None, beta: Tensor | None, kind: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
     """What makes y of x, (x - near) * scale + shift: the mean in two parts, as in the kernels."""
     near = mean.to(kind)
     scale = rstd if gamma is None else rstd * gamma.double()
@@ -49,7 +55,9 @@ class Normalize(torch.autograd.Function):
     """(y, mean, m2) of a training step."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        ctx: Any, x: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """y and the statistics, which are float64 of shape (C,) and not differentiated."""
         mean, m2 = custom_ops.moments(x)
         rstd = (m2 / custom_ops.count(x) + eps).rsqrt()

@@ -18,17 +18,20 @@ OURS: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm2d: BatchNorm2d,
     nn.BatchNorm3d: BatchNorm3d,
 }
-THEIRS: dict[type[nn.Module], type[nn.Module]] = {ours: theirs for theirs, ours in OURS.items()} | {SyncBatchNorm: nn.SyncBatchNorm}
+THEIRS: dict[type[nn.Module], type[nn.Module]] = {ours: theirs for theirs, ours in OURS.items()} | {
+    SyncBatchNorm: nn.SyncBatchNorm
+}
 SERVED = {*OURS, *THEIRS}
 
 
 def convert(model: Model) -> Model:
     """Let fastbn's kernels serve every `torch.nn.BatchNorm1d`, `2d` and `3d` of a model, in place.
 
-    The modules stay the same objects, as do their parameters and buffers: optimizers, hooks, names, shared modules and the training flag
-    are untouched, only the class changes. Others are left alone, with a warning that lists them: subclasses, `torch.nn.SyncBatchNorm` among
-    them (see `convert_sync_batchnorm`), and what is a batch norm by its name alone, such as torchvision's FrozenBatchNorm2d.
-    Revert before `torch.jit.script`, `torch.fx.symbolic_trace`, quantization or an export to ONNX, which look for PyTorch's own classes.
+    The modules stay the same objects, as do their parameters and buffers: optimizers, hooks, names, shared modules and
+    the training flag are untouched, only the class changes. Others are left alone, with a warning that lists them:
+    subclasses, `torch.nn.SyncBatchNorm` among them (see `convert_sync_batchnorm`), and what is a batch norm by its name
+    alone, such as torchvision's FrozenBatchNorm2d. Revert before `torch.jit.script`, `torch.fx.symbolic_trace`,
+    quantization or an export to ONNX, which look for PyTorch's own classes.
 
     Parameters
     ----------
@@ -53,19 +56,24 @@ def convert(model: Model) -> Model:
     _swap(model, OURS)
     if others := left_alone(model):
         warnings.warn(
-            f"fastbn.torch.convert left alone, for they are of other classes than PyTorch's own three: {_listed(others)}", stacklevel=2
+            f"fastbn.torch.convert left alone, for they are of other classes than PyTorch's own three: "
+            f"{_listed(others)}",
+            stacklevel=2,
         )
     elif not any(isinstance(module, Served) for module in model.modules()):
         given = f"{type(model).__module__}.{type(model).__qualname__}"
-        warnings.warn(f"fastbn.torch.convert found no batch norm in {given}: nothing runs on fastbn's kernels", stacklevel=2)
+        warnings.warn(
+            f"fastbn.torch.convert found no batch norm in {given}: nothing runs on fastbn's kernels", stacklevel=2
+        )
     return model
 
 
 def revert(model: Model) -> Model:
     """Undo `convert`: PyTorch's own batch norms again, in place, with what they have learned since.
 
-    A `SyncBatchNorm` becomes `torch.nn.SyncBatchNorm`, which trains on GPUs alone. Classes derived from fastbn's are left alone, with a
-    warning that lists them: a batch norm that was parametrized after `convert` among them, whose parametrizations are to be removed first.
+    A `SyncBatchNorm` becomes `torch.nn.SyncBatchNorm`, which trains on GPUs alone. Classes derived from fastbn's are
+    left alone, with a warning that lists them: a batch norm that was parametrized after `convert` among them, whose
+    parametrizations are to be removed first.
 
     Parameters
     ----------
@@ -88,12 +96,17 @@ def revert(model: Model) -> Model:
     """
     _swap(model, THEIRS)
     if others := {name: type(m) for name, m in model.named_modules() if issubclass(type(m), Served)}:
-        warnings.warn(f"fastbn.torch.revert left alone, for they are of classes derived from fastbn's: {_listed(others)}", stacklevel=2)
+        warnings.warn(
+            f"fastbn.torch.revert left alone, for they are of classes derived from fastbn's: {_listed(others)}",
+            stacklevel=2,
+        )
     return model
 
 
 def left_alone(model: nn.Module) -> dict[str, type[nn.Module]]:
-    """The batch norms of a model that `convert` leaves alone: subclasses of PyTorch's, and others by the name of their class.
+    """The batch norms of a model that `convert` leaves alone.
+
+    Subclasses of PyTorch's, and others by the name of their class.
 
     Parameters
     ----------
@@ -114,17 +127,25 @@ def left_alone(model: nn.Module) -> dict[str, type[nn.Module]]:
 
 
 def _listed(found: dict[str, type[nn.Module]]) -> str:
-    return ", ".join(f"{name or 'the model itself'} ({kind.__module__}.{kind.__qualname__})" for name, kind in found.items())
+    return ", ".join(
+        f"{name or 'the model itself'} ({kind.__module__}.{kind.__qualname__})" for name, kind in found.items()
+    )
 
 
 def _is_batch_norm(module: nn.Module) -> bool:
-    """Also a scripted one, and by its name one that holds no other: what holds one is a block, but a frozen one may hold its activation."""
+    """Also a scripted one, and by its name one that holds no other.
+
+    What holds one is a block, but a frozen one may hold its activation.
+    """
     _, *below = module.modules()
-    return isinstance(module, _BatchNorm) or (_so_named(module) and not any(isinstance(m, _BatchNorm) or _so_named(m) for m in below))
+    return isinstance(module, _BatchNorm) or (
+        _so_named(module) and not any(isinstance(m, _BatchNorm) or _so_named(m) for m in below)
+    )
 
 
 def _so_named(module: nn.Module) -> bool:
-    return "BatchNorm" in str(getattr(module, "original_name", type(module).__name__))  # of what torch.jit.script made it from
+    # of what torch.jit.script made it from
+    return "BatchNorm" in str(getattr(module, "original_name", type(module).__name__))
 
 
 def _swap(model: nn.Module, table: dict[type[nn.Module], type[nn.Module]]) -> None:

@@ -1,13 +1,15 @@
-"""The operators as torch.library knows them, for torch.compile, torch.export and whatever else looks at PyTorch programs.
+"""The operators as torch.library knows them.
 
+For torch.compile, torch.export and whatever else looks at PyTorch programs.
     torch.ops.fastbn.moments(x) -> (mean, m2)
     torch.ops.fastbn.batch_norm(x, gamma, beta, eps) -> (y, mean, m2)
     torch.ops.fastbn.batch_norm_inference(x, mean, var, gamma, beta, eps) -> y
     torch.ops.fastbn.batch_norm_backward(dy, x, mean, m2, gamma, eps) -> (dx, dgamma, dbeta)
     torch.ops.fastbn.batch_norm_inference_backward(dy, x, mean, var, gamma, eps) -> (dx, dgamma, dbeta)
 
-Shapes and dtypes are those of fastbn's functions with axis=1; mean and m2 are float64 of shape (C,). Statistics are not differentiated:
-neither those that go in nor those that come out. Derivatives are taken backwards only: forwards, PyTorch gives a custom operator none.
+Shapes and dtypes are those of fastbn's functions with axis=1; mean and m2 are float64 of shape (C,). Statistics are not
+differentiated: neither those that go in nor those that come out. Derivatives are taken backwards only: forwards,
+PyTorch gives a custom operator none.
 """
 
 from __future__ import annotations
@@ -55,7 +57,9 @@ def batch_norm(x: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float)
 
 
 @torch.library.custom_op("fastbn::batch_norm_inference", mutates_args=())
-def batch_norm_inference(x: Tensor, mean: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float) -> Tensor:
+def batch_norm_inference(
+    x: Tensor, mean: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float
+) -> Tensor:
     """Forward with constant statistics: y."""
     return kernels.inference(x, kernels.array(mean), kernels.array(var), gamma, beta, eps)
 
@@ -68,7 +72,9 @@ def batch_norm_backward(dy: Tensor, x: Tensor, mean: Tensor, m2: Tensor, gamma: 
 
 
 @torch.library.custom_op("fastbn::batch_norm_inference_backward", mutates_args=())
-def batch_norm_inference_backward(dy: Tensor, x: Tensor, mean: Tensor, var: Tensor, gamma: Tensor | None, eps: float) -> Three:
+def batch_norm_inference_backward(
+    dy: Tensor, x: Tensor, mean: Tensor, var: Tensor, gamma: Tensor | None, eps: float
+) -> Three:
     """Gradients of `batch_norm_inference`: (dx, dgamma, dbeta)."""
     return kernels.backward(dy, x, (kernels.array(mean), kernels.array(var)), gamma, eps)
 
@@ -78,7 +84,10 @@ def _like(x: Tensor) -> Tensor:
 
 
 def _together(x: Tensor, **others: Tensor | None) -> None:
-    """Refuse what lies elsewhere: with one tensor on meta the dispatcher asks for no kernel, and what is empty would go for the result."""
+    """Refuse what lies elsewhere.
+
+    With one tensor on meta the dispatcher asks for no kernel, and what is empty would go for the result.
+    """
     for name, value in others.items():
         if value is not None and value.device != x.device:
             raise RuntimeError(f"{name}: given a tensor on {value.device}, want all of them on {x.device}, where x is")
@@ -96,7 +105,9 @@ def _(x: Tensor, mean: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor |
     return _like(x)
 
 
-def _fake_gradients(dy: Tensor, x: Tensor, mean: Tensor, spread: Tensor, gamma: Tensor | None, spread_name: str) -> Three:
+def _fake_gradients(
+    dy: Tensor, x: Tensor, mean: Tensor, spread: Tensor, gamma: Tensor | None, spread_name: str
+) -> Three:
     _together(x, dy=dy, mean=mean, gamma=gamma, **{spread_name: spread})
     kind = torch.float64 if x.dtype == torch.float64 else torch.float32
     dgamma, dbeta = (x.new_empty(x.shape[1], dtype=kind) for _ in range(2))

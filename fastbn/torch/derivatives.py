@@ -1,6 +1,8 @@
-"""Derivatives of batch normalization and of its gradients, of ordinary PyTorch operations, so that all further ones follow from them.
+"""Derivatives of batch normalization and of its gradients, of ordinary PyTorch operations.
 
-With E the mean of a channel's values, h = xhat, r = rstd, and P(v) = v - E[v] - h E[v h], which is its own transpose, in training
+So that all further ones follow from them.
+With E the mean of a channel's values, h = xhat, r = rstd, and P(v) = v - E[v] - h E[v h], which is its own transpose,
+in training
 
     dx     = gamma r P(dy),    dgamma = sum of dy h,    dbeta = sum of dy
 
@@ -43,7 +45,8 @@ def _average(values: Tensor) -> Tensor:
 
 def _seen(x: Tensor, mean: Tensor, var: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Map]:
     """h, r and P."""
-    # The mean in two parts keeps float32's digits. In training it is but a shift by a constant, to which all below is blind.
+    # The mean in two parts keeps float32's digits. In training it is but a shift by a constant, to which all below is
+    # blind.
     high = mean.detach().to(_kind(x))
     d = x.to(_kind(x)) - _beside(high, x) - _beside(mean.detach() - high, x)
     if var is not None:
@@ -56,13 +59,19 @@ def _seen(x: Tensor, mean: Tensor, var: Tensor | None, eps: float) -> tuple[Tens
 
 
 def leaf(dy: Tensor) -> Tensor:
-    """dy, so that dx is recorded as PyTorch has it, also where nothing depends on it: a penalty on it is 0. vmap has no detach()."""
+    """dy, so that dx is recorded as PyTorch has it, also where nothing depends on it.
+
+    A penalty on it is 0. vmap has no detach().
+    """
     return dy + torch.zeros((), dtype=dy.dtype, device=dy.device, requires_grad=True)
 
 
-def first(dy: Tensor, x: Tensor, mean: Tensor, var: Tensor | None, gamma: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients with respect to (x, gamma, beta), of any tensor dy that PyTorch can calculate with; arguments as `second`.
+def first(
+    dy: Tensor, x: Tensor, mean: Tensor, var: Tensor | None, gamma: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients with respect to (x, gamma, beta), of any tensor dy that PyTorch can calculate with.
 
+    Arguments as `second`.
     dgamma and dbeta are of float32, or of float64 beside x of float64.
     """
     h, r, P = _seen(x, mean, var, eps)
@@ -73,7 +82,7 @@ def first(dy: Tensor, x: Tensor, mean: Tensor, var: Tensor | None, gamma: Tensor
 def second(
     above: tuple[Tensor, ...], dy: Tensor, x: Tensor, mean: Tensor, var: Tensor | None, gamma: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Gradients with respect to (dy, x, gamma) of a scalar whose gradients with respect to (dx, dgamma, dbeta) are (A, B, D).
+    """Gradients for (dy, x, gamma) of a scalar whose gradients with respect to (dx, dgamma, dbeta) are (A, B, D).
 
     Parameters
     ----------

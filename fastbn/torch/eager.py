@@ -1,4 +1,7 @@
-"""The operator for eager PyTorch: the same kernels and derivatives, without the dispatcher, which takes longer than a small layer."""
+"""The operator for eager PyTorch.
+
+The same kernels and derivatives, without the dispatcher, which takes longer than a small layer.
+"""
 
 from __future__ import annotations
 
@@ -27,15 +30,26 @@ def alone(run: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def named(name: str, run: Callable[..., Any], *arguments: Any) -> Any:
-    """A call that torch.profiler shows as fastbn::name. Ask `profiler._is_profiler_enabled` before: that takes 10 ns where none runs."""
+    """A call that torch.profiler shows as fastbn::name. Ask `profiler._is_profiler_enabled` before.
+
+    That takes 10 ns where none runs.
+    """
     with profiler.record_function(f"fastbn::{name}"):
         return run(*arguments)
 
 
 def normalize(
-    x: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, constants: tuple[Any, Any] | None, running: Running | None
+    x: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    eps: float,
+    constants: tuple[Any, Any] | None,
+    running: Running | None,
 ) -> tuple[Tensor, Statistics]:
-    """Forward: (y, statistics), with constant statistics where given; else those of the batch, which move the running ones."""
+    """Forward: (y, statistics), with constant statistics where given.
+
+    Else those of the batch, which move the running ones.
+    """
     if profiler._is_profiler_enabled:
         name = "batch_norm" if constants is None else "batch_norm_inference"
         shown: tuple[Tensor, Statistics] = named(name, _normalize, x, gamma, beta, eps, constants, running)
@@ -44,7 +58,12 @@ def normalize(
 
 
 def _normalize(
-    x: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float, constants: tuple[Any, Any] | None, running: Running | None
+    x: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    eps: float,
+    constants: tuple[Any, Any] | None,
+    running: Running | None,
 ) -> tuple[Tensor, Statistics]:
     if constants is not None:
         return tensors.inference(x, *constants, gamma, beta, eps), constants
@@ -94,11 +113,15 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _derived(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    (x, gamma), dy, recorded = ctx.saved_tensors, dy.resolve_neg(), torch.is_grad_enabled()  # the imaginary part of a conjugate is negated
+    # the imaginary part of a conjugate is negated
+    (x, gamma), dy, recorded = ctx.saved_tensors, dy.resolve_neg(), torch.is_grad_enabled()
     if ctx.frozen and recorded and not dy.requires_grad:
         dy = leaf(dy)
-    if not (eligibility.plain(dy) and (x is None or eligibility.plain(x)) and (gamma is None or eligibility.plain(gamma))):
-        # dy of vmap, as is_grads_batched has it, or zeros without memory; x and gamma as a hook of saved tensors gives them back
+    if not (
+        eligibility.plain(dy) and (x is None or eligibility.plain(x)) and (gamma is None or eligibility.plain(gamma))
+    ):
+        # dy of vmap, as is_grads_batched has it, or zeros without memory; x and gamma as a hook of saved tensors gives
+        # them back
         dx, dgamma, dbeta = first(dy, dy if ctx.frozen else x, *_tensors(ctx.found), gamma, ctx.eps)
     elif ctx.frozen:  # dx = gamma * dy * rstd is a normalization of dy, and x is not needed
         dy, (mean, var) = dy.contiguous(memory_format=ctx.format), ctx.found
@@ -121,7 +144,9 @@ class Gradients(torch.autograd.Function):
     """`kernels.backward`, recorded."""
 
     @staticmethod
-    def forward(ctx: Any, dy: Tensor, x: Tensor, found: Statistics, gamma: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        ctx: Any, dy: Tensor, x: Tensor, found: Statistics, gamma: Tensor | None, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """(dx, dgamma, dbeta)."""
         ctx.save_for_backward(dy, x, gamma)
         ctx.found, ctx.eps = found, eps

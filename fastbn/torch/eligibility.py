@@ -45,7 +45,10 @@ def call(module: Any) -> Call:
 
 
 def finite(value: Any) -> bool:
-    """Whether fastbn calculates with a number as PyTorch does: whatever else PyTorch takes for one, or refuses, is its own to tell."""
+    """Whether fastbn calculates with a number as PyTorch does.
+
+    Whatever else PyTorch takes for one, or refuses, is its own to tell.
+    """
     return isinstance(value, (float, int)) and not isinstance(value, bool) and -LARGEST <= value <= LARGEST
 
 
@@ -64,7 +67,10 @@ def declines(given: Call, x: Tensor, ranks: Container[int], eps: Any, momentum: 
         return "x has no channels"
     for value in given[:4]:
         if value is not None and (value.dtype is not kind or value.shape != (C,) or value.device != device):
-            return f"parameters and running statistics are not all of {kind}, shape ({C},), on {device}, as x of {x.dtype} wants them"
+            return (
+                f"parameters and running statistics are not all of {kind}, shape ({C},), on {device}, as x of "
+                f"{x.dtype} wants them"
+            )
     mean, var = given.running_mean, given.running_var
     if (mean is None) != (var is None):
         return "one running statistic is there without the other"
@@ -90,12 +96,14 @@ def gpu_declines() -> str | None:
     return None
 
 
-gpu_declines._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compiler.assume_constant_result, which imports Dynamo
+# torch.compiler.assume_constant_result, which imports Dynamo
+gpu_declines._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def hidden(given: Call, x: Tensor) -> str | None:
-    """Why an eager call is one that only PyTorch's own kernels may serve: what memory holds is not all there is to its tensors.
+    """Why an eager call is one that only PyTorch's own kernels may serve.
 
+    What memory holds is not all there is to its tensors.
     Or the running statistics lie where the kernel that moves them can't write, or somebody looks at every operation.
     """
     if not plain(x):
@@ -109,7 +117,10 @@ def hidden(given: Call, x: Tensor) -> str | None:
 
 
 def plain(value: Tensor) -> bool:
-    """Whether a tensor is what lies at its address: no subclass, sparse, negated, nor zeros or a functional tensor, whose address is 0."""
+    """Whether a tensor is what lies at its address.
+
+    No subclass, sparse, negated, nor zeros or a functional tensor, whose address is 0.
+    """
     try:
         memory = type(value) in PLAIN and value.layout is torch.strided and not value.is_neg()
         return memory and (value.data_ptr() != 0 or not value.numel())
@@ -118,7 +129,10 @@ def plain(value: Tensor) -> bool:
 
 
 def apart(given: Call) -> bool:
-    """Whether running statistics can be moved where they are: without gaps, apart from each other and from the parameters."""
+    """Whether running statistics can be moved where they are.
+
+    Without gaps, apart from each other and from the parameters.
+    """
     weight, bias, mean, var, _ = given
     if mean is None or var is None:
         return True
@@ -136,7 +150,10 @@ def apart(given: Call) -> bool:
 
 
 def watched() -> str | None:
-    """Who looks at every operation of this thread now, as only PyTorch's own kernels let them; None where nobody does."""
+    """Who looks at every operation of this thread now, as only PyTorch's own kernels let them.
+
+    None where nobody does.
+    """
     if torch._C._len_torch_dispatch_stack():
         return "a mode of torch.utils._python_dispatch looks at every operation"
     if torch._C._are_functorch_transforms_active():
@@ -153,7 +170,10 @@ def remedy(module: Any) -> str:
     kind = type(module)
     given = f"given a model with {kind.__module__}.{kind.__qualname__}, which it can't look into"
     if not kind.__module__.startswith("fastbn.torch."):
-        return f"{given}, nor can fastbn.torch.revert swap it: remove its parametrizations, or derive it from torch.nn's batch norm"
+        return (
+            f"{given}, nor can fastbn.torch.revert swap it: remove its parametrizations, or derive it from "
+            f"torch.nn's batch norm"
+        )
     again = "convert_sync_batchnorm" if kind.__name__ == "SyncBatchNorm" else "convert"
     return f"{given}: call fastbn.torch.revert(model) first, fastbn.torch.{again}(model) afterwards"
 
@@ -198,5 +218,9 @@ def explain(module: torch.nn.Module, x: Tensor) -> str:
     last = x.stride(1) == 1 and x.shape[1] > 1
     with of_pytorch():
         shown = backends.explain(tuple(x.shape), dtype, channels_last=last, backend="cuda" if x.is_cuda else None)
-    how = "with the statistics of the batch" if given.batch else "with the running statistics; below, what runs in training"
+    how = (
+        "with the statistics of the batch"
+        if given.batch
+        else ("with the running statistics; below, what runs in training")
+    )
     return f"fastbn's kernels, {how}\n{shown}"

@@ -1,7 +1,7 @@
 """Batch norms of a PyTorch model folded into the convolutions and linear layers before them, for inference.
 
-Pairs are found by torch.fx, as torch.fx.experimental.optimization finds them. The weights are folded in float64: torch.nn.utils.fusion
-rounds at every step in the dtype of the weights.
+Pairs are found by torch.fx, as torch.fx.experimental.optimization finds them. The weights are folded in float64:
+torch.nn.utils.fusion rounds at every step in the dtype of the weights.
 """
 
 from __future__ import annotations
@@ -41,12 +41,13 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 def fuse(model: nn.Module) -> nn.Module:
     """A copy of a model in evaluation in which batch norms are part of the layers before them.
 
-    A batch norm is folded into the Linear, Conv1d to 3d or ConvTranspose1d to 3d whose output goes to it alone. Both must be modules that
-    the model calls once, by PyTorch's own forward or fastbn's, without hooks or parametrizations, the batch norm in evaluation with running
-    statistics; others are left as they are. Folding is in float64, rounded once to the dtype of the weights.
+    A batch norm is folded into the Linear, Conv1d to 3d or ConvTranspose1d to 3d whose output goes to it alone. Both
+    must be modules that the model calls once, by PyTorch's own forward or fastbn's, without hooks or parametrizations,
+    the batch norm in evaluation with running statistics; others are left as they are. Folding is in float64, rounded
+    once to the dtype of the weights.
 
-    Pairs are found by `torch.fx.symbolic_trace`. A model that can't be traced is searched part by part: what can be traced of it, and
-    neighbours in `torch.nn.Sequential`.
+    Pairs are found by `torch.fx.symbolic_trace`. A model that can't be traced is searched part by part: what can be
+    traced of it, and neighbours in `torch.nn.Sequential`.
 
     Parameters
     ----------
@@ -56,8 +57,8 @@ def fuse(model: nn.Module) -> nn.Module:
     Returns
     -------
     torch.nn.Module
-        Of the same class and in evaluation, with new modules in the places of the pairs: the layer with its folded weight and bias, and
-        an Identity (for a BatchNorm1d or SyncBatchNorm, one that refuses inputs of another rank).
+        Of the same class and in evaluation, with new modules in the places of the pairs: the layer with its folded
+        weight and bias, and an Identity (for a BatchNorm1d or SyncBatchNorm, one that refuses inputs of another rank).
 
     Raises
     ------
@@ -69,7 +70,9 @@ def fuse(model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: given {type(model).__name__}, want a torch.nn.Module")
     if model.training:
-        raise RuntimeError("model: given in training mode, where batch norms use their batch's statistics: call model.eval() first")
+        raise RuntimeError(
+            "model: given in training mode, where batch norms use their batch's statistics: call model.eval() first"
+        )
     fused = copy.deepcopy(model)
     for before, after in _pairs(model):
         layer, norm = _folded(fused.get_submodule(before), fused.get_submodule(after))
@@ -79,7 +82,10 @@ def fuse(model: nn.Module) -> nn.Module:
 
 
 class Folded(nn.Module):
-    """Where a batch norm of several ranks was: x as it is, of the one for which the channels of both layers are the same axis."""
+    """Where a batch norm of several ranks was.
+
+    x as it is, of the one for which the channels of both layers are the same axis.
+    """
 
     def __init__(self, rank: int) -> None:
         super().__init__()
@@ -92,12 +98,17 @@ class Folded(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x; ValueError where the batch norm would have normalized another axis than the one it was folded along."""
         if x.dim() != self.rank:
-            raise ValueError(f"x: given rank {x.dim()}, want {self.rank}: the batch norm here was folded into the layer before it")
+            raise ValueError(
+                f"x: given rank {x.dim()}, want {self.rank}: the batch norm here was folded into the layer before it"
+            )
         return x
 
 
 def _folded(layer: nn.Module, norm: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """What stands in their places. New modules: the old ones may be known by other references, and then still belong together."""
+    """What stands in their places. New modules.
+
+    The old ones may be known by other references, and then still belong together.
+    """
     new = copy.deepcopy(layer)
     groups = getattr(layer, "groups", 1)
     weight, bias = fold(norm, layer.weight, layer.bias, transposed=isinstance(layer, TRANSPOSED), groups=groups)
@@ -114,8 +125,13 @@ def _put(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def _pairs(model: nn.Module) -> list[Pair]:
-    """All that can be folded. Traced is a copy that shares all parameters: what forward leaves behind on `self` stays there."""
-    shadow = copy.deepcopy(model, {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())})
+    """All that can be folded. Traced is a copy that shares all parameters.
+
+    What forward leaves behind on `self` stays there.
+    """
+    shadow = copy.deepcopy(
+        model, {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
+    )
     names = Counter(id(module) for _, module in shadow.named_modules(remove_duplicate=False))
     found = []
     for before, after in _search(shadow, ""):
@@ -147,7 +163,10 @@ class _Tracer(fx.Tracer):
 
 
 def _traced(module: nn.Module) -> set[Pair] | None:
-    """Neighbours in every way of calling a module, or None where it can't be traced: with its optional arguments, and without."""
+    """Neighbours in every way of calling a module, or None where it can't be traced.
+
+    With its optional arguments, and without.
+    """
     found: list[set[Pair]] = []
     try:
         parameters = inspect.signature(module.forward).parameters.values()
@@ -162,9 +181,10 @@ def _traced(module: nn.Module) -> set[Pair] | None:
 
 
 def _neighbours(graph: fx.Graph) -> Iterator[Pair]:
-    """Calls of two modules, each called once, the second of which alone takes what the first gives, and nothing else."""
+    """Calls of two modules, each called once, the second of which alone takes what the first gives."""
     calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
-    read = {str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}  # whose parameters are used elsewhere
+    # whose parameters are used elsewhere
+    read = {str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}
     for node in graph.nodes:
         if node.op != "call_module" or len(node.all_input_nodes) != 1:
             continue
@@ -183,7 +203,8 @@ def _together(layer: nn.Module, norm: nn.Module) -> bool:
         return False
     kind = next(norms for layers, norms in NORMS.items() if isinstance(layer, layers))
     outputs = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
-    plain = type(layer.weight) is nn.Parameter and layer.weight.is_floating_point()  # not pruned, normalized or quantized
+    # not pruned, normalized or quantized
+    plain = type(layer.weight) is nn.Parameter and layer.weight.is_floating_point()
     return plain and isinstance(norm, (kind, *SYNCHRONIZED)) and outputs == norm.num_features
 
 

@@ -1,7 +1,8 @@
-"""What the call before found: where a module and its tensors are the same, nothing is looked over again, and inference is but its kernel.
+"""What the call before found.
 
-The 20 or 52 norms of a network are called behind convolutions that empty the caches, where each step of Python takes ten times as long as
-otherwise: a call took 120 to 250 us without its kernel, all of PyTorch's 50 with it.
+Where a module and its tensors are the same, nothing is looked over again, and inference is but its kernel.
+The 20 or 52 norms of a network are called behind convolutions that empty the caches, where each step of Python takes
+ten times as long as otherwise: a call took 120 to 250 us without its kernel, all of PyTorch's 50 with it.
 """
 
 from __future__ import annotations
@@ -26,9 +27,13 @@ from fastbn.torch.openmp import runtime
 
 
 class Known(NamedTuple):
-    """What an earlier eager call of a module, served by fastbn, found: no tensor, which would keep alive what reaches the module."""
+    """What an earlier eager call of a module, served by fastbn, found.
 
-    unchanged: Callable[..., bool]  # asked of x and the tensors: type, layout, dtype, rank, shape and strides, but of x any
+    No tensor, which would keep alive what reaches the module.
+    """
+
+    # asked of x and the tensors: type, layout, dtype, rank, shape and strides, but of x any
+    unchanged: Callable[..., bool]
     addresses: tuple[int, ...]  # of running mean and variance, weight and bias; 0 where absent
     apart: bool  # whether running statistics lie where they can be moved
     channels: int  # where the kernel takes addresses: constants without gaps, on the CPU; else 0
@@ -43,14 +48,19 @@ class Way(NamedTuple):
     large: bool
 
 
-_Guards: Any = TensorGuards  # of torch.compile: 0.2 us for five tensors, where asking each takes 1; its annotations leave them out
+# of torch.compile: 0.2 us for five tensors, where asking each takes 1; its annotations leave them out
+_Guards: Any = TensorGuards
 _known: WeakKeyDictionary[torch.nn.Module, Known] = WeakKeyDictionary()
 Tensors = tuple[Tensor, ...]  # running mean and variance, weight and bias
-_ABSENT = tuple(torch.empty(0, device="cpu") for _ in range(4))  # in place of None: at the address 0. The guards let no two be the same
+# in place of None: at the address 0. The guards let no two be the same
+_ABSENT = tuple(torch.empty(0, device="cpu") for _ in range(4))
 
 
 def known(module: Any, x: Tensor) -> tuple[Known | None, Tensors]:
-    """What an earlier call found, where all of it is as it was, and the tensors, to be held while their addresses are used."""
+    """What an earlier call found.
+
+    Where all of it is as it was, and the tensors, to be held while their addresses are used.
+    """
     found = _known.get(module)
     if found is None:
         return None, ()
@@ -78,10 +88,14 @@ def keep(module: Any, x: Tensor, given: eligibility.Call) -> None:
     own = module._parameters
     if own.get("weight") is not weight or own.get("bias") is not bias:  # parametrized: others in each call
         return
-    tensors = [absent if value is None else value for value, absent in zip((mean, var, weight, bias), _ABSENT, strict=True)]
+    tensors = [
+        absent if value is None else value for value, absent in zip((mean, var, weight, bias), _ABSENT, strict=True)
+    ]
     sizes, strides = ([list(measure(value)) for value in tensors] for measure in (Tensor.size, Tensor.stride))
     any_length: list[Any] = [[None] * x.dim()]
-    unchanged = _Guards(x, *tensors, dynamic_dims_sizes=any_length + sizes, dynamic_dims_strides=any_length + strides).check
+    unchanged = _Guards(
+        x, *tensors, dynamic_dims_sizes=any_length + sizes, dynamic_dims_strides=any_length + strides
+    ).check
     addresses = tuple(value.data_ptr() for value in tensors)
     compact = mean is not None and mean.is_cpu and all(value.is_contiguous() for value in tensors)
     _known[module] = Known(unchanged, addresses, eligibility.apart(given), x.shape[1] if compact else 0)
@@ -104,7 +118,10 @@ def _way(shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype, backend
 
 
 def inference(module: Any, x: Tensor, before: Known, tensors: Tensors) -> Tensor | None:
-    """y of an eager call that records nothing, on what was found before; None where it takes more than the kernel: errors among these."""
+    """y of an eager call that records nothing, on what was found before.
+
+    None where it takes more than the kernel: errors among these.
+    """
     (_, addresses, _, channels), (_, _, weight, bias) = before, tensors
     eps, momentum = module.eps, module.momentum
     if type(eps) is not float or not 0.0 <= eps < math.inf or (type(momentum) is not float and momentum is not None):
@@ -121,7 +138,9 @@ def inference(module: Any, x: Tensor, before: Known, tensors: Tensors) -> Tensor
         return None
     y = allocator.like(x) if way.large else torch.empty_like(x)
     if profiler._is_profiler_enabled:
-        eager.named("batch_norm_inference", way.run, begins, y.data_ptr(), *addresses, eps, runtime() if way.threaded else None)
+        eager.named(
+            "batch_norm_inference", way.run, begins, y.data_ptr(), *addresses, eps, runtime() if way.threaded else None
+        )
     else:
         way.run(begins, y.data_ptr(), *addresses, eps, runtime() if way.threaded else None)
     return y

@@ -11,13 +11,16 @@ from torch import Tensor, nn
 from fastbn.torch import compiled, custom_ops, eager, eligibility, inference_cache
 from fastbn.torch import tensors as kernels
 
-# An exported program is differentiated as it stands, the moments apart: there training must be one operator, and always is before
-# PyTorch 2.7, which can't tell.
+# An exported program is differentiated as it stands, the moments apart: there training must be one operator, and always
+# is before PyTorch 2.7, which can't tell.
 exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: True)
 
 
 class Served:
-    """What makes one of PyTorch's batch norms call fastbn; without any state of its own, so that a module's class alone tells."""
+    """What makes one of PyTorch's batch norms call fastbn.
+
+    Without any state of its own, so that a module's class alone tells.
+    """
 
     RANKS: Container[int]
 
@@ -96,7 +99,8 @@ def _eager(x: Tensor, given: eligibility.Call, eps: float, running: Any) -> Tens
     )
     constants = None
     if not given.batch and mean is not None and var is not None:
-        see = kernels.copied if recorded else kernels.array  # what backward will need must outlive a change of the buffers
+        # what backward will need must outlive a change of the buffers
+        see = kernels.copied if recorded else kernels.array
         constants = see(mean), see(var)
     if recorded:
         return eager.normalized(x, gamma, beta, eps, constants, running)
@@ -122,8 +126,8 @@ def _traced(x: Tensor, given: eligibility.Call, eps: float, running: Any) -> Ten
 class BatchNorm1d(Served, nn.BatchNorm1d):
     """`torch.nn.BatchNorm1d`, served by fastbn's kernels: the same constructor, parameters, buffers and state_dict.
 
-    Takes x of shape (N, C) or (N, C, L), of float16, bfloat16 or float32 beside parameters of float32, or of float64 beside float64. Any
-    other call is PyTorch's own, as are its errors: `explain` tells.
+    Takes x of shape (N, C) or (N, C, L), of float16, bfloat16 or float32 beside parameters of float32, or of float64
+    beside float64. Any other call is PyTorch's own, as are its errors: `explain` tells.
     """
 
     RANKS = (2, 3)

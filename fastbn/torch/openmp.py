@@ -23,7 +23,8 @@ def _runtime() -> Runtime | None:
     if "ATen parallel backend: OpenMP" not in torch.__config__.parallel_info():
         return None
     try:
-        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))  # loaded already; its names, and those it needs
+        # loaded already; its names, and those it needs
+        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
         return Runtime(*(ctypes.cast(getattr(library, name), ctypes.c_void_p).value or 0 for name in Runtime._fields))
     except (OSError, AttributeError):
         return None

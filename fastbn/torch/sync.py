@@ -27,15 +27,18 @@ HALF = (torch.float16, torch.bfloat16)
 
 
 class SyncBatchNorm(Served, _BatchNorm):
-    """`torch.nn.SyncBatchNorm` with fastbn's kernels: in training, the statistics are those of the batches of all ranks together.
+    """`torch.nn.SyncBatchNorm` with fastbn's kernels.
 
-    It runs on the CPU (gloo) as on CUDA, with other numbers of values on other ranks and none on some. Same parameters, buffers and
-    `state_dict` as PyTorch's; not a subclass of it, which DistributedDataParallel refuses on the CPU. In evaluation, without an initialized
-    process group, or alone in one, it is `BatchNorm2d` for any rank; on a GPU that fastbn can't serve, PyTorch's SyncBatchNorm.
+    In training, the statistics are those of the batches of all ranks together.
+    It runs on the CPU (gloo) as on CUDA, with other numbers of values on other ranks and none on some. Same parameters,
+    buffers and `state_dict` as PyTorch's; not a subclass of it, which DistributedDataParallel refuses on the CPU. In
+    evaluation, without an initialized process group, or alone in one, it is `BatchNorm2d` for any rank; on a GPU that
+    fastbn can't serve, PyTorch's SyncBatchNorm.
 
-    Every rank must call the same modules in the same order. A forward is one collective and a backward one, where x needs a gradient; the
-    first is preceded by one that compares the channels. Statistics are merged in rank order in float64 on the host, and are the same bits
-    on every rank. Gradients of weight and bias are the sums of this rank, for DistributedDataParallel to add up. No double backward.
+    Every rank must call the same modules in the same order. A forward is one collective and a backward one, where x
+    needs a gradient; the first is preceded by one that compares the channels. Statistics are merged in rank order in
+    float64 on the host, and are the same bits on every rank. Gradients of weight and bias are the sums of this rank,
+    for DistributedDataParallel to add up. No double backward.
 
     Parameters
     ----------
@@ -59,8 +62,8 @@ class SyncBatchNorm(Served, _BatchNorm):
     Raises
     ------
     ValueError
-        In forward: below two dimensions, no channels, one value per channel on all ranks together, other channels on other ranks; beside
-        other ranks, `eps` that is not positive or not finite, `momentum` beyond float64.
+        In forward: below two dimensions, no channels, one value per channel on all ranks together, other channels on
+        other ranks; beside other ranks, `eps` that is not positive or not finite, `momentum` beyond float64.
     TypeError
         In forward, beside other ranks: `eps` or `momentum` is no number.
     RuntimeError
@@ -68,7 +71,8 @@ class SyncBatchNorm(Served, _BatchNorm):
 
     References
     ----------
-    Ioffe & Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate Shift", 2015.
+    Ioffe & Szegedy, "Batch Normalization: Accelerating Deep Network Training by Reducing Internal Covariate Shift",
+    2015.
     """
 
     RANKS = range(2, 65)  # of PyTorch's tensors
@@ -85,7 +89,9 @@ class SyncBatchNorm(Served, _BatchNorm):
         dtype: Any = None,
         **options: Any,
     ) -> None:
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype, **options)
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, device=device, dtype=dtype, **options
+        )
         self.process_group = process_group
         self._exchange: Exchange | None = None
 
@@ -107,7 +113,9 @@ class SyncBatchNorm(Served, _BatchNorm):
             raise ValueError("SyncBatchNorm number of input channels should be non-zero")
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalize, scale and shift; in training with the statistics of all ranks, which the running statistics follow.
+        """Normalize, scale and shift.
+
+        In training with the statistics of all ranks, which the running statistics follow.
 
         Parameters
         ----------
@@ -120,7 +128,8 @@ class SyncBatchNorm(Served, _BatchNorm):
             found: Tensor = self._synchronized(input, group)
             return found
         if group is not None:
-            return nn.SyncBatchNorm.forward(self, input)  # type: ignore[arg-type] # it asks for no more of self than is here
+            # it asks for no more of self than is here
+            return nn.SyncBatchNorm.forward(self, input)  # type: ignore[arg-type]
         self._check_input_dim(input)
         self._check_non_zero_input_channels(input)
         return super().forward(input)
@@ -148,7 +157,8 @@ class SyncBatchNorm(Served, _BatchNorm):
         except Exception:
             self._exchange.decline("forward")
             raise
-        return _Synchronized.apply(input, *parameters, self.eps, self._exchange, self._track)  # type: ignore[no-untyped-call] # as above
+        # as above
+        return _Synchronized.apply(input, *parameters, self.eps, self._exchange, self._track)  # type: ignore[no-untyped-call]
 
     def _let_pytorch_refuse(self, input: Tensor) -> None:
         """Raise PyTorch's error, in its words, for input that does not go with this module."""
@@ -156,15 +166,21 @@ class SyncBatchNorm(Served, _BatchNorm):
         own = [value for value in (self.weight, self.bias, self.running_mean, self.running_var) if value is not None]
         alike = all(value.dtype in (kind, input.dtype) and value.shape == (self.num_features,) for value in own)
         if not (alike and input.is_floating_point() and input.size(1) == self.num_features):
-            mean, var = (None if running is None else running.clone() for running in (self.running_mean, self.running_var))
+            mean, var = (
+                None if running is None else running.clone() for running in (self.running_mean, self.running_var)
+            )
             functional.batch_norm(input.detach(), mean, var, self.weight, self.bias, True, 0.0, self.eps)
 
     def _track(self, m: Moments) -> None:
-        if not (self.track_running_stats and self.running_mean is not None and self.running_var is not None and m.count):
+        if not (
+            self.track_running_stats and self.running_mean is not None and self.running_var is not None and m.count
+        ):
             return
         assert self.num_batches_tracked is not None  # a buffer beside the other two
         self.num_batches_tracked.add_(1)
-        weight = 1.0 / int(self.num_batches_tracked) if self.momentum is None else scalars.number(self.momentum, "momentum")
+        weight = (
+            1.0 / int(self.num_batches_tracked) if self.momentum is None else scalars.number(self.momentum, "momentum")
+        )
         for running, batch in ((self.running_mean, m.mean), (self.running_var, m.var(ddof=1))):
             running.copy_((1.0 - weight) * running.double() + weight * torch.as_tensor(batch, device=running.device))
 
@@ -217,7 +233,9 @@ class _Synchronized(torch.autograd.Function):
                 exchange.decline("backward")
                 raise
             run = exchange.batch_norm_backward
-            _, dweight, dbias = _named("sync_batch_norm_backward", run, views[0], views[1], m, views[2], 1, eps, views[3])
+            _, dweight, dbias = _named(
+                "sync_batch_norm_backward", run, views[0], views[1], m, views[2], 1, eps, views[3]
+            )
         grads = (
             torch.as_tensor(grad).to(dy.dtype if dy.dtype not in HALF else torch.float32) if needed else None
             for grad, needed in zip((dweight, dbias), ctx.needs_input_grad[1:3], strict=True)
@@ -230,7 +248,9 @@ def _named(name: str, run: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def convert_sync_batchnorm(module: nn.Module, process_group: Any = None) -> nn.Module:
-    """Replace every batch norm of a model (`nn.BatchNorm*d` and subclasses) by a `SyncBatchNorm`, as PyTorch's classmethod does.
+    """Replace every batch norm of a model (`nn.BatchNorm*d` and subclasses) by a `SyncBatchNorm`.
+
+    As PyTorch's classmethod does.
 
     Parameters
     ----------
@@ -242,8 +262,8 @@ def convert_sync_batchnorm(module: nn.Module, process_group: Any = None) -> nn.M
     Returns
     -------
     torch.nn.Module
-        `module`, or the SyncBatchNorm for a batch norm. Parameters and buffers are the same objects, training flag and qconfig the same
-        values; a module that the model has in two places is one module again.
+        `module`, or the SyncBatchNorm for a batch norm. Parameters and buffers are the same objects, training flag and
+        qconfig the same values; a module that the model has in two places is one module again.
 
     Raises
     ------
@@ -257,13 +277,18 @@ def convert_sync_batchnorm(module: nn.Module, process_group: Any = None) -> nn.M
     return _converted(SyncBatchNorm, module, process_group, {})
 
 
-def _converted(cls: type[SyncBatchNorm], module: nn.Module, process_group: Any, done: dict[nn.Module, nn.Module]) -> nn.Module:
+def _converted(
+    cls: type[SyncBatchNorm], module: nn.Module, process_group: Any, done: dict[nn.Module, nn.Module]
+) -> nn.Module:
     if module in done:
         return done[module]
     found = done[module] = module
     if isinstance(module, _BatchNorm):
         if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
-            raise ValueError(f"given {type(module).__name__} without channels yet; want one that has seen a batch: run the model once")
+            raise ValueError(
+                f"given {type(module).__name__} without channels yet; want one that has seen a batch: "
+                f"run the model once"
+            )
         found = done[module] = _counterpart(cls, module, process_group)
     for name, child in list(module._modules.items()):
         if child is not None:
@@ -297,8 +322,11 @@ def _array(tensor: Tensor | None) -> Any:
     if tensor is None:
         return None
     tensor = tensor.detach().resolve_neg()
-    if torch._is_functional_tensor(tensor):  # the next two have no memory, in place of which NumPy takes any, or refuses
-        raise TypeError("given a functional tensor, which has no memory; want a plain one: torch._from_functional_tensor(x)")
+    # the next two have no memory, in place of which NumPy takes any, or refuses
+    if torch._is_functional_tensor(tensor):
+        raise TypeError(
+            "given a functional tensor, which has no memory; want a plain one: torch._from_functional_tensor(x)"
+        )
     if tensor._is_zerotensor():
         tensor = tensor.clone()
     if tensor.is_cuda:

@@ -1,7 +1,7 @@
 """fastbn's functions on tensors: the same memory in, memory of PyTorch's out, nothing recorded for autograd.
 
-Tensors on the CPU are seen as NumPy arrays, those on a GPU go in as they are, on PyTorch's current stream. `Statistics` are a `Moments`
-in training; the constants (mean, var) at inference.
+Tensors on the CPU are seen as NumPy arrays, those on a GPU go in as they are, on PyTorch's current stream. `Statistics`
+are a `Moments` in training; the constants (mean, var) at inference.
 """
 
 from __future__ import annotations
@@ -40,7 +40,10 @@ def _optional(tensor: Tensor | None) -> Any:
 
 
 def tensor(found: Any) -> Tensor:
-    """A tensor of fastbn's result: its memory. Results on a GPU are tensors; those of (C,) are views of one, which nobody need know."""
+    """A tensor of fastbn's result: its memory. Results on a GPU are tensors.
+
+    Those of (C,) are views of one, which nobody need know.
+    """
     if isinstance(found, Tensor):
         return found.clone() if found.dim() == 1 else found
     if found.dtype.kind == "V":  # bfloat16, whose name takes 2 us to ask for
@@ -59,7 +62,10 @@ def zeros(values: Any) -> Any:
 
 
 def memory_format(y: Tensor) -> torch.memory_format:
-    """Which of PyTorch's memory formats a dense tensor has: channels last where it is that, else contiguous, as PyTorch's own kernels."""
+    """Which of PyTorch's memory formats a dense tensor has.
+
+    Channels last where it is that, else contiguous, as PyTorch's own kernels.
+    """
     if y.is_contiguous():
         return torch.contiguous_format
     if y.dim() == 4 and y.is_contiguous(memory_format=torch.channels_last):
@@ -89,8 +95,8 @@ def dense(x: Tensor) -> bool:
 def _result(x: Tensor) -> tuple[Tensor | None, Any]:
     """Memory for a result in the memory order of x, and what fastbn's functions take for it: `out=`.
 
-    None where x has gaps or is not in one of PyTorch's memory formats, and on a GPU: there fastbn allocates, and `formatted` puts in order.
-    Memory of our own from LARGE on: malloc's is fresh in each step.
+    None where x has gaps or is not in one of PyTorch's memory formats, and on a GPU: there fastbn allocates, and
+    `formatted` puts in order. Memory of our own from LARGE on: malloc's is fresh in each step.
     """
     if not x.is_cpu or not dense(x):
         return None, None
@@ -121,19 +127,25 @@ def inference(x: Tensor, mean: Any, var: Any, gamma: Tensor | None, beta: Tensor
     """y of `fastbn.batch_norm_inference`; mean and var are arrays."""
     y, out = _result(x)
     with of_pytorch():
-        found = functional.batch_norm_inference(array(x), mean, var, _optional(gamma), _optional(beta), 1, eps, out, **_options(x))
+        found = functional.batch_norm_inference(
+            array(x), mean, var, _optional(gamma), _optional(beta), 1, eps, out, **_options(x)
+        )
     return _given(y, found)
 
 
-def backward(dy: Tensor, x: Tensor, statistics: Statistics, gamma: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(dx, dgamma, dbeta) of `fastbn.batch_norm_backward`, or of `fastbn.batch_norm_inference_backward` for constant statistics."""
+def backward(
+    dy: Tensor, x: Tensor, statistics: Statistics, gamma: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx, dgamma, dbeta) of `fastbn.batch_norm_backward`, or of its inference twin for constant statistics."""
     if dy.dtype == x.dtype and dy.stride() != x.stride() and not (dy.is_contiguous() and x.is_contiguous()):
         dy = torch.empty_like(x).copy_(dy)  # PyTorch copies on all threads, NumPy on one
     arrays, weight, options = (array(dy), array(x)), _optional(gamma), _options(x)
     dx, out = _result(x)
     with of_pytorch():
         if isinstance(statistics, tuple):
-            found, dgamma, dbeta = gradients.batch_norm_inference_backward(*arrays, *statistics, weight, 1, eps, out, **options)
+            found, dgamma, dbeta = gradients.batch_norm_inference_backward(
+                *arrays, *statistics, weight, 1, eps, out, **options
+            )
         else:
             found, dgamma, dbeta = gradients.batch_norm_backward(*arrays, statistics, weight, 1, eps, out, **options)
     return _given(dx, found), tensor(dgamma), tensor(dbeta)

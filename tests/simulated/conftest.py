@@ -1,4 +1,6 @@
-"""Tests in a process of their own, in numba's CUDA simulator (NUMBA_ENABLE_CUDASIM=1): `tests/test_simulator.py` runs them."""
+"""Tests in a process of their own, in numba's CUDA simulator (NUMBA_ENABLE_CUDASIM=1): `tests/test_simulator.py` runs
+them.
+"""
 
 from typing import Any
 
@@ -29,7 +31,8 @@ class Thread:
 
 
 def _run(manager: Any, grid_point: Any, *arguments: Any) -> None:
-    """A block, its threads one after the other from barrier to barrier: numba's own poll each other, and take a hundred times as long.
+    """A block, its threads one after the other from barrier to barrier: numba's own poll each other, and take a hundred
+    times as long.
 
     Behind each barrier they go in the other order, so that no result depends on it.
     """
@@ -52,6 +55,16 @@ simulated._mine = lambda: greenlet.getcurrent().kernel_thread
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks and warps of a few threads and parts of a few values, so that small arrays take every branch."""
     launches.program.cache_clear()
-    small = {"THREADS": THREADS, "WARP": WARP, "WAVE": 12, "DEEP": 1, "FULL": 6, "ENOUGH": 5, "SHORT": 8, "SMALL": 40, "TABLES": 40}
+    small = {
+        "THREADS": THREADS,
+        "WARP": WARP,
+        "WAVE": 12,
+        "DEEP": 1,
+        "FULL": 6,
+        "ENOUGH": 5,
+        "SHORT": 8,
+        "SMALL": 40,
+        "TABLES": 40,
+    }
     for name, value in small.items():
         monkeypatch.setattr(grids, name, value)

@@ -1,4 +1,6 @@
-"""fastbn as the contract's tests call it, with every array handed over as one of the simulated GPU, in its own memory and strides."""
+"""fastbn as the contract's tests call it, with every array handed over as one of the simulated GPU, in its own memory
+and strides.
+"""
 
 from typing import Any
 
@@ -36,7 +38,9 @@ class Returned:
 def _handed_over(name: str) -> Any:
     def call(*arguments: Any, backend: str, **options: Any) -> Any:
         arguments = tuple(a.moments if isinstance(a, Returned) else on_gpu(a) for a in arguments)
-        return on_host(getattr(fastbn, name)(*arguments, backend=backend, **{key: on_gpu(value) for key, value in options.items()}))
+        return on_host(
+            getattr(fastbn, name)(*arguments, backend=backend, **{key: on_gpu(value) for key, value in options.items()})
+        )
 
     return call
 

@@ -1,4 +1,6 @@
-"""The simulated GPU on hard data, within the limits of `tolerances`; the compiled kernels: `tests/cuda/ptx/test_hard_data.py`."""
+"""The simulated GPU on hard data, within the limits of `tolerances`; the compiled kernels:
+`tests/cuda/ptx/test_hard_data.py`.
+"""
 
 import gpu
 import numpy as np

@@ -1,4 +1,6 @@
-"""A layer whose ranks share a batch, one of them on the simulated GPU: ranks are threads, with a communicator made for the purpose."""
+"""A layer whose ranks share a batch, one of them on the simulated GPU: ranks are threads, with a communicator made for
+the purpose.
+"""
 
 import threading
 from collections.abc import Callable
@@ -89,7 +91,9 @@ def test_statistics_are_those_of_both(comm: Threads) -> None:
 def test_an_error_on_the_gpu_is_one_on_both(comm: Threads) -> None:
     def work(rank: int) -> Any:
         bn = _layer(rank, comm)
-        return bn(_there(rank, X[PARTS[rank]]), **({} if rank else {"out": gpu.on_gpu(np.empty((1, 3, 5), np.float32))}))
+        return bn(
+            _there(rank, X[PARTS[rank]]), **({} if rank else {"out": gpu.on_gpu(np.empty((1, 3, 5), np.float32))})
+        )
 
     here, there = comm.run(work)
     assert "out: given shape" in str(here)
@@ -99,7 +103,12 @@ def test_an_error_on_the_gpu_is_one_on_both(comm: Threads) -> None:
 
 def test_running_moments_are_reduced_on_the_host(comm: Threads) -> None:
     def work(rank: int) -> fastbn.Moments:
-        return fastbn.RunningMoments(3, backend="reference" if rank else None).update(_there(rank, X[PARTS[rank]])).reduce(comm).moments
+        return (
+            fastbn.RunningMoments(3, backend="reference" if rank else None)
+            .update(_there(rank, X[PARTS[rank]]))
+            .reduce(comm)
+            .moments
+        )
 
     found, want = comm.run(work), fastbn.moments(X, backend="reference")
     for m in found:

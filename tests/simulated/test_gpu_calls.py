@@ -1,4 +1,6 @@
-"""What the simulated GPU does beside the contract: long parts, positions of 64 bits, moments as values, workspaces, errors."""
+"""What the simulated GPU does beside the contract: long parts, positions of 64 bits, moments as values, workspaces,
+errors.
+"""
 
 import threading
 import time
@@ -26,7 +28,11 @@ ONE_LAUNCH = (
     Case((31, 7), 1, "channels last"),
     Case((5, 9), 1, "channels last, threads without a channel"),
 )
-LONG_PARTS = (Case((2, 2, 80), 1, "rows in whole groups"), Case((3, 2, 53), 1, "rows of odd size"), Case((43, 16), 1, "channels last"))
+LONG_PARTS = (
+    Case((2, 2, 80), 1, "rows in whole groups"),
+    Case((3, 2, 53), 1, "rows of odd size"),
+    Case((43, 16), 1, "channels last"),
+)
 
 
 @pytest.mark.parametrize("call", ["moments", *WRITING])
@@ -55,7 +61,9 @@ def test_positions_of_64_bits_give_the_same_bits(call: str, monkeypatch: pytest.
 
 def test_bfloat16_memory_in_every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """With arrays that say they hold it, for numba's have no bfloat16: the float32 result, rounded."""
-    monkeypatch.setattr(buffers, "_dtype", lambda given, interface, name: "bfloat16" if given.dtype == np.int16 else str(given.dtype))
+    monkeypatch.setattr(
+        buffers, "_dtype", lambda given, interface, name: "bfloat16" if given.dtype == np.int16 else str(given.dtype)
+    )
     for shape in ((3, 2, 5, 7), (21, 16), (9, 5)):
         x, dy = (np.random.default_rng(seed).standard_normal(shape).astype(ml_dtypes.bfloat16) for seed in (4, 5))
         bits = [gpu.on_gpu(array.view(np.int16)) for array in (x, dy, np.zeros_like(x), np.zeros_like(x))]
@@ -116,7 +124,9 @@ def test_every_run_gives_the_same_bits() -> None:
 def test_a_call_takes_its_own_workspace_and_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[tuple[int, int]] = []
     raw = jit.raw
-    monkeypatch.setattr(jit, "raw", lambda nbytes, stream, device: taken.append((nbytes, stream)) or raw(nbytes, stream, device))
+    monkeypatch.setattr(
+        jit, "raw", lambda nbytes, stream, device: taken.append((nbytes, stream)) or raw(nbytes, stream, device)
+    )
     x = gpu.on_gpu(np.random.default_rng(7).standard_normal((4, 3, 5)).astype(np.float32))
     for stream in (None, None, 5, np.int64(5)):
         fastbn.batch_norm(x, stream=stream)
@@ -152,7 +162,10 @@ def test_a_launch_that_fails_says_where(monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr(apply.normalize, "launch", fail)
     x = gpu.on_gpu(np.ones((4, 3, 5), np.float32))
-    words = r"CUDA failed at kernel apply.normalize, 1 blocks of 8 threads, x \(4, 3, 5\) float32, stream 0x5: out of luck"
+    words = (
+        r"CUDA failed at kernel apply.normalize, 1 blocks of 8 threads, x \(4, 3, 5\) float32, stream 0x5: out of "
+        r"luck"
+    )
     given: list[Any] = []
     monkeypatch.setattr(streams, "give_back", given.append)
     with pytest.raises(RuntimeError, match=words):
@@ -177,7 +190,10 @@ def test_threads_at_once_on_a_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     x = np.random.default_rng(8).standard_normal((4, 2, 6, 6)).astype(np.float32)
     want = gpu.batch_norm(x, None, None, 1, 1e-5, None, backend="cuda")[0]
     found: list[np.ndarray] = []
-    work = [threading.Thread(target=lambda: found.append(gpu.batch_norm(x, None, None, 1, 1e-5, None, backend="cuda")[0])) for _ in "abc"]
+    work = [
+        threading.Thread(target=lambda: found.append(gpu.batch_norm(x, None, None, 1, 1e-5, None, backend="cuda")[0]))
+        for _ in "abc"
+    ]
     for thread in work:
         thread.start()
     for thread in work:
@@ -194,33 +210,79 @@ THREE = np.ones(3, np.float32)
 @pytest.mark.parametrize(
     ("call", "error", "words"),
     [
-        (lambda g: fastbn.batch_norm(g(X), THREE), TypeError, "gamma: given ndarray on the host, want an array on the GPU, where x is"),
-        (lambda g: fastbn.batch_norm(g(X), g(THREE.astype("f8"))), TypeError, "gamma: given dtype float64, want float32 beside this x"),
+        (
+            lambda g: fastbn.batch_norm(g(X), THREE),
+            TypeError,
+            "gamma: given ndarray on the host, want an array on the GPU, where x is",
+        ),
+        (
+            lambda g: fastbn.batch_norm(g(X), g(THREE.astype("f8"))),
+            TypeError,
+            "gamma: given dtype float64, want float32 beside this x",
+        ),
         (lambda g: fastbn.batch_norm(g(X), g(np.ones(4, "f4"))), ValueError, r"gamma: given shape \(4,\), want \(3,\)"),
         (lambda g: fastbn.batch_norm(g(X), g(np.ones(6, "f4")[::2])), ValueError, "gamma: given an array with gaps"),
         (lambda g: fastbn.batch_norm(g(X.astype("i4"))), TypeError, "x: given dtype int32.* want float16"),
-        (lambda g: fastbn.moments(g(X.astype("u1"))), TypeError, "x: given dtype uint8.* want float16.*: convert it first"),
+        (
+            lambda g: fastbn.moments(g(X.astype("u1"))),
+            TypeError,
+            "x: given dtype uint8.* want float16.*: convert it first",
+        ),
         (lambda g: fastbn.moments(g(X)).var("1"), TypeError, "^ddof: given '1', want a number$"),
         (lambda g: fastbn.moments(g(X)).rstd(np.ones(2)), TypeError, "^eps: given"),
         (lambda g: fastbn.moments(g(X), stream=10**400), ValueError, "^stream: given"),
         (lambda g: fastbn.batch_norm(g(X), axis=3), ValueError, "axis: given 3, want one from -3 to 2"),
         (lambda g: fastbn.batch_norm(g(X[0, 0])), ValueError, "x: given rank 1"),
         (lambda g: fastbn.batch_norm(g(X), eps=0), ValueError, "eps: given 0, want a positive number"),
-        (lambda g: fastbn.batch_norm(g(X[:1, :, :1])), ValueError, "Expected more than 1 value per channel when training"),
+        (
+            lambda g: fastbn.batch_norm(g(X[:1, :, :1])),
+            ValueError,
+            "Expected more than 1 value per channel when training",
+        ),
         (lambda g: fastbn.batch_norm(g(X), out=X.copy()), TypeError, "out: given ndarray on the host"),
         (lambda g: fastbn.batch_norm(g(X), out=g(X.astype("f8"))), TypeError, "out: given dtype float64, want float32"),
-        (lambda g: fastbn.batch_norm(g(X), out=g(X[:2])), ValueError, r"out: given shape \(2, 3, 5\), want \(4, 3, 5\)"),
-        (lambda g: fastbn.batch_norm(g(X), out=g(np.broadcast_to(X, X.shape))), ValueError, "out: given a read-only array"),
-        (lambda g: fastbn.batch_norm_inference(g(X), g(THREE), None), ValueError, "given running mean without running var"),
+        (
+            lambda g: fastbn.batch_norm(g(X), out=g(X[:2])),
+            ValueError,
+            r"out: given shape \(2, 3, 5\), want \(4, 3, "
+            r"5\)",
+        ),
+        (
+            lambda g: fastbn.batch_norm(g(X), out=g(np.broadcast_to(X, X.shape))),
+            ValueError,
+            "out: given a read-only array",
+        ),
+        (
+            lambda g: fastbn.batch_norm_inference(g(X), g(THREE), None),
+            ValueError,
+            "given running mean without running var",
+        ),
         (
             lambda g: fastbn.batch_norm_inference(g(X), g(THREE), g(THREE.astype("f2"))),
             TypeError,
             "var: given dtype float16, want float32 or",
         ),
-        (lambda g: fastbn.batch_norm_backward(g(X[:2]), g(X), None), ValueError, r"dy: given shape \(2, 3, 5\), want \(4, 3, 5\)"),
-        (lambda g: fastbn.batch_norm_backward(g(X.astype("f8")), g(X), None), TypeError, "dy: given dtype float64, want float32"),
-        (lambda g: fastbn.batch_norm_backward(g(X), g(X), None), TypeError, "moments: given NoneType, want the Moments"),
-        (lambda g: fastbn.batch_norm_backward(g(X), g(X), fastbn.moments(X)), TypeError, "moments.mean: given ndarray on the host"),
+        (
+            lambda g: fastbn.batch_norm_backward(g(X[:2]), g(X), None),
+            ValueError,
+            r"dy: given shape \(2, 3, 5\), want "
+            r"\(4, 3, 5\)",
+        ),
+        (
+            lambda g: fastbn.batch_norm_backward(g(X.astype("f8")), g(X), None),
+            TypeError,
+            "dy: given dtype float64, want float32",
+        ),
+        (
+            lambda g: fastbn.batch_norm_backward(g(X), g(X), None),
+            TypeError,
+            "moments: given NoneType, want the Moments",
+        ),
+        (
+            lambda g: fastbn.batch_norm_backward(g(X), g(X), fastbn.moments(X)),
+            TypeError,
+            "moments.mean: given ndarray on the host",
+        ),
     ],
 )
 def test_errors_say_what_is_wanted(call: Any, error: type[Exception], words: str) -> None:
@@ -247,7 +309,11 @@ def test_out_lies_apart_from_parameters_and_statistics(function: str) -> None:
         given = dict.fromkeys(like, gpu.on_gpu(x)) | dict.fromkeys(rows, gpu.on_gpu(np.ones(C, np.float32)))
         given["out"] = gpu.on_gpu(memory[: x.size].reshape(x.shape))
         for row in (memory[3:][:C], memory[x.size - 1 :][:C]):
-            with pytest.raises(ValueError, match=rf"^out: given an array that overlaps (moments\.)?{name}; want memory apart from it$"):
+            with pytest.raises(
+                ValueError,
+                match=rf"^out: given an array that overlaps (moments\.)?{name}; want "
+                rf"memory apart from it$",
+            ):
                 call(**given | {name: gpu.on_gpu(row)})
         assert (memory == 1).all()
         call(**given | {name: gpu.on_gpu(memory[x.size :])})
@@ -300,10 +366,14 @@ def test_a_barrier_that_not_every_thread_reaches_is_an_error() -> None:
 
 
 def test_workspace_is_what_a_call_needs() -> None:
-    """By arithmetic: no table of coefficients where one launch takes none, nor one longer than rows of many channels need."""
+    """By arithmetic: no table of coefficients where one launch takes none, nor one longer than rows of many channels
+    need.
+    """
     one = ((4, 3), (3, 1), "float32", 0)
     given = (((3,), (1,), "float64", 0),) * 2
-    assert launches.program(gradients._backward, (one, one, *given, None, None, None), 1, ("mean", "var"), True).work == 0
+    assert (
+        launches.program(gradients._backward, (one, one, *given, None, None, None), 1, ("mean", "var"), True).work == 0
+    )
     for C in (10_000_001, 2**28 + 1):
         x, means = ((2, C), (C, 1), "float16", 0), ((C,), (1,), "float32", 0)
         program = launches.program(device._inference, (x, means, means, None, None, None), 1)

@@ -1,4 +1,6 @@
-"""The contract of every public function on the simulated GPU, as `tests/test_contract.py` holds it for the host's backends."""
+"""The contract of every public function on the simulated GPU, as `tests/test_contract.py` holds it for the host's
+backends.
+"""
 
 from typing import Any
 
@@ -11,7 +13,8 @@ from test_contract import WHOLE, inputs, verify, written
 CALLS = contract.CALLS
 WRITING = contract.WRITING
 DTYPES = [dtype for dtype in DTYPES if dtype != "bfloat16"]  # which numba's arrays do not know
-ON_GPU = [name for name in LAYOUTS if name not in ("unaligned", "packed", "big_endian")]  # a GPU's arrays are aligned and native
+# a GPU's arrays are aligned and native
+ON_GPU = [name for name in LAYOUTS if name not in ("unaligned", "packed", "big_endian")]
 OUT = ["C", "Fortran", "channels_last", "crop", "strided", "reversed"]
 
 CASES = (
@@ -53,13 +56,20 @@ def test_every_arrangement(call: str) -> None:
             found = CALLS[call](i, "cuda")
             verify(found, i)
             for name in set(WHOLE).intersection(found):
-                assert 0 in i.x.strides or memory_order(found[name]) == memory_order(i.x), f"{case}: {name} in another memory order than x"
+                assert 0 in i.x.strides or memory_order(found[name]) == memory_order(i.x), (
+                    f"{case}: {name} in another memory order than x"
+                )
 
 
 @pytest.mark.parametrize("call", ["batch_norm_backward", "batch_norm_inference_backward"])
 def test_dy_in_another_arrangement_than_x(call: str) -> None:
     case = Case((3, 2, 4, 5), 1, "four different lengths: no two orders of the axes look alike")
-    for arrangement, dy_arrangement in (("C", "channels_last"), ("channels_last", "Fortran"), ("C", "crop"), ("crop", "C")):
+    for arrangement, dy_arrangement in (
+        ("C", "channels_last"),
+        ("channels_last", "Fortran"),
+        ("C", "crop"),
+        ("crop", "C"),
+    ):
         i = inputs(case, "float32", arrangement, dy_arrangement)
         found = CALLS[call](i, "cuda")
         verify(found, i)
@@ -115,7 +125,10 @@ def test_statistics_in_either_dtype(call: str, dtype: str) -> None:
     i = inputs(CASES[0], dtype)
     want = CALLS[call](i, "cuda")
     for kinds in (("float64", "float64"), ("float32", "float32"), ("float32", "float64"), ("float64", "float32")):
-        given = i._replace(mean=i.mean.astype(kinds[0]).astype(np.float32).astype(kinds[0]), var=i.var.astype(np.float32).astype(kinds[1]))
+        given = i._replace(
+            mean=i.mean.astype(kinds[0]).astype(np.float32).astype(kinds[0]),
+            var=i.var.astype(np.float32).astype(kinds[1]),
+        )
         for name, array in CALLS[call](given, "cuda").items():
             np.testing.assert_allclose(array, want[name], rtol=1e-5, atol=1e-6)
 

@@ -1,4 +1,6 @@
-"""What kernels are by themselves: their names, their arguments, and what their compiler finds when it is first asked."""
+"""What kernels are by themselves: their names, their arguments, and what their compiler finds when it is first
+asked.
+"""
 
 import importlib
 
@@ -24,4 +26,6 @@ def test_sizes_and_positions_of_a_row_take_64_bits() -> None:
     for kernel in (rows.moments_rows, rows.sums_rows):
         names = kernel.body.__code__.co_varnames[: len(kernel.arguments)]
         given = dict(zip(names, kernel.arguments, strict=True))
-        assert {given[name] for name in ("N", "S", "sn", "sc", "slots", "rest", "chunk", "chunk_rest")} == {"i8"}, kernel.name
+        assert {given[name] for name in ("N", "S", "sn", "sc", "slots", "rest", "chunk", "chunk_rest")} == {"i8"}, (
+            kernel.name
+        )

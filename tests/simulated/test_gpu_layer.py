@@ -18,7 +18,8 @@ def _pair(**options: Any) -> tuple[fastbn.BatchNorm, fastbn.BatchNorm]:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"momentum": None}, {"unbiased_running_var": False}, {"affine": False}, {"track_running_stats": False}]
+    "options",
+    [{}, {"momentum": None}, {"unbiased_running_var": False}, {"affine": False}, {"track_running_stats": False}],
 )
 def test_training_and_evaluation_as_on_the_host(options: dict[str, Any]) -> None:
     host, device = _pair(**options)
@@ -28,7 +29,9 @@ def test_training_and_evaluation_as_on_the_host(options: dict[str, Any]) -> None
         np.testing.assert_allclose(gpu.on_host(device.backward(gpu.on_gpu(DY))), dx, rtol=1e-5, atol=1e-6)
         for name in ("dgamma", "dbeta"):
             if getattr(host, name) is not None:
-                np.testing.assert_allclose(gpu.on_host(getattr(device, name)), getattr(host, name), rtol=1e-5, atol=1e-5)
+                np.testing.assert_allclose(
+                    gpu.on_host(getattr(device, name)), getattr(host, name), rtol=1e-5, atol=1e-5
+                )
     state = device.state_dict()
     assert list(state) == list(host.state_dict())
     for key, value in host.state_dict().items():
@@ -68,7 +71,11 @@ def test_recalibrate_and_folded_affine_as_on_the_host() -> None:
         assert type(mine) is np.ndarray
         np.testing.assert_allclose(mine, theirs, rtol=1e-6)
     before = device.state_dict()
-    with pytest.raises(TypeError, match=r"running_mean: this layer's is on a GPU, x on the host: move the layer, bn\.to\('cpu'\)"):
+    with pytest.raises(
+        TypeError,
+        match=r"running_mean: this layer's is on a GPU, x on the host: move the layer, "
+        r"bn\.to\('cpu'\)",
+    ):
         device.recalibrate([gpu.on_gpu(X), X], progress=False)
     for key, value in device.state_dict().items():
         np.testing.assert_array_equal(value, before[key])
@@ -113,9 +120,17 @@ def test_out_over_x_leaves_no_backward() -> None:
 
 def test_sides_do_not_mix() -> None:
     host, device = _pair()
-    with pytest.raises(TypeError, match=r"gamma: this layer's is on the host, x on a GPU: move the layer, bn.to\('cuda'\)"):
+    with pytest.raises(
+        TypeError,
+        match=r"gamma: this layer's is on the host, x on a GPU: move the layer, "
+        r"bn.to\('cuda'\)",
+    ):
         host(gpu.on_gpu(X))
-    with pytest.raises(TypeError, match=r"gamma: this layer's is on a GPU, x on the host: move the layer, bn.to\('cpu'\)"):
+    with pytest.raises(
+        TypeError,
+        match=r"gamma: this layer's is on a GPU, x on the host: move the layer, "
+        r"bn.to\('cpu'\)",
+    ):
         device(X)
     assert device.num_batches_tracked == host.num_batches_tracked == 0
     for x, error, words in (
@@ -137,12 +152,20 @@ def test_devices_and_kinds_that_are_none() -> None:
 
 
 def test_arrays_that_no_kernel_may_have_are_refused_before_anything_is_computed() -> None:
-    """Kernels go by addresses: without gaps, (C,), of the layer's dtype; in training writeable, and apart from each other."""
+    """Kernels go by addresses: without gaps, (C,), of the layer's dtype; in training writeable, and apart from each
+    other.
+    """
     one, memory = np.ones(3, np.float32), np.ones(6, np.float32)
     frozen = one.copy()
     frozen.flags.writeable = False
     wrong: list[tuple[Any, type[Exception], str, bool]] = [
-        (memory[::2], ValueError, r"given an array with gaps \(strides \(2,\) elements\), want a contiguous one: copy it first", True),
+        (
+            memory[::2],
+            ValueError,
+            r"given an array with gaps \(strides \(2,\) elements\), want a contiguous one: copy "
+            r"it first",
+            True,
+        ),
         (memory, ValueError, r"given shape \(6,\), want \(3,\)", True),
         (np.ones(3), TypeError, "given dtype float64, want float32", False),
         (frozen, ValueError, "given a read-only array, want one that can be written: give it a copy", False),
@@ -163,9 +186,17 @@ def test_arrays_that_no_kernel_may_have_are_refused_before_anything_is_computed(
         _, device = _pair()
         device.running_mean, device.gamma = gpu.on_gpu(memory[:3]), gpu.on_gpu(memory[2:5])
         if training:
-            with pytest.raises(ValueError, match=r"^running_mean: given an array that overlaps gamma, want memory apart from it"):
+            with pytest.raises(
+                ValueError,
+                match=r"^running_mean: given an array that overlaps gamma, want memory "
+                r"apart from it",
+            ):
                 device(gpu.on_gpu(X))
-            with pytest.raises(ValueError, match=r"^gamma: given an array that overlaps running_mean, want memory apart from it"):
+            with pytest.raises(
+                ValueError,
+                match=r"^gamma: given an array that overlaps running_mean, want memory "
+                r"apart from it",
+            ):
                 device.load_state_dict(fastbn.BatchNorm(3).state_dict())
         else:
             device.eval()(gpu.on_gpu(X))

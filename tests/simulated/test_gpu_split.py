@@ -36,7 +36,9 @@ def test_sums_and_statistics_in_either_dtype_and_out_over_dy(kind: str) -> None:
     mean, var = s.mean.astype(kind), s.var.astype(kind)
     sums = [values.astype(kind) for values in gpu.batch_norm_backward_reduce(dy, x, mean, var, backend="cuda")]
     want = gpu.batch_norm_backward_input(dy, x, mean, var, *sums, s.count, gamma, backend="cuda")
-    split.check("dx", "float32", want, published.gradients(dy, x, s.mean, s.var, gamma, 1, 1e-5, training=True).dx, 10.0)
+    split.check(
+        "dx", "float32", want, published.gradients(dy, x, s.mean, s.var, gamma, 1, 1e-5, training=True).dx, 10.0
+    )
     over = dy.copy()
     assert gpu.batch_norm_backward_input(over, x, mean, var, *sums, s.count, gamma, out=over, backend="cuda") is over
     np.testing.assert_array_equal(over, want)
@@ -52,7 +54,10 @@ def _said(call: Any, *given: Any, **options: Any) -> tuple[type[Exception], str]
 def test_errors_are_those_of_the_host(wrong: dict[str, Any]) -> None:
     x, dy, _, _ = draw(CASES[0], "float32")
     given = {"mean": np.zeros(5), "var": np.ones(5), "axis": 1, "eps": 1e-5} | wrong
-    for name, more in (("batch_norm_backward_reduce", ()), ("batch_norm_backward_input", (np.zeros(5), np.zeros(5), 9))):
+    for name, more in (
+        ("batch_norm_backward_reduce", ()),
+        ("batch_norm_backward_input", (np.zeros(5), np.zeros(5), 9)),
+    ):
         statistics = (given["mean"], given["var"], *more)
         where = {"axis": given["axis"], "eps": given["eps"]}
         host = _said(getattr(fastbn, name), dy, x, *statistics, **where)

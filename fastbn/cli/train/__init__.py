@@ -1,6 +1,8 @@
-"""The `train` command: the paper's network on real handwritten digits, with batch normalization and without, side by side.
+"""The `train` command: the paper's network on real handwritten digits.
 
-The network, its optimizers and the training loop are in `fastbn.cli.train.network`; here are the options and what is shown.
+With batch normalization and without, side by side.
+The network, its optimizers and the training loop are in `fastbn.cli.train.network`; here are the options and what is
+shown.
 """
 
 from __future__ import annotations
@@ -40,12 +42,38 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the `train` command."""
     rates = ", ".join(f"{kind.rate:g} for {name}" for name, kind in nets.OPTIMIZERS.items())
     add = parser.add_argument
-    add("--optimizer", choices=list(nets.OPTIMIZERS), default="sgd", help="how weights, gamma and beta are updated (default: %(default)s)")
-    add("--activation", choices=list(nets.ACTIVATIONS), default="sigmoid", help="of the hidden units (default: %(default)s)")
-    add("--batch", type=int, default=60, metavar="IMAGES", help="images per training step, 2 or more (default: %(default)s)")
+    add(
+        "--optimizer",
+        choices=list(nets.OPTIMIZERS),
+        default="sgd",
+        help="how weights, gamma and beta are updated (default: %(default)s)",
+    )
+    add(
+        "--activation",
+        choices=list(nets.ACTIVATIONS),
+        default="sigmoid",
+        help="of the hidden units (default: %(default)s)",
+    )
+    add(
+        "--batch",
+        type=int,
+        default=60,
+        metavar="IMAGES",
+        help="images per training step, 2 or more (default: %(default)s)",
+    )
     add("--steps", type=int, default=2000, metavar="N", help="training steps, each on one batch (default: %(default)s)")
-    add("--lr", type=float, metavar="RATE", help=f"learning rate, falling to 0 in the last quarter of the steps (default: {rates})")
-    add("--hidden", default="100,100,100", metavar="UNITS", help="units of each hidden layer, with commas (default: %(default)s)")
+    add(
+        "--lr",
+        type=float,
+        metavar="RATE",
+        help=f"learning rate, falling to 0 in the last quarter of the steps (default: {rates})",
+    )
+    add(
+        "--hidden",
+        default="100,100,100",
+        metavar="UNITS",
+        help="units of each hidden layer, with commas (default: %(default)s)",
+    )
     add(
         "--seed",
         type=int,
@@ -64,7 +92,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data",
         type=Path,
         metavar="DIR",
-        help="MNIST-style IDX files, plain or .gz: train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte and "
+        help="MNIST-style IDX files, plain or .gz: train-images-idx3-ubyte, train-labels-idx1-ubyte, "
+        "t10k-images-idx3-ubyte and "
         "t10k-labels-idx1-ubyte (default: the digits inside scikit-learn; nothing is downloaded)",
     )
 
@@ -83,14 +112,23 @@ def run(args: argparse.Namespace) -> int:
     with ExitStack() as stack:
         plot, file = _open_plot(args.plot, stack)
         screen.need(
-            "rich", "matplotlib", "sklearn", "threadpoolctl", command="train", named="rich, matplotlib, scikit-learn and threadpoolctl"
+            "rich",
+            "matplotlib",
+            "sklearn",
+            "threadpoolctl",
+            command="train",
+            named="rich, matplotlib, scikit-learn and threadpoolctl",
         )
         from threadpoolctl import threadpool_limits
 
         data = load_digits() if args.data is None else load_idx(args.data)
         if not 2 <= args.batch <= len(data.images):
-            raise DataError(f"--batch: given {args.batch}, want 2 (a variance needs two images) to {len(data.images)}, the training images")
-        # Matrices this small gain nothing from a second BLAS thread, and on a busy machine its waiting cost a factor of 20.
+            raise DataError(
+                f"--batch: given {args.batch}, want 2 (a variance needs two images) to "
+                f"{len(data.images)}, the training images"
+            )
+        # Matrices this small gain nothing from a second BLAS thread, and on a busy machine its waiting cost a factor of
+        # 20.
         stack.enter_context(threadpool_limits(1, user_api="blas"))
         sizes = (data.images.shape[1], *hidden, data.classes)
         _print_task(args, data, sizes, rate)
@@ -112,7 +150,9 @@ def _check_options(args: argparse.Namespace) -> tuple[tuple[int, ...], float]:
     except ValueError:
         hidden = (0,)
     if min(hidden) < 1:
-        raise DataError(f"--hidden: given {args.hidden!r}, want whole numbers above 0 with commas between them, like 100,100,100")
+        raise DataError(
+            f"--hidden: given {args.hidden!r}, want whole numbers above 0 with commas between them, like 100,100,100"
+        )
     rate = nets.OPTIMIZERS[args.optimizer].rate if args.lr is None else args.lr
     if not 0 < rate < math.inf:
         raise DataError(f"--lr: given {rate:g}, want a number above 0, like 0.1")
@@ -124,9 +164,14 @@ def _check_options(args: argparse.Namespace) -> tuple[tuple[int, ...], float]:
 
 
 def _open_plot(path: Path, stack: ExitStack) -> tuple[Path, IO[bytes]]:
-    """Open what takes the plot's place at the end: a plot that can't be written is found now, not after the training."""
+    """Open what takes the plot's place at the end.
+
+    A plot that can't be written is found now, not after the training.
+    """
     if path.suffix.lower() not in PLOT_KINDS:
-        raise DataError(f"--plot: given '{path}', want a file name that ends in {', '.join(PLOT_KINDS[:-1])} or {PLOT_KINDS[-1]}")
+        raise DataError(
+            f"--plot: given '{path}', want a file name that ends in {', '.join(PLOT_KINDS[:-1])} or {PLOT_KINDS[-1]}"
+        )
     try:
         path = npy_moments.check_output(path, 0)
         return path, stack.enter_context(npy_moments.replacing(path))
@@ -138,9 +183,18 @@ def _open_plot(path: Path, stack: ExitStack) -> tuple[Path, IO[bytes]]:
 
 def _print_task(args: argparse.Namespace, data: Dataset, sizes: tuple[int, ...], rate: float) -> None:
     height, width = data.pixels
-    print(f"data:     {data.name}, {height} x {width} pixels: {len(data.images)} to train on, {len(data.test_images)} to test")
-    print(f"network:  {'-'.join(map(str, sizes))} units, {args.activation}; same initial weights and batches for both (seed {args.seed})")
-    print(f"training: {args.steps} steps of {args.batch} images, {args.optimizer} at rate {rate:g} (over the last quarter falling to 0)")
+    print(
+        f"data:     {data.name}, {height} x {width} pixels: {len(data.images)} to train on, {len(data.test_images)} "
+        f"to test"
+    )
+    print(
+        f"network:  {'-'.join(map(str, sizes))} units, {args.activation}; same initial weights and batches for both "
+        f"(seed {args.seed})"
+    )
+    print(
+        f"training: {args.steps} steps of {args.batch} images, {args.optimizer} at rate {rate:g} (over the last "
+        f"quarter falling to 0)"
+    )
 
 
 def _prepare(data: Dataset, args: argparse.Namespace, sizes: tuple[int, ...]) -> Dataset:
@@ -150,7 +204,10 @@ def _prepare(data: Dataset, args: argparse.Namespace, sizes: tuple[int, ...]) ->
     data = nets.normalize_inputs(data)
     trial = nets.Network(nets.initial_weights(sizes, args.seed), args.activation, batch_norm=True)
     nets.train(trial, nets.Optimizer(), 0.0, data, nets.batches(len(data.images), args.batch, 1, args.seed), 1)
-    print(f"ready after {time.perf_counter() - start:.1f} s (the first run compiles them, later ones find them compiled)", flush=True)
+    print(
+        f"ready after {time.perf_counter() - start:.1f} s (the first run compiles them, later ones find them compiled)",
+        flush=True,
+    )
     return data
 
 
@@ -172,7 +229,9 @@ def _progress(steps: int) -> Iterator[Callable[[str], Callable[[int, float], obj
         yield start
 
 
-def _train_both(args: argparse.Namespace, data: Dataset, sizes: tuple[int, ...], rate: float) -> tuple[dict[bool, nets.Network], Histories]:
+def _train_both(
+    args: argparse.Namespace, data: Dataset, sizes: tuple[int, ...], rate: float
+) -> tuple[dict[bool, nets.Network], Histories]:
     weights = nets.initial_weights(sizes, args.seed)
     networks = {batch_norm: nets.Network(weights, args.activation, batch_norm) for batch_norm in NAMES}
     histories = {}
@@ -180,7 +239,9 @@ def _train_both(args: argparse.Namespace, data: Dataset, sizes: tuple[int, ...],
         for batch_norm, network in networks.items():
             chosen = nets.batches(len(data.images), args.batch, args.steps, args.seed)
             optimizer = nets.OPTIMIZERS[args.optimizer]()
-            histories[batch_norm] = nets.train(network, optimizer, rate, data, chosen, args.steps, start(NAMES[batch_norm]))
+            histories[batch_norm] = nets.train(
+                network, optimizer, rate, data, chosen, args.steps, start(NAMES[batch_norm])
+            )
     return networks, histories
 
 
@@ -199,7 +260,9 @@ def _rows(histories: Histories, steps: int) -> list[tuple[str, ...]]:
     rows += [("", "", ""), (f"steps needed, checked every {max(1, steps // nets.CHECKS)}", "", "")]
     for target in TARGETS:
         needed = (h.first(target) for h in both)
-        rows.append((f"  for {target} %", *(f"not within {steps}" if first is None else str(first) for first in needed)))
+        rows.append(
+            (f"  for {target} %", *(f"not within {steps}" if first is None else str(first) for first in needed))
+        )
     rows += [("", "", ""), ("seconds of training", *(f"{h.seconds:.1f}" for h in both))]
     return rows
 
@@ -208,7 +271,11 @@ def _print_examples(networks: dict[bool, nets.Network], data: Dataset, seed: int
     """Classify some test images one by one."""
     chosen = np.random.default_rng((seed, 2)).permutation(len(data.test_images))[:EXAMPLES]
     rows = [
-        (f"image {i}", str(data.test_labels[i]), *(_answer(network, data.test_images[i : i + 1]) for network in networks.values()))
+        (
+            f"image {i}",
+            str(data.test_labels[i]),
+            *(_answer(network, data.test_images[i : i + 1]) for network in networks.values()),
+        )
         for i in chosen
     ]
     screen.table(("one at a time", "is a", *NAMES.values()), rows)
@@ -232,7 +299,10 @@ def _summary(histories: Histories, steps: int, chance: float) -> list[str]:
         parts = []
         if reached:
             first = history.first(reached[-1])
-            never, after = f"never {reached[-1]} % within {steps} steps", f"{reached[-1]} % of the test images right after {first} steps"
+            never, after = (
+                f"never {reached[-1]} % within {steps} steps",
+                (f"{reached[-1]} % of the test images right after {first} steps"),
+            )
             parts.append(never if first is None else after)
         end = f"{_percent(history, -1)} at the end"
         if history.diverged:
@@ -255,7 +325,8 @@ def _figure(histories: Histories, data: Dataset) -> Figure:
         axes.plot(history.steps, [100 * accuracy for accuracy in history.accuracy], label=NAMES[batch_norm])
     axes.axhline(100 * data.chance, color="gray", linestyle=":", label="chance")
     axes.set(xlabel="training steps", ylabel="test accuracy (%)", ylim=(0, 101))
-    axes.set_title(data.name.encode(errors="backslashreplace").decode(), parse_math=False)  # a directory's name, of any letters
+    # a directory's name, of any letters
+    axes.set_title(data.name.encode(errors="backslashreplace").decode(), parse_math=False)
     axes.margins(x=0.01)
     axes.grid(alpha=0.3)
     axes.legend()
@@ -264,5 +335,6 @@ def _figure(histories: Histories, data: Dataset) -> Figure:
 
 def _save(figure: Figure, file: IO[bytes], kind: str) -> None:
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from ")  # of the title's letters: the font's box stands for them
+        # of the title's letters: the font's box stands for them
+        warnings.filterwarnings("ignore", "Glyph .* missing from ")
         figure.savefig(file, format=kind, dpi=150)

@@ -1,4 +1,7 @@
-"""Labelled images for the `train` command: scikit-learn's handwritten digits, or a directory of MNIST-style IDX files."""
+"""Labelled images for the `train` command.
+
+Scikit-learn's handwritten digits, or a directory of MNIST-style IDX files.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +51,10 @@ class Dataset(NamedTuple):
 
 
 def load_digits() -> Dataset:
-    """1797 handwritten digits of 8 x 8 pixels, which come inside scikit-learn; a quarter, the same always, is for the test."""
+    """1797 handwritten digits of 8 x 8 pixels, which come inside scikit-learn.
+
+    A quarter, the same always, is for the test.
+    """
     from sklearn import datasets
     from sklearn.model_selection import train_test_split
 
@@ -64,8 +70,8 @@ def load_idx(directory: Path) -> Dataset:
     Parameters
     ----------
     directory : Path
-        Holds train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte and t10k-labels-idx1-ubyte, each plain or
-        compressed (.gz), also with "." for the last "-".
+        Holds train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte and t10k-labels-idx1-ubyte, each
+        plain or compressed (.gz), also with "." for the last "-".
 
     Raises
     ------
@@ -73,11 +79,17 @@ def load_idx(directory: Path) -> Dataset:
         No such directory, a file is missing or is not what its name promises, the files do not go together.
     """
     if not directory.is_dir():
-        raise DataError(f"--data: {directory} is {'not a directory' if directory.exists() else 'not there'}; want a directory of IDX files")
+        raise DataError(
+            f"--data: {directory} is {'not a directory' if directory.exists() else 'not there'}; want a "
+            f"directory of IDX files"
+        )
     names = [f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
     found = {name: path for name in names if (path := _find(directory, name))}
     if missing := [name for name in names if name not in found]:
-        raise DataError(f"--data: no {', no '.join(missing)} in {directory}; each may be plain or .gz, with '.' for the last '-' too")
+        raise DataError(
+            f"--data: no {', no '.join(missing)} in {directory}; each may be plain or .gz, with '.' for "
+            f"the last '-' too"
+        )
     images, labels = _labelled(found[names[0]], found[names[1]])
     test_images, test_labels = _labelled(found[names[2]], found[names[3]])
     if images.shape[1:] != test_images.shape[1:]:
@@ -96,7 +108,9 @@ def _find(directory: Path, name: str) -> Path | None:
 def _labelled(images_path: Path, labels_path: Path) -> tuple[Bytes, Labels]:
     images, labels = read_idx(images_path, 3), read_idx(labels_path, 1)
     if len(images) != len(labels):
-        raise DataError(f"{images_path} has {len(images)} images, {labels_path.name} {len(labels)} labels; want as many of each")
+        raise DataError(
+            f"{images_path} has {len(images)} images, {labels_path.name} {len(labels)} labels; want as many of each"
+        )
     if images.size == 0:
         raise DataError(f"{images_path}: holds no pixels (shape {images.shape}); want at least one image")
     return images, labels.astype(np.intp)
@@ -133,12 +147,16 @@ def read_idx(path: Path, ndim: int) -> Bytes:
         raise DataError(f"{path}: can't be read: {error.strerror}") from error
     magic, start = bytes((0, 0, UNSIGNED_BYTES, ndim)), 4 + 4 * ndim
     if len(data) >= 4 and data[:4] != magic:
-        raise DataError(f"{path}: begins with {data[:4].hex()}, want {magic.hex()}, an IDX file of unsigned bytes with {ndim} axes")
+        raise DataError(
+            f"{path}: begins with {data[:4].hex()}, want {magic.hex()}, an IDX file of unsigned bytes with {ndim} axes"
+        )
     if len(data) < start:
         raise DataError(f"{path}: cut short: {len(data)} bytes, want {start} for the header alone; fetch it again")
     shape = [int.from_bytes(data[i : i + 4], "big") for i in range(4, start, 4)]
     if len(data) - start != math.prod(shape):
         wrong = "cut short" if len(data) - start < math.prod(shape) else "too long"
         promised = f"the {math.prod(shape):,} bytes of shape {' x '.join(map(str, shape))}"
-        raise DataError(f"{path}: {wrong}: {len(data) - start:,} bytes after the header, want {promised}; fetch it again")
+        raise DataError(
+            f"{path}: {wrong}: {len(data) - start:,} bytes after the header, want {promised}; fetch it again"
+        )
     return np.frombuffer(data, np.uint8, offset=start).reshape(shape)

@@ -1,9 +1,12 @@
-"""A network with batch normalization, written out: layers, loss, optimizers and the training loop of the `train` command.
+"""A network with batch normalization, written out.
 
-Every layer is called forwards, ``y = layer(x)``, and then backwards, ``dx = layer.backward(dy)``, which leaves the gradients of its
-parameters beside them: `dweight` beside `weight`, `dgamma` beside `gamma`. `fastbn.BatchNorm` is such a layer already.
+Layers, loss, optimizers and the training loop of the `train` command.
+Every layer is called forwards, ``y = layer(x)``, and then backwards, ``dx = layer.backward(dy)``, which leaves the
+gradients of its parameters beside them: `dweight` beside `weight`, `dgamma` beside `gamma`. `fastbn.BatchNorm` is such
+a layer already.
 
-By default it is the experiment of Ioffe & Szegedy (2015), section 4.1: three hidden layers of 100 sigmoid units, batches of 60.
+By default it is the experiment of Ioffe & Szegedy (2015), section 4.1: three hidden layers of 100 sigmoid units,
+batches of 60.
 """
 
 from __future__ import annotations
@@ -26,8 +29,9 @@ Indices = NDArray[np.intp]
 
 INITIAL_STD = 0.03  # of the weights: small Gaussian values, as in the paper
 PIXEL_EPS = 0.1  # added to the variance of each pixel
-# The last part of the steps, over which the learning rate falls linearly to 0. Over 16 seeds of the default run this kept the last ten
-# checks of each from 97.8 % up; at a constant rate single ones went down to 94.9 %, for training then jumps now and again, and recovers.
+# The last part of the steps, over which the learning rate falls linearly to 0. Over 16 seeds of the default run this
+# kept the last ten checks of each from 97.8 % up; at a constant rate single ones went down to 94.9 %, for training then
+# jumps now and again, and recovers.
 COOLDOWN = 0.25
 CHECKS = 40  # how often the test accuracy is taken
 
@@ -45,7 +49,8 @@ class Layer(Protocol):
 class Linear:
     """y = x @ weight + bias.
 
-    There is no bias before a batch normalization: subtracting the batch's mean would remove it, and beta takes its place.
+    There is no bias before a batch normalization: subtracting the batch's mean would remove it, and beta takes its
+    place.
     """
 
     def __init__(self, weight: Array, bias: bool) -> None:
@@ -141,7 +146,10 @@ class Network:
             dy = layer.backward(dy)
 
     def set_training(self, training: bool) -> None:
-        """Batch statistics (training) or running averages (evaluation): only batch normalization knows the difference."""
+        """Batch statistics (training) or running averages (evaluation).
+
+        Only batch normalization knows the difference.
+        """
         for layer in self.layers:
             if isinstance(layer, BatchNorm):
                 layer.train(training)
@@ -179,7 +187,10 @@ def cross_entropy(scores: Array, labels: Array) -> tuple[float, Array]:
 
 
 class Optimizer:
-    """Plain gradient descent, and the frame of the others: they differ in `change`, and in what they remember of each parameter."""
+    """Plain gradient descent, and the frame of the others.
+
+    They differ in `change`, and in what they remember of each parameter.
+    """
 
     rate = 0.1
     memories = 0  # arrays kept beside each parameter, zeros at first
@@ -229,7 +240,7 @@ class RMSprop(Optimizer):
 
 
 class Adam(Optimizer):
-    """Both: a running average of the gradient over its root mean square, each corrected for its start at 0 (Kingma & Ba 2015)."""
+    """Both: a running average of the gradient over its root mean square, less their start at 0 (Kingma & Ba 2015)."""
 
     rate = 0.001
     memories = 2
@@ -246,12 +257,15 @@ OPTIMIZERS: dict[str, type[Optimizer]] = {"sgd": Optimizer, "momentum": Momentum
 
 
 def normalize_inputs(data: Dataset) -> Dataset:
-    """Give every pixel mean 0 and about unit variance over the training images; the test images take the same shift and scale.
+    """Give every pixel mean 0 and about unit variance over the training images.
 
+    The test images take the same shift and scale.
     The large eps (pixels go from 0 to 1) keeps pixels that hardly ever carry ink from being blown up.
     """
     m = moments(data.images)
-    images, test_images = (batch_norm_inference(x, m.mean, m.var(), eps=PIXEL_EPS) for x in (data.images, data.test_images))
+    images, test_images = (
+        batch_norm_inference(x, m.mean, m.var(), eps=PIXEL_EPS) for x in (data.images, data.test_images)
+    )
     return data._replace(images=images, test_images=test_images)
 
 
@@ -268,7 +282,10 @@ def batches(count: int, batch: int, steps: int, seed: int) -> Iterator[Indices]:
 
 @dataclass
 class History:
-    """How the test accuracy of one network went: after `steps[i]` steps, `correct[i]` of `total` test images were right."""
+    """How the test accuracy of one network went.
+
+    After `steps[i]` steps, `correct[i]` of `total` test images were right.
+    """
 
     total: int
     steps: list[int] = field(default_factory=list)
@@ -283,7 +300,9 @@ class History:
 
     def first(self, percent: int) -> int | None:
         """Steps at the first check that found at least so many percent right, None where none did."""
-        return next((step for step, n in zip(self.steps, self.correct, strict=True) if 100 * n >= percent * self.total), None)
+        return next(
+            (step for step, n in zip(self.steps, self.correct, strict=True) if 100 * n >= percent * self.total), None
+        )
 
 
 def train(

@@ -1,8 +1,8 @@
 """Where a coefficient leaves the range of float32: the same elementwise passes and sums in float64, channel by channel.
 
-1 / sqrt(var + eps) does where eps is below 1e-76, or 0 beside a subnormal variance; times gamma, where gamma is huge; the slope of
-dx, where deviations are near 1e38 or 1e-38. Infinite in float32 it would make NaN of a deviation of 0, and subnormal it loses
-digits. Right, and slow: it is no case of practice. The other channels keep their bits.
+1 / sqrt(var + eps) does where eps is below 1e-76, or 0 beside a subnormal variance; times gamma, where gamma is huge;
+the slope of dx, where deviations are near 1e38 or 1e-38. Infinite in float32 it would make NaN of a deviation of 0, and
+subnormal it loses digits. Right, and slow: it is no case of practice. The other channels keep their bits.
 """
 
 from __future__ import annotations
@@ -112,7 +112,9 @@ def gradient_rows(dy, x, c, mean, rstd, gamma, sums, count, training, dx):
     for n in range(N - 1, -1, -1):
         dz, out = row(dy, (n, c, 0), S), row(dx, (n, c, 0), S)
         if training:
-            wide_gradient(dz, row(x, (n, c, 0), S), mean[c], rstd[c], scale, sums[0, c] / count, sums[1, c] / count, out)
+            wide_gradient(
+                dz, row(x, (n, c, 0), S), mean[c], rstd[c], scale, sums[0, c] / count, sums[1, c] / count, out
+            )
         else:
             wide_affine(dz, 0.0, scale, 0.0, out)
 

@@ -1,4 +1,7 @@
-"""How a channel's slab is cut into blocks: plain arithmetic, for the schedule and, jitted, for kernels that are called without one."""
+"""How a channel's slab is cut into blocks.
+
+Plain arithmetic, for the schedule and, jitted, for kernels that are called without one.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ WORK = 12  # rows of a task's workspace in the kernels on columns
 
 
 def cut(N: Any, S: Any, lanes: Any, block: Any) -> Any:
-    """(rows of a block where it is whole rows, pieces of a row where that is several blocks, blocks) of N rows of S values."""
+    """(rows of a block where it is whole rows, else pieces of a row, blocks) of N rows of S values."""
     vectors = -(-S // lanes)
     if vectors > block:
         splits = -(-vectors // block)

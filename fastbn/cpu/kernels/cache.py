@@ -1,7 +1,7 @@
 """Compiled kernels on disk: numba's cache files, in directories of fastbn's choice.
 
-numba passes over a directory that it can't write, even one that holds all it wants, and does not see an edit, or an upgrade, of a leaf in
-another file than the kernel's.
+numba passes over a directory that it can't write, even one that holds all it wants, and does not see an edit, or an
+upgrade, of a leaf in another file than the kernel's.
 """
 
 from __future__ import annotations
@@ -42,7 +42,10 @@ _SETTINGS = (
 
 
 def _modules() -> Iterator[bytes]:
-    """What each module of this directory is made from: its file, in a zip too, or its code where a frozen program has no file of it."""
+    """What each module of this directory is made from.
+
+    Its file, in a zip too, or its code where a frozen program has no file of it.
+    """
     for module in sorted(pkgutil.iter_modules([str(_HERE)], "fastbn.cpu.kernels."), key=lambda module: module.name):
         spec = None if module.ispkg else module.module_finder.find_spec(module.name, None)
         if spec is None:
@@ -57,7 +60,10 @@ def _modules() -> Iterator[bytes]:
 def _text(value: Any) -> str:
     """A constant, or all that a function is made of but its lines: the same text in every process."""
     if isinstance(value, CodeType):
-        return f"{value.co_code!r} {value.co_names} {value.co_varnames} {value.co_freevars} {value.co_cellvars} {_text(value.co_consts)}"
+        return (
+            f"{value.co_code!r} {value.co_names} {value.co_varnames} {value.co_freevars} {value.co_cellvars} "
+            f"{_text(value.co_consts)}"
+        )
     if isinstance(value, tuple | frozenset):
         found = map(_text, value)
         return f"({', '.join(found if isinstance(value, tuple) else sorted(found))})"
@@ -68,14 +74,18 @@ def _text(value: Any) -> str:
 def _sources() -> str:
     """A digest of what kernels are compiled from. Empty where that can't be read.
 
-    A kernel is compiled together with leaves of other files, all of which lie here (a rule that tests/test_layering.py holds).
+    A kernel is compiled together with leaves of other files, all of which lie here (a rule that tests/test_layering.py
+    holds).
     """
     modules = list(_modules())
     return hashlib.sha256(b"".join(modules)).hexdigest() if modules else ""
 
 
 def stamp() -> str:
-    """A digest of what kernels are compiled from and by: modules of this directory, numba, llvmlite, settings. Empty without modules."""
+    """A digest of what kernels are compiled from and by.
+
+    Modules of this directory, numba, llvmlite, settings. Empty without modules.
+    """
     settings = {name: getattr(config, name, None) for name in _SETTINGS}
     made = f"{_sources()}, numba {numba.__version__}, llvmlite {llvmlite.__version__}, {settings}"
     return hashlib.sha256(made.encode()).hexdigest() if _sources() else ""
@@ -91,8 +101,12 @@ def directories() -> list[Path]:
     name = f"fastbn-{stamp()[:16]}"
     if config.CACHE_DIR:
         return [Path(config.CACHE_DIR, name)]
-    installed = os.path.exists(__file__) and not getattr(sys, "frozen", False)  # else in a zip, or unpacked for this process alone
-    return [*([_HERE / "__pycache__"] if installed else []), Path(AppDirs(appname="numba", appauthor=False).user_cache_dir, name)]
+    # else in a zip, or unpacked for this process alone
+    installed = os.path.exists(__file__) and not getattr(sys, "frozen", False)
+    return [
+        *([_HERE / "__pycache__"] if installed else []),
+        Path(AppDirs(appname="numba", appauthor=False).user_cache_dir, name),
+    ]
 
 
 def writable(directory: Path) -> bool:
@@ -140,7 +154,10 @@ class _Files(caching.CompileResultCacheImpl):  # type: ignore[misc] # numba's is
         self._filename_base = self.get_filename_base(f"{module}.{function.__qualname__}", getattr(sys, "abiflags", ""))
 
     def check_cachable(self, compiled: Any) -> bool:
-        """Not where the code holds addresses of this process, as some of it does with NUMBA_OPT=0; numba's own warns then."""
+        """Not where the code holds addresses of this process, as some of it does with NUMBA_OPT=0.
+
+        numba's own warns then.
+        """
         return not compiled.library.has_dynamic_globals
 
 
@@ -153,7 +170,10 @@ def _kind(directory: Path) -> Callable[[Callable[..., Any]], Any]:
 
 
 class Cache:
-    """The cache of one function, as numba's dispatchers use it: loads from the first directory that has it, saves to the first it can."""
+    """The cache of one function, as numba's dispatchers use it.
+
+    Loads from the first directory that has it, saves to the first it can.
+    """
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._caches = {directory: _kind(directory)(function) for directory in directories()}
@@ -169,9 +189,11 @@ class Cache:
         for directory, cache in self._caches.items():
             try:
                 found = cache.load_overload(signature, context)
-                if found is not None and found.signature.args != tuple(signature):  # numba's index is of two processes that saved at once
+                # numba's index is of two processes that saved at once
+                if found is not None and found.signature.args != tuple(signature):
                     raise ValueError("another function's code")
-            except Exception:  # a damaged file, whatever pickle says of it, or one that may not be read: it is compiled anew
+            except Exception:
+                # a damaged file, whatever pickle says of it, or one that may not be read: it is compiled anew
                 self._damaged.add(directory)
                 continue
             if found is not None:
@@ -179,7 +201,10 @@ class Cache:
         return None
 
     def save_overload(self, signature: Any, compiled: Any) -> None:
-        """Keep a compiled function, where anything can be kept: a read-only system compiles in memory, and so does a full one."""
+        """Keep a compiled function, where anything can be kept.
+
+        A read-only system compiles in memory, and so does a full one.
+        """
         for directory, cache in self._caches.items():
             if writable(directory):
                 try:

@@ -1,15 +1,16 @@
 """Kernels on (R, F) arrays, F contiguous: statistics. Channels last, and channels first with short rows.
 
-Every column is summed by itself, over 4 rows at a time, into accumulators that stay in the first-level cache: long runs of memory, all
-lanes busy, no chain of additions. Sums of a tile of rows are of deviations from the mean of the tiles before, which makes one pass
-enough; tiles merge in float64.
+Every column is summed by itself, over 4 rows at a time, into accumulators that stay in the first-level cache: long runs
+of memory, all lanes busy, no chain of additions. Sums of a tile of rows are of deviations from the mean of the tiles
+before, which makes one pass enough; tiles merge in float64.
 
-S adjacent columns share a channel: 1 in a channels-last array; a channels-first array with rows too short to fill vectors is one of
-C * S columns. Rows of few columns are folded: `fold` of them make one, whose parts of each channel merge at the end, pairwise; the rows
-left over make one more, incomplete, row `rest`. Counted with their folds, channels are `strips` here, P = fold * C of them.
+S adjacent columns share a channel: 1 in a channels-last array; a channels-first array with rows too short to fill
+vectors is one of C * S columns. Rows of few columns are folded: `fold` of them make one, whose parts of each channel
+merge at the end, pairwise; the rows left over make one more, incomplete, row `rest`. Counted with their folds, channels
+are `strips` here, P = fold * C of them.
 
-A unit of work is one of `parts` runs of rows by a block of strips; `tasks` share the units, each with a workspace of its own. Only parts
-and folds show in the result.
+A unit of work is one of `parts` runs of rows by a block of strips; `tasks` share the units, each with a workspace of
+its own. Only parts and folds show in the result.
 """
 
 from __future__ import annotations
@@ -48,7 +49,10 @@ TILE, ALONG_TILE = 128, 64  # rows
 
 @leaf
 def share(work, task, columns):
-    """A task's part of the workspace, (WORK, columns): on a 64-byte boundary, or every vector would lie on two lines of the cache."""
+    """A task's part of the workspace, (WORK, columns).
+
+    On a 64-byte boundary, or every vector would lie on two lines of the cache.
+    """
     start = (-address(work, (0,)) & 63) // bytes_of(work) + task * WORK * columns
     return work[start : start + WORK * columns].reshape((WORK, columns))
 
@@ -91,14 +95,18 @@ def few_mean(x, r0, r1, few, j, S):
 
 @leaf
 def centre(x, r0, r1, j, strips, S, k):
-    """k = about the mean of a few rows of each strip (see `coarse`), spread over the tile so that odd first rows do not decide alone."""
+    """k = about the mean of a few rows of each strip (see `coarse`), spread over the tile: no odd first rows decide."""
     W, few, zero = lanes(x), min(8 if S < 16 else 2, r1 - r0), spread(x, 0.0)
     if S > 1:
         middle = (r0 + r1) // 2
         for s in range(strips):
             i = j + s * S
             mean = np.float64(few_mean(x, r0, r1, few, i, S))
-            near = distance(x, (r0, i), mean) + distance(x, (r0, i + S - 1), mean) + distance(x, (middle, i + S // 2), mean)
+            near = (
+                distance(x, (r0, i), mean)
+                + distance(x, (r0, i + S - 1), mean)
+                + distance(x, (middle, i + S // 2), mean)
+            )
             fill(k, s * S, S, coarse(x, mean, near))
     else:
         step = spread(x, 2.0**14 if W == 16 else 2.0**43)
@@ -118,8 +126,8 @@ def centre(x, r0, r1, j, strips, S, k):
 def merge_columns(k, t, q, width, before, size, first, mean, m2):
     """Merge a tile of `size` rows into mean, m2, from `first` on, of `before` rows.
 
-    In the first tile k may lie more than a standard deviation off, which costs digits: there it becomes about the mean, to take the sums
-    again. Whether it did nowhere. A column's result does not depend on others'.
+    In the first tile k may lie more than a standard deviation off, which costs digits: there it becomes about the mean,
+    to take the sums again. Whether it did nowhere. A column's result does not depend on others'.
     """
     n, w, spacing = wide(size), wide(size / (before + size)), wide(before * (size / (before + size)))
     near = True
@@ -175,7 +183,12 @@ def recentre(k, mean, m2, first, strips, S, rows):
         share_of_one = wide(1.0 / rows)
         for i in range(0, strips, 8):
             lot = min(8, strips - i)
-            store_wide(k, (i,), lot, coarse_wide(load_wide(mean, (first + i,), lot), load_wide(m2, (first + i,), lot) * share_of_one))
+            store_wide(
+                k,
+                (i,),
+                lot,
+                coarse_wide(load_wide(mean, (first + i,), lot), load_wide(m2, (first + i,), lot) * share_of_one),
+            )
     else:
         for s in range(strips):
             fill(k, s * S, S, coarse(k, mean[first + s], np.sqrt(m2[first + s] / (rows * S))))
@@ -217,7 +230,10 @@ def wide_strip(x, r0, r1, j, S):
 
 @routine
 def part_moments(x, r0, r1, first, last, S, along, work, mean, m2):
-    """mean, m2 of strips first .. last over rows r0 .. r1, row by row if `along`; `work` (5, columns rounded up to whole vectors)."""
+    """mean, m2 of strips first .. last over rows r0 .. r1, row by row if `along`.
+
+    `work` (5, columns rounded up to whole vectors).
+    """
     k, t, q, u, v = work[0], work[1], work[2], work[3], work[4]
     j, strips = first * S, last - first
     tile = ALONG_TILE if along else TILE
@@ -269,7 +285,17 @@ def merge_parts(R, C, S, fold, rest, parts, partial, mean, m2):
         before = R * p // parts
         for i in range(0, fold * C, 8):
             more = R * (p + 1) // parts - before
-            merge_into(whole, squares, i, float(before * S), partial[p, 0], partial[p, 1], i, float(more * S), min(8, fold * C - i))
+            merge_into(
+                whole,
+                squares,
+                i,
+                float(before * S),
+                partial[p, 0],
+                partial[p, 1],
+                i,
+                float(more * S),
+                min(8, fold * C - i),
+            )
     count, folds = float(R * S), fold
     while folds > 1:
         folds //= 2
@@ -278,7 +304,9 @@ def merge_parts(R, C, S, fold, rest, parts, partial, mean, m2):
         count *= 2.0
     for f in range(rest):
         for c in range(0, C, 8):
-            merge_into(whole, squares, c, count, partial[parts, 0], partial[parts, 1], f * C + c, float(S), min(8, C - c))
+            merge_into(
+                whole, squares, c, count, partial[parts, 0], partial[parts, 1], f * C + c, float(S), min(8, C - c)
+            )
         count += S
     for c in range(C):
         mean[c], m2[c] = whole[c], squares[c]
@@ -297,7 +325,11 @@ def moments(x, rest_row, C, S, fold, rest, parts, block, tasks, columns, along, 
         for unit in range(parts * blocks * task // tasks, parts * blocks * (task + 1) // tasks):
             p, first = unit // blocks, unit % blocks * block
             last = min(P, first + block)
-            part_moments(x, R * p // parts, R * (p + 1) // parts, first, last, S, along, k, partial[p, 0], partial[p, 1])
+            part_moments(
+                x, R * p // parts, R * (p + 1) // parts, first, last, S, along, k, partial[p, 0], partial[p, 1]
+            )
     if rest > 0:
-        part_moments(rest_row, 0, 1, 0, rest * C, S, False, share(work, 0, columns), partial[parts, 0], partial[parts, 1])
+        part_moments(
+            rest_row, 0, 1, 0, rest * C, S, False, share(work, 0, columns), partial[parts, 0], partial[parts, 1]
+        )
     merge_parts(R, C, S, fold, rest, parts, partial, stats[0], stats[1])

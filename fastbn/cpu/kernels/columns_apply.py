@@ -1,7 +1,7 @@
 """The elementwise passes on (R, F) arrays, F contiguous: y from x, dx from dy and x; and the forward that reads x once.
 
-Strips, folds, units and tasks as in `channels_last`. Coefficients are spread over the columns of a unit, in a workspace that stays in the
-first-level cache, and applied to rows in the order of memory.
+Strips, folds, units and tasks as in `channels_last`. Coefficients are spread over the columns of a unit, in a workspace
+that stays in the first-level cache, and applied to rows in the order of memory.
 """
 
 from __future__ import annotations
@@ -12,7 +12,18 @@ from fastbn.cpu.kernels.columns import part_moments, share
 from fastbn.cpu.kernels.elementwise import affine, deviation, fill_affine, fill_forward, head, put_affine
 from fastbn.cpu.kernels.jit import kernel, leaf, prange, routine
 from fastbn.cpu.kernels.memory import address, at, fence, prefetch
-from fastbn.cpu.kernels.simd import broadcast, bytes_of, lanes, load, load_far, load_some, load_wide, store, store_some, store_stream
+from fastbn.cpu.kernels.simd import (
+    broadcast,
+    bytes_of,
+    lanes,
+    load,
+    load_far,
+    load_some,
+    load_wide,
+    store,
+    store_some,
+    store_stream,
+)
 
 SPREAD = 5  # row of a workspace where the coefficients of columns begin; those of channels begin at 0
 
@@ -85,8 +96,8 @@ def around(k, e, rows, width):
 def affine_block(x, r0, r1, j, width, k, e, ahead, stream, y):
     """y = (x - high) * scale + shift on rows r0 .. r1 of `width` columns from j; rows e .. e + 3 of k, from column 0.
 
-    A result that goes past the cache leaves room there: what lies `ahead` columns further is fetched meanwhile, to be reduced next
-    (forward of 32 x 512 x 28 x 28: 2.2 -> 1.8 ms).
+    A result that goes past the cache leaves room there: what lies `ahead` columns further is fetched meanwhile, to be
+    reduced next (forward of 32 x 512 x 28 x 28: 2.2 -> 1.8 ms).
     """
     W = lanes(x)
     r = r0
@@ -130,8 +141,8 @@ def affine_block(x, r0, r1, j, width, k, e, ahead, stream, y):
         fence()
     far = x.size * bytes_of(x) >= FAR
     if (far or width <= LINEAR) and width == x.shape[1] and width % W == 0 and gapless(x) and gapless(y):
-        # One loop over all rows: where each row is a loop of its own, fewer lines are on their way at once (9 MB of 144 columns:
-        # 478 us, row by row 545, 4 rows at a time 735; a copy 389).
+        # One loop over all rows: where each row is a loop of its own, fewer lines are on their way at once (9 MB of 144
+        # columns: 478 us, row by row 545, 4 rows at a time 735; a copy 389).
         i = n = 0
         while n < (r1 - r) * width:
             affine_at(x, r, n, k, e, i, y)
@@ -153,7 +164,10 @@ def affine_block(x, r0, r1, j, width, k, e, ahead, stream, y):
 
 @routine
 def affine_channels(x, r0, r1, first, last, S, fold, mean, spread, count, eps, gamma, beta, k, y):
-    """y of channels first .. last on rows r0 .. r1, `fold` times over, one by one: where the coefficients of some do not fit."""
+    """y of channels first .. last on rows r0 .. r1, `fold` times over, one by one.
+
+    Where the coefficients of some do not fit.
+    """
     for c in range(first, last):
         rstd = deviation(spread, c, 1, count, eps) if count > 0.0 else load_wide(spread, (c,), 1)
         fit = put_affine(x, load_wide(mean, (c,), 1), rstd, gamma, beta, c, 1, k, 0)
@@ -194,7 +208,9 @@ def affine_rest(rest_row, mean, rstd, gamma, beta, S, fold, columns, work, rest_
 
 
 @kernel("x2 x2 m1 m1 p1 p1 i i i i i i i b w1 y2 y2")
-def normalize(x, rest_row, mean, rstd, gamma, beta, S, fold, rest, parts, block, tasks, columns, stream, work, y, rest_y):
+def normalize(
+    x, rest_row, mean, rstd, gamma, beta, S, fold, rest, parts, block, tasks, columns, stream, work, y, rest_y
+):
     """y = gamma * (x - mean) * rstd + beta; gamma, beta may be empty; `work` (tasks * WORK * columns + 64)."""
     for task in prange(tasks):
         affine_share(x, mean, rstd, gamma, beta, S, fold, parts, block, task, tasks, columns, stream, work, y)
@@ -204,7 +220,10 @@ def normalize(x, rest_row, mean, rstd, gamma, beta, S, fold, rest, parts, block,
 
 @kernel("x2 p1 p1 f i i i i b w1 y2 s2")
 def forward(x, gamma, beta, eps, S, block, tasks, columns, stream, work, y, stats):
-    """Moments and normalize, a block of channels at a time, still in the cache; stats (2, C), `work` (tasks * WORK * columns + 64)."""
+    """Moments and normalize, a block of channels at a time, still in the cache.
+
+    Stats (2, C), `work` (tasks * WORK * columns + 64).
+    """
     R, C = x.shape[0], stats.shape[1]
     mean, m2, count = stats[0], stats[1], float(R * S)
     blocks = (C + block - 1) // block

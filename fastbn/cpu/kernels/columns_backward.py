@@ -6,10 +6,30 @@ from fastbn.cpu.kernels.beyond import finite, gradient_columns, sum_columns
 from fastbn.cpu.kernels.blocks import PANELS
 from fastbn.cpu.kernels.columns import run_total, share
 from fastbn.cpu.kernels.columns_apply import affine_block, around, as_row, spread_columns, whole_rows
-from fastbn.cpu.kernels.elementwise import fill_gradient, fill_standardize, gradient, head, narrow, put_gradient, put_standardize
+from fastbn.cpu.kernels.elementwise import (
+    fill_gradient,
+    fill_standardize,
+    gradient,
+    head,
+    narrow,
+    put_gradient,
+    put_standardize,
+)
 from fastbn.cpu.kernels.jit import kernel, leaf, prange, routine
 from fastbn.cpu.kernels.memory import fence, prefetch
-from fastbn.cpu.kernels.simd import lanes, load, load_far, load_some, load_wide, muladd, spread, store, store_some, store_stream, store_wide
+from fastbn.cpu.kernels.simd import (
+    lanes,
+    load,
+    load_far,
+    load_some,
+    load_wide,
+    muladd,
+    spread,
+    store,
+    store_some,
+    store_stream,
+    store_wide,
+)
 
 ROWS = 64  # of a tile: as many values as a lane's float32 sum may take within 1e-6
 T, Q = 10, 11  # rows of a workspace that sum dy and dy * xhat
@@ -77,7 +97,8 @@ def two_rows(dy, x, r, j, i, k, e):
 def tile_sums(dy, x, r0, r1, j, width, along, k, e):
     """Rows T, Q of k = sums of dy and of dy * xhat over rows r0 .. r1, for `width` columns from j.
 
-    Narrow rows go panel by panel, sums in registers; wide ones two rows at a time; all of them row by row if `along`, as in `tiles`.
+    Narrow rows go panel by panel, sums in registers; wide ones two rows at a time; all of them row by row if `along`,
+    as in `tiles`.
     """
     W = lanes(x)
     i, zero = 0, spread(x, 0.0)
@@ -109,7 +130,10 @@ def tile_sums(dy, x, r0, r1, j, width, along, k, e):
 
 @routine
 def part_sums(dy, x, r0, r1, first, last, S, along, k, e, sums):
-    """sums (2, P) of strips first .. last over rows r0 .. r1; coefficients of xhat in rows e .. e + 3 of k; tiles added in float64."""
+    """sums (2, P) of strips first .. last over rows r0 .. r1; coefficients of xhat in rows e .. e + 3 of k.
+
+    Tiles added in float64.
+    """
     strips = last - first
     for row in range(r0, r1, ROWS):
         tile_sums(dy, x, row, min(r1, row + ROWS), first * S, strips * S, along, k, e)
@@ -118,7 +142,9 @@ def part_sums(dy, x, r0, r1, first, last, S, along, k, e, sums):
                 for c in range(0, strips, 8):
                     lot = min(8, strips - c)
                     found = load_wide(k, (T + i, c), lot)
-                    store_wide(sums, (i, first + c), lot, found + load_wide(sums, (i, first + c), lot) if row > r0 else found)
+                    store_wide(
+                        sums, (i, first + c), lot, found + load_wide(sums, (i, first + c), lot) if row > r0 else found
+                    )
             else:
                 for c in range(strips):
                     found_c = run_total(k[T + i], c * S, S)
@@ -129,7 +155,9 @@ def part_sums(dy, x, r0, r1, first, last, S, along, k, e, sums):
 def gradient_at(dy, x, r, j, k, e, i, far):
     """One vector of dx; `far` is a constant wherever this is inlined."""
     g, d = (load_far(dy, (r, j)), load_far(x, (r, j))) if far else (load(dy, (r, j)), load(x, (r, j)))
-    return gradient(g, d, load(k, (e, i)), load(k, (e + 1, i)), load(k, (e + 2, i)), load(k, (e + 3, i)), load(k, (e + 4, i)))
+    return gradient(
+        g, d, load(k, (e, i)), load(k, (e + 1, i)), load(k, (e + 2, i)), load(k, (e + 3, i)), load(k, (e + 4, i))
+    )
 
 
 @leaf
@@ -142,13 +170,20 @@ def gradient_some(dy, x, r, j, k, e, i, count, dx):
 
 @routine
 def gradient_block(dy, x, r0, r1, j, width, k, e, ahead, stream, dx):
-    """dx = ((dy - mean_dy) + ((x - high) * slope + offset)) * scale on rows r0 .. r1 of `width` columns from j; rows e .. e + 5 of k.
+    """dx = ((dy - mean_dy) + ((x - high) * slope + offset)) * scale on rows r0 .. r1 of `width` columns from j.
 
+    Rows e .. e + 5 of k.
     `ahead` as in `affine_block`.
     """
     W = lanes(x)
     r = r0
-    if stream and whole_rows(dy, width) and whole_rows(x, width) and whole_rows(dx, width) and head(dx, (r0, 0), width) < W:
+    if (
+        stream
+        and whole_rows(dy, width)
+        and whole_rows(x, width)
+        and whole_rows(dx, width)
+        and head(dx, (r0, 0), width) < W
+    ):
         size = (r1 - r0) * width
         dz, z, out = as_row(dy, r0, size), as_row(x, r0, size), as_row(dx, r0, size)
         around(k, e, 5, width)
@@ -199,7 +234,10 @@ def gradient_block(dy, x, r0, r1, j, width, k, e, ahead, stream, dx):
 
 @routine
 def gradient_channels(dy, x, r0, r1, first, last, mean, rstd, gamma, sums, count, training, S, fold, k, dx):
-    """dx of channels first .. last on rows r0 .. r1, `fold` times over, one by one: where the coefficients of some do not fit."""
+    """dx of channels first .. last on rows r0 .. r1, `fold` times over, one by one.
+
+    Where the coefficients of some do not fit.
+    """
     for c in range(first, last):
         fit = put_gradient(x, mean, rstd, gamma, sums, count, training, c, 1, k, 0)
         e = spread_columns(k, 5 if training else 3, 1, 1, S)
@@ -214,7 +252,10 @@ def gradient_channels(dy, x, r0, r1, first, last, mean, rstd, gamma, sums, count
 
 @leaf
 def strip_sums(dy, x, r0, r1, first, last, C, S, fit, mean, rstd, k, sums):
-    """sums (2, P) again in float64, of those strips first .. last whose coefficients do not fit or whose sums are not finite."""
+    """sums (2, P) again in float64, of those strips first .
+
+    Last whose coefficients do not fit or whose sums are not finite.
+    """
     for s in range(first, last):
         own = fit or put_standardize(x, mean, rstd, s % C, 1, k, 0)
         if not (own and finite(x, sums[0, s]) and finite(x, sums[1, s])):
@@ -236,8 +277,13 @@ def block_gradient(dy, x, r0, r1, first, last, mean, rstd, gamma, sums, count, t
 
 
 @kernel("x2 x2 x2 x2 m1 m1 i i i i i i i b w1 s3 s2")
-def grad_reduce(dy, rest_dy, x, rest_x, mean, rstd, S, fold, rest, parts, block, tasks, columns, along, work, partial, sums):
-    """sums (2, C): sum of dy, sum of dy * xhat; workspaces work (tasks * WORK * columns + 64) and partial (parts + 1, 2, P)."""
+def grad_reduce(
+    dy, rest_dy, x, rest_x, mean, rstd, S, fold, rest, parts, block, tasks, columns, along, work, partial, sums
+):
+    """sums (2, C): sum of dy, sum of dy * xhat.
+
+    Workspaces work (tasks * WORK * columns + 64) and partial (parts + 1, 2, P).
+    """
     R, C = x.shape[0], mean.size
     blocks = (C + block - 1) // block
     for task in prange(tasks):
@@ -260,7 +306,9 @@ def grad_reduce(dy, rest_dy, x, rest_x, mean, rstd, S, fold, rest, parts, block,
         for p in range(1, parts):
             for s in range(0, fold * C, 8):
                 lot = min(8, fold * C - s)
-                store_wide(partial, (0, i, s), lot, load_wide(partial, (0, i, s), lot) + load_wide(partial, (p, i, s), lot))
+                store_wide(
+                    partial, (0, i, s), lot, load_wide(partial, (0, i, s), lot) + load_wide(partial, (p, i, s), lot)
+                )
         for c in range(C):
             t = 0.0
             for s in range(c, fold * C, C):
@@ -272,7 +320,27 @@ def grad_reduce(dy, rest_dy, x, rest_x, mean, rstd, S, fold, rest, parts, block,
 
 @kernel("x2 x2 x2 x2 m1 m1 p1 m2 f b i i i i i i i b w1 y2 y2")
 def grad_input(
-    dy, rest_dy, x, rest_x, mean, rstd, gamma, sums, count, training, S, fold, rest, parts, block, tasks, columns, stream, work, dx, rest_dx
+    dy,
+    rest_dy,
+    x,
+    rest_x,
+    mean,
+    rstd,
+    gamma,
+    sums,
+    count,
+    training,
+    S,
+    fold,
+    rest,
+    parts,
+    block,
+    tasks,
+    columns,
+    stream,
+    work,
+    dx,
+    rest_dx,
 ):
     """dx from the sums; `training` False for constant statistics; `work` (tasks * WORK * columns + 64)."""
     R, C = x.shape[0], mean.size
@@ -283,15 +351,22 @@ def grad_input(
             p, first = unit // blocks, unit % blocks * block
             last = min(C, first + block)
             r0, r1 = R * p // parts, R * (p + 1) // parts
-            block_gradient(dy, x, r0, r1, first, last, mean, rstd, gamma, sums, count, training, S, fold, 0, stream, k, dx)
+            block_gradient(
+                dy, x, r0, r1, first, last, mean, rstd, gamma, sums, count, training, S, fold, 0, stream, k, dx
+            )
     if rest > 0:
         k = share(work, 0, columns)
-        block_gradient(rest_dy, rest_x, 0, 1, 0, C, mean, rstd, gamma, sums, count, training, S, fold, 0, False, k, rest_dx)
+        block_gradient(
+            rest_dy, rest_x, 0, 1, 0, C, mean, rstd, gamma, sums, count, training, S, fold, 0, False, k, rest_dx
+        )
 
 
 @kernel("x2 x2 m1 m1 p1 b i i i i b w1 y2 s2 w2")
 def backward(dy, x, mean, rstd, gamma, training, S, block, tasks, columns, stream, work, dx, sums, grads):
-    """grad_reduce and grad_input, a block of channels at a time; sums, grads (2, C), `work` (tasks * WORK * columns + 64)."""
+    """grad_reduce and grad_input, a block of channels at a time.
+
+    Sums, grads (2, C), `work` (tasks * WORK * columns + 64).
+    """
     R, C = x.shape[0], mean.size
     blocks = (C + block - 1) // block
     for task in prange(tasks):
@@ -304,4 +379,23 @@ def backward(dy, x, mean, rstd, gamma, training, S, block, tasks, columns, strea
             part_sums(dy, x, 0, R, first, last, S, False, k, e, sums)
             strip_sums(dy, x, 0, R, first, last, C, S, fit, mean, rstd, k, sums)
             narrow(sums, first, last, grads)
-            block_gradient(dy, x, 0, R, first, last, mean, rstd, gamma, sums, float(R * S), training, S, 1, block * S, stream, k, dx)
+            block_gradient(
+                dy,
+                x,
+                0,
+                R,
+                first,
+                last,
+                mean,
+                rstd,
+                gamma,
+                sums,
+                float(R * S),
+                training,
+                S,
+                1,
+                block * S,
+                stream,
+                k,
+                dx,
+            )

@@ -1,8 +1,8 @@
 """The elementwise half of every pass: y from x, dx from dy and x, and each channel's coefficients.
 
-The coefficients split the mean into its nearest value in the arithmetic of x and the remainder: `x - high` is exact near the mean, where
-`x * scale + shift` would cancel, and the remainder goes into the shift, which costs nothing. They are computed in float64, eight channels
-at a time, into the rows of a workspace k.
+The coefficients split the mean into its nearest value in the arithmetic of x and the remainder: `x - high` is exact
+near the mean, where `x * scale + shift` would cancel, and the remainder goes into the shift, which costs nothing. They
+are computed in float64, eight channels at a time, into the rows of a workspace k.
 """
 
 from __future__ import annotations
@@ -42,7 +42,10 @@ def deviation(m2, c, n, count, eps):
 
 @leaf
 def put_affine(x, mean, rstd, gamma, beta, c, n, k, i):
-    """Columns i .. i + n of k = (high, scale, shift) of channels c .. c + n: y = (x - high) * scale + shift; whether they fit."""
+    """Columns i .. i + n of k = (high, scale, shift) of channels c .. c + n: y = (x - high) * scale + shift.
+
+    Whether they fit.
+    """
     g = load_wide(gamma, (c,), n) if gamma.size else wide(1.0)
     b = load_wide(beta, (c,), n) if beta.size else wide(0.0)
     high, scale = rounded(x, mean), rounded(x, g * rstd)
@@ -57,7 +60,10 @@ def put_affine(x, mean, rstd, gamma, beta, c, n, k, i):
 
 @leaf
 def fill_affine(x, mean, rstd, gamma, beta, c0, c1, k):
-    """The coefficients of channels c0 .. c1 from column 0 of k; False where one leaves the range of float32: see `beyond`."""
+    """The coefficients of channels c0 .. c1 from column 0 of k.
+
+    False where one leaves the range of float32: see `beyond`.
+    """
     fit = True
     for c in range(c0, c1, 8):
         n = min(8, c1 - c)
@@ -71,13 +77,19 @@ def fill_forward(x, mean, m2, count, eps, gamma, beta, c0, c1, k):
     fit = True
     for c in range(c0, c1, 8):
         n = min(8, c1 - c)
-        fit = put_affine(x, load_wide(mean, (c,), n), deviation(m2, c, n, count, eps), gamma, beta, c, n, k, c - c0) and fit
+        fit = (
+            put_affine(x, load_wide(mean, (c,), n), deviation(m2, c, n, count, eps), gamma, beta, c, n, k, c - c0)
+            and fit
+        )
     return fit
 
 
 @leaf
 def put_standardize(x, mean, rstd, c, n, k, i):
-    """Columns i .. i + n of k = (high, scale, shift) of channels c .. c + n: xhat = (x - high) * scale + shift; whether they fit."""
+    """Columns i .. i + n of k = (high, scale, shift) of channels c .. c + n: xhat = (x - high) * scale + shift.
+
+    Whether they fit.
+    """
     m, r = load_wide(mean, (c,), n), load_wide(rstd, (c,), n)
     high, scale = rounded(x, m), rounded(x, r)
     shift = wide(0.0) - (m - high) * scale
@@ -98,8 +110,9 @@ def fill_standardize(x, mean, rstd, c0, c1, k):
 
 @leaf
 def put_gradient(x, mean, rstd, gamma, sums, count, training, c, n, k, i):
-    """Columns i .. i + n of k = (high, slope, offset, mean_dy, scale): dx = ((dy - mean_dy) + ((x - high) * slope + offset)) * scale.
+    """Columns i .. i + n of k = (high, slope, offset, mean_dy, scale).
 
+    dx = ((dy - mean_dy) + ((x - high) * slope + offset)) * scale.
     The slope is rstd times the mean of dy * xhat; times gamma * rstd too, it would underflow for data near 1e30.
     Where the statistics are constants: (0, gamma * rstd, 0) of `affine_row` on dy. Whether they fit.
     """
@@ -146,7 +159,10 @@ def narrow(sums, c0, c1, grads):
 
 @leaf
 def head(y, index, size):
-    """Elements of a row of `size` before the first boundary of a whole vector's bytes; all of them where none lies on one."""
+    """Elements of a row of `size` before the first boundary of a whole vector's bytes.
+
+    All of them where none lies on one.
+    """
     whole = lanes(y) * bytes_of(y)
     gap = -address(y, index) & (whole - 1)
     return min(size, gap // bytes_of(y)) if gap % bytes_of(y) == 0 else size
@@ -166,9 +182,11 @@ def gradient(g, v, h, p, o, m, a):
 
 @leaf
 def affine_row(x, n, c, s0, s1, k, i, ahead, stream, y):
-    """y = (x - high) * scale + shift on columns s0 .. s1 of row n of channel c, coefficients k[:, i]; past the cache where `stream`.
+    """y = (x - high) * scale + shift on columns s0 .. s1 of row n of channel c, coefficients k[:, i].
 
-    That leaves room there: the row of the channel `ahead` of this one is fetched meanwhile, unless that is 0, to be reduced next.
+    Past the cache where `stream`.
+    That leaves room there: the row of the channel `ahead` of this one is fetched meanwhile, unless that is 0, to be
+    reduced next.
     """
     W = lanes(x)
     h, a, b = broadcast(k, (0, i)), broadcast(k, (1, i)), broadcast(k, (2, i))
@@ -183,8 +201,8 @@ def affine_row(x, n, c, s0, s1, k, i, ahead, stream, y):
                 prefetch(x, (n, c + ahead, s))
             store_stream(y, (n, c, s), affine(load(x, (n, c, s)), h, a, b))
             s += W
-    # One loop: with two vectors a turn and the end of the row behind it, rows of 64 bytes took 5 times as long, 1.6 MB in rows of 196
-    # 3 times, 4 to 20 MB in rows of 1 KB and more 1.1 to 1.4 times.
+    # One loop: with two vectors a turn and the end of the row behind it, rows of 64 bytes took 5 times as long, 1.6 MB
+    # in rows of 196 3 times, 4 to 20 MB in rows of 1 KB and more 1.1 to 1.4 times.
     while s < s1:
         if s + W <= s1:
             store(y, (n, c, s), affine(load_far(x, (n, c, s)), h, a, b))
@@ -195,7 +213,10 @@ def affine_row(x, n, c, s0, s1, k, i, ahead, stream, y):
 
 @leaf
 def gradient_row(dy, x, n, c, s0, s1, k, i, ahead, stream, dx):
-    """dx = ((dy - mean_dy) + ((x - high) * slope + offset)) * scale on columns s0 .. s1 of row n of channel c, coefficients k[:, i]."""
+    """dx = ((dy - mean_dy) + ((x - high) * slope + offset)) * scale on columns s0 .
+
+    s1 of row n of channel c, coefficients k[:, i].
+    """
     W = lanes(x)
     h, p, o = broadcast(k, (0, i)), broadcast(k, (1, i)), broadcast(k, (2, i))
     m, a = broadcast(k, (3, i)), broadcast(k, (4, i))
@@ -243,11 +264,12 @@ def as_row(x):
 
 @leaf
 def affine_stream(x, first, last, k, i, ahead, y):
-    """y of rows first .. last of N * C in the order of memory, past the cache; coefficients from column i of k, from 0 after channel C.
+    """y of rows first .. last of N * C in the order of memory, past the cache.
 
-    A vector on the end of a row takes the coefficients of both. Written as two parts, as `affine_row` does, the line of memory that they
-    share has to be read first, which holds up all stores behind it: 96 x 192 x 17 x 17 took 1400 us and takes 610, 64 x 128 x 29 x 29
-    1360 and 1130.
+    Coefficients from column i of k, from 0 after channel C.
+    A vector on the end of a row takes the coefficients of both. Written as two parts, as `affine_row` does, the line of
+    memory that they share has to be read first, which holds up all stores behind it: 96 x 192 x 17 x 17 took 1400 us
+    and takes 610, 64 x 128 x 29 x 29 1360 and 1130.
     """
     C, S, W = x.shape[1], x.shape[2], lanes(x)
     z, out = as_row(x), as_row(y)
@@ -269,7 +291,9 @@ def affine_stream(x, first, last, k, i, ahead, y):
             i = i + 1 if i + 1 < C else 0
             h1, a1, b1 = broadcast(k, (0, i)), broadcast(k, (1, i)), broadcast(k, (2, i))
             if some > 0:
-                store_stream(out, (j,), affine(load(z, (j,)), splice(h, some, h1), splice(a, some, a1), splice(b, some, b1)))
+                store_stream(
+                    out, (j,), affine(load(z, (j,)), splice(h, some, h1), splice(a, some, a1), splice(b, some, b1))
+                )
                 j += W
             h, a, b = h1, a1, b1
             end += S
@@ -305,7 +329,13 @@ def gradient_stream(dy, x, first, last, k, i, ahead, dx):
             h1, p1, o1 = broadcast(k, (0, i)), broadcast(k, (1, i)), broadcast(k, (2, i))
             m1, a1 = broadcast(k, (3, i)), broadcast(k, (4, i))
             if some > 0:
-                h, p, o, m, a = splice(h, some, h1), splice(p, some, p1), splice(o, some, o1), splice(m, some, m1), splice(a, some, a1)
+                h, p, o, m, a = (
+                    splice(h, some, h1),
+                    splice(p, some, p1),
+                    splice(o, some, o1),
+                    splice(m, some, m1),
+                    splice(a, some, a1),
+                )
                 store_stream(out, (j,), gradient(load(dz, (j,)), load(z, (j,)), h, p, o, m, a))
                 j += W
             h, p, o, m, a = h1, p1, o1, m1, a1

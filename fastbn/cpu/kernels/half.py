@@ -1,7 +1,8 @@
 """float16 to float32 and back: the machine's own conversion or, where it has none, integer arithmetic on vectors.
 
-x86-64 converts since F16C (2012). Without, LLVM calls a function of the compiler's runtime library, which numba does not link: the process
-would be aborted. So it is on old processors, on virtual machines of level x86-64-v2, and with NUMBA_CPU_NAME=generic.
+x86-64 converts since F16C (2012). Without, LLVM calls a function of the compiler's runtime library, which numba does
+not link: the process would be aborted. So it is on old processors, on virtual machines of level x86-64-v2, and with
+NUMBA_CPU_NAME=generic.
 """
 
 from __future__ import annotations
@@ -63,20 +64,26 @@ def from_half(builder: Any, vector: Any) -> Any:
     magnitude = v.masked(bits, 0x7FFF)
     shifted = b.shl(magnitude, v.word(13))
     normal = b.add(shifted, v.word((127 - 15) << 23))
-    special = b.or_(b.add(shifted, v.word((255 - 31) << 23)), b.select(v.below(magnitude, 0x7C01), v.word(0), v.word(0x400000)))
+    special = b.or_(
+        b.add(shifted, v.word((255 - 31) << 23)), b.select(v.below(magnitude, 0x7C01), v.word(0), v.word(0x400000))
+    )
     tiny = b.bitcast(b.fmul(b.sitofp(magnitude, v.floats), v.single(2.0**-24)), v.words)
     found = b.select(v.below(magnitude, 0x0400), tiny, b.select(v.below(magnitude, 0x7C00), normal, special))
     return b.bitcast(b.or_(found, b.shl(v.masked(bits, 0x8000), v.word(16))), v.floats)
 
 
 def to_half(builder: Any, vector: Any) -> Any:
-    """float32 -> bits of float16, rounded to nearest even; a NaN stays one, quiet, with the first bits of its payload."""
+    """float32 -> bits of float16, rounded to nearest even.
+
+    A NaN stays one, quiet, with the first bits of its payload.
+    """
     b, v = builder, _Lanes(builder, vector.type.count)
     bits = b.bitcast(vector, v.words)
     magnitude = v.masked(bits, 0x7FFFFFFF)
     odd = v.masked(b.lshr(magnitude, v.word(13)), 1)
     normal = b.lshr(b.sub(b.add(magnitude, b.add(odd, v.word(0x0FFF))), v.word((127 - 15) << 23)), v.word(13))
-    # A subnormal number in units of its last place, which the machine rounds to an integer where the sum's last place is 1.
+    # A subnormal number in units of its last place, which the machine rounds to an integer where the sum's last place
+    # is 1.
     scaled = b.fmul(b.bitcast(magnitude, v.floats), v.single(2.0**24))
     tiny = b.sub(b.bitcast(b.fadd(scaled, v.single(2.0**23)), v.words), v.word(0x4B000000))
     quiet = b.or_(v.word(0x7E00), v.masked(b.lshr(magnitude, v.word(13)), 0x3FF))

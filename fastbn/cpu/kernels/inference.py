@@ -1,7 +1,7 @@
 """Inference on memory: x, y, parameters and running statistics by their addresses, all without gaps, in one call.
 
-For PyTorch's tensors. To see six of them as arrays, convert the statistics and take rstd takes 60 to 100 us where a convolution has emptied
-the caches, and as long again to look all arguments over; a kernel for 1 MB takes 50.
+For PyTorch's tensors. To see six of them as arrays, convert the statistics and take rstd takes 60 to 100 us where a
+convolution has emptied the caches, and as long again to look all arguments over; a kernel for 1 MB takes 50.
 The loops are those of `channels_first.normalize` and `channels_last_apply.normalize`.
 """
 
@@ -43,7 +43,8 @@ def rows(like, x_at, y_at, mean_at, var_at, gamma_at, beta_at, eps, N, C, S, pie
 
 @kernel("x1 i i i i i i f i i i i i i i i i b s2 w1")
 def columns(
-    like, x_at, y_at, mean_at, var_at, gamma_at, beta_at, eps, R, C, S, fold, rest, parts, block, tasks, columns, stream, stats, work
+    like, x_at, y_at, mean_at, var_at, gamma_at, beta_at, eps, R, C, S, fold, rest, parts, block, tasks, columns,
+    stream, stats, work
 ):  # fmt: skip
     """y of (R * fold + rest, C * S); workspaces `stats` (2, C) and `work` (tasks * WORK * columns + 64)."""
     F, more = fold * C * S, rest * C * S

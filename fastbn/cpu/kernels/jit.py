@@ -30,7 +30,8 @@ def _njit(function: Callable[..., Any], parallel: bool = False, inline: bool = F
 def leaf(function: Callable[..., Any]) -> Any:
     """A serial function that kernels call; compiled with the kernel, for its types.
 
-    Inlined: an array argument takes ten words on the stack, and a call 15 ns. Short rows gain 5 to 15 %, a first call loses 0.7 s.
+    Inlined: an array argument takes ten words on the stack, and a call 15 ns. Short rows gain 5 to 15 %, a first call
+    loses 0.7 s.
     """
     return _njit(function, inline=True)
 
@@ -76,8 +77,8 @@ class Kernel:
     body : function
         The kernel, written with one `prange`; the serial form runs it as a plain range.
     arguments : str
-        A token per argument: x3 an input of rank 3, y3 an output; p1 a parameter and w2 a workspace in the arithmetic of x (float32 for
-        half precision); m1 float64 to read, s1 to write; i f b scalars.
+        A token per argument: x3 an input of rank 3, y3 an output; p1 a parameter and w2 a workspace in the arithmetic
+        of x (float32 for half precision); m1 float64 to read, s1 to write; i f b scalars.
     parallel : bool
         Whether there is a parallel form.
     """
@@ -90,8 +91,9 @@ class Kernel:
         self._compiled: dict[tuple[Any, bool | _team.Runtime], Callable[..., Any]] = {}
 
     def form(self, dtype: np.dtype[Any], parallel: bool, team: _team.Runtime | None = None) -> Callable[..., Any]:
-        """The function for arrays of `dtype` that runs here and now: the serial one where threads are unsafe or limited to one.
+        """The function for arrays of `dtype` that runs here and now.
 
+        The serial one where threads are unsafe or limited to one.
         `team`: whose threads it runs on, where `threads.on_team` would take too long.
         """
         count = threads.count() if parallel and not DISABLED else 1
@@ -99,7 +101,10 @@ class Kernel:
         return threads.masked(run, count) if count > 1 else run
 
     def compiled(self, dtype: np.dtype[Any], parallel: bool | _team.Runtime) -> Callable[..., Any]:
-        """The compiled function for arrays of `dtype`, whatever the threads of this process: serial, on numba's threads, or on a team."""
+        """The compiled function for arrays of `dtype`, whatever the threads of this process.
+
+        Serial, on numba's threads, or on a team.
+        """
         found = self._compiled.get((dtype, parallel))
         return found if found is not None else self._compile(dtype, parallel)
 
@@ -112,11 +117,13 @@ class Kernel:
             return self._compiled[dtype, parallel]
 
     def _specialize(self, dtype: np.dtype[Any], parallel: bool | _team.Runtime) -> Callable[..., Any]:
-        # numba's disk cache tells functions apart by name and line, not by options: each form gets a name of its own. So does
-        # the same code linked to a team: LLVM takes a name for the first that has it.
+        # numba's disk cache tells functions apart by name and line, not by options: each form gets a name of its own.
+        # So does the same code linked to a team: LLVM takes a name for the first that has it.
         team = parallel if isinstance(parallel, _team.Runtime) else None
         name = f"{self._body.__name__}_{'serial' if not parallel else 'parallel' if team is None else 'team'}"
-        function = FunctionType(self._body.__code__, self._body.__globals__, name, self._body.__defaults__, self._body.__closure__)
+        function = FunctionType(
+            self._body.__code__, self._body.__globals__, name, self._body.__defaults__, self._body.__closure__
+        )
         function.__qualname__, function.__module__ = name, self._body.__module__
         if parallel:
             pool.launch()
@@ -124,7 +131,8 @@ class Kernel:
         compiled._cache = cache.Cache(function)  # as enable_caching would, with numba's own
         with nullcontext() if team is None else _team.linked(team):
             compiled.compile(tuple(_argument(token, numba.from_dtype(dtype)) for token in self._arguments))
-        # Called without the dispatcher, which would look at the types of all arguments first: 32 x 64 in 1.0 us instead of 1.7.
+        # Called without the dispatcher, which would look at the types of all arguments first: 32 x 64 in 1.0 us instead
+        # of 1.7.
         (made,) = compiled.overloads.values()
         specialized: Callable[..., Any] = made.entry_point
         return specialized

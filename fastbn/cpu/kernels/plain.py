@@ -1,4 +1,7 @@
-"""The vectors of `_simd` as small NumPy arrays, for NUMBA_DISABLE_JIT=1: kernels as plain Python, every line counted and debuggable."""
+"""The vectors of `_simd` as small NumPy arrays, for NUMBA_DISABLE_JIT=1.
+
+Kernels as plain Python, every line counted and debuggable.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +61,8 @@ def scalar(x: Array, value: float) -> Any:
 
 def _span(x: Array, index: Index, count: int) -> Array:
     assert min(index) >= 0, "a vector before the beginning"
-    if index[-1] >= x.shape[-1] and x.ndim == 2 and x.strides[0] == x.shape[1] * x.itemsize:  # rows without gaps: in one of the next
+    # rows without gaps: in one of the next
+    if index[-1] >= x.shape[-1] and x.ndim == 2 and x.strides[0] == x.shape[1] * x.itemsize:
         index = (index[0] + index[1] // x.shape[1], index[1] % x.shape[1])
     where: Any = (*index[:-1], slice(index[-1], index[-1] + count))
     span: Array = x[where]

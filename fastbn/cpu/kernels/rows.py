@@ -1,10 +1,11 @@
 """Kernels on (N, C, S) arrays, S contiguous: statistics, normalize, and the forward that reads x from memory once.
 
-A channel's slab, N rows of S values, is walked in blocks: `rows` rows, or one of `splits` pieces of a long row. Blocks are numbered
-0 .. blocks, a part is a run of them. One pass over a block is enough: its values are shifted by the mean of the blocks before; only the
-first block of a part, which fits the first-level cache, is read twice for that. Statistics alone take `lot` channels together, block by
-block: rows of one channel lie far apart, and memory gives them at half its speed (102 MB in rows of 12 KB: 2.8 -> 1.5 ms).
-`tasks` is how many tasks share the work, each with a row of the workspace; which task does what changes nothing in the result.
+A channel's slab, N rows of S values, is walked in blocks: `rows` rows, or one of `splits` pieces of a long row. Blocks
+are numbered 0 .. blocks, a part is a run of them. One pass over a block is enough: its values are shifted by the mean
+of the blocks before; only the first block of a part, which fits the first-level cache, is read twice for that.
+Statistics alone take `lot` channels together, block by block: rows of one channel lie far apart, and memory gives them
+at half its speed (102 MB in rows of 12 KB: 2.8 -> 1.5 ms). `tasks` is how many tasks share the work, each with a row of
+the workspace; which task does what changes nothing in the result.
 """
 
 from __future__ import annotations
@@ -13,7 +14,15 @@ import numpy as np
 
 from fastbn.cpu.kernels import welford
 from fastbn.cpu.kernels.beyond import affine_rows
-from fastbn.cpu.kernels.elementwise import affine_row, affine_stream, deviation, fill_affine, fill_forward, one_stream, put_affine
+from fastbn.cpu.kernels.elementwise import (
+    affine_row,
+    affine_stream,
+    deviation,
+    fill_affine,
+    fill_forward,
+    one_stream,
+    put_affine,
+)
 from fastbn.cpu.kernels.jit import kernel, leaf, prange, routine
 from fastbn.cpu.kernels.memory import fence
 from fastbn.cpu.kernels.simd import element, lanes, load, load_some, load_wide, muladd, scalar, spread, total, wide
@@ -21,11 +30,11 @@ from fastbn.cpu.kernels.simd import element, lanes, load, load_some, load_wide, 
 merge = leaf(welford.merge)
 finish_block = leaf(welford.block)
 
-# Sums of squares outside these limits lose more than they keep in float32: 1e37 is near overflow, and where the sum is below 1e-24
-# single squares fall to subnormal numbers.
+# Sums of squares outside these limits lose more than they keep in float32: 1e37 is near overflow, and where the sum is
+# below 1e-24 single squares fall to subnormal numbers.
 HIGH, LOW = 1e37, 1e-24
-# Vectors that four accumulators take before they are added up. One chain of 64 squares lost 1.4e-6 of a variance to an outlier of 1e6:
-# each small square rounded the same way against the large one.
+# Vectors that four accumulators take before they are added up. One chain of 64 squares lost 1.4e-6 of a variance to an
+# outlier of 1e6: each small square rounded the same way against the large one.
 SEGMENT = 32
 
 
@@ -135,8 +144,9 @@ def wide_deviations(x, c, n0, n1, s0, s1, shift):
 def coarse(x, mean, spread):
     """The mean in the arithmetic of x, on a grid of 1/32 to 1/64 of the spread: what values are shifted by.
 
-    Of few digits more than the spread's: deviations of data that have few themselves, and their squares, then add up exactly. About a
-    shift of 24 digits each of these sums is rounded, equal ones all the same way: 5e-8 std of a mean, 3e-6 of a variance.
+    Of few digits more than the spread's: deviations of data that have few themselves, and their squares, then add up
+    exactly. About a shift of 24 digits each of these sums is rounded, equal ones all the same way: 5e-8 std of a mean,
+    3e-6 of a variance.
     """
     near = scalar(x, mean)
     if spread < 1e30:  # beyond, nothing is gained that is not lost by overflow
@@ -153,12 +163,17 @@ def distance(x, index, mean):
 
 @leaf
 def block_shift(x, c, n0, n1, s0, s1, mean, m2, before):
-    """What a block's values are shifted by: the mean of `before` values before it or, where it is the first, its own."""
+    """What a block's values are shifted by.
+
+    The mean of `before` values before it or, where it is the first, its own.
+    """
     if before > 0.0:
         return coarse(x, mean, np.sqrt(m2 / before))
     mean = block_sum(x, c, n0, n1, s0, s1) / float((n1 - n0) * (s1 - s0))
     ends = distance(x, (n0, c, s0), mean) + distance(x, (n1 - 1, c, s1 - 1), mean)
-    return coarse(x, mean, ends + distance(x, (n0, c, s1 - 1), mean) + distance(x, ((n0 + n1) // 2, c, (s0 + s1) // 2), mean))
+    return coarse(
+        x, mean, ends + distance(x, (n0, c, s1 - 1), mean) + distance(x, ((n0 + n1) // 2, c, (s0 + s1) // 2), mean)
+    )
 
 
 @leaf
@@ -177,7 +192,10 @@ def block_moments(x, c, n0, n1, s0, s1, mean, m2, before):
 
 @routine
 def part_moments(x, c0, c1, first, last, rows, splits, mean, m2):
-    """mean, m2 of blocks first .. last of channels c0 .. c1, block by block in the order of memory; the values of each."""
+    """mean, m2 of blocks first .. last of channels c0 .. c1, block by block in the order of memory.
+
+    The values of each.
+    """
     count, more = 0.0, 0.0
     for k in range(first, last):
         n0, n1, s0, s1 = bounds(x, k, rows, splits)
@@ -199,7 +217,9 @@ def moments(x, rows, splits, blocks, parts, lot, tasks, partial, stats):
         for unit in range(units * task // tasks, units * (task + 1) // tasks):
             c0, p = unit // parts * lot, unit % parts
             c1 = min(C, c0 + lot)
-            count = part_moments(x, c0, c1, blocks * p // parts, blocks * (p + 1) // parts, rows, splits, partial[p, 0], partial[p, 1])
+            count = part_moments(
+                x, c0, c1, blocks * p // parts, blocks * (p + 1) // parts, rows, splits, partial[p, 0], partial[p, 1]
+            )
             partial[p, 2, c0:c1] = count
     for c in range(C):
         mean_c, m2_c, count = partial[0, 0, c], partial[0, 1, c], partial[0, 2, c]
@@ -210,7 +230,10 @@ def moments(x, rows, splits, blocks, parts, lot, tasks, partial, stats):
 
 @leaf
 def units_of(x, task, tasks, pieces):
-    """A task's share of N * C * pieces units in the order of memory: how many, and the first one's row, channel and piece."""
+    """A task's share of N * C * pieces units in the order of memory.
+
+    How many, and the first one's row, channel and piece.
+    """
     N, C = x.shape[0], x.shape[1]
     first, last = N * C * pieces * task // tasks, N * C * pieces * (task + 1) // tasks
     return last - first, first // pieces // C, first // pieces % C, first % pieces
@@ -253,7 +276,10 @@ def affine_units(x, task, tasks, pieces, k, stream, y):
 
 @routine
 def affine_channel(x, c, mean, spread, count, eps, gamma, beta, k, i, y):
-    """y of channel c, where another's coefficients do not fit, or its own: column i of k, or in float64. See `beyond.rstd_of`."""
+    """y of channel c, where another's coefficients do not fit, or its own.
+
+    Column i of k, or in float64. See `beyond.rstd_of`.
+    """
     rstd = deviation(spread, c, 1, count, eps) if count > 0.0 else load_wide(spread, (c,), 1)
     if put_affine(x, load_wide(mean, (c,), 1), rstd, gamma, beta, c, 1, k, i):
         for n in range(x.shape[0] - 1, -1, -1):
@@ -264,7 +290,10 @@ def affine_channel(x, c, mean, spread, count, eps, gamma, beta, k, i, y):
 
 @leaf
 def affine_task(x, task, tasks, pieces, fit, mean, rstd, gamma, beta, k, stream, y):
-    """A task's share of y: in the order of memory where the coefficients k of all channels fit, else a channel after another."""
+    """A task's share of y: in the order of memory where the coefficients k of all channels fit.
+
+    Else a channel after another.
+    """
     if fit:
         affine_units(x, task, tasks, pieces, k, stream, y)
         if stream:
@@ -276,7 +305,10 @@ def affine_task(x, task, tasks, pieces, fit, mean, rstd, gamma, beta, k, stream,
 
 @kernel("x3 m1 m1 p1 p1 i i b w2 y3")
 def normalize(x, mean, rstd, gamma, beta, pieces, tasks, stream, work, y):
-    """y = gamma * (x - mean) * rstd + beta, in the order of memory; gamma, beta may be empty; `work` (3, C rounded up to 8)."""
+    """y = gamma * (x - mean) * rstd + beta, in the order of memory; gamma, beta may be empty.
+
+    `work` (3, C rounded up to 8).
+    """
     fit = fill_affine(x, mean, rstd, gamma, beta, 0, x.shape[1], work)
     for task in prange(tasks):
         affine_task(x, task, tasks, pieces, fit, mean, rstd, gamma, beta, work, stream, y)
@@ -284,8 +316,9 @@ def normalize(x, mean, rstd, gamma, beta, pieces, tasks, stream, work, y):
 
 @kernel("x3 p1 p1 f i i i i i i b w3 y3 s2")
 def forward(x, gamma, beta, eps, rows, splits, blocks, lot, tasks, ahead, stream, work, y, stats):
-    """Moments and normalize, `lot` channels at a time, still in the cache; `work` (tasks, 3, 8), stats (2, C): mean and m2.
+    """Moments and normalize, `lot` channels at a time, still in the cache.
 
+    `work` (tasks, 3, 8), stats (2, C): mean and m2.
     Up to 8 channels: coefficients are computed for 8 at once (forward of 1 x 256 x 24 x 26: 63 -> 45 us).
     """
     N, C, S = x.shape

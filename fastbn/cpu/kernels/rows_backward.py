@@ -72,7 +72,10 @@ def channel_sums(dy, x, c, first, last, rows, splits, mean, rstd, fit, sums):
 
 @leaf
 def part_sums(dy, x, c0, c1, first, last, rows, splits, mean, rstd, k, sums):
-    """sums (2, C): sum of dy, sum of dy * xhat over blocks first .. last of channels c0 .. c1, blocks added in float64."""
+    """sums (2, C): sum of dy, sum of dy * xhat over blocks first .. last of channels c0 .
+
+    c1, blocks added in float64.
+    """
     fit = fill_standardize(x, mean, rstd, c0, c1, k)
     for c in range(c0, c1):
         sums[0, c], sums[1, c] = 0.0, 0.0
@@ -138,7 +141,10 @@ def gradient_units(dy, x, task, tasks, pieces, k, stream, dx):
 
 @kernel("x3 x3 m1 m1 p1 m2 f b i i b w2 y3")
 def grad_input(dy, x, mean, rstd, gamma, sums, count, training, pieces, tasks, stream, work, dx):
-    """dx from the sums, in the order of memory; `training` False for constant statistics; `work` (5, C rounded up to 8)."""
+    """dx from the sums, in the order of memory; `training` False for constant statistics.
+
+    `work` (5, C rounded up to 8).
+    """
     C = x.shape[1]
     fit = fill_gradient(x, mean, rstd, gamma, sums, count, training, 0, C, work)
     for task in prange(tasks):
@@ -154,8 +160,13 @@ def grad_input(dy, x, mean, rstd, gamma, sums, count, training, pieces, tasks, s
 
 
 @kernel("x3 x3 m1 m1 p1 b i i i i i i b w3 y3 s2 w2")
-def backward(dy, x, mean, rstd, gamma, training, rows, splits, blocks, lot, tasks, ahead, stream, work, dx, sums, grads):
-    """grad_reduce and grad_input, `lot` channels (up to 8) at a time, still in the cache; `work` (tasks, 5, 8), sums, grads (2, C)."""
+def backward(
+    dy, x, mean, rstd, gamma, training, rows, splits, blocks, lot, tasks, ahead, stream, work, dx, sums, grads
+):
+    """grad_reduce and grad_input, `lot` channels (up to 8) at a time, still in the cache.
+
+    `work` (tasks, 5, 8), sums, grads (2, C).
+    """
     N, C, S = x.shape
     count, units, whole = float(N * S), (C + lot - 1) // lot, stream and joined(dy) and one_stream(x, dx)
     for task in prange(tasks):

@@ -1,9 +1,9 @@
 """Batch normalization for the caller's own @njit functions: one thread, no validation, the kernels' arithmetic.
 
-x, dy, y and dx are of float32 or float64, gamma and beta (C,) of the same, mean, m2 and rstd (C,) of float64, in C order.
-`channels_first` takes (N, C, S) arrays, S contiguous, `channels_last` (R, C), C contiguous. gamma or beta may be an empty array: 1, 0.
-Results are those of `fastbn`'s functions to the bit where `fastbn.explain` says "fused", but for short rows of channels first; elsewhere
-the last bits may differ. Safe in prange, in threads and after a fork.
+x, dy, y and dx are of float32 or float64, gamma and beta (C,) of the same, mean, m2 and rstd (C,) of float64, in C
+order. `channels_first` takes (N, C, S) arrays, S contiguous, `channels_last` (R, C), C contiguous. gamma or beta may be
+an empty array: 1, 0. Results are those of `fastbn`'s functions to the bit where `fastbn.explain` says "fused", but for
+short rows of channels first; elsewhere the last bits may differ. Safe in prange, in threads and after a fork.
 """
 
 from __future__ import annotations
@@ -12,7 +12,14 @@ import numpy as np
 
 from fastbn.cpu.kernels import beyond, blocks, columns, columns_apply, columns_backward, rows_backward
 from fastbn.cpu.kernels import rows as channels_first
-from fastbn.cpu.kernels.elementwise import affine_row, fill_affine, fill_forward, fill_gradient, fill_standardize, gradient_row
+from fastbn.cpu.kernels.elementwise import (
+    affine_row,
+    fill_affine,
+    fill_forward,
+    fill_gradient,
+    fill_standardize,
+    gradient_row,
+)
 from fastbn.cpu.kernels.jit import leaf, routine
 from fastbn.cpu.kernels.simd import lanes
 
@@ -132,4 +139,6 @@ def backward_channels_last(dy, x, mean, rstd, gamma, dx, sums):
         if fill_gradient(x, mean, rstd, gamma, sums, float(R), True, first, last, k):
             columns_backward.gradient_block(dy, x, 0, R, first, last - first, k, 0, 0, False, dx)
         else:
-            columns_backward.gradient_channels(dy, x, 0, R, first, last, mean, rstd, gamma, sums, float(R), True, 1, 1, k, dx)
+            columns_backward.gradient_channels(
+                dy, x, 0, R, first, last, mean, rstd, gamma, sums, float(R), True, 1, 1, k, dx
+            )

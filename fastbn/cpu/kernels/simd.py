@@ -1,12 +1,13 @@
 """Explicit vectors for kernels: loads, stores and arithmetic of 64-byte vectors, written as LLVM instructions.
 
-LLVM's own vectorizer is not enough here: it keeps no accumulators in registers across rows, gives an in-place call the scalar loop
-(its overlap check fails), runs up to 15 scalar steps at the end of every short row, and never emits a streaming store. With a vector
-type the kernels say what they mean, and compile in half the time.
+LLVM's own vectorizer is not enough here: it keeps no accumulators in registers across rows, gives an in-place call the
+scalar loop (its overlap check fails), runs up to 15 scalar steps at the end of every short row, and never emits a
+streaming store. With a vector type the kernels say what they mean, and compile in half the time.
 
-A vector has lanes(x) elements: 16 where x is computed in float32, 8 of float64. On narrower machines LLVM splits it. `+`, `-`, `*` and
-`/` work on vectors. Positions are index tuples of a strided array whose last axis is contiguous; alignment of one element is enough.
-Wide vectors are of 8 float64, whatever the array. With NUMBA_DISABLE_JIT=1 a vector is a small NumPy array.
+A vector has lanes(x) elements: 16 where x is computed in float32, 8 of float64. On narrower machines LLVM splits it.
+`+`, `-`, `*` and `/` work on vectors. Positions are index tuples of a strided array whose last axis is contiguous;
+alignment of one element is enough. Wide vectors are of 8 float64, whatever the array. With NUMBA_DISABLE_JIT=1 a vector
+is a small NumPy array.
 """
 
 from typing import Any
@@ -73,7 +74,9 @@ def element(typingctx, x, index):
     """x[index] in float64; no index counts from the end, as NumPy's may."""
 
     def codegen(context, builder, sig, args):
-        return builder.extract_element(convert(builder, load_elements(context, builder, sig, args, 1), DOUBLE), ir.Constant(I32, 0))
+        return builder.extract_element(
+            convert(builder, load_elements(context, builder, sig, args, 1), DOUBLE), ir.Constant(I32, 0)
+        )
 
     return types.float64(x, index), codegen
 
@@ -93,8 +96,9 @@ def load(typingctx, x, index):
 def load_far(typingctx, x, index):
     """The same by two loads, where x is read along the memory and is not in a core's own cache.
 
-    Zen 4 fetches ahead better for two loads of a line: y from x in the last-level cache gains 8 to 18 %, the sums of dy and dy * xhat of
-    rows of 64, 128 or 256 columns 5 to 10 % (192: lose 2 to 9 %). Streaming stores hide it, and sums over 4 rows at a time lose 10 %.
+    Zen 4 fetches ahead better for two loads of a line: y from x in the last-level cache gains 8 to 18 %, the sums of dy
+    and dy * xhat of rows of 64, 128 or 256 columns 5 to 10 % (192: lose 2 to 9 %). Streaming stores hide it, and sums
+    over 4 rows at a time lose 10 %.
     """
     kind = Vector(x.dtype)
 
@@ -167,7 +171,11 @@ def broadcast(typingctx, x, index):
     kind = Vector(x.dtype)
 
     def codegen(context, builder, sig, args):
-        return splat(builder, builder.extract_element(load_elements(context, builder, sig, args, 1), ir.Constant(I32, 0)), kind.ir)
+        return splat(
+            builder,
+            builder.extract_element(load_elements(context, builder, sig, args, 1), ir.Constant(I32, 0)),
+            kind.ir,
+        )
 
     return kind(x, index), codegen
 
@@ -194,7 +202,10 @@ def muladd(typingctx, a, b, c):
 
 @intrinsic
 def quiet(typingctx, a):
-    """The vector with one NaN for all: which of two operands gives a machine's NaN its sign depends on how LLVM orders them."""
+    """The vector with one NaN for all.
+
+    Which of two operands gives a machine's NaN its sign depends on how LLVM orders them.
+    """
 
     def codegen(context, builder, sig, args):
         nan = ir.Constant(a.ir, [float("nan")] * a.lanes)
@@ -267,7 +278,10 @@ def root(typingctx, a):
 
 @intrinsic
 def rough_root(typingctx, a):
-    """The same within 7 %, by halving the exponent: two integer steps, where a root of 8 lanes takes 20 cycles. 0 becomes tiny."""
+    """The same within 7 %, by halving the exponent.
+
+    Two integer steps, where a root of 8 lanes takes 20 cycles. 0 becomes tiny.
+    """
     word, one = (I32, 0x3F800000) if a.ir.element == FLOAT else (I64, 0x3FF0000000000000)
 
     def codegen(context, builder, sig, args):

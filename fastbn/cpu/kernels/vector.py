@@ -1,7 +1,8 @@
 """The vector type of the kernels, and how values are kept in memory: the LLVM side of `_simd`.
 
-Arithmetic is in float32 or float64. Half precision is storage only: float16 arrays reach a kernel as their bits in uint16, bfloat16
-arrays as theirs in int16, so that numba tells the two apart; loads widen to float32, stores round to nearest even.
+Arithmetic is in float32 or float64. Half precision is storage only: float16 arrays reach a kernel as their bits in
+uint16, bfloat16 arrays as theirs in int16, so that numba tells the two apart; loads widen to float32, stores round to
+nearest even.
 """
 
 import operator
@@ -64,7 +65,12 @@ def _register(op: Callable[[Any, Any], Any], instruction: str) -> None:
         return getattr(builder, instruction)(*args)
 
 
-for _op, _instruction in ((operator.add, "fadd"), (operator.sub, "fsub"), (operator.mul, "fmul"), (operator.truediv, "fdiv")):
+for _op, _instruction in (
+    (operator.add, "fadd"),
+    (operator.sub, "fsub"),
+    (operator.mul, "fmul"),
+    (operator.truediv, "fdiv"),
+):
     _register(_op, _instruction)
 
 
@@ -76,7 +82,10 @@ def splat(builder: Any, value: Any, vector: ir.VectorType) -> Any:
 
 
 def pointer(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-    """Address of args[0][args[1]]. The last axis is contiguous: its stride is a constant, which the loops' addressing folds in."""
+    """Address of args[0][args[1]]. The last axis is contiguous.
+
+    Its stride is a constant, which the loops' addressing folds in.
+    """
     array_type, index_type = sig.args[:2]
     view = make_array(array_type)(context, builder, args[0])
     parts = cgutils.unpack_tuple(builder, args[1], len(index_type))
@@ -90,7 +99,9 @@ def pointer(context: Any, builder: Any, sig: Any, args: Any) -> Any:
 def mask(builder: Any, count: Any, lanes: int) -> Any:
     """The first `count` of so many lanes."""
     vector = ir.VectorType(I32, lanes)
-    return builder.icmp_unsigned("<", ir.Constant(vector, list(range(lanes))), splat(builder, builder.trunc(count, I32), vector))
+    return builder.icmp_unsigned(
+        "<", ir.Constant(vector, list(range(lanes))), splat(builder, builder.trunc(count, I32), vector)
+    )
 
 
 def call(builder: Any, result: Any, name: str, arguments: list[Any], fastmath: tuple[str, ...] = ()) -> Any:
@@ -151,7 +162,9 @@ def narrow(context: Any, builder: Any, vector: Any, dtype: Any) -> Any:
         high = builder.lshr(bits, constant(16))
         rounded = builder.add(bits, builder.add(builder.and_(high, constant(1)), constant(0x7FFF)))
         quiet = builder.or_(builder.and_(high, constant(0x8000)), constant(0x7FC0))
-        chosen = builder.select(builder.fcmp_unordered("uno", vector, vector), quiet, builder.lshr(rounded, constant(16)))
+        chosen = builder.select(
+            builder.fcmp_unordered("uno", vector, vector), quiet, builder.lshr(rounded, constant(16))
+        )
         return builder.trunc(chosen, ir.VectorType(I16, lanes))
     return vector
 
@@ -197,7 +210,9 @@ def load_first(context: Any, builder: Any, sig: Any, args: Any, lanes: int) -> A
     kind, some = stored(sig.args[0].dtype, lanes), mask(builder, args[2], lanes)
     place = builder.bitcast(pointer(context, builder, sig, args), kind.as_pointer())
     arguments = [place, ir.Constant(I32, 1), some, ir.Constant(kind, None)]
-    return widen(context, builder, call(builder, kind, f"llvm.masked.load.{suffix(kind)}.p0", arguments), sig.args[0].dtype), some
+    return widen(
+        context, builder, call(builder, kind, f"llvm.masked.load.{suffix(kind)}.p0", arguments), sig.args[0].dtype
+    ), some
 
 
 def store_elements(context: Any, builder: Any, sig: Any, args: Any, value: Any, align: int) -> Any:

@@ -1,4 +1,7 @@
-"""The scalar arithmetic of blocked Welford, shared by `Moments` and the CPU and CUDA kernels. Plain functions: each target jits its own."""
+"""The scalar arithmetic of blocked Welford, shared by `Moments` and the CPU and CUDA kernels. Plain functions.
+
+Each target jits its own.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,8 @@ __all__ = ["block", "merge"]
 def merge(count_a: Any, mean_a: Any, m2_a: Any, count_b: Any, mean_b: Any, m2_b: Any) -> Any:
     """Merge two groups' (count, mean, m2); scalars or arrays alike, and jitted by the kernels.
 
-    The pairwise update of Chan, Golub & LeVeque (1979). At least one count is positive. Written in the shift from a to b,
-    so that equal means leave the mean untouched to the last bit.
+    The pairwise update of Chan, Golub & LeVeque (1979). At least one count is positive. Written in the shift from a to
+    b, so that equal means leave the mean untouched to the last bit.
     """
     count = count_a + count_b
     delta = mean_b - mean_a
@@ -22,8 +25,8 @@ def merge(count_a: Any, mean_a: Any, m2_a: Any, count_b: Any, mean_b: Any, m2_b:
 def block(count: Any, shift: Any, total: Any, squares: Any) -> Any:
     """(mean, m2) of a block from the sums of x - shift and of (x - shift)^2.
 
-    The corrected two-pass algorithm (Chan, Golub & LeVeque 1983): exact in the shift, so that a shift near the mean loses nothing.
-    Rounding may leave m2 a little below zero; NaN stays NaN.
+    The corrected two-pass algorithm (Chan, Golub & LeVeque 1983): exact in the shift, so that a shift near the mean
+    loses nothing. Rounding may leave m2 a little below zero; NaN stays NaN.
     """
     offset = total / count
     m2 = squares - offset * total

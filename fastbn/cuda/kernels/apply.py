@@ -1,16 +1,18 @@
 """The elementwise passes on the GPU, on any layout: runs of contiguous memory, cut into groups of 16 bytes.
 
-An array is `runs` pieces of `length` elements: one where all is contiguous, N or R where images or rows are apart, N * C where channels
-are. A thread takes four groups at the same place of four images, or of one channel: one position and one set of coefficients serve all
-four, and nothing is stored before the last is loaded. Blocks go through an array from its end, which the pass before has left in cache.
-Every kernel stands here twice, for positions that fit 32 bits and for longer arrays: a division of 64 bits takes as long as the rest.
+An array is `runs` pieces of `length` elements: one where all is contiguous, N or R where images or rows are apart, N *
+C where channels are. A thread takes four groups at the same place of four images, or of one channel: one position and
+one set of coefficients serve all four, and nothing is stored before the last is loaded. Blocks go through an array from
+its end, which the pass before has left in cache. Every kernel stands here twice, for positions that fit 32 bits and for
+longer arrays: a division of 64 bits takes as long as the rest.
 """
 
 from fastbn.cuda.kernels import gpu
 from fastbn.cuda.kernels.jit import kernel
 
 EACH = 4  # groups of a thread
-ONE, TWO, TABLE = 0, 1, 2  # channels of a group: one, two at most, or any of a table that is written out column by column
+# channels of a group: one, two at most, or any of a table that is written out column by column
+ONE, TWO, TABLE = 0, 1, 2
 
 
 @gpu.device
@@ -56,11 +58,14 @@ def affine_of(x, coefs, pad, run, e, C, S, per_run, mode):
     return p, q, gpu.split(x, r, gpu.load(coefs, 2 * pad + c), left)
 
 
-def _normalize(x, y, coefs, pad, C, S, runs, length, per_run, inner, xn, xm, yn, ym, groups, mode, aligned, apart, xd, yd):
+def _normalize(
+    x, y, coefs, pad, C, S, runs, length, per_run, inner, xn, xm, yn, ym, groups, mode, aligned, apart, xd, yd
+):
     """y = (x - near) * scale + shift, with `finish.keep_scale`'s coefficients (3, pad).
 
-    Run r begins at r // inner * xn + r % inner * xm in x, and in y alike; it holds `per_run` channels of S elements, in `groups` groups. A
-    thread's four lie `apart` groups and xd elements apart, if those are not 0. In mode TABLE a table of S columns is that of one channel.
+    Run r begins at r // inner * xn + r % inner * xm in x, and in y alike; it holds `per_run` channels of S elements, in
+    `groups` groups. A thread's four lie `apart` groups and xd elements apart, if those are not 0. In mode TABLE a table
+    of S columns is that of one channel.
     """
     lanes = gpu.lanes(x)
     u = first_of(apart)
@@ -106,8 +111,36 @@ def slant(group, steep, near, slope, level, scale):
     return (steep - (group - near) * slope) * scale - level
 
 
-def _gradient(x, dy, dx, coefs, pad, C, S, runs, length, per_run, inner, xn, xm, dn, dm, yn, ym, groups, mode, aligned, apart, xd, dd, yd):
-    """dx = (dy - (x - near) * slope) * scale - level, with `finish.keep_slope`'s coefficients (4, pad); as `_normalize`."""
+def _gradient(
+    x,
+    dy,
+    dx,
+    coefs,
+    pad,
+    C,
+    S,
+    runs,
+    length,
+    per_run,
+    inner,
+    xn,
+    xm,
+    dn,
+    dm,
+    yn,
+    ym,
+    groups,
+    mode,
+    aligned,
+    apart,
+    xd,
+    dd,
+    yd,
+):
+    """dx = (dy - (x - near) * slope) * scale - level, with `finish.keep_slope`'s coefficients (4, pad).
+
+    As `_normalize`.
+    """
     lanes = gpu.lanes(x)
     u = first_of(apart)
     if aligned and xd and u + (EACH - 1) * apart < runs * gpu.quotient(length, lanes):
@@ -140,4 +173,6 @@ def _gradient(x, dy, dx, coefs, pad, C, S, runs, length, per_run, inner, xn, xm,
 normalize = kernel("x x w i4 i4 i4 i8 i8 i8 i4 i8 i8 i8 i8 i4 i4 i4 i4 i8 i8", "normalize")(_normalize)
 normalize_long = kernel("x x w i4 i8 i8 i8 i8 i8 i8 i8 i8 i8 i8 i8 i4 i4 i8 i8 i8", "normalize_long")(_normalize)
 gradient = kernel("x x x w i4 i4 i4 i8 i8 i8 i4 i8 i8 i8 i8 i8 i8 i4 i4 i4 i4 i8 i8 i8", "gradient")(_gradient)
-gradient_long = kernel("x x x w i4 i8 i8 i8 i8 i8 i8 i8 i8 i8 i8 i8 i8 i8 i4 i4 i8 i8 i8 i8", "gradient_long")(_gradient)
+gradient_long = kernel("x x x w i4 i8 i8 i8 i8 i8 i8 i8 i8 i8 i8 i8 i8 i8 i4 i4 i8 i8 i8 i8", "gradient_long")(
+    _gradient
+)

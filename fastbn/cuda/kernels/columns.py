@@ -1,8 +1,9 @@
 """Channels last on the GPU: partial moments and gradients' sums of columns (R, W), W contiguous.
 
-A thread takes one group of columns and every so many rows, a block `across` groups, which hold whole channels, and one part of the rows.
-Short rows of channels first are columns too, S to a channel; rows of few channels are folded together, and the last, shorter one is read
-apart. A block merges what it has of a channel: rows, folded rows and columns.
+A thread takes one group of columns and every so many rows, a block `across` groups, which hold whole channels, and one
+part of the rows. Short rows of channels first are columns too, S to a channel; rows of few channels are folded
+together, and the last, shorter one is read apart. A block merges what it has of a channel: rows, folded rows and
+columns.
 """
 
 from fastbn.cuda.kernels import gpu
@@ -34,7 +35,10 @@ def fetch(x, i, count, aligned):
 
 @gpu.device
 def column_moments(x, at, step, start, stop, every, wide, aligned):
-    """(rows, base, rest, m2) of each lane for the columns at `at`: rows start, start + every, ... below stop; rows are of all lanes."""
+    """(rows, base, rest, m2) of each lane for the columns at `at`: rows start, start + every, ... below stop.
+
+    Rows are of all lanes.
+    """
     zero, one = gpu.scalar(x, 0.0), gpu.scalar(x, 1.0)
     nil = gpu.spread(x, zero)
     count, origin, beside, m2, lost = zero, nil, nil, nil, nil
@@ -112,8 +116,9 @@ def place_of(x, R, W, across, unit, part, chunk):
 
 @gpu.device
 def part_moments(x, R, W, C, S, step, rest, across, units, unit, part, chunk, aligned):
-    """A block's part of each of its channels into slot 0, S, 2 * S, ... of shared memory; how many channels, and which is the first.
+    """A block's part of each of its channels into slot 0, S, 2 * S, ... of shared memory.
 
+    How many channels, and which is the first.
     Channels of folded rows are merged where a block has all of them; else channel C is channel 0 of the next row.
     """
     lanes, thread = gpu.lanes(x), gpu.thread()
@@ -179,11 +184,13 @@ def part_sums(x, dy, mean, R, W, C, S, step, step_dy, rest, across, units, unit,
 def moments_columns(x, R, W, C, S, step, rest, across, units, chunk, copies, aligned, partial):
     """(count, mean, m2) of each part of each channel into `partial` (parts * copies, 3, C).
 
-    A part is `chunk` rows, a row `copies` times C channels of S columns where a block has not all of it, else 1. Of one more row `rest`
-    columns are left. Blocks side by side take one part of all columns: what is read last lies together.
+    A part is `chunk` rows, a row `copies` times C channels of S columns where a block has not all of it, else 1. Of one
+    more row `rest` columns are left. Blocks side by side take one part of all columns: what is read last lies together.
     """
     part = gpu.quotient(gpu.block(), units)
-    channels, first = part_moments(x, R, W, C, S, step, rest, across, units, gpu.block() - part * units, part, chunk, aligned)
+    channels, first = part_moments(
+        x, R, W, C, S, step, rest, across, units, gpu.block() - part * units, part, chunk, aligned
+    )
     i = gpu.thread()
     while i < channels:
         copy = gpu.quotient(first + i, C)
@@ -193,8 +200,9 @@ def moments_columns(x, R, W, C, S, step, rest, across, units, chunk, copies, ali
 
 @kernel("x x t i8 i8 i4 i4 i8 i8 i4 i4 i4 i8 i4 i4 s")
 def sums_columns(x, dy, mean, R, W, C, S, step, step_dy, rest, across, units, chunk, copies, aligned, partial):
-    """(sum of dy, sum of dy * (x - mean)) of each part of each channel into `partial` (parts * copies, 2, C), as `moments_columns`.
+    """(sum of dy, sum of dy * (x - mean)) of each part of each channel into `partial` (parts * copies, 2, C).
 
+    As `moments_columns`.
     `mean` (C,) is rounded as x is computed in.
     """
     part = gpu.quotient(gpu.block(), units)

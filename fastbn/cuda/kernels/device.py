@@ -1,7 +1,9 @@
-"""Loads, stores and arithmetic of 16-byte groups as LLVM instructions: the only file that knows numba-cuda's compiler, with `_group`.
+"""Loads, stores and arithmetic of 16-byte groups as LLVM instructions.
 
-`x` tells a function which memory it is about: a pointer to float32, float64, uint16 (float16) or int16 (bfloat16). Indices are elements.
-`+`, `-`, `*` and `/` work on groups. `gpu.scalar` and `gpu.spread` give numbers their type: a Python 0.0 would turn float32 into float64.
+The only file that knows numba-cuda's compiler, with `_group`.
+`x` tells a function which memory it is about: a pointer to float32, float64, uint16 (float16) or int16 (bfloat16).
+Indices are elements. `+`, `-`, `*` and `/` work on groups. `gpu.scalar` and `gpu.spread` give numbers their type: a
+Python 0.0 would turn float32 into float64.
 """
 
 from typing import Any
@@ -76,7 +78,10 @@ def lanes(typingctx, x):
 
 @intrinsic
 def quotient(typingctx, value, divisor):
-    """value // divisor of numbers that are not negative; in 32 bits where the divisor has so many, for both then fit."""
+    """value // divisor of numbers that are not negative.
+
+    In 32 bits where the divisor has so many, for both then fit.
+    """
 
     def codegen(context, builder, sig, args):
         if divisor.bitwidth == 64:
@@ -116,7 +121,13 @@ def store(typingctx, x, index, value):
 
     def codegen(context, builder, sig, args):
         kind = ir.VectorType(args[2].type, 1)
-        write(builder, args[0], args[1], x.dtype, builder.insert_element(ir.Constant(kind, ir.Undefined), args[2], ir.Constant(I32, 0)))
+        write(
+            builder,
+            args[0],
+            args[1],
+            x.dtype,
+            builder.insert_element(ir.Constant(kind, ir.Undefined), args[2], ir.Constant(I32, 0)),
+        )
         return context.get_dummy_value()
 
     return types.none(x, types.int64, arithmetic(x.dtype)), codegen
@@ -185,7 +196,10 @@ def load_table(typingctx, x, table, index):
 
     def codegen(context, builder, sig, args):
         per = GROUP_BYTES * 8 // group.dtype.bitwidth  # in one load
-        parts = [read(builder, args[1], builder.add(args[2], ir.Constant(I64, k)), table.dtype, per) for k in range(0, group.lanes, per)]
+        parts = [
+            read(builder, args[1], builder.add(args[2], ir.Constant(I64, k)), table.dtype, per)
+            for k in range(0, group.lanes, per)
+        ]
         if len(parts) == 1:
             return parts[0]
         return builder.shuffle_vector(*parts, ir.Constant(ir.VectorType(I32, group.lanes), list(range(group.lanes))))
@@ -195,7 +209,10 @@ def load_table(typingctx, x, table, index):
 
 @intrinsic
 def gather(typingctx, x, table, at, channel, column, columns, channels):
-    """A channel's number, from table[at] on, for each lane of x, the first of which is `column` of its channel's `columns`."""
+    """A channel's number, from table[at] on.
+
+    For each lane of x, the first of which is `column` of its channel's `columns`.
+    """
     group, number = Group(x.dtype), types.int64
 
     def codegen(context, builder, sig, args):
@@ -203,7 +220,9 @@ def gather(typingctx, x, table, at, channel, column, columns, channels):
         vector: Any = ir.Constant(group.ir, ir.Undefined)
         zero, one = ir.Constant(I64, 0), ir.Constant(I64, 1)
         for k in range(group.lanes):
-            value = builder.extract_element(read(builder, base, builder.add(at, c), table.dtype, 1), ir.Constant(I32, 0))
+            value = builder.extract_element(
+                read(builder, base, builder.add(at, c), table.dtype, 1), ir.Constant(I32, 0)
+            )
             if table.dtype.bitwidth != group.dtype.bitwidth:
                 narrower = table.dtype.bitwidth > group.dtype.bitwidth
                 value = (builder.fptrunc if narrower else builder.fpext)(value, group.ir.element)
@@ -326,7 +345,9 @@ def take_group(typingctx, x, index):
     kind = Group(x.dtype)
 
     def codegen(context, builder, sig, args):
-        loaded = builder.load(builder.bitcast(shared(builder, many_of(x), args[1]), ir.PointerType(kind.ir, SHARED)), typ=kind.ir)
+        loaded = builder.load(
+            builder.bitcast(shared(builder, many_of(x), args[1]), ir.PointerType(kind.ir, SHARED)), typ=kind.ir
+        )
         loaded.align = GROUP_BYTES
         return loaded
 

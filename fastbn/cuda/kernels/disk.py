@@ -1,4 +1,7 @@
-"""Compiled kernels of CUDA on disk, beside those of the CPU: a forward's three take seconds in every process that compiles them."""
+"""Compiled kernels of CUDA on disk, beside those of the CPU.
+
+A forward's three take seconds in every process that compiles them.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,9 @@ _SETTINGS = ("OPT", "FORCE_CUDA_CC", "CUDA_DEBUGINFO_DEFAULT")
 def stamp() -> str:
     """A digest of what kernels are compiled from and by. Empty where that can't be read: nothing is kept then."""
     found = hashlib.sha256(cache.stamp().encode())
-    for module in sorted(pkgutil.iter_modules([str(Path(__file__).parent)], f"{__package__}."), key=lambda module: module.name):
+    for module in sorted(
+        pkgutil.iter_modules([str(Path(__file__).parent)], f"{__package__}."), key=lambda module: module.name
+    ):
         spec: Any = module.module_finder.find_spec(module.name, None)
         try:
             found.update(spec.loader.get_data(spec.origin))

@@ -1,14 +1,26 @@
-"""What is left to do per channel, in float64: merge the partial statistics of a channel's parts, and compute the passes' coefficients.
+"""What is left to do per channel, in float64.
 
-A block takes `across` channels and divides its threads among them, each reads partial results in turn; the order, and so every bit, comes
-from the shape. Channels that float32 has too little range for are read again.
+Merge the partial statistics of a channel's parts, and compute the passes' coefficients.
+A block takes `across` channels and divides its threads among them, each reads partial results in turn; the order, and
+so every bit, comes from the shape. Channels that float32 has too little range for are read again.
 """
 
 from math import sqrt
 
 from fastbn.cuda.kernels import gpu
 from fastbn.cuda.kernels.jit import kernel
-from fastbn.cuda.kernels.merging import doubtful, join, join_slots, keep, keep_sums, kept, kept_sums, reread, reread_sums, sum_slots
+from fastbn.cuda.kernels.merging import (
+    doubtful,
+    join,
+    join_slots,
+    keep,
+    keep_sums,
+    kept,
+    kept_sums,
+    reread,
+    reread_sums,
+    sum_slots,
+)
 
 
 @gpu.device
@@ -47,7 +59,10 @@ def moments_of(partial, entries, C, across, x, N, S, sn, sc, stats):
 
 @gpu.device
 def scaled(x, mean, rstd, gamma, beta, affine, channel):
-    """(near, scale, shift) of y = (x - near) * scale + shift: the nearest to a mean, the rest of which is in the shift."""
+    """(near, scale, shift) of y = (x - near) * scale + shift.
+
+    The nearest to a mean, the rest of which is in the shift.
+    """
     near = gpu.scalar(x, mean)
     scale = rstd * gpu.load(gamma, channel) if affine & 1 else rstd
     shift = (near - mean) * scale
@@ -58,7 +73,7 @@ def scaled(x, mean, rstd, gamma, beta, affine, channel):
 
 @gpu.device
 def sloped(x, mean, rstd, gamma, affine, channel, a, dgamma, values):
-    """(near, slope, level, scale) of dx = (dy - (x - near) * slope) * scale - level, from the sums of dy and dy * xhat."""
+    """(near, slope, level, scale) of dx = (dy - (x - near) * slope) * scale - level, from sums of dy and dy * xhat."""
     near, slope = gpu.scalar(x, mean), dgamma / values * rstd
     level = a / values - (mean - near) * slope
     scale = rstd * gpu.load(gamma, channel) if affine & 1 else rstd
@@ -110,7 +125,9 @@ def finish_moments(partial, entries, C, across, x, N, S, sn, sc, stats):
 
 
 @kernel("s i4 i4 i4 x i8 i8 i8 i8 f w w i4 i4 i4 i4 s w")
-def finish_forward(partial, entries, C, across, x, N, S, sn, sc, eps, gamma, beta, affine, columns, copies, pad, stats, coefs):
+def finish_forward(
+    partial, entries, C, across, x, N, S, sn, sc, eps, gamma, beta, affine, columns, copies, pad, stats, coefs
+):
     """The same, and coefficients (3, pad) for `apply.normalize`; `affine` is 1 with gamma, 2 with beta, 3 with both."""
     channel, mine, count, mean, m2 = moments_of(partial, entries, C, across, x, N, S, sn, sc, stats)
     if mine:
@@ -121,7 +138,10 @@ def finish_forward(partial, entries, C, across, x, N, S, sn, sc, eps, gamma, bet
 
 @kernel("t t f f w w i4 i4 i4 i4 i4 w")
 def set_scale(mean, m2, count, eps, gamma, beta, affine, C, columns, copies, pad, coefs):
-    """Coefficients (3, pad) for `apply.normalize` from given statistics (C,); m2 is 1 / sqrt(var + eps) where count is 0."""
+    """Coefficients (3, pad) for `apply.normalize` from given statistics (C,).
+
+    m2 is 1 / sqrt(var + eps) where count is 0.
+    """
     channel = gpu.block() * gpu.threads() + gpu.thread()
     if channel < C:
         spread = gpu.load(m2, channel)
@@ -131,7 +151,7 @@ def set_scale(mean, m2, count, eps, gamma, beta, affine, C, columns, copies, pad
 
 @gpu.device
 def sums_of(partial, entries, C, across, x, dy, mean, N, S, sn, sc, dn, dc, sums):
-    """(channel, whether this thread is to finish it, sum of dy, sum of dy * (x - mean)), from partial sums (entries, 2, C)."""
+    """(channel, whether this thread is to finish it, sum of dy, sum of dy * (x - mean)), of partial (entries, 2, C)."""
     channel, beside, below, every = share_of(across)
     zero = gpu.scalar(sums, 0.0)
     a, b = zero, zero
@@ -160,10 +180,10 @@ def finish_backward(
     partial, entries, C, across, x, dy, N, S, sn, sc, dn, dc, mean, m2, count, eps, values, gamma, affine, training,
     columns, copies, pad, sums, grads, coefs,
 ):  # fmt: skip
-    """Sums of dy and dy * xhat into `sums` and `grads` (2, C), and coefficients (4, pad) for `apply.gradient`, or for `apply.normalize`.
+    """Sums of dy and dy * xhat into `sums` and `grads` (2, C), and coefficients (4, pad) for the pass over elements.
 
-    From partial sums (entries, 2, C) of x and dy (N, C, S); `values` per channel; m2 is 1 / sqrt(var + eps) where count is 0. If not
-    `training`, statistics are constants, and dx is dy scaled: no coefficient of x's.
+    From partial sums (entries, 2, C) of x and dy (N, C, S); `values` per channel; m2 is 1 / sqrt(var + eps) where count
+    is 0. If not `training`, statistics are constants, and dx is dy scaled: no coefficient of x's.
     """
     zero = gpu.scalar(sums, 0.0)
     channel, mine, a, b = sums_of(partial, entries, C, across, x, dy, mean, N, S, sn, sc, dn, dc, sums)
@@ -178,13 +198,19 @@ def finish_backward(
         if training:
             keep_slope(middle, rstd, gamma, affine, channel, a, dgamma, values, C, columns, copies, pad, coefs)
         else:
-            scale, none = gpu.scalar(coefs, rstd * gpu.load(gamma, channel) if affine & 1 else rstd), gpu.scalar(coefs, zero)
+            scale, none = (
+                gpu.scalar(coefs, rstd * gpu.load(gamma, channel) if affine & 1 else rstd),
+                gpu.scalar(coefs, zero),
+            )
             keep_affine(none, scale, none, channel, C, columns, copies, pad, coefs)
 
 
 @kernel("t t f f s s f w i4 i4 i4 i4 i4 w")
 def set_slope(mean, m2, count, eps, sum_dy, sum_dy_xhat, values, gamma, affine, C, columns, copies, pad, coefs):
-    """Coefficients (4, pad) for `apply.gradient` from given statistics and sums (C,) over `values` per channel; m2 as `set_scale`."""
+    """Coefficients (4, pad) for `apply.gradient` from given statistics and sums (C,) over `values` per channel.
+
+    m2 as `set_scale`.
+    """
     channel = gpu.block() * gpu.threads() + gpu.thread()
     if channel < C:
         spread = gpu.load(m2, channel)
@@ -228,7 +254,9 @@ def join_moments(count, mean, m2, other_count, other_mean, other_m2, C, found, f
     channel = gpu.block() * gpu.threads() + gpu.thread()
     if channel < C:
         here = gpu.load(mean, channel), 0.0, gpu.load(m2, channel)
-        _, middle, rest, q = join(count, *here, other_count, gpu.load(other_mean, channel), 0.0, gpu.load(other_m2, channel))
+        _, middle, rest, q = join(
+            count, *here, other_count, gpu.load(other_mean, channel), 0.0, gpu.load(other_m2, channel)
+        )
         gpu.store(found, channel, middle + rest)
         gpu.store(found_m2, channel, q)
 

@@ -1,7 +1,8 @@
-"""Forward and backward in one launch, where one block takes all of a channel: what it reads for the statistics is still in cache after.
+"""Forward and backward in one launch, where one block takes all of a channel.
 
-The statistics are those of `rows` and `columns` with one part to a channel, and finished in float64 as in `finish`, by a thread per
-channel: the same arithmetic as in three launches.
+What it reads for the statistics is still in cache after.
+The statistics are those of `rows` and `columns` with one part to a channel, and finished in float64 as in `finish`, by
+a thread per channel: the same arithmetic as in three launches.
 """
 
 from math import sqrt
@@ -25,7 +26,10 @@ def everywhere(x, i):
 
 @gpu.device
 def settled(x, at, N, S, sn, count, base, rest, m2):
-    """(count, mean, m2) in float64 of the channel at `at`; where float32 has too little range, read again, by one thread."""
+    """(count, mean, m2) in float64 of the channel at `at`.
+
+    Where float32 has too little range, read again, by one thread.
+    """
     count, mean, m2 = float64(count), float64(base) + float64(rest), float64(m2)
     if doubtful(x, count, mean, m2):
         count, base, rest, m2 = reread(x, at, N, S, sn, 0, 1)
@@ -43,10 +47,34 @@ def settled_sums(x, dy, at, of, N, S, sn, dn, mean, a, b):
 
 
 @kernel("x x w w i4 f i4 i4 i4 i8 i8 i8 i8 i4 i4 i4 i4 i4 i4 i8 i8 s")
-def forward_rows(x, y, gamma, beta, affine, eps, N, C, S, sn, sc, yn, yc, base, base_y, slots, rest, step_n, step_v, stop, last, stats):
+def forward_rows(
+    x,
+    y,
+    gamma,
+    beta,
+    affine,
+    eps,
+    N,
+    C,
+    S,
+    sn,
+    sc,
+    yn,
+    yc,
+    base,
+    base_y,
+    slots,
+    rest,
+    step_n,
+    step_v,
+    stop,
+    last,
+    stats,
+):
     """Mean and m2 of each channel into `stats` (2, C), and y: `rows.moments_rows` with one part.
 
-    It is `stop` slots and `last` elements outside them; where there are slots, rows of all arrays begin alike to a boundary.
+    It is `stop` slots and `last` elements outside them; where there are slots, rows of all arrays begin alike to a
+    boundary.
     """
     channel, thread, threads, lanes = gpu.block(), gpu.thread(), gpu.threads(), gpu.lanes(x)
     at, to = channel * sc, channel * yc
@@ -81,17 +109,23 @@ def forward_rows(x, y, gamma, beta, affine, eps, N, C, S, sn, sc, yn, yc, base, 
         e += threads
     e = thread
     while e < last:
-        value = (gpu.load(x, outside(e, at, sn, base, lanes, S, rest)) - gpu.take(x, 0)) * gpu.take(x, 1) + gpu.take(x, 2)
+        value = (gpu.load(x, outside(e, at, sn, base, lanes, S, rest)) - gpu.take(x, 0)) * gpu.take(x, 1) + gpu.take(
+            x, 2
+        )
         gpu.store(y, outside(e, to, yn, base_y, lanes, S, rest), value)
         e += threads
 
 
 @kernel("x x x t t f f f w i4 i4 i4 i4 i8 i8 i8 i8 i8 i8 i4 i4 i4 i4 i4 i4 i4 i8 i8 w")
 def backward_rows(
-    x, dy, dx, mean, m2, count, eps, values, gamma, affine, N, C, S, sn, sc, dn, dc, yn, yc, base, base_dy, base_y, slots, rest, step_n,
+    x, dy, dx, mean, m2, count, eps, values, gamma, affine, N, C, S, sn, sc, dn, dc, yn, yc, base, base_dy, base_y,
+    slots, rest, step_n,
     step_v, stop, last, grads,
 ):  # fmt: skip
-    """Sums of dy and dy * xhat into `grads` (2, C), and dx, statistics as in `finish.finish_backward`: `rows.sums_rows` with one part."""
+    """Sums of dy and dy * xhat into `grads` (2, C), and dx, statistics as in `finish.finish_backward`.
+
+    `rows.sums_rows` with one part.
+    """
     channel, thread, threads, lanes = gpu.block(), gpu.thread(), gpu.threads(), gpu.lanes(x)
     at, of, to = channel * sc, channel * dc, channel * yc
     middle = gpu.scalar(x, gpu.load(mean, channel))
@@ -104,7 +138,9 @@ def backward_rows(
         dgamma = slope_of(x, gpu.load(mean, channel), rstd, total, product)
         gpu.store(grads, channel, gpu.scalar(grads, total))
         gpu.store(grads, C + channel, gpu.scalar(grads, dgamma))
-        near, slope, level, scale = sloped(x, gpu.load(mean, channel), rstd, gamma, affine, channel, total, dgamma, values)
+        near, slope, level, scale = sloped(
+            x, gpu.load(mean, channel), rstd, gamma, affine, channel, total, dgamma, values
+        )
         gpu.put(x, 0, near)
         gpu.put(x, 1, slope)
         gpu.put(x, 2, level)
@@ -115,20 +151,32 @@ def backward_rows(
     n, v = e // slots, e % slots
     while e + threads < stop:  # two loads of each array on their way at once
         n1, v1 = onwards(n, v, step_n, step_v, slots)
-        p, dp = gpu.load_group(x, spot(at + n * sn, base, lanes, v)), gpu.load_group(dy, spot(of + n * dn, base_dy, lanes, v))
-        q, dq = gpu.load_group(x, spot(at + n1 * sn, base, lanes, v1)), gpu.load_group(dy, spot(of + n1 * dn, base_dy, lanes, v1))
+        p, dp = (
+            gpu.load_group(x, spot(at + n * sn, base, lanes, v)),
+            gpu.load_group(dy, spot(of + n * dn, base_dy, lanes, v)),
+        )
+        q, dq = (
+            gpu.load_group(x, spot(at + n1 * sn, base, lanes, v1)),
+            gpu.load_group(dy, spot(of + n1 * dn, base_dy, lanes, v1)),
+        )
         gpu.store_group(dx, spot(to + n * yn, base_y, lanes, v), slant(p, dp, near, slope, level, scale))
         gpu.store_group(dx, spot(to + n1 * yn, base_y, lanes, v1), slant(q, dq, near, slope, level, scale))
         n, v = onwards(n1, v1, step_n, step_v, slots)
         e += 2 * threads
     while e < stop:
-        p, dp = gpu.load_group(x, spot(at + n * sn, base, lanes, v)), gpu.load_group(dy, spot(of + n * dn, base_dy, lanes, v))
+        p, dp = (
+            gpu.load_group(x, spot(at + n * sn, base, lanes, v)),
+            gpu.load_group(dy, spot(of + n * dn, base_dy, lanes, v)),
+        )
         gpu.store_group(dx, spot(to + n * yn, base_y, lanes, v), slant(p, dp, near, slope, level, scale))
         n, v = onwards(n, v, step_n, step_v, slots)
         e += threads
     e = thread
     while e < last:
-        value, steep = gpu.load(x, outside(e, at, sn, base, lanes, S, rest)), gpu.load(dy, outside(e, of, dn, base_dy, lanes, S, rest))
+        value, steep = (
+            gpu.load(x, outside(e, at, sn, base, lanes, S, rest)),
+            gpu.load(dy, outside(e, of, dn, base_dy, lanes, S, rest)),
+        )
         found = slant(value, steep, gpu.take(x, 0), gpu.take(x, 1), gpu.take(x, 2), gpu.take(x, 3))
         gpu.store(dx, outside(e, to, yn, base_y, lanes, S, rest), found)
         e += threads
@@ -214,10 +262,14 @@ def forward_columns(x, y, gamma, beta, affine, eps, R, C, step, step_y, across, 
 
 
 @kernel("x x x t t f f f w i4 i8 i4 i8 i8 i8 i4 i4 w")
-def backward_columns(x, dy, dx, mean, m2, count, eps, values, gamma, affine, R, C, step, step_dy, step_y, across, aligned, grads):
+def backward_columns(
+    x, dy, dx, mean, m2, count, eps, values, gamma, affine, R, C, step, step_dy, step_y, across, aligned, grads
+):
     """The same on (R, C): `columns.sums_columns` with one part."""
     thread, threads, lanes = gpu.thread(), gpu.threads(), gpu.lanes(x)
-    channels, begin = part_sums(x, dy, mean, R, C, C, 1, step, step_dy, 0, across, gpu.blocks(), gpu.block(), 0, R, aligned)
+    channels, begin = part_sums(
+        x, dy, mean, R, C, C, 1, step, step_dy, 0, across, gpu.blocks(), gpu.block(), 0, R, aligned
+    )
     gpu.sync()
     c = thread
     while c < channels:

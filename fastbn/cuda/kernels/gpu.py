@@ -1,4 +1,7 @@
-"""What kernels are written in: `_device` for a GPU, `_simulated` for numba's simulator (NUMBA_ENABLE_CUDASIM=1), under the same names."""
+"""What kernels are written in.
+
+`_device` for a GPU, `_simulated` for numba's simulator (NUMBA_ENABLE_CUDASIM=1), under the same names.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +21,29 @@ if SIMULATED:
 else:
     from fastbn.cuda.kernels import device as _form
 
-device, block, blocks, thread, threads, sync = _form.device, _form.block, _form.blocks, _form.thread, _form.threads, _form.sync
+device, block, blocks, thread, threads, sync = (
+    _form.device,
+    _form.block,
+    _form.blocks,
+    _form.thread,
+    _form.threads,
+    _form.sync,
+)
 lanes, scalar, spread, quotient = _form.lanes, _form.scalar, _form.spread, _form.quotient
-load, load_group, load_any, load_table, gather = _form.load, _form.load_group, _form.load_any, _form.load_table, _form.gather
+load, load_group, load_any, load_table, gather = (
+    _form.load,
+    _form.load_group,
+    _form.load_any,
+    _form.load_table,
+    _form.gather,
+)
 store, store_group, store_any = _form.store, _form.store_group, _form.store_any
 few, put, take = _form.few, _form.put, _form.take
-many, put_lane, take_lane, put_group, take_group = _form.many, _form.put_lane, _form.take_lane, _form.put_group, _form.take_group
+many, put_lane, take_lane, put_group, take_group = (
+    _form.many,
+    _form.put_lane,
+    _form.take_lane,
+    _form.put_group,
+    _form.take_group,
+)
 first, split, total, inverse, half = _form.first, _form.split, _form.total, _form.inverse, _form.half

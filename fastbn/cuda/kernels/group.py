@@ -1,7 +1,7 @@
 """The vector type of the GPU kernels, how its lanes are kept in memory, and shared memory: the LLVM side of `_device`.
 
-A group is what 16 bytes of memory hold: 4 float32, 2 float64, 8 of half precision. Arithmetic is in float32 or float64; float16 memory is
-seen as its bits in uint16, bfloat16 memory as its bits in int16, so that the two are told apart.
+A group is what 16 bytes of memory hold: 4 float32, 2 float64, 8 of half precision. Arithmetic is in float32 or float64;
+float16 memory is seen as its bits in uint16, bfloat16 memory as its bits in int16, so that the two are told apart.
 """
 
 import operator
@@ -61,7 +61,12 @@ def _register(op: Callable[[Any, Any], Any], instruction: str) -> None:
         return getattr(builder, instruction)(*args)
 
 
-for _op, _instruction in ((operator.add, "fadd"), (operator.sub, "fsub"), (operator.mul, "fmul"), (operator.truediv, "fdiv")):
+for _op, _instruction in (
+    (operator.add, "fadd"),
+    (operator.sub, "fsub"),
+    (operator.mul, "fmul"),
+    (operator.truediv, "fdiv"),
+):
     _register(_op, _instruction)
 
 
@@ -102,8 +107,8 @@ def write(builder: Any, base: Any, index: Any, stored: Any, vector: Any) -> None
 def memory(stored: Any, lanes: int) -> ir.VectorType:
     """The LLVM type of elements in memory: half precision in words of two.
 
-    Of a vector of 16-bit elements libNVVM makes two loads of 8 bytes, and for targets below sm_100 it loads halves into float registers
-    without converting them; words it does load at once and as they are.
+    Of a vector of 16-bit elements libNVVM makes two loads of 8 bytes, and for targets below sm_100 it loads halves into
+    float registers without converting them; words it does load at once and as they are.
     """
     if stored in HALVES and lanes > 1:
         return ir.VectorType(I32, lanes // 2)
@@ -156,8 +161,11 @@ def shared(builder: Any, place: tuple[str, Any, int], index: Any) -> Any:
     name, kind, count = place
     array = ir.ArrayType(kind, count)
     name = f"fastbn_{name}_{count}_{kind}"
-    found = builder.module.globals.get(name) or cgutils.add_global_variable(builder.module, array, name, addrspace=SHARED)
-    # Each device function is a module of its own: with "internal" linkage what one puts is in another array than what the next takes.
+    found = builder.module.globals.get(name) or cgutils.add_global_variable(
+        builder.module, array, name, addrspace=SHARED
+    )
+    # Each device function is a module of its own: with "internal" linkage what one puts is in another array than what
+    # the next takes.
     found.linkage, found.initializer, found.align = "linkonce_odr", ir.Constant(array, ir.Undefined), GROUP_BYTES
     return builder.gep(found, [ir.Constant(I32, 0), index])
 

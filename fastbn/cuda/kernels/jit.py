@@ -37,19 +37,21 @@ class Kernel:
     body : function
         The kernel, in terms of `_gpu`.
     arguments : str
-        A token per argument. Pointers: x as kept in memory, w to x's arithmetic (float32 for half precision), s to float64, t
-        to statistics of a dtype of their own. Numbers: i4 and i8 integers, f float64.
+        A token per argument. Pointers: x as kept in memory, w to x's arithmetic (float32 for half precision), s to
+        float64, t to statistics of a dtype of their own. Numbers: i4 and i8 integers, f float64.
     name : str, optional
         What errors call it; the body's name if None.
 
     Attributes
     ----------
     options : dict
-        What the compiler is told beside the signature. Without bounds ptxas allows for blocks of 1024 threads: it keeps within 64
-        registers and takes the loads of a step apart, so that each waits for the one before (`python -m bench.sass`: 2 of 4 at once).
+        What the compiler is told beside the signature. Without bounds ptxas allows for blocks of 1024 threads: it keeps
+        within 64 registers and takes the loads of a step apart, so that each waits for the one before (`python -m
+        bench.sass`: 2 of 4 at once).
     """
 
-    options: ClassVar[dict[str, Any]] = {"launch_bounds": (256, 2)}  # threads of a block, blocks of a multiprocessor: 128 registers
+    # threads of a block, blocks of a multiprocessor: 128 registers
+    options: ClassVar[dict[str, Any]] = {"launch_bounds": (256, 2)}
 
     def __init__(self, body: Callable[..., Any], arguments: str, name: str | None = None) -> None:
         self.body, self.arguments = body, arguments.split()
@@ -79,7 +81,8 @@ class Kernel:
         if gpu.SIMULATED:
             return cuda.jit(_quietly(self.body))
         statistic, target = statistic if "t" in self.arguments else DOUBLE, target_of(device)
-        with _compiling, interrupts.deferred():  # once, of threads that come at once; and broken off, it leaves a lock of llvmlite's held
+        # once, of threads that come at once; and broken off, it leaves a lock of llvmlite's held
+        with _compiling, interrupts.deferred():
             if (dtype, statistic, target) not in self._made:
                 self._made[dtype, statistic, target] = _loaded(*self._built(dtype, statistic, target))
             return self._made[dtype, statistic, target]
@@ -96,20 +99,26 @@ class Kernel:
 
     def ptx(self, dtype: np.dtype[Any], statistic: np.dtype[Any], target: Target) -> str:
         """What runs, but for the assembler's work: no link-time optimization comes between."""
-        found: str = cuda.compile(self.body, self.signature(dtype, statistic), cc=target, device=False, abi="numba", **self.options)[0]
+        found: str = cuda.compile(
+            self.body, self.signature(dtype, statistic), cc=target, device=False, abi="numba", **self.options
+        )[0]
         return found
 
     def prepared(self, arguments: Sequence[Any]) -> list[Any]:
         """Arguments as the driver takes them; what is no number stays as it is.
 
-        NumPy's numbers: a launch with 17 arguments, without the driver, takes 10.6 us with those of ctypes made anew, 1.7 with these.
+        NumPy's numbers: a launch with 17 arguments, without the driver, takes 10.6 us with those of ctypes made anew,
+        1.7 with these.
 
         Raises
         ------
         ValueError
             A number that the kernel has no room for.
         """
-        return [_number(self, k, token, value) for k, (token, value) in enumerate(zip(self.arguments, arguments, strict=True))]
+        return [
+            _number(self, k, token, value)
+            for k, (token, value) in enumerate(zip(self.arguments, arguments, strict=True))
+        ]
 
     def launch(
         self,
@@ -128,7 +137,8 @@ class Kernel:
         if gpu.SIMULATED:
             compiled[blocks, threads](*arguments)
             return
-        # Not through numba's dispatcher, which would take the addresses for numbers, and warn of the few blocks that small arrays need.
+        # Not through numba's dispatcher, which would take the addresses for numbers, and warn of the few blocks that
+        # small arrays need.
         _core().launch(_stream(stream), _grid(blocks, threads), compiled, *arguments)
 
 
@@ -138,7 +148,10 @@ def _number(kernel: Kernel, k: int, token: str, value: Any) -> Any:
     if not isinstance(value, int | float):
         return value
     if token in _WHOLE and not -(1 << (bits := _WHOLE[token]) - 1) <= value < 1 << bits - 1:
-        raise ValueError(f"x: too large for kernel {kernel.name}, whose argument {k} of {bits} bits would be {value}: give parts of it")
+        raise ValueError(
+            f"x: too large for kernel {kernel.name}, whose argument {k} of {bits} bits would be {value}: "
+            f"give parts of it"
+        )
     return value if gpu.SIMULATED or token not in _NUMBERS else _NUMBERS[token](value)
 
 
@@ -194,10 +207,17 @@ def _core() -> Any:
 
 
 def pointer(address: int, low: int, high: int, dtype: np.dtype[Any]) -> Any:
-    """What a kernel takes for memory from low to high that is entered at an address; in the simulator, memory of the host."""
+    """What a kernel takes for memory from low to high that is entered at an address.
+
+    In the simulator, memory of the host.
+    """
     if not gpu.SIMULATED:
         return address
-    flat = np.ctypeslib.as_array((ctypes.c_byte * (high - low)).from_address(low)).view(dtype) if high > low else np.empty(0, dtype)
+    flat = (
+        np.ctypeslib.as_array((ctypes.c_byte * (high - low)).from_address(low)).view(dtype)
+        if high > low
+        else np.empty(0, dtype)
+    )
     return simulated.Memory(flat, (address - low) // dtype.itemsize)
 
 
@@ -217,13 +237,14 @@ def put(array: np.ndarray[Any, Any], device: int) -> Any:
 def raw(nbytes: int, stream: int, device: int) -> tuple[Any, int]:
     """(owner, address) of memory on the current device for what a stream does next; `Pooled.close` gives it back.
 
-    Of a pool, in the stream's own order: right for a stream that is another one in each thread, for a handle that comes back, and while a
-    graph is captured, where nothing else may be allocated.
+    Of a pool, in the stream's own order: right for a stream that is another one in each thread, for a handle that comes
+    back, and while a graph is captured, where nothing else may be allocated.
     """
     if gpu.SIMULATED:
         array = np.empty(nbytes + 256, np.uint8)
         return array, -(-array.ctypes.data // 256) * 256
-    if (pool := _pool(device)) is None:  # whose driver has none: as slow as numba's arrays, whose release waits for the device
+    # whose driver has none: as slow as numba's arrays, whose release waits for the device
+    if (pool := _pool(device)) is None:
         array = cuda.device_array(nbytes, np.uint8)
         return array, int(array.__cuda_array_interface__["data"][0])
     taken = Pooled(int(_asked("cuMemAllocFromPoolAsync", nbytes, pool, stream)), stream)
@@ -237,7 +258,10 @@ class Pooled(NamedTuple):
     stream: int
 
     def close(self) -> None:
-        """Give it back, behind what the stream has been given to do; an error would be an earlier kernel's, which a launch reports."""
+        """Give it back, behind what the stream has been given to do.
+
+        An error would be an earlier kernel's, which a launch reports.
+        """
         _driver().cuMemFreeAsync(self.address, self.stream)
 
 
@@ -251,14 +275,20 @@ def _pool(device: int) -> Any:
     wanted.allocType = driver.CUmemAllocationType.CU_MEM_ALLOCATION_TYPE_PINNED
     wanted.location.type, wanted.location.id = driver.CUmemLocationType.CU_MEM_LOCATION_TYPE_DEVICE, device
     pool = _asked("cuMemPoolCreate", wanted)
-    _asked("cuMemPoolSetAttribute", pool, driver.CUmemPool_attribute.CU_MEMPOOL_ATTR_RELEASE_THRESHOLD, driver.cuuint64_t(KEPT))
+    _asked(
+        "cuMemPoolSetAttribute",
+        pool,
+        driver.CUmemPool_attribute.CU_MEMPOOL_ATTR_RELEASE_THRESHOLD,
+        driver.cuuint64_t(KEPT),
+    )
     return pool
 
 
 def wait(stream: int, other: int) -> None:
     """What a stream is given next waits for what another one has been given."""
     if not gpu.SIMULATED:
-        of = _core().Stream.from_handle  # not `_stream`: these keep a context, and a handle comes back, perhaps on another device
+        # not `_stream`: these keep a context, and a handle comes back, perhaps on another device
+        of = _core().Stream.from_handle
         of(stream).wait(of(other))
 
 

@@ -1,8 +1,10 @@
-"""What the GPU's kernels share: a statistic of 16-byte groups read one after the other, and how threads and blocks merge theirs.
+"""What the GPU's kernels share.
 
-A thread sums deviations and their squares of a few groups, a leaf, from a value that is near its mean so far, and merges leaf after leaf
-(Chan, Golub & LeVeque 1983): three instructions a value, and float32 keeps what a large mean would drown, wherever a typical value stands.
-A mean is two numbers, `base` and the `rest` beside it. A block merges what its threads found in slots of shared memory, by halves.
+A statistic of 16-byte groups read one after the other, and how threads and blocks merge theirs.
+A thread sums deviations and their squares of a few groups, a leaf, from a value that is near its mean so far, and
+merges leaf after leaf (Chan, Golub & LeVeque 1983): three instructions a value, and float32 keeps what a large mean
+would drown, wherever a typical value stands. A mean is two numbers, `base` and the `rest` beside it. A block merges
+what its threads found in slots of shared memory, by halves.
 """
 
 from typing import Any
@@ -11,9 +13,11 @@ from numpy import float64, int32, int64
 
 from fastbn.cuda.kernels import gpu
 
-# Squares vanish in float32 below 1e-19, and numbers near a mean are 6e-8 of it apart: beyond 2e-12 they are equal or their squares stand.
+# Squares vanish in float32 below 1e-19, and numbers near a mean are 6e-8 of it apart: beyond 2e-12 they are equal or
+# their squares stand.
 VANISHING = 1e-11
-LEAF = 16  # groups: float32 sums of so many squares are good to 5e-7 in the worst case, and to a tenth of that as a rule
+# groups: float32 sums of so many squares are good to 5e-7 in the worst case, and to a tenth of that as a rule
+LEAF = 16
 
 
 @gpu.device
@@ -33,7 +37,10 @@ def weights(count, terms):
 
 @gpu.device
 def grow(total, squares, inverse, weight, both, base, rest, m2, lost):
-    """(base, rest, m2, lost) after a leaf, the sums of whose deviations from `base` and of their squares are given; with its `weights`."""
+    """(base, rest, m2, lost) after a leaf, the sums of whose deviations from `base` and of their squares are given.
+
+    With its `weights`.
+    """
     offset = total * inverse
     apart = offset - rest
     m2, lost = add(m2, lost, squares - offset * total + apart * apart * both)
@@ -50,7 +57,12 @@ def level(x, count, base, rest, m2):
     middle = gpu.total(means) * gpu.scalar(x, 1.0 / gpu.lanes(x))
     apart = means - gpu.spread(x, middle)
     moved = origin + middle
-    return count * gpu.scalar(x, gpu.lanes(x)), moved, middle - (moved - origin), gpu.total(m2) + count * gpu.total(apart * apart)
+    return (
+        count * gpu.scalar(x, gpu.lanes(x)),
+        moved,
+        middle - (moved - origin),
+        gpu.total(m2) + count * gpu.total(apart * apart),
+    )
 
 
 @gpu.device
@@ -102,9 +114,11 @@ def _slots(put: Any, take: Any, plane: Any) -> Any:
 
     @gpu.device
     def join_slots(x, n, width, pieces, apart):
-        """Merge n slots, each `width` from the last, into the first: for `width` slots of each of `pieces` that begin `apart` slots apart.
+        """Merge n slots, each `width` from the last, into the first.
 
-        The order, and so every bit, is the same in every run. All of the block come here, and see each other's slots behind it.
+        For `width` slots of each of `pieces` that begin `apart` slots apart.
+        The order, and so every bit, is the same in every run. All of the block come here, and see each other's slots
+        behind it.
         """
         gpu.sync()
         while n > 1:
@@ -141,7 +155,10 @@ def _slots(put: Any, take: Any, plane: Any) -> Any:
 
 
 keep, kept, join_slots, keep_sums, kept_sums, sum_slots = _slots(gpu.put, gpu.take, gpu.few)  # a slot a thread
-keep_lane, kept_lane, join_lanes, keep_lane_sums, kept_lane_sums, sum_lanes = _slots(gpu.put_lane, gpu.take_lane, gpu.many)  # a lane
+# a lane
+keep_lane, kept_lane, join_lanes, keep_lane_sums, kept_lane_sums, sum_lanes = _slots(
+    gpu.put_lane, gpu.take_lane, gpu.many
+)
 
 
 @gpu.device
@@ -162,7 +179,10 @@ def store_sums(partial, entry, channel, C, a, b):
 
 @gpu.device
 def doubtful(x, count, mean, m2):
-    """Whether float32 had too little range for a channel: squares that overflow, or that are subnormal beside what they are summed to."""
+    """Whether float32 had too little range for a channel.
+
+    Squares that overflow, or that are subnormal beside what they are summed to.
+    """
     vanished = m2 < 1e-37 * count and mean != 0.0 and -VANISHING < mean < VANISHING
     return gpu.lanes(x) > 2 and count > 0.0 and (not m2 - m2 == 0.0 or vanished)
 
@@ -179,7 +199,8 @@ def reread(x, at, N, S, sn, first, every):
         e += every
     offset = total / count if count else total
     m2 = squares - offset * total
-    return count, base, offset + (m2 - m2), m2  # of one infinite value the mean is NaN too, as wherever threads merge theirs
+    # of one infinite value the mean is NaN too, as wherever threads merge theirs
+    return count, base, offset + (m2 - m2), m2
 
 
 @gpu.device

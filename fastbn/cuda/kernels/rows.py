@@ -1,8 +1,9 @@
-"""Channels first on the GPU: partial moments and gradients' sums of (N, C, S), S contiguous; a block takes one part of one channel.
+"""Channels first on the GPU: partial moments and gradients' sums of (N, C, S), S contiguous.
 
-A row is cut into slots of 16 bytes that begin on 16-byte boundaries, as many as fit wherever the row begins; its `rest`, before the first
-slot and behind the last, is read value by value in a second loop. Threads go from slot to slot by counters: a division for each would
-cost as much as the arithmetic.
+A block takes one part of one channel.
+A row is cut into slots of 16 bytes that begin on 16-byte boundaries, as many as fit wherever the row begins; its
+`rest`, before the first slot and behind the last, is read value by value in a second loop. Threads go from slot to slot
+by counters: a division for each would cost as much as the arithmetic.
 """
 
 from fastbn.cuda.kernels import gpu
@@ -27,7 +28,10 @@ from fastbn.cuda.kernels.merging import (
 
 @gpu.device
 def spot(at, base, lanes, v):
-    """Where slot `v` of a row lies that begins at `at`; `base` elements lie between the array's begin and the boundary before it."""
+    """Where slot `v` of a row lies that begins at `at`.
+
+    `base` elements lie between the array's begin and the boundary before it.
+    """
     return at + (-(at + base) & (lanes - 1)) + v * lanes
 
 
@@ -61,7 +65,10 @@ def outside(e, at, sn, base, lanes, S, rest):
 
 @gpu.device
 def read_moments(x, S, at, sn, base, slots, rest, step_n, step_v, start, stop, first, last):
-    """(count, base, rest, m2) of what this thread reads of a channel that begins at `at`: of slots start to stop, and elements outside."""
+    """(count, base, rest, m2) of what this thread reads of a channel that begins at `at`.
+
+    Of slots start to stop, and elements outside.
+    """
     lanes, threads, thread = gpu.lanes(x), gpu.threads(), gpu.thread()
     zero, one = gpu.scalar(x, 0.0), gpu.scalar(x, 1.0)
     nil = gpu.spread(x, zero)
@@ -115,8 +122,13 @@ def read_moments(x, S, at, sn, base, slots, rest, step_n, step_v, start, stop, f
 
 
 @gpu.device
-def read_sums(x, dy, S, at, sn, base, at_dy, sn_dy, base_dy, slots, rest, step_n, step_v, start, stop, first, last, mean):
-    """(sum of dy, sum of dy * (x - mean)) of what this thread reads, as `read_moments`; rows of both begin alike to a boundary."""
+def read_sums(
+    x, dy, S, at, sn, base, at_dy, sn_dy, base_dy, slots, rest, step_n, step_v, start, stop, first, last, mean
+):
+    """(sum of dy, sum of dy * (x - mean)) of what this thread reads, as `read_moments`.
+
+    Rows of both begin alike to a boundary.
+    """
     lanes, threads, thread = gpu.lanes(x), gpu.threads(), gpu.thread()
     means, zero = gpu.spread(x, mean), gpu.scalar(x, 0.0)
     nil = gpu.spread(x, zero)
@@ -163,7 +175,9 @@ def row_moments(x, S, at, sn, base, slots, rest, step_n, step_v, start, stop, fi
 
 
 @gpu.device
-def row_sums(x, dy, S, at, sn, base, at_dy, sn_dy, base_dy, slots, rest, step_n, step_v, start, stop, first, last, mean):
+def row_sums(
+    x, dy, S, at, sn, base, at_dy, sn_dy, base_dy, slots, rest, step_n, step_v, start, stop, first, last, mean
+):
     """(sum of dy, sum of dy * (x - mean)) of what a block reads so."""
     a, b = read_sums(
         x, dy, S, at, sn, base, at_dy, sn_dy, base_dy, slots, rest, step_n, step_v, start, stop, first, last, mean
@@ -177,8 +191,8 @@ def row_sums(x, dy, S, at, sn, base, at_dy, sn_dy, base_dy, slots, rest, step_n,
 def moments_rows(x, N, C, S, sn, sc, base, slots, rest, step_n, step_v, chunk, chunk_rest, partial):
     """(count, mean, m2) of each part of each channel into `partial` (parts, 3, C).
 
-    A part is `chunk` slots and `chunk_rest` elements outside them; a block's step is `step_n` rows and `step_v` slots. Blocks side by side
-    take one part of all channels: what is read last lies together.
+    A part is `chunk` slots and `chunk_rest` elements outside them; a block's step is `step_n` rows and `step_v` slots.
+    Blocks side by side take one part of all channels: what is read last lies together.
     """
     part = gpu.quotient(gpu.block(), C)
     channel = gpu.block() - part * C
@@ -190,15 +204,18 @@ def moments_rows(x, N, C, S, sn, sc, base, slots, rest, step_n, step_v, chunk, c
 
 
 @kernel("x x t i8 i4 i8 i8 i8 i8 i8 i4 i4 i8 i8 i4 i4 i8 i8 s")
-def sums_rows(x, dy, mean, N, C, S, sn, sc, dn, dc, base, base_dy, slots, rest, step_n, step_v, chunk, chunk_rest, partial):
-    """(sum of dy, sum of dy * (x - mean)) of each part of each channel into `partial` (parts, 2, C), `mean` rounded as x is computed in."""
+def sums_rows(
+    x, dy, mean, N, C, S, sn, sc, dn, dc, base, base_dy, slots, rest, step_n, step_v, chunk, chunk_rest, partial
+):
+    """(sum of dy, sum of dy * (x - mean)) of each part of each channel into `partial` (parts, 2, C), `mean` as x is."""
     part = gpu.quotient(gpu.block(), C)
     channel = gpu.block() - part * C
     start, first = part * chunk, part * chunk_rest
     stop, last = min(start + chunk, N * slots), min(first + chunk_rest, N * rest)
     middle = gpu.scalar(x, gpu.load(mean, channel))
     a, b = row_sums(
-        x, dy, S, channel * sc, sn, base, channel * dc, dn, base_dy, slots, rest, step_n, step_v, start, stop, first, last, middle
+        x, dy, S, channel * sc, sn, base, channel * dc, dn, base_dy, slots, rest, step_n, step_v, start, stop, first,
+        last, middle
     )  # fmt: skip
     if gpu.thread() == 0:
         store_sums(partial, part, channel, C, a, b)

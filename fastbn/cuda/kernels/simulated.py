@@ -1,7 +1,8 @@
-"""The same functions as `_device` in plain Python, for numba's simulator: kernels as they stand, every line counted and debuggable.
+"""The same functions as `_device` in plain Python, for numba's simulator.
 
-A pointer is a `Memory`, which refuses what a GPU would do without a word: indices outside, groups off their boundary. A group is a NumPy
-array. Tests make blocks small, for each thread of the simulator is one of Python's.
+Kernels as they stand, every line counted and debuggable.
+A pointer is a `Memory`, which refuses what a GPU would do without a word: indices outside, groups off their boundary. A
+group is a NumPy array. Tests make blocks small, for each thread of the simulator is one of Python's.
 """
 
 from __future__ import annotations
@@ -159,7 +160,10 @@ def load_table(x: Memory, table: Memory, index: int) -> Array:
 
 
 def gather(x: Memory, table: Memory, at: int, channel: int, column: int, columns: int, channels: int) -> Array:
-    """A channel's number, from table[at] on, for each lane of x, the first of which is `column` of its channel's `columns`."""
+    """A channel's number, from table[at] on.
+
+    For each lane of x, the first of which is `column` of its channel's `columns`.
+    """
     return np.array([load(table, at + (channel + (column + k) // columns) % channels) for k in range(lanes(x))], x.kind)
 
 

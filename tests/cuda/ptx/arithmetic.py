@@ -164,7 +164,9 @@ def conversion(kernel: Kernel, instruction: Instruction) -> Run:
 
     def converted(*values: Any) -> Any:
         if to.letter.endswith("x2"):
-            high, low = (to_bfloat16(v) if to.letter == "bf16x2" else v.astype(np.float16).view(np.uint16) for v in values)
+            high, low = (
+                to_bfloat16(v) if to.letter == "bf16x2" else v.astype(np.float16).view(np.uint16) for v in values
+            )
             return (high.astype(np.uint32) << np.uint32(16)) | low.astype(np.uint32)
         (value,) = values
         if to.letter == "bf16":

@@ -1,4 +1,6 @@
-"""Arrays on the machine, as `__cuda_array_interface__` has them, in every layout, whose elements alone may be touched."""
+"""Arrays on the machine, as `__cuda_array_interface__` has them, in every layout, whose elements alone may be
+touched.
+"""
 
 import math
 from typing import Any
@@ -20,7 +22,9 @@ Ints = tuple[int, ...]
 class Array:
     """Elements of an allocation."""
 
-    def __init__(self, memory: Memory, offset: int, shape: Ints, strides: Ints, dtype: str, readonly: bool = False) -> None:
+    def __init__(
+        self, memory: Memory, offset: int, shape: Ints, strides: Ints, dtype: str, readonly: bool = False
+    ) -> None:
         self.memory, self.offset, self.shape, self.strides, self.dtype = memory, offset, shape, strides, dtype
         self.readonly, self.ndim, self.size = readonly, len(shape), math.prod(shape)
 
@@ -37,7 +41,9 @@ class Array:
         }
 
     def __getitem__(self, k: int) -> "Array":
-        return Array(self.memory, self.offset + k * self.strides[0], self.shape[1:], self.strides[1:], self.dtype, self.readonly)
+        return Array(
+            self.memory, self.offset + k * self.strides[0], self.shape[1:], self.strides[1:], self.dtype, self.readonly
+        )
 
     @property
     def granules(self) -> np.ndarray:
@@ -58,7 +64,9 @@ class Array:
 
     def put(self, values: np.ndarray) -> None:
         """Set the elements, rounded to the dtype."""
-        self._content()[...] = to_bfloat16(values.astype(np.float32)) if self.dtype == "bfloat16" else values.astype(HOST[self.dtype])
+        self._content()[...] = (
+            to_bfloat16(values.astype(np.float32)) if self.dtype == "bfloat16" else values.astype(HOST[self.dtype])
+        )
         self.memory.defined[self.granules] = True
 
     def get(self) -> np.ndarray:
@@ -71,9 +79,16 @@ class Array:
         """
         missing = ~self.memory.defined[self.granules].all(-1)
         if missing.any():
-            raise Fault(f"{self.memory.name}: {missing.sum()} of {missing.size} elements are undefined, first {np.argwhere(missing)[0]}")
+            raise Fault(
+                f"{self.memory.name}: {missing.sum()} of {missing.size} elements are undefined, first "
+                f"{np.argwhere(missing)[0]}"
+            )
         found = self._content().copy()
-        return (found.astype(np.uint32) << 16).view(np.float32).astype(np.float64) if self.dtype == "bfloat16" else found.astype(np.float64)
+        return (
+            (found.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+            if self.dtype == "bfloat16"
+            else found.astype(np.float64)
+        )
 
 
 def _steps(sizes: Ints, order: list[int], itemsize: int) -> tuple[list[int], int]:
@@ -87,7 +102,9 @@ def _steps(sizes: Ints, order: list[int], itemsize: int) -> tuple[list[int], int
 def laid(shape: Ints, layout: str, itemsize: int, shift: int) -> tuple[int, int, Ints]:
     """(bytes, offset of the first element, strides) of an array in a layout, `shift` elements behind a boundary."""
     order = list(range(len(shape)))
-    order = {"last": [0, *order[2:], 1], "fortran": order[::-1], "channel outermost": [1, 0, *order[2:]]}.get(layout, order)
+    order = {"last": [0, *order[2:], 1], "fortran": order[::-1], "channel outermost": [1, 0, *order[2:]]}.get(
+        layout, order
+    )
     sizes = {"crop": tuple(n + 3 for n in shape), "strided": (*shape[:-1], 2 * shape[-1])}.get(layout, shape)
     steps, size = _steps(sizes, order, itemsize)
     offset = shift * itemsize

@@ -143,6 +143,8 @@ def move(kernel: Kernel, instruction: Instruction) -> Run:
         if len(values) == 1:
             return values[0]
         wide = UNSIGNED[of.bits]
-        return np.bitwise_or.reduce(np.broadcast_arrays(*(value.astype(wide) << wide(part.bits * k) for k, value in enumerate(values))))
+        return np.bitwise_or.reduce(
+            np.broadcast_arrays(*(value.astype(wide) << wide(part.bits * k) for k, value in enumerate(values)))
+        )
 
     return lanewise(kernel, instruction, [part] * len(sources), of, together, [to, *sources])

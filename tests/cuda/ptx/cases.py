@@ -22,12 +22,21 @@ class Case(NamedTuple):
     spread: float = 1.0
     layouts: tuple[str, str, str] | None = None
     axis: int = 1
-    more: tuple[str, ...] = ()  # of "own": results without out=, "in place", "track", "long": the kernels for 64-bit positions
+    # of "own": results without out=, "in place", "track", "long": the kernels for 64-bit positions
+    more: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         shown = [self.dtype, "x".join(map(str, self.shape)), "/".join(self.layouts or (self.layout,))]
-        shown += [f"shifts {self.shifts}", f"affine {self.affine}", f"statistics {'/'.join(sorted(set(self.statistics)))}"]
-        shown += [f"{name} {value:g}" for name, value, usual in (("mean", self.mean, 0), ("spread", self.spread, 1)) if value != usual]
+        shown += [
+            f"shifts {self.shifts}",
+            f"affine {self.affine}",
+            f"statistics {'/'.join(sorted(set(self.statistics)))}",
+        ]
+        shown += [
+            f"{name} {value:g}"
+            for name, value, usual in (("mean", self.mean, 0), ("spread", self.spread, 1))
+            if value != usual
+        ]
         shown += [f"axis {self.axis}"] if self.axis != 1 else []
         return " ".join([*shown, *self.more])
 
@@ -52,7 +61,9 @@ def _plain(dtype: str) -> Iterator[Case]:
         ):
             continue
         for shifts in _shifts(shape, layout):
-            yield Case(dtype, shape, layout, shifts, (3, 0, 1, 2, 3)[(k + 2 * j) % 5], (DOUBLE, SINGLE, MIXED)[(k + j) % 3])
+            yield Case(
+                dtype, shape, layout, shifts, (3, 0, 1, 2, 3)[(k + 2 * j) % 5], (DOUBLE, SINGLE, MIXED)[(k + j) % 3]
+            )
 
 
 def _special(dtype: str) -> Iterator[Case]:
@@ -69,10 +80,13 @@ def _special(dtype: str) -> Iterator[Case]:
 
 
 def _whole(dtype: str) -> Iterator[Case]:
-    """One launch each, in which every thread has more than one step of four loads: 1250 groups of a channel, and 1280 of columns."""
+    """One launch each, in which every thread has more than one step of four loads: 1250 groups of a channel, and 1280
+    of columns.
+    """
     lanes = LANES.get(dtype, 8)
     yield Case(dtype, (2, 5, 25 * lanes, 25), more=("own",))
-    yield Case(dtype, (2, 5, 25 * lanes + 1, 25), shifts=(1, 1, 1), affine=0, statistics=SINGLE)  # and what lies outside groups
+    # and what lies outside groups
+    yield Case(dtype, (2, 5, 25 * lanes + 1, 25), shifts=(1, 1, 1), affine=0, statistics=SINGLE)
     yield Case(dtype, (20 * lanes, 64), affine=1, statistics=SINGLE)
 
 
@@ -81,14 +95,17 @@ def everything(dtype: str) -> list[Case]:
     plain = [*_plain(dtype), *_special(dtype), *_whole(dtype)]
     found = [*plain, *(case._replace(more=("long",)) for case in plain[::9])]
     turns = (("own", 3), ("in place", 4), ("track", 5))
-    return [case._replace(more=case.more + tuple(name for name, every in turns if k % every == 0)) for k, case in enumerate(found)]
+    return [
+        case._replace(more=case.more + tuple(name for name, every in turns if k % every == 0))
+        for k, case in enumerate(found)
+    ]
 
 
-# The covering set: 53 cases of each dtype instead of 372. Each of these rows stands for a way through grids and kernels, which its
-# comment names; layouts and alignments are spread over them, and `covering` adds those pairs of the two that no row has, on shapes that
-# take no time. So every pair of layout and alignment is there, every pair of parameters and given statistics, every shape and kind of
-# data. That every kernel is launched for every dtype, and that these pairs are there, `test_executed` checks; `run` prints the basic
-# blocks that are left.
+# The covering set: 53 cases of each dtype instead of 372. Each of these rows stands for a way through grids and
+# kernels, which its comment names; layouts and alignments are spread over them, and `covering` adds those pairs of the
+# two that no row has, on shapes that take no time. So every pair of layout and alignment is there, every pair of
+# parameters and given statistics, every shape and kind of data. That every kernel is launched for every dtype, and that
+# these pairs are there, `test_executed` checks; `run` prints the basic blocks that are left.
 ROWS = (
     ((32, 64), "first", (0, 0, 0), 3, SINGLE, ("own", "track")),  # one launch, a channel to a column, whole groups
     ((9, 5), "fortran", (1, 1, 1), 0, DOUBLE, ("in place",)),  # the same, unaligned, fewer columns than a group
@@ -99,10 +116,12 @@ ROWS = (
     ((3, 300), "strided", (0, 0, 0), 0, SINGLE, ("own",)),  # a copy first, few rows and many channels
     ((70, 3), "reversed", (1, 0, 2), 2, MIXED, ("in place",)),  # a negative stride
     ((2, 1), "first", (3, 3, 3), 0, MIXED, ()),  # the smallest
-    ((4, 3, 7, 7), "channel outermost", (0, 0, 0), 1, SINGLE, ("in place", "own")),  # one launch, rows that are no whole groups
+    # one launch, rows that are no whole groups
+    ((4, 3, 7, 7), "channel outermost", (0, 0, 0), 1, SINGLE, ("in place", "own")),
     ((2, 5, 9, 35), "last", (0, 0, 0), 2, DOUBLE, ()),  # channels last, folded
     ((2, 5, 9, 35), "first", (1, 0, 2), 3, DOUBLE, ("long",)),  # arrays that don't lie alike: element by element
-    ((3, 2, 70, 71), "first", (1, 1, 1), 3, MIXED, ("long", "own")),  # several parts of a channel, slots and rests of rows
+    # several parts of a channel, slots and rests of rows
+    ((3, 2, 70, 71), "first", (1, 1, 1), 3, MIXED, ("long", "own")),
     ((5, 3, 2, 64), "crop", (3, 3, 3), 3, SINGLE, ("track",)),  # images apart: N * C runs
     ((2, 3, 1, 515), "reversed", (0, 1, 0), 1, DOUBLE, ()),  # images backwards
     ((1, 2, 33, 128), "last", (2, 2, 1), 2, SINGLE, ("own",)),  # two channels last, unaligned
@@ -113,7 +132,10 @@ ROWS = (
 
 def covering(dtype: str) -> list[Case]:
     """The covering set of a dtype."""
-    found = [Case(dtype, shape, layout, shifts, affine, stats, more=more) for shape, layout, shifts, affine, stats, more in ROWS]
+    found = [
+        Case(dtype, shape, layout, shifts, affine, stats, more=more)
+        for shape, layout, shifts, affine, stats, more in ROWS
+    ]
     missing = [pair for pair in product(LAYOUTS, SHIFTS) if pair not in {(case.layout, case.shifts) for case in found}]
     shapes = (IMAGES[1], IMAGES[3], IMAGES[0])  # rows of whole groups and others
     for k, (layout, shifts) in enumerate(missing):

@@ -16,7 +16,8 @@ from .cases import Case
 from .driver import Device, plans_forgotten
 from .memory import READ, WRITE, Fault
 
-# Of max(1, |value|), or of what a sum is made of. y and dx of half precision: half a unit in the last place, beside float32's limit.
+# Of max(1, |value|), or of what a sum is made of. y and dx of half precision: half a unit in the last place, beside
+# float32's limit.
 LIMIT = {"float32": 1e-6, "float64": 1e-11, "float16": 2.0**-11 + 1e-6, "bfloat16": 2.0**-8 + 1e-6}
 STATISTIC = {"float32": 1e-6, "float64": 4e-12, "float16": 1e-6, "bfloat16": 1e-6}
 EPS = 1e-5
@@ -37,7 +38,11 @@ class Report:
 
     @property
     def problems(self) -> list[str]:
-        return [f"{r.case}: {r.what} {r.words or f'is off by {r.error:.3g} of its limit'}" for r in self.records if not r.error <= 1]
+        return [
+            f"{r.case}: {r.what} {r.words or f'is off by {r.error:.3g} of its limit'}"
+            for r in self.records
+            if not r.error <= 1
+        ]
 
     def call(self, case: Case, what: str, function: Callable[[], Any]) -> Any:
         """What a call returns; None where it fails."""
@@ -138,7 +143,9 @@ class Passes:
         self.compare("mean", found[1].mean, stats.mean, self.statistic, deviation(stats))
         self.compare("m2", found[1].m2, stats.m2, self.statistic, np.maximum(stats.m2, 1e-300))
         want = fastbn.batch_norm_backward(d.DY, d.X, stats, d.G, axis=d.axis, backend="reference")
-        back = self.call("backward", lambda: fastbn.batch_norm_backward(d.dy, d.x, found[1], d.gamma, axis=d.axis, out=d.out()))
+        back = self.call(
+            "backward", lambda: fastbn.batch_norm_backward(d.dy, d.x, found[1], d.gamma, axis=d.axis, out=d.out())
+        )
         if back is not None:
             self.gradients("", back, want, d.gradient_scale(want[0], stats.rstd(EPS)))
         if "float32" in self.case.statistics:
@@ -151,7 +158,9 @@ class Passes:
         m = made(d.count, mean, m2, DeviceMoments)
         stats = fastbn.Moments(d.count, mean.get(), m2.get())
         want = fastbn.batch_norm_backward(d.DY, d.X, stats, d.G, axis=d.axis, backend="reference")
-        back = self.call("backward, float32", lambda: fastbn.batch_norm_backward(d.dy, d.x, m, d.gamma, axis=d.axis, out=d.out()))
+        back = self.call(
+            "backward, float32", lambda: fastbn.batch_norm_backward(d.dy, d.x, m, d.gamma, axis=d.axis, out=d.out())
+        )
         if back is not None:
             self.gradients("float32 ", back, want, d.gradient_scale(want[0], stats.rstd(EPS)))
 
@@ -165,12 +174,15 @@ class Passes:
         d = self.of
         given = d.mean, d.var
         want = fastbn.batch_norm_inference(d.X, d.M, d.V, d.G, d.B, axis=d.axis, backend="reference")
-        y = self.call("inference", lambda: fastbn.batch_norm_inference(d.x, *given, d.gamma, d.beta, axis=d.axis, out=d.out()))
+        y = self.call(
+            "inference", lambda: fastbn.batch_norm_inference(d.x, *given, d.gamma, d.beta, axis=d.axis, out=d.out())
+        )
         if y is not None:
             self.compare("constant y", y, want, self.limit)
         want = fastbn.batch_norm_inference_backward(d.DY, d.X, d.M, d.V, d.G, axis=d.axis, backend="reference")
         back = self.call(
-            "inference backward", lambda: fastbn.batch_norm_inference_backward(d.dy, d.x, *given, d.gamma, axis=d.axis, out=d.out())
+            "inference backward",
+            lambda: fastbn.batch_norm_inference_backward(d.dy, d.x, *given, d.gamma, axis=d.axis, out=d.out()),
         )
         if back is not None:
             self.gradients("constant ", back, want, None)
@@ -181,9 +193,14 @@ class Passes:
         for name, one, other in zip(("sum dy", "sum dy xhat"), found, sums, strict=True):
             self.compare(name, one, other, self.statistic, d.sums_scale)
         count = d.count + 3  # of another rank
-        want = fastbn.batch_norm_backward_input(d.DY, d.X, d.M, d.V, *sums, count, d.G, axis=d.axis, backend="reference")
+        want = fastbn.batch_norm_backward_input(
+            d.DY, d.X, d.M, d.V, *sums, count, d.G, axis=d.axis, backend="reference"
+        )
         dx = self.call(
-            "input", lambda: fastbn.batch_norm_backward_input(d.dy, d.x, *given, *found, count, d.gamma, axis=d.axis, out=d.out())
+            "input",
+            lambda: fastbn.batch_norm_backward_input(
+                d.dy, d.x, *given, *found, count, d.gamma, axis=d.axis, out=d.out()
+            ),
         )
         if dx is not None:
             self.compare("split dx", dx, want, self.limit, d.gradient_scale(want, 1.0 / np.sqrt(d.V + EPS)))
@@ -214,7 +231,10 @@ class Passes:
         """Running statistics move, and a copy of them in float64."""
         kind, C = self.of.kind, len(want.mean)
         before = np.linspace(0.5, 2, C)
-        running = [self.device.array(before, kind, name, shift=1, allowed=READ | WRITE) for name in ("running mean", "running var")]
+        running = [
+            self.device.array(before, kind, name, shift=1, allowed=READ | WRITE)
+            for name in ("running mean", "running var")
+        ]
         freedom = found.count - 1.0
         self.call("track", lambda: fastbn.cuda.backend.track(found, freedom, 0.1, *running))
         wide = self.call("widen", lambda: fastbn.cuda.backend.widened(running[0]))
@@ -232,7 +252,9 @@ class Passes:
             target = (d.dy if name == "dy" else d.x).allow(READ | WRITE)
             want, stats = fastbn.batch_norm(d.X, d.G, d.B, axis=d.axis, backend="reference")
             if name == "forward":
-                if self.call("forward in place", lambda d=d: fastbn.batch_norm(d.x, d.gamma, d.beta, axis=d.axis, out=d.x)):
+                if self.call(
+                    "forward in place", lambda d=d: fastbn.batch_norm(d.x, d.gamma, d.beta, axis=d.axis, out=d.x)
+                ):
                     self.compare("y in place", target, want, self.limit)
                 continue
             m = self.call("moments", lambda d=d: fastbn.moments(d.x, axis=d.axis))
@@ -274,9 +296,13 @@ def check_empty(device: Device, dtype: str, report: Report) -> None:
         found: dict[str, tuple[Array, Array]] = {}
         if (m := report.call(case, "moments", lambda: fastbn.moments(x))) is not None:
             found["moments"] = m.mean, m.m2
-        if (grads := report.call(case, "backward", lambda: fastbn.batch_norm_inference_backward(x, x, mean, var))) is not None:
+        if (
+            grads := report.call(case, "backward", lambda: fastbn.batch_norm_inference_backward(x, x, mean, var))
+        ) is not None:
             found["backward"] = grads[1:]
-        if (sums := report.call(case, "reduce", lambda: fastbn.batch_norm_backward_reduce(x, x, mean, var))) is not None:
+        if (
+            sums := report.call(case, "reduce", lambda: fastbn.batch_norm_backward_reduce(x, x, mean, var))
+        ) is not None:
             found["reduce"] = sums
         for what, arrays in found.items():
             for array in arrays:

@@ -1,4 +1,6 @@
-"""PTX of the CUDA kernels, by numba-cuda and libNVVM as on a machine with a GPU, and kept on disk: without a GPU or a driver."""
+"""PTX of the CUDA kernels, by numba-cuda and libNVVM as on a machine with a GPU, and kept on disk: without a GPU or a
+driver.
+"""
 
 import hashlib
 import importlib
@@ -24,7 +26,8 @@ from fastbn.cuda.kernels import jit
 
 # The targets that numba-cuda compiles for on A100, H100 and H200, B200: a is for what only that architecture has.
 ARCHITECTURES = {"sm_80": (8, 0, ""), "sm_90a": (9, 0, "a"), "sm_100a": (10, 0, "a")}
-STORED = {"float32": "float32", "float64": "float64", "float16": "uint16", "bfloat16": "int16"}  # as the kernels see memory of a dtype
+# as the kernels see memory of a dtype
+STORED = {"float32": "float32", "float64": "float64", "float16": "uint16", "bfloat16": "int16"}
 STATISTICS = ("float32", "float64")
 
 
@@ -61,7 +64,9 @@ def compiled(body: Any, signature: Any, architecture: str, lto: bool = False) ->
     target = ARCHITECTURES[architecture]
     with without_a_driver(target):
         kind = "ltoir" if lto else "ptx"
-        found, _ = numba_cuda.compile(body, signature, cc=target, device=False, abi="numba", output=kind, **jit.Kernel.options)
+        found, _ = numba_cuda.compile(
+            body, signature, cc=target, device=False, abi="numba", output=kind, **jit.Kernel.options
+        )
     return _linked(found, architecture) if lto else str(found)
 
 
@@ -76,7 +81,8 @@ def ptx(name: str, stored: str, statistic: str, architecture: str, lto: bool = F
         else:  # by the project's own hand
             with without_a_driver(ARCHITECTURES[architecture]):
                 text = kernel.ptx(*types, ARCHITECTURES[architecture])
-        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as partial:  # another process may compile the same
+        # another process may compile the same
+        with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as partial:
             partial.write(text)
         os.replace(partial.name, file)
     return file.read_text()
@@ -102,7 +108,9 @@ def folder() -> Path:
     for path in sorted(Path(fastbn.kernels.__file__).parent.rglob("*.py")):
         digest.update(path.read_bytes())
     packages = ("numba", "numba-cuda", "nvidia-nvvm", "nvidia-nvjitlink")
-    digest.update(repr([[each.version for each in importlib.metadata.distributions(name=name)] for name in packages]).encode())
+    digest.update(
+        repr([[each.version for each in importlib.metadata.distributions(name=name)] for name in packages]).encode()
+    )
     found = Path(os.environ.get("NUMBA_CACHE_DIR") or tempfile.gettempdir(), "fastbn-ptx", digest.hexdigest()[:16])
     found.mkdir(parents=True, exist_ok=True)
     return found

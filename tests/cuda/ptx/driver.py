@@ -1,4 +1,6 @@
-"""What stands where CUDA's driver would: memory, and launches that the machine runs. `replaced` lists all that it replaces of fastbn's."""
+"""What stands where CUDA's driver would: memory, and launches that the machine runs. `replaced` lists all that it
+replaces of fastbn's.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -45,7 +47,11 @@ class Device:
     """
 
     def __init__(
-        self, architecture: str, lto: bool = False, dry: bool = False, altered: Mapping[str, Callable[[str], str]] | None = None
+        self,
+        architecture: str,
+        lto: bool = False,
+        dry: bool = False,
+        altered: Mapping[str, Callable[[str], str]] | None = None,
     ) -> None:
         self.architecture, self.lto, self.dry, self.altered = architecture, lto, dry, altered or {}
         self.space = Space()
@@ -67,7 +73,9 @@ class Device:
             with mock.patch.object(streams, "workspace", lambda nbytes, *_: self._workspace(nbytes, pieces)):
                 run(queue, program, *given)
 
-        def launch(kernel: Any, dtype: Any, statistic: Any, blocks: int, threads: int, stream: int, device: int, arguments: Any) -> None:
+        def launch(
+            kernel: Any, dtype: Any, statistic: Any, blocks: int, threads: int, stream: int, device: int, arguments: Any
+        ) -> None:
             self._launch(kernel, dtype.name, statistic.name, blocks, threads, arguments)
 
         return [
@@ -101,12 +109,16 @@ class Device:
         memory.allowed[nbytes // 2 :] = 0
         return memory
 
-    def empty(self, shape: Ints, dtype: str, name: str, layout: str = "first", shift: int = 0, allowed: int = READ | WRITE) -> Array:
+    def empty(
+        self, shape: Ints, dtype: str, name: str, layout: str = "first", shift: int = 0, allowed: int = READ | WRITE
+    ) -> Array:
         """An array of undefined elements."""
         size, offset, strides = laid(shape, layout, ITEMSIZE[dtype], shift)
         return Array(self.allocate(size, name, allowed=0), offset, shape, strides, dtype).allow(allowed)
 
-    def array(self, values: Any, dtype: str, name: str, layout: str = "first", shift: int = 0, allowed: int = READ) -> Array:
+    def array(
+        self, values: Any, dtype: str, name: str, layout: str = "first", shift: int = 0, allowed: int = READ
+    ) -> Array:
         """An array of these values, rounded; kernels may read it."""
         values = np.asarray(values)
         found = self.empty(values.shape, dtype, name, layout, shift, allowed)
@@ -137,7 +149,9 @@ class Device:
             self.machines[key] = Machine(kernel, self.space)
         return self.machines[key]
 
-    def _launch(self, kernel: Any, stored: str, statistic: str, blocks: int, threads: int, arguments: Sequence[Any]) -> None:
+    def _launch(
+        self, kernel: Any, stored: str, statistic: str, blocks: int, threads: int, arguments: Sequence[Any]
+    ) -> None:
         name = next(name for name, known in compiler.kernels().items() if known is kernel)
         known = statistic if compiler.takes_statistics(kernel) else ""
         self.launches.append(Launch(name, stored, known, blocks, threads))
@@ -170,7 +184,9 @@ def _packed(machine: Machine, arguments: Sequence[Any]) -> bytes:
 
 
 def plans_forgotten() -> None:
-    """What fastbn plans for arrays that lie so is planned anew: `grids` was changed, or workspaces are laid out otherwise."""
+    """What fastbn plans for arrays that lie so is planned anew: `grids` was changed, or workspaces are laid out
+    otherwise.
+    """
     for module in (views, grids, launches):
         for value in vars(module).values():
             if callable(getattr(value, "cache_clear", None)):

@@ -1,4 +1,6 @@
-"""Which opcodes the machine knows, each with its modifiers, and accesses to memory. Anything else is refused with its line."""
+"""Which opcodes the machine knows, each with its modifiers, and accesses to memory. Anything else is refused with its
+line.
+"""
 
 import re
 from collections.abc import Callable
@@ -118,7 +120,10 @@ OPCODES: list[tuple[str, Maker]] = [
     (rf"setp\.((eq|ne|lt|le|gt|ge)u?|num|nan)\.((and|or|xor)\.)?{REAL}", arithmetic.predicate),
     (r"selp\.[bsuf](16|32|64)", arithmetic.selection),
     (r"cvt\.([su](8|16|32|64)\.[su](8|16|32|64)|f32\.f16|f64\.f(16|32))", arithmetic.conversion),
-    (r"cvt\.rn\.(f16\.f(32|64)|f32\.f64|bf16\.f32|(bf16x2|f16x2)\.f32|f(32|64)\.[su](8|16|32|64))", arithmetic.conversion),
+    (
+        r"cvt\.rn\.(f16\.f(32|64)|f32\.f64|bf16\.f32|(bf16x2|f16x2)\.f32|f(32|64)\.[su](8|16|32|64))",
+        arithmetic.conversion,
+    ),
     (r"cvt\.r[nzmp]i\.([su](16|32|64)\.f(32|64)|f32\.f32|f64\.f64)", arithmetic.conversion),
     (rf"and\.{BITS}", bits.logic(np.bitwise_and)),
     (rf"or\.{BITS}", bits.logic(np.bitwise_or)),

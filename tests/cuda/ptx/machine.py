@@ -1,7 +1,7 @@
 """A machine for a kernel's PTX: all threads of some blocks at once, as NumPy vectors.
 
-Of the threads that may go on, those at the lowest instruction do; barriers and shuffles wait for all whom they name. It is written for
-checking: a `Fault` for what a GPU would do wrong or without a word.
+Of the threads that may go on, those at the lowest instruction do; barriers and shuffles wait for all whom they name. It
+is written for checking: a `Fault` for what a GPU would do wrong or without a word.
 """
 
 from collections import Counter
@@ -101,7 +101,10 @@ class Machine:
         size = self.threads if kind == "barrier" else WARP
         arrived = here.reshape(-1, size).sum(1)
         if kind == "barrier" and ((at >= GONE).reshape(-1, size).any(1) & (arrived > 0)).any():
-            raise Fault(f"{self.kernel.name}: part of a block waits at a barrier, and others have ended: {self.kernel.code[place].line}")
+            raise Fault(
+                f"{self.kernel.name}: part of a block waits at a barrier, and others have ended: "
+                f"{self.kernel.code[place].line}"
+            )
         return np.repeat(arrived == size, size)
 
     def _block(self, first: int, lanes: Lanes, at: np.ndarray) -> None:
@@ -213,11 +216,17 @@ class Machine:
                     marks[which] = missing[c]
         return values, undefined
 
-    def store(self, space: str, addresses: np.ndarray, width: int, values: list[Any], undefined: list[Bools], lanes: Lanes) -> None:
+    def store(
+        self, space: str, addresses: np.ndarray, width: int, values: list[Any], undefined: list[Bools], lanes: Lanes
+    ) -> None:
         for access, which in self._accesses(space, addresses, width, len(values), lanes):
-            access.store([value[which] for value in values], [None if marks is None else marks[which] for marks in undefined])
+            access.store(
+                [value[which] for value in values], [None if marks is None else marks[which] for marks in undefined]
+            )
 
-    def _accesses(self, space: str, addresses: np.ndarray, width: int, count: int, lanes: Lanes) -> list[tuple[Access, Any]]:
+    def _accesses(
+        self, space: str, addresses: np.ndarray, width: int, count: int, lanes: Lanes
+    ) -> list[tuple[Access, Any]]:
         """The same by allocation, with the lanes that go there."""
         size, thread = width * count, self.thread if lanes is None else self.thread[lanes]
         block = thread // self.threads
@@ -238,8 +247,13 @@ class Machine:
             places = addresses[mine] - memory.base
             if w < 0 or (places + size > memory.size).any():
                 k = 0 if w < 0 else int(np.argmax(places + size > memory.size))
-                raise Fault(f"address {addresses[mine][k]:#x} lies nowhere{'' if w < 0 else f', behind {memory.name}'}, {some.name(k)}")
-            found.append((Access(memory, places, width, count, some), slice(None) if mine.size == addresses.size else mine))
+                raise Fault(
+                    f"address {addresses[mine][k]:#x} lies "
+                    f"nowhere{'' if w < 0 else f', behind {memory.name}'}, {some.name(k)}"
+                )
+            found.append(
+                (Access(memory, places, width, count, some), slice(None) if mine.size == addresses.size else mine)
+            )
         return found
 
     # Warps.
@@ -251,12 +265,19 @@ class Machine:
         if (np.asarray(self.read(mask, lanes)) != EVERY).any():
             raise Fault("a shuffle of part of a warp")
         many, lane = self.many(lanes), np.arange(WARP)
-        moved, by, bound = (np.broadcast_to(self.read(each, lanes), many).reshape(-1, WARP) for each in (value, step, limit))
+        moved, by, bound = (
+            np.broadcast_to(self.read(each, lanes), many).reshape(-1, WARP) for each in (value, step, limit)
+        )
         by, bound = by.astype(np.int64) & 31, bound.astype(np.int64)
         segment, clamp = bound >> 8 & 31, bound & 31
         last = (lane & segment) | (clamp & ~segment & 31)
         way = instruction.parts[2]
-        source = {"down": lane + by, "up": lane - by, "bfly": lane ^ by, "idx": (lane & segment) | (by & ~segment & 31)}[way]
+        source = {
+            "down": lane + by,
+            "up": lane - by,
+            "bfly": lane ^ by,
+            "idx": (lane & segment) | (by & ~segment & 31),
+        }[way]
         inside = source >= last if way == "up" else source <= last
         source = np.where(inside, source, lane)
         undefined = self.undefined_of([value], lanes)

@@ -1,4 +1,6 @@
-"""Memory that knows who may read and write each of its elements, what was never written, and who touched it since which barrier."""
+"""Memory that knows who may read and write each of its elements, what was never written, and who touched it since which
+barrier.
+"""
 
 from typing import NamedTuple
 
@@ -73,7 +75,9 @@ class Lanes(NamedTuple):
 
 
 class Access(NamedTuple):
-    """Accesses of one instruction to one allocation: so many components, of a width in bytes, at an offset for each lane."""
+    """Accesses of one instruction to one allocation: so many components, of a width in bytes, at an offset for each
+    lane.
+    """
 
     memory: Memory
     offsets: np.ndarray
@@ -99,7 +103,9 @@ class Access(NamedTuple):
                 raise Fault(f"reads as constant what this launch wrote: {self.shown(0)}")
         view, at = memory.content.view(UNSIGNED[self.width * 8]), self.offsets // self.width
         missing = ~memory.defined[granules].reshape(at.size, self.count, -1).all(2)
-        return [view[at + c] for c in range(self.count)], [missing[:, c] if missing[:, c].any() else None for c in range(self.count)]
+        return [view[at + c] for c in range(self.count)], [
+            missing[:, c] if missing[:, c].any() else None for c in range(self.count)
+        ]
 
     def store(self, values: list[np.ndarray], undefined: list[Bools]) -> None:
         memory, granules = self.memory, self.granules
@@ -127,7 +133,9 @@ class Access(NamedTuple):
         writer, written, reader, reader_block, read = self.memory.touched()
         thread, block, epoch = self._columns()
         who = writer[granules]
-        clash = (who != NOBODY) & (who != thread) & ~((who // self.lanes.per_block == block) & (written[granules] != epoch))
+        clash = (
+            (who != NOBODY) & (who != thread) & ~((who // self.lanes.per_block == block) & (written[granules] != epoch))
+        )
         if clash.any():
             k = int(np.argmax(clash.any(1)))
             w = int(who[k][np.argmax(clash[k])])
@@ -145,11 +153,15 @@ class Access(NamedTuple):
         reader_block[granules[(blocks != SEVERAL) & (blocks != block)]] = SEVERAL
 
     def _writing(self, granules: np.ndarray) -> None:
-        """Nobody else wrote or read here since the last barrier of their block, nor does another lane of this instruction write."""
+        """Nobody else wrote or read here since the last barrier of their block, nor does another lane of this
+        instruction write.
+        """
         writer, written, reader, reader_block, read = self.memory.touched()
         thread, block, epoch = self._columns()
         who, by, by_block = writer[granules], reader[granules], reader_block[granules]
-        clash = (who != NOBODY) & (who != thread) & ~((who // self.lanes.per_block == block) & (written[granules] != epoch))
+        clash = (
+            (who != NOBODY) & (who != thread) & ~((who // self.lanes.per_block == block) & (written[granules] != epoch))
+        )
         clash |= (by_block != NOBODY) & (by != thread) & ~((by_block == block) & (read[granules] != epoch))
         writer[granules] = thread
         written[granules] = epoch

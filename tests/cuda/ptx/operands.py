@@ -82,7 +82,9 @@ def bits(values: Any, of: Kind, width: int) -> Any:
     if width == of.bits:
         return values.view(UNSIGNED[width])
     return (
-        values.astype(SIGNED[width]).view(UNSIGNED[width]) if of.letter == "s" else values.view(UNSIGNED[of.bits]).astype(UNSIGNED[width])
+        values.astype(SIGNED[width]).view(UNSIGNED[width])
+        if of.letter == "s"
+        else values.view(UNSIGNED[of.bits]).astype(UNSIGNED[width])
     )
 
 
@@ -96,7 +98,12 @@ def either(*undefined: Bools) -> Bools:
 
 
 def lanewise(
-    kernel: Kernel, instruction: Instruction, of: Sequence[Kind], to: Kind, function: Callable[..., Any], arguments: Sequence[str] = ()
+    kernel: Kernel,
+    instruction: Instruction,
+    of: Sequence[Kind],
+    to: Kind,
+    function: Callable[..., Any],
+    arguments: Sequence[str] = (),
 ) -> Run:
     """An instruction whose result is a function of its operands in each lane, undefined where one of them is."""
     target, *texts = arguments or instruction.arguments

@@ -158,7 +158,9 @@ class _Body:
                 raise SyntaxError(line)
             negated, predicate, opcode, rest = found.groups()
             arguments = split(self._resolved(rest or ""))
-            self.kernel.code.append(Instruction(self._resolved(predicate or "") or None, bool(negated), opcode, arguments, line))
+            self.kernel.code.append(
+                Instruction(self._resolved(predicate or "") or None, bool(negated), opcode, arguments, line)
+            )
 
     def _registers(self, line: str) -> None:
         _, kind, names = line.split(maxsplit=2)

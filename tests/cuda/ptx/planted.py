@@ -48,16 +48,29 @@ FAULTS = (
     Planted("every barrier of rows taken out", ROWS, _put(BARRIER, ""), "race"),
     Planted("every barrier of columns taken out", COLUMNS, _put(BARRIER, ""), "race", FLAT),
     Planted("every barrier of fused rows taken out", FUSED, _put(BARRIER, ""), "race", SMALL),
-    Planted("a barrier that a thread of each block does not reach", ROWS, _put(BARRIER, ONE_LEAVES), "others have ended"),
+    Planted(
+        "a barrier that a thread of each block does not reach", ROWS, _put(BARRIER, ONE_LEAVES), "others have ended"
+    ),
     Planted("loads a megabyte further", APPLY, _moved(LOAD, 1 << 20), "not an element|lies nowhere"),
     Planted("loads off their boundary", APPLY, _moved(LOAD, 4), "off its boundary"),
     Planted("stores 16 bytes further", APPLY, _moved(STORE, 16), "not its to write|lies nowhere|race"),
     Planted("stores to a wild address", APPLY, _put(rf"({STORE}\s+)\[%rd\d+\]", r"\1[1048576]"), "lies nowhere"),
     Planted("stores to shared memory taken out", ROWS, _put(r"st\.shared[^;]*;", ""), "undefined"),
-    Planted("reads behind an array in shared memory", ROWS, _moved(r"ld\.shared\.f32", 1024), "not an element|outside of shared"),
+    Planted(
+        "reads behind an array in shared memory",
+        ROWS,
+        _moved(r"ld\.shared\.f32", 1024),
+        "not an element|outside of shared",
+    ),
     Planted("differences made sums", ROWS, _put(r"sub\.f32", "add.f32"), "value"),
-    Planted("an instruction that nobody knows", ROWS, _put(r"sub\.f32", "sub.rz.f32"), r"NotImplementedError.*sub\.rz\.f32 %"),
-    # As the commits before these mends compiled it: reads of another array than was written, and raw bits of half precision.
+    Planted(
+        "an instruction that nobody knows",
+        ROWS,
+        _put(r"sub\.f32", "sub.rz.f32"),
+        r"NotImplementedError.*sub\.rz\.f32 %",
+    ),
+    # As the commits before these mends compiled it: reads of another array than was written, and raw bits of half
+    # precision.
     Planted(
         "NaN where shared memory should be read",
         FUSED,

@@ -1,7 +1,9 @@
-"""Every case of the product, executed: `python -m tests.cuda.ptx.run` from the project's folder, with numba-cuda and NVIDIA's compiler.
+"""Every case of the product, executed: `python -m tests.cuda.ptx.run` from the project's folder, with numba-cuda and
+NVIDIA's compiler.
 
-Needs no GPU. Takes minutes for a dtype on one core, less with `--thin N`, every Nth case only. Prints what is off, which of the kernels'
-basic blocks never ran, and last the numbers of comparisons, launches, results that are off and faults; fails where there is one.
+Needs no GPU. Takes minutes for a dtype on one core, less with `--thin N`, every Nth case only. Prints what is off,
+which of the kernels' basic blocks never ran, and last the numbers of comparisons, launches, results that are off and
+faults; fails where there is one.
 """
 
 import argparse
@@ -46,7 +48,9 @@ def main(words: list[str] | None = None) -> int:
     show(device, report)
     if args.json:
         records = [{"case": str(r.case), "what": r.what, "error": r.error, "words": r.words} for r in report.records]
-        Path(args.json).write_text(json.dumps({"arguments": vars(args), "records": records, "launches": device.launches}))
+        Path(args.json).write_text(
+            json.dumps({"arguments": vars(args), "records": records, "launches": device.launches})
+        )
     return int(bool(report.problems))
 
 
@@ -72,7 +76,10 @@ def show(device: Device, report: checks.Report) -> None:
         lines = uncovered(machine)
         left += len(lines)
         if lines:
-            print(f"  {machine.kernel.name}: {len(lines)} of {len(machine.kernel.after)} basic blocks not run, at {'; '.join(lines[:3])}")
+            print(
+                f"  {machine.kernel.name}: {len(lines)} of {len(machine.kernel.after)} basic blocks not run, at "
+                f"{'; '.join(lines[:3])}"
+            )
     print(f"basic blocks run: {total - left} of {total}")
     for problem in report.problems:
         print(f"PROBLEM {problem}")

@@ -1,4 +1,6 @@
-"""The CUDA kernels executed from their PTX, by a machine that checks every access: a covering set of cases, and faults that it must see."""
+"""The CUDA kernels executed from their PTX, by a machine that checks every access: a covering set of cases, and faults
+that it must see.
+"""
 
 from collections.abc import Iterator
 from itertools import product
@@ -18,7 +20,8 @@ from ptx import arrays, cases, checks, compiler, driver, planted
 
 pytestmark = [pytest.mark.ptx, pytest.mark.peers]
 
-# One target for each dtype: both are of the older of libNVVM's two code generators. `python -m tests.cuda.ptx.run` runs any.
+# One target for each dtype: both are of the older of libNVVM's two code generators. `python -m tests.cuda.ptx.run` runs
+# any.
 ARCHITECTURE = {"float32": "sm_90a", "float64": "sm_80", "float16": "sm_90a", "bfloat16": "sm_80"}
 NEVER = {("finish.rstd", "float64", "float32")}  # the moments that it is given are float64
 EVERY = [case for dtype in cases.DTYPES for case in cases.covering(dtype)]
@@ -59,7 +62,11 @@ def test_every_kernel_is_launched_for_every_dtype() -> None:
     for name, kernel in compiler.kernels().items():
         # What a kernel is compiled for: memory of x, or what x is computed in, or float64 alone.
         stored: Any = (
-            compiler.STORED.values() if "x" in kernel.arguments else compiler.STATISTICS if "w" in kernel.arguments else ["float64"]
+            compiler.STORED.values()
+            if "x" in kernel.arguments
+            else compiler.STATISTICS
+            if "w" in kernel.arguments
+            else ["float64"]
         )
         wanted |= set(product([name], stored, compiler.STATISTICS if compiler.takes_statistics(kernel) else [""]))
     assert len(compiler.kernels()) > 20
@@ -71,7 +78,9 @@ def test_the_set_covers_pairs(dtype: str) -> None:
     found = cases.covering(dtype)
     whole = cases.everything(dtype)
     assert {(case.layout, case.shifts) for case in found} == set(product(arrays.LAYOUTS, cases.SHIFTS))
-    assert {(case.affine, case.statistics) for case in found} == set(product(range(4), (cases.SINGLE, cases.DOUBLE, cases.MIXED)))
+    assert {(case.affine, case.statistics) for case in found} == set(
+        product(range(4), (cases.SINGLE, cases.DOUBLE, cases.MIXED))
+    )
     for name in ("shape", "layout", "shifts", "affine", "statistics", "axis"):
         assert {getattr(case, name) for case in whole} <= {getattr(case, name) for case in found}, name
     assert {word for case in whole for word in case.more} == {word for case in found for word in case.more}

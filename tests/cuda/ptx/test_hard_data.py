@@ -1,4 +1,5 @@
-"""The accuracy promised, held by the CUDA kernels as executed from their PTX: the CPU's table of hard data, and the CPU's limits.
+"""The accuracy promised, held by the CUDA kernels as executed from their PTX: the CPU's table of hard data, and the
+CPU's limits.
 
 That the data catch poor statistics, `test_accuracy` shows.
 """
@@ -39,8 +40,8 @@ SHAPES = (
     (5, 200),  # few rows
 )
 WAYS = [(shape, layout) for shape in SHAPES for layout in PLACES if len(shape) > 2 or layout == "C"]
-# Whose squares overflow in float32, at once or once summed; are subnormal; or vanish, as 1e-38 nearly does itself. Then channels are
-# read again in float64, by one thread in one launch, by many in three.
+# Whose squares overflow in float32, at once or once summed; are subnormal; or vanish, as 1e-38 nearly does itself. Then
+# channels are read again in float64, by one thread in one launch, by many in three.
 SCALES = (1e-38, 1e-25, 1e-18, 1e13, 1e17, 1e30)
 
 
@@ -102,13 +103,16 @@ def test_any_scale(shape: tuple[int, ...], layout: str, scale: float) -> None:
     held(Scaled(shape, scale), layout)
 
 
-SUMS = {"sum of dy": (1.0, 2e37, 1.0), "products": (1e4, 0.0, 1e36)}  # std of x, mean and std of dy, of which float32 has no sum
+# std of x, mean and std of dy, of which float32 has no sum
+SUMS = {"sum of dy": (1.0, 2e37, 1.0), "products": (1e4, 0.0, 1e36)}
 
 
 @pytest.mark.parametrize("of", SUMS)
 @pytest.mark.parametrize(("shape", "layout"), WAYS, ids=str)
 def test_sums_beyond_float32(shape: tuple[int, ...], layout: str, of: str) -> None:
-    """dx is right where the sums of the backward only fit float64, and so are those that fit the dtype of the parameters."""
+    """dx is right where the sums of the backward only fit float64, and so are those that fit the dtype of the
+    parameters.
+    """
     rng = np.random.default_rng(6)
     spread, mean, noise = SUMS[of]
     x = (rng.standard_normal(shape) * spread).astype(np.float32)
@@ -154,7 +158,9 @@ def test_nan_and_inf_stay_in_their_channel(shape: tuple[int, ...], layout: str, 
         assert np.isnan(after[1]).all()
 
 
-@pytest.mark.parametrize(("shape", "layout"), [((4, 24, 24, 24), "C"), ((4, 24, 24, 24), "channels_last"), ((150, 37), "C")], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "layout"), [((4, 24, 24, 24), "C"), ((4, 24, 24, 24), "channels_last"), ((150, 37), "C")], ids=str
+)
 def test_a_constant_channel_costs_no_more(shape: tuple[int, ...], layout: str) -> None:
     """It is not read again: in one launch one thread would read all of it."""
     noise = np.random.default_rng(8).standard_normal(shape)
@@ -177,7 +183,9 @@ def test_a_constant_channel_gives_exactly_beta(shape: tuple[int, ...], layout: s
     y, m = fastbn.batch_norm(x, parameter(p.gamma), parameter(p.beta), eps=EPS)
     np.testing.assert_array_equal(m.mean.get(), np.float32(1e7 / 3).astype(np.float64))
     np.testing.assert_array_equal(m.m2.get(), 0.0)
-    np.testing.assert_array_equal(y.get(), np.broadcast_to(p.beta.reshape(-1, *(1,) * (p.x.ndim - 2)), p.x.shape).astype(np.float64))
+    np.testing.assert_array_equal(
+        y.get(), np.broadcast_to(p.beta.reshape(-1, *(1,) * (p.x.ndim - 2)), p.x.shape).astype(np.float64)
+    )
 
 
 BULKS = {"zeros": (0.0, 0.0), "all alike": (1 / 3, 0.0), "normal": (10.0, 1.0), "offset 1e5": (1e5, 1.0)}  # mean, std
@@ -195,7 +203,9 @@ def judged(values: np.ndarray, layout: str, where: object) -> None:
 
 
 @pytest.mark.parametrize("bulk", BULKS)
-@pytest.mark.parametrize(("shape", "size"), [((48, 17), 1e5), ((33, 33), 1e2), ((24, 5, 3, 3), 10.0), ((10, 3, 20, 20), 1e5)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "size"), [((48, 17), 1e5), ((33, 33), 1e2), ((24, 5, 3, 3), 10.0), ((10, 3, 20, 20), 1e5)], ids=str
+)
 def test_an_outlier_in_every_row(shape: tuple[int, ...], size: float, bulk: str) -> None:
     """Wherever the values that a shift is made of are taken: one row far from the others."""
     rng = np.random.default_rng(0)
@@ -214,7 +224,9 @@ LARGE = {"scale 1e13": (0.0, 1e13), "scale 1e17": (0.0, 1e17), "scale 1e30": (0.
 @pytest.mark.parametrize("bulk", BULKS | LARGE)
 @pytest.mark.parametrize("shape", [(48, 17), (1100, 3), (2100, 40), (8, 3, 20, 20), (2, 2, 65, 66)], ids=str)
 def test_where_the_ends_are_not_like_the_others(shape: tuple[int, ...], bulk: str) -> None:
-    """Two of the first, the middle and the last value of a channel are far away, or all: no shift or unit of these alone will do."""
+    """Two of the first, the middle and the last value of a channel are far away, or all: no shift or unit of these
+    alone will do.
+    """
     rng = np.random.default_rng(0)
     mean, std = (BULKS | LARGE)[bulk]
     usual = (mean + std * rng.standard_normal(shape)).astype(np.float32)

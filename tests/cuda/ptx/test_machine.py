@@ -1,4 +1,6 @@
-"""The machine by itself: what each instruction computes, and that it refuses what it doesn't know. It needs NumPy only."""
+"""The machine by itself: what each instruction computes, and that it refuses what it doesn't know. It needs NumPy
+only.
+"""
 
 from typing import Any
 
@@ -139,7 +141,9 @@ def test_an_instruction(line: str, want: Any) -> None:
 def test_half_precision_from_memory() -> None:
     memory = Memory(np.array([1.0, -2.5, 65504.0, 2.0**-24], np.float16).view(np.uint8), 0x10000, "x")
     memory.defined[:] = True
-    lines = "ld.param.u64 %rd1, [k_param_0]; ld.global.v4.b16 {%h1, %h2, %h3, %h4}, [%rd1]; ld.global.nc.b32 %r1, [%rd1+4];"
+    lines = (
+        "ld.param.u64 %rd1, [k_param_0]; ld.global.v4.b16 {%h1, %h2, %h3, %h4}, [%rd1]; ld.global.nc.b32 %r1, [%rd1+4];"
+    )
     machine = run(lines + "".join(f"cvt.f32.f16 %f{k}, %h{k};" for k in range(1, 5)), memory=memory)
     assert [machine.registers[f"%f{k}"].view(np.float32)[0] for k in range(1, 5)] == [1.0, -2.5, 65504.0, 2.0**-24]
     assert machine.registers["%r1"][0] == 0x7BFF | 1 << 16
@@ -157,7 +161,8 @@ def test_a_shuffle(way: str, step: int, limit: int, lane: int, source: int) -> N
 
 def test_branches_part_and_join() -> None:
     lines = """mov.u32 %r1, %tid.x; setp.lt.u32 %p1, %r1, 5; @%p1 bra $L1; mov.u32 %r2, 1; bra.uni $L2;
-    $L1: mov.u32 %r2, 2; @!%p1 mov.u32 %r2, 3; $L2: bar.sync 0; @%p1 add.s32 %r2, %r2, 10; { .reg .b32 %r1; mov.u32 %r1, 9; }"""
+    $L1: mov.u32 %r2, 2; @!%p1 mov.u32 %r2, 3;
+    $L2: bar.sync 0; @%p1 add.s32 %r2, %r2, 10; { .reg .b32 %r1; mov.u32 %r1, 9; }"""
     machine = run(lines, threads=64)
     assert machine.registers["%r2"].tolist() == [12] * 5 + [1] * 59
     assert machine.registers["%r1"].tolist() == list(range(64))  # the scope's own register is another
@@ -173,7 +178,8 @@ FAULTS = {
     "lies nowhere, behind x": LOADED + "ld.global.u32 %r2, [%rd3+256];",
     "reads what is not an element": LOADED + "ld.global.u32 %r2, [%rd1+252];",
     "race: writes": LOADED + "st.global.u32 [%rd1], %r1;",
-    "race: reads": LOADED + "st.global.u32 [%rd3], %r1; xor.b64 %rd4, %rd2, 4; add.s64 %rd4, %rd1, %rd4; ld.global.u32 %r2, [%rd4];",
+    "race: reads": LOADED + "st.global.u32 [%rd3], %r1; xor.b64 %rd4, %rd2, 4; add.s64 %rd4, %rd1, %rd4; "
+                            "ld.global.u32 %r2, [%rd4];",
     "reads as constant": LOADED + "st.global.u32 [%rd3], %r1; ld.global.nc.u32 %r2, [%rd3];",
     "outside of shared memory": "mov.u32 %r2, few; st.shared.u32 [%r2+512], 1;",
     "writes what is not its to write": "mov.u32 %r1, %tid.x; shl.b32 %r1, %r1, 2; st.shared.u32 [%r1], 1;",
@@ -194,15 +200,20 @@ def test_a_fault(words: str) -> None:
 
 
 def test_undefined_values_may_be_carried_where_they_reach_nothing() -> None:
-    machine = run("setp.eq.s32 %p1, 1, 1; selp.b32 %r1, 5, %r7, %p1; selp.b32 %r2, %r7, 5, %p1; add.s32 %r3, %r2, 1; mov.u32 %r2, 1;")
+    machine = run(
+        "setp.eq.s32 %p1, 1, 1; selp.b32 %r1, 5, %r7, %p1; selp.b32 %r2, %r7, 5, %p1; add.s32 %r3, %r2, 1; "
+        "mov.u32 %r2, 1;"
+    )
     assert not machine.undefined.keys() & {"%r1", "%r2"}
     assert machine.undefined["%r3"].all()
 
 
 @pytest.mark.parametrize(
     "line",
-    ["add.sat.s32 %r1, 1, 2", "mul.ftz.f32 %f1, %f2, %f3", "cvt.rz.f32.f64 %f1, %fd1", "ex2.approx.f32 %f1, %f2", "bar.sync 1, 32",
-     "bar.warp.sync -1", "ld.local.u32 %r1, [%rd1]", "atom.global.add.u32 %r1, [%rd1], 1", "ld.volatile.global.u32 %r1, [%rd1]",
+    ["add.sat.s32 %r1, 1, 2", "mul.ftz.f32 %f1, %f2, %f3", "cvt.rz.f32.f64 %f1, %fd1", "ex2.approx.f32 %f1, "
+                                                                                       "%f2", "bar.sync 1, 32",
+     "bar.warp.sync -1", "ld.local.u32 %r1, [%rd1]", "atom.global.add.u32 %r1, [%rd1], 1", "ld.volatile.global.u32 "
+                                                                                           "%r1, [%rd1]",
      "mov.u32 %r1, %nothing", "min.NaN.f32 %f1, %f2, %f3", "setp.lo.f32 %p1, %f1, %f2", ".local .align 4 .b8 kept[64]"],
 )  # fmt: skip
 def test_what_is_not_known_is_refused_with_its_line(line: str) -> None:
