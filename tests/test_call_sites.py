@@ -54,15 +54,24 @@ CONTRACT = {
     *(f"cuda.passes.{name}" for name in ("_parameters", "_finish_sums", "_whole_forward", "_whole_backward")),
     *(
         f"cuda.launches.{name}"
-        for name in ("pointer", "fresh", "Call.launch", "Queue._launch", "copy", "alike", "wide", "elementwise")
+        for name in (
+            "pointer",
+            "fresh",
+            "Call.launch",
+            "Queue._launch",
+            "clear",
+            "copy",
+            "alike",
+            "wide",
+            "elementwise",
+        )
     ),
     *(f"cuda.launches.{name}" for name in ("partial_moments", "partial_sums")),
     # that a library gives, with shape and strides beside it
     *(f"cuda.buffers.{name}" for name in ("view", "_tensor", "address")),
-    *(
-        f"cuda.backend.{name}"
-        for name in ("clear", "settled", "place_for", "pair", "new", "_each", "_join", "_copy", "_moments")
-    ),
+    "cuda.buffers.pair",
+    *(f"cuda.backend.{name}" for name in ("canonical", "workspace_view", "result_view", "fresh_like", "_moments")),
+    *(f"cuda.moments.{name}" for name in ("_each", "_join", "_same")),
 }
 
 # Addresses that nothing is read from or written to, and backends that are asked for words or for functions of a shape.
@@ -122,27 +131,33 @@ CHECKED: dict[str, tuple[int, dict[str, str]]] = {
     ),
     "cuda.checks.as_input": (1, {"any": "arguments.foreign.on_device"}),
     "cuda.checks.check_kept": (2, {"running_mean": "cuda.checks.check_parameter"}),
-    "cuda.backend.DeviceMoments._of_m2": (3, {"m2": "cuda.checks.as_moment"}),
-    "cuda.backend.DeviceMoments.merge": (3, {"mean": "cuda.checks.as_moment", "m2": "cuda.checks.as_moment"}),
-    "cuda.backend.copied": (3, {"gamma": "cuda.checks.as_input"}),
-    "cuda.backend.widened": (2, {"running_mean": "cuda.checks.as_input"}),
-    "cuda.backend._widen": (3, {"running_mean": "cuda.checks.check_statistic"}),
-    "cuda.backend.track": (1, {"moments": "cuda.checks.as_moment", "running_mean": "cuda.checks.as_input"}),
-    "cuda.backend._track": (
+    "cuda.moments.DeviceMoments._of_m2": (3, {"m2": "cuda.checks.as_moment"}),
+    "cuda.moments.DeviceMoments.merge": (3, {"mean": "cuda.checks.as_moment", "m2": "cuda.checks.as_moment"}),
+    "cuda.moments._copy": (
+        2,
+        {"running_mean": "cuda.checks.as_input in cuda.moments.statistic_copy before cuda.moments._copy"},
+    ),
+    "cuda.moments.parameter_copy": (1, {"gamma": "cuda.checks.as_input"}),
+    "cuda.moments._widen": (3, {"running_mean": "cuda.checks.check_statistic"}),
+    "cuda.moments.track": (1, {"moments": "cuda.checks.as_moment", "running_mean": "cuda.checks.as_input"}),
+    "cuda.moments._track": (
         5,
         {"running_mean": "cuda.checks.check_statistic", "running_var": "cuda.checks.check_parameter"},
     ),
-    "cuda.backend.moments": (3, {"x": "cuda.checks.as_input"}),
-    "cuda.backend.batch_norm": (3, ON_GPU),
-    "cuda.backend._forward": (6, LYING),
-    "cuda.backend.batch_norm_inference": (2, ON_GPU),
-    "cuda.backend._inference": (4, LYING | {"mean": "cuda.checks.check_statistic"}),
-    "cuda.gradients.backward": (3, ON_GPU | {"dy": "cuda.checks.check_pair", "moments": "statistics.check_moments"}),
-    "cuda.gradients._backward": (7, LYING | {"mean": "cuda.checks.check_statistic"}),
-    "cuda.gradients.batch_norm_backward_reduce": (2, {"x": "cuda.checks.as_input", "dy": "cuda.checks.check_pair"}),
-    "cuda.gradients._reduce": (5, {"mean": "cuda.checks.check_statistic"}),
-    "cuda.gradients.batch_norm_backward_input": (2, ON_GPU | {"dy": "cuda.checks.check_pair"}),
-    "cuda.gradients._input": (5, LYING | {"mean": "cuda.checks.check_statistic"}),
+    "cuda.backend.Device.moments": (3, {"x": "cuda.checks.as_input"}),
+    "cuda.backend.Device.forward": (3, ON_GPU),
+    "cuda.backend._forward": (5, LYING),
+    "cuda.backend.Device.inference": (2, ON_GPU),
+    "cuda.backend._inference": (3, LYING | {"mean": "cuda.checks.check_statistic"}),
+    "cuda.backend.Device._backward": (
+        3,
+        ON_GPU | {"dy": "cuda.checks.check_pair", "moments": "statistics.check_moments"},
+    ),
+    "cuda.backend._backward": (6, LYING | {"mean": "cuda.checks.check_statistic"}),
+    "cuda.backend.Device.grad_reduce": (2, {"x": "cuda.checks.as_input", "dy": "cuda.checks.check_pair"}),
+    "cuda.backend._grad_reduce": (5, {"mean": "cuda.checks.check_statistic"}),
+    "cuda.backend.Device.grad_input": (2, ON_GPU | {"dy": "cuda.checks.check_pair"}),
+    "cuda.backend._grad_input": (4, LYING | {"mean": "cuda.checks.check_statistic"}),
     "torch.tensors.track": (
         1,
         {"running_mean": "torch.eligibility.declines in torch.modules.Served.forward before torch.modules._eager"},

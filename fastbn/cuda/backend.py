@@ -1,4 +1,4 @@
-"""The functions of `functional` for arrays on a GPU: validate, launch on a stream, return without waiting for it.
+"""Batch normalization of arrays on a GPU: validate, launch on a stream, return without waiting for it.
 
 What depends on shapes, strides, dtypes and alignments alone is looked at once, by the functions that write a program.
 """
@@ -6,107 +6,174 @@ What depends on shapes, strides, dtypes and alignments alone is looked at once, 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
-from fastbn.arguments import checks, layout, scalars
+from fastbn.arguments import checks, layout
 from fastbn.cuda import buffers, launches, passes, views
-from fastbn.cuda.buffers import Buffer, Lies
-from fastbn.cuda.checks import (
-    as_input,
-    as_moment,
-    check_out,
-    check_parameter,
-    check_room,
-    check_statistic,
-    optional,
-    parameters,
-)
-from fastbn.cuda.checks import check_apart as check_apart
+from fastbn.cuda import moments as device_moments
+from fastbn.cuda.buffers import Buffer, lies, pair
+from fastbn.cuda.checks import as_input as as_input
 from fastbn.cuda.checks import check_features as check_features
+from fastbn.cuda.checks import check_out as check_out
+from fastbn.cuda.checks import check_pair, check_statistic
+from fastbn.cuda.checks import check_parameter as check_parameter
+from fastbn.cuda.checks import check_room as check_room
+from fastbn.cuda.checks import optional as optional
+from fastbn.cuda.checks import parameters as parameters
 from fastbn.cuda.checks import same_memory as same_memory
-from fastbn.cuda.kernels import finish
-from fastbn.cuda.launches import Call, Place, Queue, fresh, pointer
-from fastbn.statistics import Moments, made
+from fastbn.cuda.launches import Call, Queue, fresh
+from fastbn.cuda.moments import DeviceMoments
+from fastbn.statistics import Moments, check_moments, made
 
 
-class DeviceMoments(Moments):
-    """Moments whose mean and m2 are arrays on a GPU, of the kind of x, float64; so is what its methods return."""
+class Device:
+    """Batch normalization of arrays on a GPU, on a stream: see `fastbn.functional` for the arguments.
 
-    def _of_m2(self, kernel: Any, *values: float, **options: int) -> Any:
-        """What a kernel makes of m2, a channel per thread."""
-        m2 = as_moment(self.m2, "moments.m2")
-        program = launches.program(_each, lies(m2, None), kernel, len(values), *options.values())
-        with Queue(m2, None) as queue:
-            found = buffers.empty(m2.shape, (0,), "float64", m2)
-            queue.run(program, (m2, buffers.address(found)), *values)
-        return found
+    Parameters
+    ----------
+    stream : int or stream, optional
+        Where kernels are queued; that of the library of x if None.
+    """
 
-    def _spread(self, ddof: float, root: bool) -> Any:
-        ddof = scalars.check_ddof(ddof)
-        freedom = float(self.count - ddof) if self.count > ddof else np.nan
-        return self._of_m2(finish.spread, freedom, root=int(root))
+    __slots__ = ("stream",)
 
-    def var(self, ddof: float = 0) -> Any:
-        """Variance of each channel: see `Moments.var`."""
-        return self._spread(ddof, False)
+    def __init__(self, stream: Any = None) -> None:
+        self.stream = stream
 
-    def std(self, ddof: float = 0) -> Any:
-        """Standard deviation of each channel: see `Moments.std`."""
-        return self._spread(ddof, True)
+    def moments(self, x: Any, axis: int) -> Moments:
+        """Count, mean and m2 of each channel."""
+        x = as_input(x)
+        program = launches.program(_moments, lies(x, None), axis_key(x, axis))
+        plan = program.found
+        with Queue(x, self.stream) as queue:
+            address, mean, m2 = pair(plan.channels, "float64", x)
+            queue.run(program, (x, address))
+        return made(plan.count, mean, m2, DeviceMoments)
 
-    def rstd(self, eps: float) -> Any:
-        """1 / sqrt(var + eps) of each channel: see `Moments.rstd`."""
-        eps = scalars.check_eps(eps, training=False)
-        return self._of_m2(finish.rstd, float(self.count or np.nan), eps)
+    def forward(self, x: Any, gamma: Any, beta: Any, axis: int, eps: float, out: Any) -> tuple[Any, Moments]:
+        """(y, moments), normalized by the statistics of x."""
+        x, gamma, beta, target = as_input(x), optional(gamma, "gamma"), optional(beta, "beta"), optional(out, "out")
+        program = launches.program(_forward, lies(x, gamma, beta, target, None), axis_key(x, axis))
+        plan, eps = program.found, checks.check_eps(eps, training=True)
+        check_out(target, (x,), gamma=gamma, beta=beta)
+        with Queue(x, self.stream, gamma=gamma, beta=beta, out=target) as queue:
+            y, place = fresh_like(plan, x) if target is None else (out, target)
+            address, mean, m2 = pair(plan.channels, "float64", x)
+            queue.run(program, (x, gamma, beta, place, address), eps)
+        return y, made(plan.count, mean, m2, DeviceMoments)
 
-    def merge(self, other: Moments) -> DeviceMoments:
-        """Moments of both groups of values together, on the same GPU; neither is changed: see `Moments.merge`."""
-        if not isinstance(other, DeviceMoments):
-            raise TypeError(f"merge: given {type(other).__name__}, want moments that are on the GPU too")
-        given = as_moment(self.mean, "moments.mean"), as_moment(self.m2, "moments.m2")
-        theirs = as_moment(other.mean, "other.mean"), as_moment(other.m2, "other.m2")
-        if not given[0].shape == given[1].shape == theirs[0].shape == theirs[1].shape:
-            raise ValueError(f"merge: given {theirs[0].size} channels, want {given[0].size}, as many as on the left")
-        program = launches.program(_join, lies(*given, *theirs, None))
-        with Queue(given[1], None, mean=given[0], other=theirs[0], other_m2=theirs[1]) as queue:
-            address, mean, m2 = pair(given[1].size, "float64", given[1])
-            queue.run(program, (*given, *theirs, address), float(self.count), float(other.count))
-        return made(self.count + other.count, mean, m2, DeviceMoments)
+    def inference(self, x: Any, mean: Any, var: Any, gamma: Any, beta: Any, axis: int, eps: float, out: Any) -> Any:
+        """y, normalized by given statistics."""
+        checks.check_running(mean, var)
+        x, mean, var = as_input(x), as_input(mean, "mean"), as_input(var, "var")
+        gamma, beta, target = optional(gamma, "gamma"), optional(beta, "beta"), optional(out, "out")
+        program = launches.program(_inference, lies(x, mean, var, gamma, beta, target), axis_key(x, axis))
+        plan, eps = program.found, checks.check_eps(eps, training=False)
+        check_out(target, (x,), mean=mean, var=var, gamma=gamma, beta=beta)
+        with Queue(x, self.stream, mean=mean, var=var, gamma=gamma, beta=beta, out=target) as queue:
+            y, place = fresh_like(plan, x) if target is None else (out, target)
+            queue.run(program, (x, mean, var, gamma, beta, place), eps)
+        return y
+
+    def backward(
+        self, dy: Any, x: Any, moments: Any, gamma: Any, axis: int, eps: float, out: Any
+    ) -> tuple[Any, Any, Any]:
+        """(dx, dgamma, dbeta) of `forward`."""
+        return self._backward(dy, x, moments, None, gamma, axis, eps, out)
+
+    def inference_backward(
+        self, dy: Any, x: Any, mean: Any, var: Any, gamma: Any, axis: int, eps: float, out: Any
+    ) -> tuple[Any, Any, Any]:
+        """(dx, dgamma, dbeta) of `inference`."""
+        return self._backward(dy, x, None, (mean, var), gamma, axis, eps, out)
+
+    def _backward(
+        self, dy: Any, x: Any, moments: Any, constant: Any, gamma: Any, axis: int, eps: float, out: Any
+    ) -> tuple[Any, Any, Any]:
+        training = constant is None
+        names = ("moments.mean", "moments.m2") if training else ("mean", "var")
+        x, dy, gamma, target = as_input(x), as_input(dy, "dy"), optional(gamma, "gamma"), optional(out, "out")
+        check_pair(dy, x)
+        axis = axis_key(x, axis)
+        if training:
+            plan = planned(x, axis)
+            check_moments(moments, plan.channels, plan.count)
+            constant = moments.mean, moments.m2
+        mean, var_or_m2 = (as_input(value, name) for value, name in zip(constant, names, strict=True))
+        program = launches.program(_backward, lies(x, dy, mean, var_or_m2, gamma, target, None), axis, names, training)
+        plan, eps = program.found, checks.check_eps(eps, training=training)
+        check_out(target, (x, dy), gamma=gamma, **{names[0]: mean, names[1]: var_or_m2})
+        with Queue(x, self.stream, dy=dy, mean=mean, var=var_or_m2, gamma=gamma, out=target) as queue:
+            dx, place = fresh_like(plan, x) if target is None else (out, target)
+            address, dbeta, dgamma = pair(plan.channels, parameters(x), x)
+            queue.run(program, (x, dy, mean, var_or_m2, gamma, place, address), eps)
+        return dx, dgamma, dbeta
+
+    def grad_reduce(self, dy: Any, x: Any, mean: Any, var: Any, axis: int, eps: float) -> tuple[Any, Any]:
+        """(sum of dy, sum of dy * xhat) over one part of a batch."""
+        x, dy = as_input(x), as_input(dy, "dy")
+        check_pair(dy, x)
+        checks.check_running(mean, var)
+        mean, var = as_input(mean, "mean"), as_input(var, "var")
+        program = launches.program(_grad_reduce, lies(x, dy, mean, var, None), axis_key(x, axis))
+        eps = checks.check_eps(eps, training=True)
+        with Queue(x, self.stream, dy=dy, mean=mean, var=var) as queue:
+            address, sum_dy, sum_dy_xhat = pair(program.found.channels, "float64", x)
+            queue.run(program, (x, dy, mean, var, address), eps)
+        return sum_dy, sum_dy_xhat
+
+    def grad_input(
+        self, dy: Any, x: Any, mean: Any, var: Any, sum_dy: Any, sum_dy_xhat: Any, count: int, gamma: Any, axis: int,
+        eps: float, out: Any,
+    ) -> Any:  # fmt: skip
+        """dx of one part of a batch, given the sums over `count` values a channel of the whole."""
+        x, dy = as_input(x), as_input(dy, "dy")
+        check_pair(dy, x)
+        checks.check_running(mean, var)
+        mean, var = as_input(mean, "mean"), as_input(var, "var")
+        sums = as_input(sum_dy, "sum_dy"), as_input(sum_dy_xhat, "sum_dy_xhat")
+        gamma, target = optional(gamma, "gamma"), optional(out, "out")
+        program = launches.program(_grad_input, lies(x, dy, mean, var, *sums, gamma, target), axis_key(x, axis))
+        plan = program.found
+        count = checks.check_whole(count, plan.count)
+        checks.check_count(x, count)
+        eps = checks.check_eps(eps, training=True)
+        beside = {"mean": mean, "var": var, "sum_dy": sums[0], "sum_dy_xhat": sums[1], "gamma": gamma}
+        check_out(target, (x, dy), **beside)
+        with Queue(x, self.stream, dy=dy, out=target, **beside) as queue:
+            dx, place = fresh_like(plan, x) if target is None else (out, target)
+            queue.run(program, (x, dy, mean, var, *sums, gamma, place), eps, float(count))
+        return dx
+
+    def track(self, moments: Moments, freedom: float, weight: float, running_mean: Any, running_var: Any) -> None:
+        """Running statistics move towards moments.mean and moments.m2 / freedom by `weight`, in place."""
+        device_moments.track(moments, freedom, weight, running_mean, running_var)
+
+    def check_features(self, x: Any, axis: int, channels: int, dtype: np.dtype[Any]) -> None:
+        """An input that goes with a layer of so many channels, whose parameters are of a dtype."""
+        check_features(x, axis, channels, dtype.name)
+
+    def same_memory(self, a: Any, b: Any) -> bool:
+        """Whether two arrays are element for element the same memory."""
+        return same_memory(a, b)
+
+    def statistic_copy(self, values: Any) -> Any:
+        """A copy of (C,) statistics in float64."""
+        return device_moments.statistic_copy(values)
+
+    def parameter_copy(self, values: Any) -> Any:
+        """A copy of (C,) parameters."""
+        return device_moments.parameter_copy(values)
 
 
-def _each(call: Call, m2: Buffer, found: None, kernel: Any, values: int, *options: int) -> None:
-    given = [call.value(k) for k in range(values)]
-    call.launch(
-        kernel,
-        views.DOUBLE,
-        launches.threads(m2.size),
-        pointer(m2),
-        *given,
-        *options,
-        m2.size,
-        fresh(2, m2.shape, "float64"),
-    )
-
-
-def _join(call: Call, mean: Buffer, m2: Buffer, other: Buffer, other_m2: Buffer, found: None) -> None:
-    C = m2.size
-    left, right = ((call.value(k), *map(pointer, pair)) for k, pair in enumerate(((mean, m2), (other, other_m2))))
-    rows = (Place(5, 8 * C * k, (8 * C * k, 8 * C * (k + 1)), views.DOUBLE) for k in range(2))
-    call.launch(finish.join_moments, views.DOUBLE, launches.threads(C), *left, *right, C, *rows)
-
-
-def lies(*buffers: Buffer | None) -> tuple[Lies | None, ...]:
-    """How the arrays of a call lie; None for one that is absent, or is made for the result."""
-    return tuple([None if buffer is None else buffer.lies for buffer in buffers])
-
-
-def pair(C: int, dtype: str, like: Buffer) -> tuple[int, Any, Any]:
-    """(address, first row, second row) of fresh memory (2, C)."""
-    both = buffers.empty((2, C), (0, 1), dtype, like)
-    return buffers.address(both), both[0], both[1]
+def axis_key(x: Buffer, axis: Any) -> int:
+    """An axis as a key: an int, which the plan looks at."""
+    return axis if type(axis) is int else checks.check_axis(x.shape, axis)
 
 
 def planned(x: Buffer, axis: int) -> layout.Plan:
@@ -124,192 +191,158 @@ def _planned(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int, ax
     return layout.planned(shape, tuple(steps), axis, itemsize)
 
 
-def new(plan: layout.Plan, x: Buffer) -> tuple[Any, int]:
+def fresh_like(plan: layout.Plan, x: Buffer) -> tuple[Any, int]:
     """(array, address) of a result in the memory order of x."""
     out = buffers.empty(x.shape, tuple(plan.memory), x.dtype, x)
     return out, buffers.address(out)
 
 
-def clear(call: Call, found: Place, C: int, dtype: str) -> None:
-    """Zeros in (2, C)."""
-    call.launch(finish.clear, buffers.STORED[dtype], launches.threads(2 * C), found, 2 * C)
-
-
-def settled(call: Call, plan: layout.Plan, buffer: Buffer) -> views.View:
+def canonical(call: Call, plan: layout.Plan, buffer: Buffer) -> views.View:
     """The canonical view of an input; of a copy in the plan's memory order where two strides can't describe it."""
     found = views.view(buffer, plan)
     if found is not None:
         return found
-    copy = beside(call, plan, buffer)
+    copy = workspace_view(call, plan, buffer)
     launches.copy(call, buffer, copy.buffer)
     return copy
 
 
-def beside(call: Call, plan: layout.Plan, x: Buffer) -> views.View:
+def workspace_view(call: Call, plan: layout.Plan, x: Buffer) -> views.View:
     """The canonical view of workspace for an array like x, in the plan's memory order."""
     found = views.view(call.take_like(x, x.dtype, buffers.strides_of(x.shape, plan.memory)), plan)
     assert found is not None  # a compact array in this order always has one
     return found
 
 
-def place_for(
-    call: Call, plan: layout.Plan, out: Buffer | None, x: Buffer, number: int
-) -> tuple[views.View, Buffer | None]:
-    """Where a kernel writes the result that has this number, and what that must be copied to."""
+@contextmanager
+def result_view(call: Call, plan: layout.Plan, x: Buffer, out: Buffer | None, number: int) -> Iterator[views.View]:
+    """Where a kernel writes the result that has this number.
+
+    Copied to `out` behind it where two strides can't describe that.
+    """
     if out is None:
         out = buffers.lying((x.shape, buffers.strides_of(x.shape, plan.memory), x.dtype, 0), number)
     found = views.view(out, plan)
-    return (found, None) if found is not None else (beside(call, plan, x), out)
-
-
-def widened(values: Any) -> Any:
-    """A copy of (C,) statistics in float64, queued before what changes them next."""
-    buffer = as_input(values, "statistics")
-    program = launches.program(_widen, lies(buffer, None))
-    with Queue(buffer, None) as queue:
-        found = buffers.empty(buffer.shape, (0,), "float64", buffer)
-        queue.run(program, (buffer, buffers.address(found)))
-    return found
-
-
-def _widen(call: Call, values: Buffer, found: None) -> None:
-    C = values.size
-    check_statistic(values, C, "statistics")
-    to = fresh(2, (C,), "float64")
-    call.launch(finish.widen, views.DOUBLE, launches.threads(C), pointer(values), C, to, statistic=values.dtype)
-
-
-def copied(values: Any) -> Any:
-    """A copy of (C,) parameters, queued before what changes them next."""
-    buffer = as_input(values, "gamma")
-    program = launches.program(_copy, lies(buffer, None))
-    with Queue(buffer, None) as queue:
-        found = buffers.empty(buffer.shape, (0,), buffer.dtype, buffer)
-        queue.run(program, (buffer, buffers.address(found)))
-    return found
-
-
-def _copy(call: Call, values: Buffer, found: None) -> None:
-    launches.copy(call, values, buffers.lying((values.shape, buffers.compact(values.shape), values.dtype, 0), 2))
-
-
-def track(m: Moments, freedom: float, weight: float, running_mean: Any, running_var: Any) -> None:
-    """Running statistics move towards m.mean and m.m2 / freedom by `weight`, in place, on the GPU."""
-    mean, m2 = as_moment(m.mean, "moments.mean"), as_moment(m.m2, "moments.m2")
-    first, second = as_input(running_mean, "running_mean"), as_input(running_var, "running_var")
-    program = launches.program(_track, lies(mean, m2, first, second))
-    with Queue(mean, None, m2=m2, running_mean=first, running_var=second) as queue:
-        queue.run(program, (mean, m2, first, second), freedom, weight)
-
-
-def _track(call: Call, mean: Buffer, m2: Buffer, first: Buffer, second: Buffer) -> None:
-    C = mean.size
-    check_statistic(first, C, "running_mean")
-    check_parameter(second, C, first.dtype, "running_var")
-    call.launch(
-        finish.track, buffers.STORED[first.dtype], launches.threads(C), pointer(mean), pointer(m2), call.value(0),
-        call.value(1), C,
-        pointer(first), pointer(second),
-    )  # fmt: skip
-
-
-def axis_of(x: Buffer, axis: Any) -> int:
-    """An axis as a key: an int, which the plan looks at."""
-    return axis if type(axis) is int else checks.check_axis(x.shape, axis)
-
-
-def moments(x: Any, axis: int, stream: Any) -> DeviceMoments:
-    """`fastbn.moments`."""
-    x = as_input(x)
-    program = launches.program(_moments, lies(x, None), axis_of(x, axis))
-    plan = program.found
-    with Queue(x, stream) as queue:
-        address, mean, m2 = pair(plan.channels, "float64", x)
-        queue.run(program, (x, address))
-    return made(plan.count, mean, m2, DeviceMoments)
+    if found is not None:
+        yield found
+    else:
+        beside = workspace_view(call, plan, x)
+        yield beside
+        launches.copy(call, beside.buffer, out)
 
 
 def _moments(call: Call, x: Buffer, stats: None, axis: int) -> layout.Plan:
     plan = planned(x, axis)
     to = fresh(2, (2, plan.channels), "float64")
     if plan.count:
-        passes.moments(call, settled(call, plan, x), to)
+        passes.moments(call, canonical(call, plan, x), to)
     else:
-        clear(call, to, plan.channels, "float64")
+        launches.clear(call, to, plan.channels, "float64")
     return plan
-
-
-def batch_norm(
-    x: Any, gamma: Any, beta: Any, axis: int, eps: float, out: Any, stream: Any
-) -> tuple[Any, DeviceMoments]:
-    """`fastbn.batch_norm`."""
-    x, gamma, beta, target = as_input(x), optional(gamma, "gamma"), optional(beta, "beta"), optional(out, "out")
-    program = launches.program(_forward, lies(x, gamma, beta, target, None), axis_of(x, axis))
-    plan, eps = program.found, checks.check_eps(eps, training=True)
-    check_out(target, (x,), gamma=gamma, beta=beta)
-    with Queue(x, stream, gamma=gamma, beta=beta, out=target) as queue:
-        out, place = new(plan, x) if target is None else (out, target)
-        address, mean, m2 = pair(plan.channels, "float64", x)
-        queue.run(program, (x, gamma, beta, place, address), eps)
-    return out, made(plan.count, mean, m2, DeviceMoments)
 
 
 def _forward(
     call: Call, x: Buffer, gamma: Buffer | None, beta: Buffer | None, out: Buffer | None, stats: None, axis: int
 ) -> layout.Plan:
-    plan, kind = planned(x, axis), parameters(x)
-    check_parameter(gamma, plan.channels, kind, "gamma")
-    check_parameter(beta, plan.channels, kind, "beta")
+    plan, dtype = planned(x, axis), parameters(x)
+    check_parameter(gamma, plan.channels, dtype, "gamma")
+    check_parameter(beta, plan.channels, dtype, "beta")
     checks.check_count(x, plan.count)
     check_room(out, x)
     to = fresh(5, (2, plan.channels), "float64")
     if not plan.count:
-        clear(call, to, plan.channels, "float64")
+        launches.clear(call, to, plan.channels, "float64")
         return plan
-    seen = settled(call, plan, x)
-    place, late = place_for(call, plan, out, x, 4)
-    passes.forward(call, seen, gamma, beta, call.value(0), place, to)
-    if late is not None:
-        launches.copy(call, place.buffer, late)
+    x_view = canonical(call, plan, x)
+    with result_view(call, plan, x, out, 4) as y_view:
+        passes.forward(call, x_view, gamma, beta, call.value(0), y_view, to)
     return plan
+
+
+def _inference(
+    call: Call, x: Buffer, mean: Buffer, var: Buffer, gamma: Buffer | None, beta: Buffer | None, out: Buffer | None,
+    axis: int,
+) -> layout.Plan:  # fmt: skip
+    plan, dtype = planned(x, axis), parameters(x)
+    check_statistic(mean, plan.channels, "mean")
+    check_statistic(var, plan.channels, "var")
+    check_parameter(gamma, plan.channels, dtype, "gamma")
+    check_parameter(beta, plan.channels, dtype, "beta")
+    check_room(out, x)
+    if plan.count:
+        x_view = canonical(call, plan, x)
+        with result_view(call, plan, x, out, 6) as y_view:
+            passes.inference(call, x_view, mean, var, gamma, beta, call.value(0), y_view)
+    return plan
+
+
+def _backward(
+    call: Call, x: Buffer, dy: Buffer, mean: Buffer, var_or_m2: Buffer, gamma: Buffer | None, out: Buffer | None,
+    grads: None, axis: int, names: tuple[str, str], training: bool,
+) -> layout.Plan:  # fmt: skip
+    plan, dtype = planned(x, axis), parameters(x)
+    C, count = plan.channels, float(plan.count) if training else 1.0
+    check_parameter(gamma, C, dtype, "gamma")
+    if training:
+        checks.check_count(x, plan.count)
+    check_statistic(mean, C, names[0])
+    check_statistic(var_or_m2, C, names[1])
+    check_room(out, x)
+    to = fresh(7, (2, C), dtype)
+    if not plan.count:
+        launches.clear(call, to, C, dtype)
+        return plan
+    x_view, dy_view = canonical(call, plan, x), canonical(call, plan, dy)
+    with result_view(call, plan, x, out, 6) as dx_view:
+        passes.backward(call, dy_view, x_view, mean, var_or_m2, count, call.value(0), gamma, dx_view, training, to)
+    return plan
+
+
+def _grad_reduce(call: Call, x: Buffer, dy: Buffer, mean: Buffer, var: Buffer, sums: None, axis: int) -> layout.Plan:
+    plan = planned(x, axis)
+    check_statistic(mean, plan.channels, "mean")
+    check_statistic(var, plan.channels, "var")
+    to = fresh(5, (2, plan.channels), "float64")
+    if plan.count:
+        passes.grad_reduce(call, canonical(call, plan, dy), canonical(call, plan, x), mean, var, call.value(0), to)
+    else:
+        launches.clear(call, to, plan.channels, "float64")
+    return plan
+
+
+def _grad_input(
+    call: Call, x: Buffer, dy: Buffer, mean: Buffer, var: Buffer, sum_dy: Buffer, sum_dy_xhat: Buffer,
+    gamma: Buffer | None, out: Buffer | None, axis: int,
+) -> layout.Plan:  # fmt: skip
+    plan = planned(x, axis)
+    for name, row in (("mean", mean), ("var", var), ("sum_dy", sum_dy), ("sum_dy_xhat", sum_dy_xhat)):
+        check_statistic(row, plan.channels, name)
+    check_parameter(gamma, plan.channels, parameters(x), "gamma")
+    check_room(out, x)
+    if plan.count:
+        x_view, dy_view = canonical(call, plan, x), canonical(call, plan, dy)
+        with result_view(call, plan, x, out, 8) as dx_view:
+            sums, eps, count = (sum_dy, sum_dy_xhat), call.value(0), call.value(1)
+            passes.grad_input(call, dy_view, x_view, mean, var, eps, sums, count, gamma, dx_view)
+    return plan
+
+
+# The names of before, until `functional` and the layer call a `Device`.
+track, widened, copied = device_moments.track, device_moments.statistic_copy, device_moments.parameter_copy
+
+
+def moments(x: Any, axis: int, stream: Any) -> Any:
+    """`Device.moments`."""
+    return Device(stream).moments(x, axis)
+
+
+def batch_norm(x: Any, gamma: Any, beta: Any, axis: int, eps: float, out: Any, stream: Any) -> tuple[Any, Any]:
+    """`Device.forward`."""
+    return Device(stream).forward(x, gamma, beta, axis, eps, out)
 
 
 def batch_norm_inference(
     x: Any, mean: Any, var: Any, gamma: Any, beta: Any, axis: int, eps: float, out: Any, stream: Any
 ) -> Any:
-    """`fastbn.batch_norm_inference`."""
-    checks.check_running(mean, var)
-    x, mean, var = as_input(x), as_input(mean, "mean"), as_input(var, "var")
-    gamma, beta, target = optional(gamma, "gamma"), optional(beta, "beta"), optional(out, "out")
-    program = launches.program(_inference, lies(x, mean, var, gamma, beta, target), axis_of(x, axis))
-    plan, eps = program.found, checks.check_eps(eps, training=False)
-    check_out(target, (x,), mean=mean, var=var, gamma=gamma, beta=beta)
-    with Queue(x, stream, mean=mean, var=var, gamma=gamma, beta=beta, out=target) as queue:
-        out, place = new(plan, x) if target is None else (out, target)
-        queue.run(program, (x, mean, var, gamma, beta, place), eps)
-    return out
-
-
-def _inference(
-    call: Call,
-    x: Buffer,
-    mean: Buffer,
-    var: Buffer,
-    gamma: Buffer | None,
-    beta: Buffer | None,
-    out: Buffer | None,
-    axis: int,
-) -> layout.Plan:
-    plan, kind = planned(x, axis), parameters(x)
-    check_statistic(mean, plan.channels, "mean")
-    check_statistic(var, plan.channels, "var")
-    check_parameter(gamma, plan.channels, kind, "gamma")
-    check_parameter(beta, plan.channels, kind, "beta")
-    check_room(out, x)
-    if plan.count:
-        seen = settled(call, plan, x)
-        place, late = place_for(call, plan, out, x, 6)
-        passes.inference(call, seen, mean, var, gamma, beta, call.value(0), place)
-        if late is not None:
-            launches.copy(call, place.buffer, late)
-    return plan
+    """`Device.inference`."""
+    return Device(stream).inference(x, mean, var, gamma, beta, axis, eps, out)

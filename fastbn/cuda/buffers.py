@@ -85,6 +85,11 @@ def lying(lies: Lies, number: int) -> Buffer:
     return Buffer(address, shape, strides, dtype, False, None, number)
 
 
+def lies(*buffers: Buffer | None) -> tuple[Lies | None, ...]:
+    """How the arrays of a call lie; None for one that is absent, or is made for the result."""
+    return tuple([None if buffer is None else buffer.lies for buffer in buffers])
+
+
 def library(value: Any) -> str:
     """The package that an array comes from: "torch" and "cupy" of subclasses too."""
     kind: Any = type(value)
@@ -281,6 +286,12 @@ def empty(shape: Ints, order: Ints, dtype: str, like: Buffer) -> Any:
         )
     itemsize = STORED[dtype].itemsize
     return memory().empty(shape, tuple(step * itemsize for step in steps), np.dtype(dtype))
+
+
+def pair(C: int, dtype: str, like: Buffer) -> tuple[int, Any, Any]:
+    """(address, first row, second row) of fresh memory (2, C)."""
+    both = empty((2, C), (0, 1), dtype, like)
+    return address(both), both[0], both[1]
 
 
 @lru_cache(maxsize=4096)

@@ -209,6 +209,11 @@ class Queue:
                 raise RuntimeError(f"CUDA failed at {where}: {error}") from error
 
 
+def clear(call: Call, rows: Place, C: int, dtype: str) -> None:
+    """Zeros in (2, C)."""
+    call.launch(finish.clear, STORED[dtype], threads(2 * C), rows, 2 * C)
+
+
 def copy(call: Call, source: Buffer, target: Buffer) -> None:
     """target = source, whatever the strides of both.
 

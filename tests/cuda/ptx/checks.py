@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import fastbn
-import fastbn.cuda.backend
+import fastbn.cuda.moments
 from fastbn.cuda import grids
-from fastbn.cuda.backend import DeviceMoments
+from fastbn.cuda.moments import DeviceMoments
 from fastbn.statistics import made
 
 from .arrays import Array, Ints
@@ -236,8 +236,8 @@ class Passes:
             for name in ("running mean", "running var")
         ]
         freedom = found.count - 1.0
-        self.call("track", lambda: fastbn.cuda.backend.track(found, freedom, 0.1, *running))
-        wide = self.call("widen", lambda: fastbn.cuda.backend.widened(running[0]))
+        self.call("track", lambda: fastbn.cuda.moments.track(found, freedom, 0.1, *running))
+        wide = self.call("widen", lambda: fastbn.cuda.moments.statistic_copy(running[0]))
         if wide is not None:
             self.compare("running mean, wide", wide, running[0].get(), 1e-15)
         for array, value in zip(running, (want.mean, want.m2 / freedom), strict=True):
