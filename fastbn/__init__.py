@@ -9,10 +9,16 @@ from fastbn.arguments.errors import BackendUnavailable
 from fastbn.backends import explain
 from fastbn.batchnorm import BatchNorm
 from fastbn.cpu.threads import get_num_threads, set_num_threads
-from fastbn.functional import batch_norm, batch_norm_inference, moments
-from fastbn.gradients import batch_norm_backward, batch_norm_inference_backward
+from fastbn.functional import (
+    batch_norm,
+    batch_norm_backward,
+    batch_norm_backward_input,
+    batch_norm_backward_reduce,
+    batch_norm_inference,
+    batch_norm_inference_backward,
+    moments,
+)
 from fastbn.running import RunningMoments
-from fastbn.split import batch_norm_backward_input, batch_norm_backward_reduce
 from fastbn.statistics import Moments
 
 __version__ = "0.1.0"

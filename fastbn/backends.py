@@ -1,106 +1,96 @@
 """The backend protocol, the ordered registry, and which backend serves a call.
 
-A backend is a module that satisfies `Backend`. Where the array lives decides (host array: cpu); ``backend=`` or
-FASTBN_BACKEND overrides. A request that can't be served raises `BackendUnavailable` and names what is registered and
-why each declines.
+Where the array lives decides (host array: cpu); ``backend=`` or FASTBN_BACKEND overrides. A request that can't be
+served raises `BackendUnavailable` and names what is registered and why each declines.
 """
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, Protocol, cast
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol, cast
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import DTypeLike
 
-from fastbn.arguments import checks, config, layout, scalars
+from fastbn.arguments import checks, config, dtypes, layout, scalars
 from fastbn.arguments.errors import BackendUnavailable
+from fastbn.arguments.foreign import on_device
 from fastbn.cpu import interrupts
 from fastbn.statistics import Moments
 
-Array = NDArray[Any]
-Sums = tuple[NDArray[np.float64], NDArray[np.float64]]
-
 
 class Backend(Protocol):
-    """The contract: canonical views (N, C, S) or (R, C) in, `out` given by the caller, float64 statistics (C,).
+    """Batch normalization of arrays as users hold them: of `cpu.backend.Host` and `cuda.backend.Device`.
 
-    x, dy and `out` are of one dtype: float16, bfloat16, float32 or float64. `gamma` and `beta` are float64 beside
-    float64 and float32 beside all others, or None. A half result is the float32 one, rounded to nearest even. `out` may
-    be x or dy itself. Statistics and sums are allocated by the backend.
+    Each function checks its arguments, before anything is allocated, and does what the public one says that its
+    docstring names. Arrays are Any: NumPy's, what becomes one, or a GPU library's.
     """
 
-    def moments(self, x: Array) -> Moments:
-        """Count, mean and m2 of each channel."""
+    def moments(self, x: Any, axis: int) -> Moments:
+        """`fastbn.moments`."""
 
-    def rstd(self, m2: Array, count: float, eps: float) -> Array:
-        """1 / sqrt(m2 / count + eps), float64 of shape (C,)."""
+    def forward(self, x: Any, gamma: Any, beta: Any, axis: int, eps: float, out: Any) -> tuple[Any, Moments]:
+        """`fastbn.batch_norm`."""
 
-    def track(self, m: Moments, freedom: float, weight: float, running_mean: Array, running_var: Array) -> None:
-        """Running statistics, of the dtype of parameters, move towards m.mean and m.m2 / freedom by `weight`.
+    def inference(self, x: Any, mean: Any, var: Any, gamma: Any, beta: Any, axis: int, eps: float, out: Any) -> Any:
+        """`fastbn.batch_norm_inference`."""
 
-        In place.
-        """
+    def backward(
+        self, dy: Any, x: Any, moments: Moments, gamma: Any, axis: int, eps: float, out: Any
+    ) -> tuple[Any, Any, Any]:
+        """`fastbn.batch_norm_backward`."""
 
-    def normalize(
-        self, x: Array, mean: Array, rstd: Array, gamma: Array | None, beta: Array | None, out: Array
-    ) -> Array:
-        """y = gamma * (x - mean) * rstd + beta."""
+    def inference_backward(
+        self, dy: Any, x: Any, mean: Any, var: Any, gamma: Any, axis: int, eps: float, out: Any
+    ) -> tuple[Any, Any, Any]:
+        """`fastbn.batch_norm_inference_backward`."""
 
-    def grad_reduce(self, dy: Array, x: Array, mean: Array, rstd: Array) -> Sums:
-        """(sum of dy, sum of dy * xhat)."""
+    def grad_reduce(self, dy: Any, x: Any, mean: Any, var: Any, axis: int, eps: float) -> tuple[Any, Any]:
+        """`fastbn.batch_norm_backward_reduce`."""
 
     def grad_input(
         self,
-        dy: Array,
-        x: Array,
-        mean: Array,
-        rstd: Array,
-        gamma: Array | None,
-        sums: Sums | None,
+        dy: Any,
+        x: Any,
+        mean: Any,
+        var: Any,
+        sum_dy: Any,
+        sum_dy_xhat: Any,
         count: int,
-        out: Array,
-    ) -> Array:
-        """dx; `sums` None for constant statistics (inference)."""
+        gamma: Any,
+        axis: int,
+        eps: float,
+        out: Any,
+    ) -> Any:
+        """`fastbn.batch_norm_backward_input`."""
 
-    def forward(
-        self, x: Array, gamma: Array | None, beta: Array | None, eps: float, out: Array
-    ) -> tuple[Array, Moments]:
-        """moments + normalize, fused: (y, moments)."""
+    def track(self, moments: Moments, freedom: float, weight: float, running_mean: Any, running_var: Any) -> None:
+        """Running statistics move towards moments.mean and moments.m2 / freedom by `weight`, in place."""
 
-    def backward(
+    def check_part(
         self,
-        dy: Array,
-        x: Array,
-        mean: Array,
-        rstd: Array,
-        gamma: Array | None,
-        out: Array,
-        training: bool = True,
-        grads: Array | None = None,
-    ) -> tuple[Array, Array, Array]:
-        """grad_reduce + grad_input, fused: (dx, dgamma, dbeta).
+        x: Any,
+        inputs: tuple[Any, ...],
+        axis: int,
+        out: Any,
+        parameters: Mapping[str, Any],
+        statistics: Mapping[str, Any],
+    ) -> tuple[int, dtypes.Dtype]:
+        """What a call on one part of a batch would refuse, refused; else (channels, dtype of parameters)."""
 
-        `grads` (2, C) takes dbeta, dgamma in the dtype of parameters.
-        """
+    def check_features(self, x: Any, axis: int, channels: int, dtype: dtypes.Dtype) -> Any:
+        """An input, as calls take it, that goes with a layer's parameters, of so many channels and this dtype."""
 
-    def compact(
-        self,
-        method: Literal["forward", "backward", "normalize", "inference"],
-        shape: tuple[int, ...],
-        dims: tuple[int, ...],
-        dtype: np.dtype[Any],
-    ) -> Callable[..., Any] | None:
-        """A method with all decided, for C-contiguous arrays of `shape` that reshape to `dims`.
+    def same_memory(self, a: Any, b: Any) -> bool:
+        """Whether two arrays are the same elements of memory."""
 
-        None where that saves nothing.
-        "inference" is `rstd` and `normalize` in one, of memory: addresses of x, y, mean, var, gamma and beta, and eps;
-        perhaps a team of threads (`kernels._team.Runtime`). Mean and var are of the dtype of parameters; 0 is the
-        address of an absent gamma or beta.
-        """
+    def statistic_copy(self, values: Any) -> Any:
+        """A copy of a layer's running statistics in float64."""
 
-    def describe(self, dims: tuple[int, ...], dtype: np.dtype[Any]) -> str:
+    def parameter_copy(self, values: Any, dtype: dtypes.Dtype) -> Any:
+        """A copy of a layer's gamma, as it is now."""
+
+    def describe(self, dims: tuple[int, ...], dtype: dtypes.Dtype) -> str:
         """What runs for a canonical shape, for a person to read."""
 
 
@@ -108,10 +98,8 @@ class Entry(NamedTuple):
     """One line of the registry."""
 
     name: str
-    module: str
     decline: Callable[[], str | None]  # why it can't serve on this machine; None where it can
-    automatic: bool  # whether an array's home alone may choose it
-    device: bool = False  # whether it takes arrays on a GPU
+    load: Callable[[], Backend] | None  # for arrays on the host; None for a backend that takes those on a GPU
 
 
 def _cuda_declines() -> str | None:
@@ -120,16 +108,59 @@ def _cuda_declines() -> str | None:
     return buffers.declines()
 
 
-def _serves() -> str | None:
-    return None
+def _cpu() -> Backend:
+    from fastbn.cpu import backend, passes
+
+    return backend.Host(passes)
+
+
+def _reference() -> Backend:
+    from fastbn import reference
+    from fastbn.cpu import backend
+
+    return backend.Host(reference)
 
 
 REGISTRY: tuple[Entry, ...] = (
-    Entry("cuda", "fastbn.cuda.passes", _cuda_declines, True, True),
-    Entry("cpu", "fastbn.cpu.backend", _serves, True),
-    Entry("reference", "fastbn.reference", _serves, False),
+    Entry("cuda", _cuda_declines, None),
+    Entry("cpu", lambda: None, _cpu),
+    Entry("reference", lambda: None, _reference),
 )
 _loaded: dict[str, Backend] = {}
+
+
+def backend_for(x: Any, name: str | None = None, num_threads: int | None = None, stream: Any = None) -> Backend:
+    """The backend that serves a call on x, on so many threads of the host, or on a stream of x's GPU.
+
+    Parameters
+    ----------
+    x : array_like
+        Asked only where it lives.
+    name : str, optional
+        An explicit request, else FASTBN_BACKEND, else where x lives.
+    num_threads, stream
+        As in `fastbn.batch_norm`; threads are the host's, and change nothing on a GPU.
+
+    Raises
+    ------
+    BackendUnavailable
+        The requested backend is not registered, declines, or takes no such array.
+    TypeError
+        A stream for an array on the host.
+    """
+    if type(x) is not np.ndarray and on_device(x):
+        check_device(name)
+        from fastbn.cuda import backend
+
+        return backend.Device(stream)
+    if stream is not None:
+        raise TypeError("stream: given one for an array on the host, want an array on a GPU, or no stream")
+    host = select(name)
+    if num_threads is None:
+        return host
+    from fastbn.cpu.backend import Limited
+
+    return cast(Backend, Limited(host, num_threads))
 
 
 def select(name: str | None = None) -> Backend:
@@ -145,29 +176,27 @@ def select(name: str | None = None) -> Backend:
     BackendUnavailable
         The requested backend is not registered or declines.
     """
-    wanted = name if type(name) is str else scalars.check_backend(name) or config.BACKEND or "cpu"
+    if name is None:
+        wanted = config.BACKEND or "cpu"
+    else:
+        wanted = name if type(name) is str else scalars.check_backend(name) or config.BACKEND or "cpu"
     backend = _loaded.get(wanted)
     return backend if backend is not None else _load(wanted, given=name is not None)
 
 
-def select_device(name: str | None = None) -> None:
-    """Make sure that the CUDA backend serves an array on a GPU.
+def check_device(name: str | None = None) -> None:
+    """BackendUnavailable where the CUDA backend does not serve an array on a GPU.
 
     Parameters
     ----------
     name : str, optional
         An explicit request, else FASTBN_BACKEND, else CUDA, for there the array lives.
-
-    Raises
-    ------
-    BackendUnavailable
-        Another backend is requested, or CUDA declines.
     """
     wanted = name if type(name) is str else scalars.check_backend(name) or config.BACKEND or "cuda"
     if wanted != "cuda":
         raise BackendUnavailable(
-            f"{_request(wanted, name is not None)} can't take an array on a GPU: copy it to the host first, or name "
-            f"no backend"
+            f"{_request(wanted, name is not None)} can't take an array on a GPU: copy it to the host first, or name no "
+            f"backend"
         )
     from fastbn.cuda import buffers
 
@@ -181,15 +210,13 @@ def _request(wanted: str, given: bool) -> str:
 def _load(wanted: str, given: bool) -> Backend:
     for entry in REGISTRY:
         if entry.name == wanted and entry.decline() is None:
-            if entry.device:
+            if entry.load is None:
                 raise BackendUnavailable(
                     f"{_request(wanted, given)} takes arrays on a GPU, and this one lives on the host: copy it there "
                     f"first"
                 )
             with interrupts.deferred():  # numba can't be imported again where that was broken off
-                backend = cast(Backend, importlib.import_module(entry.module))
-            _loaded[wanted] = backend
-            return backend
+                return _loaded.setdefault(wanted, entry.load())
     raise BackendUnavailable(f"{_request(wanted, given)} can't be served. Registered: {'; '.join(availability())}.")
 
 

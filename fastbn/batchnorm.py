@@ -2,24 +2,92 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+import copyreg
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from fastbn import affine, distributed, functional, gradients, recalibration, results
-from fastbn.arguments import checks, config, dtypes, overlap, scalars
-from fastbn.backends import select
-from fastbn.cuda import buffers, placement
-from fastbn.state import BEFORE, EVALUATION, FAILED, OVERWRITTEN, Gone, Saved, State
-from fastbn.state import _Saved as _Saved  # where older pickles look for it
-from fastbn.statistics import Moments
+from fastbn import distributed, running
+from fastbn.arguments import checks, config, dtypes, scalars
+from fastbn.backends import Backend, backend_for
+from fastbn.cpu import threads
+from fastbn.cuda import placement
+from fastbn.statistics import Moments, affine_of
+
+sys.modules["fastbn.state"] = sys.modules[__name__]  # where older pickles look for `_Saved`
 
 Array = NDArray[Any]
+Layer = TypeVar("Layer", bound="BatchNorm")
 
 
-class BatchNorm(State):
+class IncompatibleKeys(NamedTuple):
+    """What a state had not, or too much, as PyTorch's `load_state_dict` returns it."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
+# PyTorch's names
+KEPT = {"gamma": "weight", "beta": "bias", "running_mean": "running_mean", "running_var": "running_var"}
+# What an option may be, and becomes: of the constructor, or assigned later. A call looks at those that its functions
+# would not.
+OPTIONS: dict[str, Callable[[Any], Any]] = {
+    "num_features": checks.check_channels,
+    "eps": partial(checks.check_eps, training=False),
+    "momentum": checks.check_momentum,
+    "axis": scalars.check_axis,
+    "dtype": checks.check_parameter_dtype,
+    "backend": scalars.check_backend,
+    "num_threads": threads.check,
+    "num_batches_tracked": partial(scalars.count, name="num_batches_tracked"),
+    **{
+        name: partial(scalars.flag, name=name)
+        for name in ("affine", "track_running_stats", "unbiased_running_var", "training")
+    },
+}
+
+
+class Saved(NamedTuple):
+    """What backward needs of the last forward, as it was then."""
+
+    x: Any  # not a copy
+    statistics: Any  # Moments of the batch, or the constants (mean, var) of inference
+    gamma: Any  # a copy: optimizers change it in place
+    shifted: bool  # there was a beta
+    axis: int
+    eps: float
+    across: Any  # the `Exchange`, where the statistics are of the batch of all ranks
+
+
+class _Saved(NamedTuple):
+    """The last forward in pickles of before there was `Saved`: read, and dropped."""
+
+    x: Any
+    statistics: Any
+    overwritten: Any
+    across: Any
+
+
+class Gone(NamedTuple):
+    """Why the last forward has no backward."""
+
+    why: str
+    across: Any
+
+
+BEFORE = "backward before forward: call the layer on x first, y = bn(x)"
+OVERWRITTEN = "backward needs the x of the forward, which was overwritten by out=x: give another out, or none"
+EVALUATION = (
+    "backward after a forward in evaluation, which keeps no x unless asked to: bn.eval(backward=True), then y = bn(x)"
+)
+FAILED = "backward after a forward that raised an error: call the layer again, y = bn(x)"
+
+
+class BatchNorm:
     """Batch normalization of one channel axis, with PyTorch's semantics.
 
     In training each channel is normalized by its batch's mean and biased variance, and the running statistics move
@@ -85,6 +153,9 @@ class BatchNorm(State):
     2015.
     """
 
+    _saved: Any = None  # of the last forward: None where there is none
+    _backward_in_eval: bool = False  # which older pickles lack, and subclasses whose `train` does not call this one's
+
     def __init__(
         self,
         num_features: int,
@@ -105,7 +176,7 @@ class BatchNorm(State):
         self.eps = eps
         self.momentum = momentum
         self.axis = axis
-        self.dtype = dtype
+        self.dtype: Any = dtype
         self.backend = backend
         self.affine = affine
         self.track_running_stats = track_running_stats
@@ -213,7 +284,8 @@ class BatchNorm(State):
             ):
                 self._settle()  # to what may be, or raise: nothing below looks at these before it has computed
                 across = self._exchange if self.training else None
-            x, gpu, overwritten = self._checked(x, out)
+            served = backend_for(x, self.backend, self.num_threads)
+            x, overwritten = self._checked(served, x, out)
         except Exception:
             if across is not None:
                 across.decline("forward")
@@ -221,10 +293,8 @@ class BatchNorm(State):
         running_mean, running_var = self.running_mean, self.running_var
         statistics: Moments | tuple[Array, Array]
         if self.training or running_mean is None or running_var is None:
-            run = functional.batch_norm if across is None else across.batch_norm
-            y, m = run(
-                x, self.gamma, self.beta, self.axis, self.eps, out, backend=self.backend, num_threads=self.num_threads
-            )
+            given = self.gamma, self.beta, self.axis, self.eps, out
+            y, m = served.forward(x, *given) if across is None else across.forward(served, x, *given)
             statistics = m
             if (
                 self.training
@@ -235,65 +305,36 @@ class BatchNorm(State):
             ):
                 # should that raise, y is lost, and the forward before is not the last
                 self._saved = Gone(FAILED, across)
-                self._track(running_mean, running_var, m, gpu or select(self.backend))
+                self._track(running_mean, running_var, m, served)
         else:
-            mean, var = (
-                values.astype(np.float64) if gpu is None else gpu.widened(values)
-                for values in (running_mean, running_var)
-            )
+            mean, var = served.statistic_copy(running_mean), served.statistic_copy(running_var)
             statistics = mean, var
-            y = functional.batch_norm_inference(
-                x,
-                mean,
-                var,
-                self.gamma,
-                self.beta,
-                self.axis,
-                self.eps,
-                out,
-                backend=self.backend,
-                num_threads=self.num_threads,
-            )
+            y = served.inference(x, mean, var, self.gamma, self.beta, self.axis, self.eps, out)
         if not (self.training or self._backward_in_eval):  # a server would keep its last request
             self._saved = Gone(EVALUATION, None)
         elif overwritten:
             self._saved = Gone(OVERWRITTEN, across)
         else:
-            gamma = self.gamma
-            if gamma is not None:
-                plain = type(gamma) is np.ndarray  # whose copy takes half the time
-                gamma = (
-                    gpu.copied(gamma)
-                    if gpu is not None
-                    else gamma.copy()
-                    if plain
-                    else np.array(np.asarray(gamma), self.dtype)
-                )
+            gamma = None if self.gamma is None else served.parameter_copy(self.gamma, self.dtype)
             self._saved = Saved(x, statistics, gamma, self.beta is not None, self.axis, self.eps, across)
         return y
 
-    def _checked(self, x: Any, out: Array | None) -> tuple[Any, Any, bool]:
-        """A forward's input, who serves it on a GPU, and whether `out` will overwrite it."""
-        gpu = results.on_gpu(self.backend) if type(x) is not np.ndarray and buffers.on_device(x) else None
-        if gpu is None:
-            x = checks.as_input(x)
-            checks.check_features(x, self.axis, self.num_features, self.dtype)
-            overwritten = out is not None and overlap.same_memory(out, x)
-        else:
-            gpu.check_features(x, self.axis, self.num_features, checks.check_parameter_dtype(self.dtype).name)
-            overwritten = out is not None and gpu.same_memory(out, x)
+    def _checked(self, served: Backend, x: Any, out: Array | None) -> tuple[Any, bool]:
+        """A forward's input, and whether `out` will overwrite it."""
+        x = served.check_features(x, self.axis, self.num_features, self.dtype)
+        overwritten = out is not None and served.same_memory(out, x)
         mean, var, gamma, beta = self.running_mean, self.running_var, self.gamma, self.beta
-        written = self.training and self.track_running_stats
-        if gpu is not None or not checks.well_kept(mean, var, gamma, beta, self.num_features, self.dtype, written):
+        written, host = self.training and self.track_running_stats, isinstance(x, np.ndarray)
+        if not host or not checks.well_kept(mean, var, gamma, beta, self.num_features, self.dtype, written):
             checks.check_running(mean, var)
             statistics = {"running_mean": mean, "running_var": var}
-            placement.check(gpu is not None, gamma=gamma, beta=beta, **statistics)
+            placement.check(not host, gamma=gamma, beta=beta, **statistics)
             placement.check_kept(statistics, self.num_features, self.dtype, written, gamma=gamma, beta=beta)
         if out is not None:
             placement.check_apart(out, running_mean=mean, running_var=var)
-        return x, gpu, overwritten
+        return x, overwritten
 
-    def _track(self, running_mean: Array, running_var: Array, m: Moments, served: Any) -> None:
+    def _track(self, running_mean: Array, running_var: Array, m: Moments, served: Backend) -> None:
         batches = self.num_batches_tracked + 1
         weight = 1.0 / batches if self.momentum is None else self.momentum
         freedom = m.count - 1 if self.unbiased_running_var else m.count
@@ -334,6 +375,7 @@ class BatchNorm(State):
             raise RuntimeError(BEFORE if saved is None else saved.why)
         x, statistics, gamma, shifted, axis, eps, across = saved
         try:
+            served = backend_for(x, self.backend, self.num_threads)
             placement.check_apart(
                 out, gamma=self.gamma, beta=self.beta, running_mean=self.running_mean, running_var=self.running_var
             )
@@ -341,17 +383,15 @@ class BatchNorm(State):
             if across is not None:
                 across.decline("backward")
             raise
-        if isinstance(statistics, Moments):
-            run = gradients.batch_norm_backward if across is None else across.batch_norm_backward
-            result = run(dy, x, statistics, gamma, axis, eps, out, backend=self.backend, num_threads=self.num_threads)
+        if not isinstance(statistics, Moments):
+            result = served.inference_backward(dy, x, statistics[0], statistics[1], gamma, axis, eps, out)
+        elif across is None:
+            result = served.backward(dy, x, statistics, gamma, axis, eps, out)
         else:
-            mean, var = statistics
-            result = gradients.batch_norm_inference_backward(
-                dy, x, mean, var, gamma, axis, eps, out, backend=self.backend, num_threads=self.num_threads
-            )
-        same = overlap.same_memory if isinstance(x, np.ndarray) else results.on_gpu(self.backend).same_memory
-        if out is not None and same(out, x):
+            result = across.backward(served, dy, x, statistics, gamma, axis, eps, out)
+        if out is not None and served.same_memory(out, x):
             self._saved = Gone(OVERWRITTEN, across)
+        dx: Array
         dx, dgamma, dbeta = result
         self.dgamma = dgamma if gamma is not None else None
         self.dbeta = dbeta if shifted else None
@@ -379,7 +419,7 @@ class BatchNorm(State):
             No batch, a dict, one tuple, or a batch that `forward` would refuse, by its number; one value per channel in
             all; a layer without running statistics.
         """
-        recalibration.recalibrate(self, batches, progress)
+        running.recalibrate(self, batches, progress)
         return self
 
     def folded_affine(self) -> tuple[Array, Array]:
@@ -387,4 +427,121 @@ class BatchNorm(State):
 
         Evaluation is y = scale * x + shift. ValueError without running statistics.
         """
-        return affine.folded(self)
+        kept = self._kept()
+        if self.running_mean is None:
+            raise ValueError("folded_affine: this layer keeps no running statistics, and so has no fixed map")
+        host = {name: placement.to_host(array) for name, array in kept.items()}
+        eps = checks.check_eps(self.eps, training=False)
+        return affine_of(host["running_mean"], host["running_var"], host.get("gamma"), host.get("beta"), eps)
+
+    def __getstate__(self) -> Any:
+        """All but the last forward, whose x is a call's: pickles and copies of a layer would carry a batch of data."""
+        kept = self.__dict__ | {"_saved": None}
+        # of subclasses, as object.__getstate__ of Python 3.11
+        names = copyreg._slotnames(type(self))  # type: ignore[attr-defined]
+        slots = {name: getattr(self, name) for name in names if hasattr(self, name)}
+        return (kept, slots) if slots else kept
+
+    def __setstate__(self, state: Any) -> None:
+        kept, slots = state if isinstance(state, tuple) else (state, {})
+        self.__dict__.update(kept, _saved=None)  # an older pickle has its last forward
+        for name, value in slots.items():
+            setattr(self, name, value)
+
+    def _kept(self, written: bool = False) -> dict[str, Any]:
+        """Parameters and running statistics, those that there are.
+
+        TypeError or ValueError for one that no call would take.
+        """
+        checks.check_running(self.running_mean, self.running_var)
+        found = {name: array for name in KEPT if (array := getattr(self, name)) is not None}
+        placement.check_kept(found, self.num_features, self.dtype, written)
+        return found
+
+    def _settle(self, **instead: Any) -> None:
+        """Make every option what it should be, or these instead.
+
+        TypeError or ValueError, and no option changed, where one can't be.
+        """
+        settled = {
+            name: check(instead[name] if name in instead else getattr(self, name)) for name, check in OPTIONS.items()
+        }
+        for name, value in settled.items():
+            setattr(self, name, value)
+
+    def to(self: Layer, device: str, kind: str | None = None) -> Layer:
+        """Move parameters, their gradients and running statistics to a GPU or back.
+
+        Returns self. Forgets the last forward.
+
+        Parameters
+        ----------
+        device : str
+            "cuda", "cuda:1" or "cpu".
+        kind : str, optional
+            "torch", "cupy" or "numba", the library of the arrays on a GPU; default the first of them that is imported
+            and reaches one.
+
+        Raises
+        ------
+        ValueError
+            No such device or kind.
+        BackendUnavailable
+            No CUDA here. A layer that holds no arrays, which has nothing to move, is taken as it is, as PyTorch's.
+        """
+        index, library = placement.parsed(device), placement.chosen(kind)
+        self._kept()
+        names = ("gamma", "beta", "dgamma", "dbeta", "running_mean", "running_var")
+        moved = {name: placement.to_host(array) for name in names if (array := getattr(self, name)) is not None}
+        if index is not None:
+            moved = {name: placement.to_device(array, index, library) for name, array in moved.items()}
+        for name, array in moved.items():
+            setattr(self, name, array)
+        self._saved = None
+        return self
+
+    def state_dict(self) -> dict[str, Array]:
+        """Copies on the host under PyTorch's keys: weight, bias, running_mean, running_var, num_batches_tracked."""
+        return self._copies(self._kept(), self.num_batches_tracked)
+
+    def _copies(self, kept: Mapping[str, Any], batches: Any) -> dict[str, Array]:
+        found = {KEPT[name]: placement.to_host(array) for name, array in kept.items()}
+        if self.running_mean is not None:
+            found["num_batches_tracked"] = np.array(OPTIONS["num_batches_tracked"](batches), np.int64)
+        return found
+
+    def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> IncompatibleKeys:
+        """Take over parameters and statistics, all or none of them.
+
+        Parameters
+        ----------
+        state : mapping of str to array_like
+            As `state_dict` gives it, or PyTorch's, of tensors, of bfloat16 too; num_batches_tracked may be absent.
+        strict : bool
+            Whether missing and unexpected keys are an error; else the values of all other keys are taken over.
+
+        Returns
+        -------
+        IncompatibleKeys
+            A named tuple of two lists, missing_keys and unexpected_keys.
+
+        Raises
+        ------
+        ValueError
+            Missing or unexpected keys and running_mean without running_var, if strict; other shapes; an array of this
+            layer that can't be written.
+        TypeError
+            No mapping, or values that are not numbers; an array of this layer of another dtype than its own.
+        """
+        targets = self._kept(written=True)
+        # then a bad count of this layer's is no matter
+        replaced = isinstance(state, Mapping) and "num_batches_tracked" in state
+        own = self._copies(targets, 0 if replaced else self.num_batches_tracked)
+        checked, missing, unexpected = checks.check_state(state, own, scalars.flag(strict, "strict"))
+        for key, value in checked.items():
+            own[key][...] = value
+        for name, target in targets.items():
+            placement.overwrite(target, own[KEPT[name]])
+        if "num_batches_tracked" in own:
+            self.num_batches_tracked = int(own["num_batches_tracked"])
+        return IncompatibleKeys(missing, unexpected)

@@ -9,18 +9,16 @@ on one.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Mapping
-from functools import reduce
-from types import MappingProxyType
+from collections.abc import Callable, Mapping
+from functools import partial, reduce
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fastbn import collective, functional, results, split
-from fastbn.arguments import checks, config
+from fastbn.arguments import checks, dtypes, scalars
+from fastbn.backends import Backend
 from fastbn.cuda import buffers, placement
-from fastbn.ready import ready
 from fastbn.statistics import Moments
 
 Array = NDArray[Any]
@@ -28,6 +26,10 @@ Wide = NDArray[np.float64]
 
 OPERATIONS = ("forward", "backward", "reduce")
 HEAD = 3  # of a row: which operation, whether its rank failed, count; then two numbers for each channel
+COMMUNICATORS = (
+    "an intracommunicator of mpi4py, such as MPI.COMM_WORLD (pip install 'fastbn[mpi]'), or a process group of "
+    "torch.distributed, such as torch.distributed.group.WORLD after init_process_group (pip install 'fastbn[torch]')"
+)
 
 
 class Exchange:
@@ -50,7 +52,7 @@ class Exchange:
     """
 
     def __init__(self, comm: Any, channels: int) -> None:
-        self.rank, self.size = collective.place(comm)
+        self.rank, self.size = rank_and_size(comm)
         self.comm = comm
         self.channels = channels
         self._row: Wide | None = None
@@ -71,12 +73,12 @@ class Exchange:
         """The row that this rank sends; before the first, compare the numbers of channels."""
         if self._row is None:
             counts = np.empty((self.size, 1))
-            collective.gathering(self.comm, np.array([float(self.channels)]), counts)()
+            gathering(self.comm, np.array([float(self.channels)]), counts)()
             if (counts != self.channels).any():
                 given = [f"{int(n)} on {_named(counts[:, 0] == n)}" for n in np.unique(counts)]
                 raise ValueError(f"channels: given {', '.join(given)}; want the same number on every rank")
             row, self._rows = np.empty(HEAD + 2 * self.channels), np.empty((self.size, HEAD + 2 * self.channels))
-            self._gather = collective.gathering(self.comm, row, self._rows)
+            self._gather = gathering(self.comm, row, self._rows)
             self._row = row
         return self._row
 
@@ -127,17 +129,15 @@ class Exchange:
             Moments.merge, (Moments(int(row[2]), row[HEAD : HEAD + C], row[HEAD + C :]) for row in rows), none
         )
 
-    def batch_norm(
+    def forward(
         self,
+        served: Backend,
         x: ArrayLike,
-        gamma: ArrayLike | None = None,
-        beta: ArrayLike | None = None,
-        axis: int = 1,
-        eps: float = config.EPS,
-        out: Array | None = None,
-        *,
-        backend: str | None = None,
-        num_threads: int | None = None,
+        gamma: ArrayLike | None,
+        beta: ArrayLike | None,
+        axis: int,
+        eps: float,
+        out: Array | None,
     ) -> tuple[Array, Moments]:
         """`fastbn.batch_norm` of this rank's x with the statistics of all ranks.
 
@@ -151,8 +151,8 @@ class Exchange:
             Another rank failed, or is at another operation.
         """
         try:
-            _check(self.channels, backend, axis, eps, out, x, gamma=gamma, beta=beta)
-            local = functional.moments(x, axis, backend=backend, num_threads=num_threads)
+            self._check(served, axis, eps, out, (x,), {"gamma": gamma, "beta": beta}, {})
+            local = served.moments(x, axis)
         except Exception:
             self.decline("forward")
             raise
@@ -163,29 +163,26 @@ class Exchange:
                 f"Expected more than 1 value per channel when training, {here} and 1 value on all of them together"
             )
         if buffers.on_device(x):
-            m = results.on_gpu(backend).DeviceMoments(m.count, *_beside(x, m.mean, m.m2))
-        y = functional.batch_norm_inference(
-            x, m.mean, m.var(), gamma, beta, axis, eps, out, backend=backend, num_threads=num_threads
-        )
-        return y, m
+            from fastbn.cuda.moments import DeviceMoments
 
-    def batch_norm_backward(
+            m = DeviceMoments(m.count, *_beside(x, m.mean, m.m2))
+        return served.inference(x, m.mean, m.var(), gamma, beta, axis, eps, out), m
+
+    def backward(
         self,
+        served: Backend,
         dy: ArrayLike,
         x: ArrayLike,
         moments: Moments,
-        gamma: ArrayLike | None = None,
-        axis: int = 1,
-        eps: float = config.EPS,
-        out: Array | None = None,
-        *,
-        backend: str | None = None,
-        num_threads: int | None = None,
+        gamma: ArrayLike | None,
+        axis: int,
+        eps: float,
+        out: Array | None,
     ) -> tuple[Array, Array, Array]:
         """`fastbn.batch_norm_backward` of this rank's part.
 
-        dx of the whole batch's loss, dgamma and dbeta of this rank. One collective.
-        `moments` is what `batch_norm` returned.
+        dx of the whole batch's loss, dgamma and dbeta of this rank. One collective. `moments` is what `forward`
+        returned.
 
         Raises
         ------
@@ -194,12 +191,11 @@ class Exchange:
         RuntimeError
             Another rank failed, or is at another operation.
         """
-        how: Any = {"backend": backend, "num_threads": num_threads}
         try:
             mean, var = moments.mean, moments.var()
             statistics = {"moments.mean": mean, "moments.m2": moments.m2}
-            kind = _check(self.channels, backend, axis, eps, out, x, dy, statistics=statistics, gamma=gamma)
-            dbeta, dgamma = split.batch_norm_backward_reduce(dy, x, mean, var, axis, eps, **how)
+            dtype = self._check(served, axis, eps, out, (x, dy), {"gamma": gamma}, statistics)
+            dbeta, dgamma = served.grad_reduce(dy, x, mean, var, axis, eps)
             sums = np.stack((placement.to_host(dbeta), placement.to_host(dgamma)))
         except Exception:
             self.decline("backward")
@@ -207,12 +203,79 @@ class Exchange:
         rows = self._swap("backward", moments.count, *sums)
         with np.errstate(all="ignore"):  # NaN and Inf propagate without a warning; a float32 gradient may overflow
             total = reduce(np.add, rows[:, HEAD:]).reshape(2, self.channels)
-            own = sums.astype(kind)
+            own = sums.astype(dtype)
         sum_dy, sum_dy_xhat, dbeta, dgamma = _beside(x, *total, *own)
-        dx = split.batch_norm_backward_input(
-            dy, x, mean, var, sum_dy, sum_dy_xhat, moments.count, gamma, axis, eps, out, **how
-        )
+        dx = served.grad_input(dy, x, mean, var, sum_dy, sum_dy_xhat, moments.count, gamma, axis, eps, out)
         return dx, dgamma, dbeta
+
+    def _check(
+        self,
+        served: Backend,
+        axis: int,
+        eps: float,
+        out: Any,
+        inputs: tuple[Any, ...],
+        parameters: Mapping[str, Any],
+        statistics: Mapping[str, Any],
+    ) -> dtypes.Dtype:
+        """Raise before the exchange what would be raised behind it, on this rank alone; the dtype of parameters."""
+        checks.check_eps(eps, training=True)
+        channels, dtype = served.check_part(inputs[0], inputs[1:], axis, out, parameters, statistics)
+        if channels != self.channels:
+            raise ValueError(f"x: given {channels} channels along axis {axis}, want {self.channels}")
+        return dtype
+
+
+def rank_and_size(comm: Any) -> tuple[int, int]:
+    """The rank of this process in a communicator, and how many there are.
+
+    Raises
+    ------
+    TypeError
+        A communicator of no known kind, or one that this process does not belong to.
+    """
+    if (library := _library(comm)) == "mpi4py":
+        return int(comm.Get_rank()), int(comm.Get_size())
+    if library == "torch":
+        return int(comm.rank()), int(comm.size())
+    raise TypeError(f"comm: given {scalars.shown(comm)} of type {type(comm).__name__}, want {COMMUNICATORS}")
+
+
+def gathering(comm: Any, row: Wide, rows: Wide) -> Callable[[], object]:
+    """A function that sends this rank's `row`, shape (k,), and fills `rows`, shape (ranks, k).
+
+    As often as it is called.
+    """
+    if _library(comm) == "mpi4py":
+        return partial(comm.Allgather, row, rows)
+    import torch
+    from torch import distributed
+
+    if "cpu:" in distributed.get_backend_config(comm):
+        return partial(distributed.all_gather, list(torch.from_numpy(rows)), torch.from_numpy(row), group=comm)
+    device = torch.device("cuda", torch.cuda.current_device())  # NCCL takes no memory of the host
+    sent, received = (torch.empty(shape, dtype=torch.float64, device=device) for shape in (row.shape, rows.shape))
+
+    def gather() -> None:
+        sent.copy_(torch.from_numpy(row))
+        distributed.all_gather(list(received), sent, group=comm)
+        torch.from_numpy(rows).copy_(received)
+
+    return gather
+
+
+def _library(comm: Any) -> str | None:
+    """The library that a communicator is of, found without an import of any that the caller has not imported."""
+    roots = {base.__module__.partition(".")[0] for base in type(comm).__mro__}
+    if "mpi4py" in roots:
+        from mpi4py import MPI
+
+        return "mpi4py" if isinstance(comm, MPI.Intracomm) and comm != MPI.COMM_NULL else None
+    if "torch" in roots:
+        from torch import distributed
+
+        return "torch" if distributed.is_available() and isinstance(comm, distributed.ProcessGroup) else None
+    return None
 
 
 def _named(ranks: NDArray[np.bool_]) -> str:
@@ -220,47 +283,6 @@ def _named(ranks: NDArray[np.bool_]) -> str:
     found = np.flatnonzero(ranks).tolist()
     more = f" and {len(found) - 8} more" if len(found) > 8 else ""
     return f"rank{'s' if len(found) > 1 else ''} {', '.join(map(str, found[:8]))}{more}"
-
-
-def _check(
-    channels: int,
-    backend: str | None,
-    axis: int,
-    eps: float,
-    out: Any,
-    x: Any,
-    *inputs: Any,
-    statistics: Mapping[str, Any] = MappingProxyType({}),
-    **parameters: Any,
-) -> np.dtype[Any]:
-    """Raise before the exchange what would be raised behind it, on this rank alone; the dtype of parameters."""
-    checks.check_eps(eps, training=True)
-    if buffers.on_device(x):
-        gpu = results.on_gpu(backend)
-        buffer = gpu.as_input(x)
-        given, kind = buffer.shape[checks.check_axis(buffer.shape, axis)], gpu.parameters(buffer)
-        for name, value in parameters.items():
-            gpu.check_parameter(gpu.optional(value, name), given, kind, name)
-        if out is not None:
-            target, others = gpu.as_input(out, "out"), {**parameters, **statistics}
-            gpu.check_room(target, buffer)
-            gpu.check_out(
-                target,
-                (buffer, *map(gpu.as_input, inputs)),
-                **{name: gpu.optional(a, name) for name, a in others.items()},
-            )
-    else:
-        x = checks.as_input(x)
-        way = ready(x, axis, backend)
-        given, kind = way.channels, way.kind
-        for name, value in parameters.items():
-            checks.as_parameter(value, given, kind, name)
-        if out is not None:
-            checks.check_out(out, x, *map(checks.as_input, inputs), **parameters, **statistics)
-    if given != channels:
-        raise ValueError(f"x: given {given} channels along axis {axis}, want {channels}")
-    found: np.dtype[Any] = np.dtype(kind)
-    return found
 
 
 def _beside(x: Any, *arrays: Array) -> tuple[Any, ...]:

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fastbn.affine import affine_of
 from fastbn.arguments import checks, scalars
 from fastbn.batchnorm import BatchNorm
+from fastbn.statistics import affine_of
 
 __all__ = ["fold"]
 

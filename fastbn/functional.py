@@ -1,31 +1,22 @@
-"""Batch normalization as functions of arrays.
+"""Batch normalization as functions of arrays: signatures, docstrings and one line each, for a backend does it.
 
-Validate, find the canonical view, let the backend run, put the result in place.
 Arrays on a GPU are those with `__cuda_array_interface__`: CuPy's, PyTorch's CUDA tensors, numba's. Where x is one, so
 must be every array beside it, and so is every result, of the same kind; nothing waits for the GPU.
 """
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fastbn import results
-from fastbn.arguments import checks, config, layout
-from fastbn.backends import Backend
-from fastbn.cpu import threads
-from fastbn.cuda import buffers
-from fastbn.ready import ready
-from fastbn.statistics import Moments, made
+from fastbn.arguments import config
+from fastbn.backends import backend_for
+from fastbn.statistics import Moments
 
 Array = NDArray[Any]
-
-PIECE = 2**18  # integers widened at a time, to 2 MB of float64: in cache when their moments are taken
-# of an (R, C) array, at least, in a piece of one that has so many: merging a piece costs as much as some rows
-ROWS = 64
+Wide = NDArray[np.float64]
 
 
 def moments(
@@ -65,47 +56,7 @@ def moments(
     ValueError
         Rank below 2, axis out of range, no channels.
     """
-    if type(x) is not np.ndarray and buffers.on_device(x):
-        found: Moments = results.on_gpu(backend).moments(x, axis, stream)
-        return found
-    if stream is not None:
-        raise TypeError(results.HOST)
-    if num_threads is not None:
-        with threads.limited(num_threads):
-            return moments(x, axis, backend=backend)
-    x = checks.as_input(x, integers=True)
-    way = ready(x, axis, backend)
-    if not way.values:
-        return made(0, np.zeros(way.channels), np.zeros(way.channels))
-    if way.integers:
-        view = way.plan.view(x)  # in either byte order
-        return _of_integers(way.served, layout.view_of(way.plan, x)[1] if view is None else view)
-    return way.served.moments(layout.view_of(way.plan, x)[1])
-
-
-def _of_integers(served: Backend, view: Array) -> Moments:
-    """Moments of a canonical view of integers of 8 or 16 bits, which float64 holds exactly.
-
-    A bounded piece at a time, merged in order.
-    """
-    N, C, S = (*view.shape, 1)[:3]
-    inner = min(S, PIECE)
-    channels = max(1, min(C, PIECE // (inner * min(N, ROWS))))
-    outer = min(N, PIECE // (inner * channels))
-    wide, parts = np.empty(outer * channels * inner), []
-    for c in range(0, C, channels):
-        own = view[:, c : c + channels]
-        whole = (own[n : n + outer] for n in range(0, N, outer))
-        pieces = (rows[..., s : s + inner] for rows in whole for s in range(0, S, inner)) if view.ndim == 3 else whole
-        parts.append(functools.reduce(Moments.merge, (served.moments(_copied(piece, wide)) for piece in pieces)))
-    return made(parts[0].count, np.concatenate([m.mean for m in parts]), np.concatenate([m.m2 for m in parts]))
-
-
-def _copied(piece: Array, to: Array) -> Array:
-    """The values of a piece, at the beginning of a buffer."""
-    copy = to[: piece.size].reshape(piece.shape)
-    copy[...] = piece
-    return copy
+    return backend_for(x, backend, num_threads, stream).moments(x, axis)
 
 
 def batch_norm(
@@ -161,32 +112,7 @@ def batch_norm(
     ValueError
         A shape, axis or eps out of range; one value per channel; an `out` that overlaps x in part, or a parameter.
     """
-    if type(x) is not np.ndarray and buffers.on_device(x):
-        found: tuple[Array, Moments] = results.on_gpu(backend).batch_norm(x, gamma, beta, axis, eps, out, stream)
-        return found
-    if stream is not None:
-        raise TypeError(results.HOST)
-    if num_threads is not None:
-        with threads.limited(num_threads):
-            return batch_norm(x, gamma, beta, axis, eps, out, backend=backend)
-    x = checks.as_input(x)
-    way = ready(x, axis, backend)
-    channels, kind, given = way.channels, way.kind, (gamma, beta)
-    gamma = checks.as_parameter(gamma, channels, kind, "gamma")
-    beta = checks.as_parameter(beta, channels, kind, "beta")
-    eps = checks.check_eps(eps, training=True)
-    checks.check_count(x, way.values)
-    if out is not None:
-        checks.check_out(out, x, gamma=given[0], beta=given[1])
-    if way.forward is not None and (out is None or out.flags.c_contiguous):
-        y = way.plan.empty(x.dtype)[0] if out is None else out
-        return y, way.forward(x, gamma, beta, eps, y)[1]
-    if not way.values:
-        return results.empty(x, out), made(0, np.zeros(channels), np.zeros(channels))
-    plan, view = layout.view_of(way.plan, x)
-    result, target, late = results.target(plan, view.dtype, out)
-    m = way.served.forward(view, gamma, beta, eps, target)[1]
-    return (results.finish(plan, result, target) if late else result), m
+    return backend_for(x, backend, num_threads, stream).forward(x, gamma, beta, axis, eps, out)
 
 
 def batch_norm_inference(
@@ -226,33 +152,197 @@ def batch_norm_inference(
     TypeError, ValueError
         As in `batch_norm`; also mean without var.
     """
-    if type(x) is not np.ndarray and buffers.on_device(x):
-        found: Array = results.on_gpu(backend).batch_norm_inference(x, mean, var, gamma, beta, axis, eps, out, stream)
-        return found
-    if stream is not None:
-        raise TypeError(results.HOST)
-    if num_threads is not None:
-        with threads.limited(num_threads):
-            return batch_norm_inference(x, mean, var, gamma, beta, axis, eps, out, backend=backend)
-    x = checks.as_input(x)
-    way = ready(x, axis, backend)
-    checks.check_running(mean, var)
-    channels, kind, given = way.channels, way.kind, (mean, var, gamma, beta)
-    mean = checks.as_statistic(mean, channels, "mean")
-    var = checks.as_statistic(var, channels, "var")
-    gamma = checks.as_parameter(gamma, channels, kind, "gamma")
-    beta = checks.as_parameter(beta, channels, kind, "beta")
-    eps = checks.check_eps(eps, training=False)
-    if out is not None:
-        checks.check_out(out, x, mean=given[0], var=given[1], gamma=given[2], beta=given[3])
-    if not way.values:
-        return results.empty(x, out)
-    rstd = way.served.rstd(var, 1.0, eps)
-    if way.normalize is not None and (out is None or out.flags.c_contiguous):
-        y = way.plan.empty(x.dtype)[0] if out is None else out
-        way.normalize(x, mean, rstd, gamma, beta, y)
-        return y
-    plan, view = layout.view_of(way.plan, x)
-    result, target, late = results.target(plan, view.dtype, out)
-    way.served.normalize(view, mean, rstd, gamma, beta, target)
-    return results.finish(plan, result, target) if late else result
+    served = backend_for(x, backend, num_threads, stream)
+    y: Array = served.inference(x, mean, var, gamma, beta, axis, eps, out)
+    return y
+
+
+def batch_norm_backward(
+    dy: ArrayLike,
+    x: ArrayLike,
+    moments: Moments,
+    gamma: ArrayLike | None = None,
+    axis: int = 1,
+    eps: float = config.EPS,
+    out: Array | None = None,
+    *,
+    backend: str | None = None,
+    num_threads: int | None = None,
+    stream: Any = None,
+) -> tuple[Array, Array, Array]:
+    """Gradients of `batch_norm`, whose statistics depend on x.
+
+    Parameters
+    ----------
+    dy : array_like, shape and dtype of x
+        Gradient of the loss with respect to y.
+    x : array_like, shape (..., C, ...), float16, bfloat16, float32 or float64
+        The input of the forward.
+    moments : Moments
+        What the forward returned beside y.
+    gamma : array_like, shape (C,), as in the forward, optional
+        The forward's scale.
+    axis, eps, backend, num_threads, stream
+        As in the forward.
+    out : ndarray, shape and dtype of x, optional
+        Takes dx; may be dy or x itself.
+
+    Returns
+    -------
+    dx : ndarray, shape and dtype of x
+        In the memory order of x, or `out`.
+    dgamma, dbeta : ndarray, shape (C,), float64 for x of float64, else float32
+        Sums over the batch of dy * xhat and of dy.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As in `batch_norm`; also dy unlike x, or moments of another shape.
+    """
+    return backend_for(x, backend, num_threads, stream).backward(dy, x, moments, gamma, axis, eps, out)
+
+
+def batch_norm_inference_backward(
+    dy: ArrayLike,
+    x: ArrayLike,
+    mean: ArrayLike,
+    var: ArrayLike,
+    gamma: ArrayLike | None = None,
+    axis: int = 1,
+    eps: float = config.EPS,
+    out: Array | None = None,
+    *,
+    backend: str | None = None,
+    num_threads: int | None = None,
+    stream: Any = None,
+) -> tuple[Array, Array, Array]:
+    """Gradients of `batch_norm_inference`, whose statistics are constants: dx = gamma * dy / sqrt(var + eps).
+
+    Parameters
+    ----------
+    dy : array_like, shape and dtype of x
+        Gradient of the loss with respect to y.
+    x : array_like, shape (..., C, ...), float16, bfloat16, float32 or float64
+        The input of the forward.
+    mean, var : array_like, shape (C,), float32 or float64
+        The forward's statistics.
+    gamma, axis, eps, out, backend, num_threads, stream
+        As in `batch_norm_backward`; eps may be 0 here.
+
+    Returns
+    -------
+    dx : ndarray, shape and dtype of x
+        In the memory order of x, or `out`.
+    dgamma, dbeta : ndarray, shape (C,), float64 for x of float64, else float32
+        Sums over the batch of dy * xhat and of dy.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As in `batch_norm_inference`; also dy unlike x.
+    """
+    served = backend_for(x, backend, num_threads, stream)
+    return served.inference_backward(dy, x, mean, var, gamma, axis, eps, out)
+
+
+def batch_norm_backward_reduce(
+    dy: ArrayLike,
+    x: ArrayLike,
+    mean: ArrayLike,
+    var: ArrayLike,
+    axis: int = 1,
+    eps: float = config.EPS,
+    *,
+    backend: str | None = None,
+    num_threads: int | None = None,
+    stream: Any = None,
+) -> tuple[Wide, Wide]:
+    """Sums over one part of a batch that its gradients need: of dy and of dy * xhat.
+
+    Added up over all parts, they are what `batch_norm_backward_input` takes, and dbeta and dgamma.
+
+    Parameters
+    ----------
+    dy : array_like, shape and dtype of x
+        Gradient of the loss with respect to y.
+    x : array_like, shape (..., C, ...), float16, bfloat16, float32 or float64
+        One part of the batch: any number of values per channel, none too.
+    mean, var : array_like, shape (C,), float32 or float64
+        Mean and biased variance of the whole batch.
+    axis : int
+        The channel axis.
+    eps : float
+        The forward's, added to the variance.
+    backend, num_threads, stream
+        As in `batch_norm`.
+
+    Returns
+    -------
+    sum_dy, sum_dy_xhat : ndarray, shape (C,), float64
+        Zeros for an empty x.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As in `batch_norm`; also dy unlike x.
+    """
+    return backend_for(x, backend, num_threads, stream).grad_reduce(dy, x, mean, var, axis, eps)
+
+
+def batch_norm_backward_input(
+    dy: ArrayLike,
+    x: ArrayLike,
+    mean: ArrayLike,
+    var: ArrayLike,
+    sum_dy: ArrayLike,
+    sum_dy_xhat: ArrayLike,
+    count: int,
+    gamma: ArrayLike | None = None,
+    axis: int = 1,
+    eps: float = config.EPS,
+    out: Array | None = None,
+    *,
+    backend: str | None = None,
+    num_threads: int | None = None,
+    stream: Any = None,
+) -> Array:
+    """Gradient with respect to one part of a batch, given the sums over the whole of it.
+
+    dx = gamma / sqrt(var + eps) * (dy - sum_dy / count - xhat * sum_dy_xhat / count) (Ioffe & Szegedy 2015).
+
+    Parameters
+    ----------
+    dy : array_like, shape and dtype of x
+        Gradient of the loss with respect to y.
+    x : array_like, shape (..., C, ...), float16, bfloat16, float32 or float64
+        One part of the batch: any number of values per channel, none too.
+    mean, var : array_like, shape (C,), float32 or float64
+        Mean and biased variance of the whole batch.
+    sum_dy, sum_dy_xhat : array_like, shape (C,), float32 or float64
+        What `batch_norm_backward_reduce` gives for each part, added up over all parts.
+    count : int
+        Values per channel of the whole batch.
+    gamma : array_like, shape (C,), as in the forward, optional
+        The forward's scale.
+    axis : int
+        The channel axis.
+    eps : float
+        The forward's, added to the variance.
+    out : ndarray, shape and dtype of x, optional
+        Takes dx; may be dy or x itself.
+    backend, num_threads, stream
+        As in `batch_norm`.
+
+    Returns
+    -------
+    ndarray, shape and dtype of x
+        dx, in the memory order of x, or `out`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As in `batch_norm`; also dy unlike x, or a count of fewer values than x has.
+    """
+    served = backend_for(x, backend, num_threads, stream)
+    dx: Array = served.grad_input(dy, x, mean, var, sum_dy, sum_dy_xhat, count, gamma, axis, eps, out)
+    return dx

@@ -1,7 +1,7 @@
 """The backend contract in plain float64 NumPy, formulas as published (Ioffe & Szegedy 2015): the oracle of every test.
 
 Slow and simple on purpose: it holds float64 copies of its inputs. Select it with ``backend="reference"`` to check a
-result. Canonical views in, see `fastbn.backends.Backend`; NaN and Inf propagate without a warning.
+result. Canonical views in, see `fastbn.cpu.backend.Passes`; NaN and Inf propagate without a warning.
 """
 
 from __future__ import annotations
@@ -57,10 +57,10 @@ def rstd(m2: Wide, count: float, eps: float) -> Wide:
 
 
 @np.errstate(all="ignore")
-def track(m: Moments, freedom: float, weight: float, running_mean: Array, running_var: Array) -> None:
-    """Running statistics move towards m.mean and m.m2 / freedom by `weight`, in place."""
-    running_mean[...] = (1.0 - weight) * running_mean.astype(np.float64) + weight * m.mean
-    running_var[...] = (1.0 - weight) * running_var.astype(np.float64) + weight * (m.m2 / freedom)
+def track(moments: Moments, freedom: float, weight: float, running_mean: Array, running_var: Array) -> None:
+    """Running statistics move towards moments.mean and moments.m2 / freedom by `weight`, in place."""
+    running_mean[...] = (1.0 - weight) * running_mean.astype(np.float64) + weight * moments.mean
+    running_var[...] = (1.0 - weight) * running_var.astype(np.float64) + weight * (moments.m2 / freedom)
 
 
 @np.errstate(all="ignore")
@@ -126,7 +126,7 @@ def backward(
     return out, sums[1], sums[0]
 
 
-def compact(method: str, shape: tuple[int, ...], dims: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+def compact(shape: tuple[int, ...], dims: tuple[int, ...], dtype: dtypes.Dtype) -> None:
     """Nothing that saves anything."""
 
 

@@ -14,6 +14,7 @@ from fastbn.cpu.kernels.welford import merge
 
 sys.modules["fastbn.moments"] = sys.modules[__name__]  # where older pickles look for `Moments`
 
+Array = NDArray[Any]
 Statistics = NDArray[np.float64]
 Kind = TypeVar("Kind", bound="Moments")
 
@@ -22,6 +23,19 @@ def inverse_deviation(var: Statistics, eps: float) -> Statistics:
     """1 / sqrt(var + eps); infinite or NaN where the variance says so, without a warning."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.asarray(1.0 / np.sqrt(var + eps))
+
+
+@np.errstate(all="ignore")  # NaN and Inf propagate without a warning
+def affine_of(
+    mean: Array, var: Array, gamma: Array | None, beta: Array | None, eps: float, bias: Array | None = None
+) -> tuple[Statistics, Statistics]:
+    """(scale, shift), each (C,): gamma * (x + bias - mean) / sqrt(var + eps) + beta = scale * x + shift."""
+    mean, var = (np.asarray(values, np.float64) for values in (mean, var))
+    scale = inverse_deviation(var, eps)
+    if gamma is not None:
+        scale = scale * gamma
+    shift = ((0.0 if bias is None else bias) - mean) * scale  # the difference first: a bias may be near the mean
+    return scale, shift if beta is None else shift + beta
 
 
 def _statistic(value: Any, name: str) -> Statistics:

@@ -207,16 +207,16 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+def serve(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Let copies of the reference, with some functions replaced, serve as the CPU backend."""
-    from fastbn import backends, ready, reference
+    from fastbn import backends, reference
+    from fastbn.cpu.backend import Host
 
     def install(**replaced: Callable[..., Any]) -> None:
-        monkeypatch.setitem(backends._loaded, "cpu", types.SimpleNamespace(**{**vars(reference), **replaced}))
-        ready._ready.cache_clear()
+        passes: Any = types.SimpleNamespace(**{**vars(reference), **replaced})
+        monkeypatch.setitem(backends._loaded, "cpu", Host(passes))
 
-    yield install
-    ready._ready.cache_clear()
+    return install
 
 
 @pytest.fixture
@@ -224,17 +224,15 @@ def replan(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     """A function that gives constants of the schedule other values; plans made before are forgotten, and those made
     with them.
     """
-    from fastbn import ready
     from fastbn.arguments import config
-    from fastbn.cpu import backend as cpu
-    from fastbn.cpu import routes, schedule
+    from fastbn.backends import select
+    from fastbn.cpu import passes, schedule
 
-    plans = (schedule.first, schedule.last, routes.of, routes.fused)
-    plans += (cpu._forward, cpu._backward, cpu._normalize, cpu._inference, ready._ready)
+    host: Any = select("cpu")
 
     def forget() -> None:
-        for plan in plans:
-            plan.cache_clear()
+        host._plan.cache_clear()
+        passes.decided.cache_clear()
 
     def patch(**constants: int) -> None:
         for name, value in constants.items():

@@ -30,7 +30,7 @@ PROFILES: tuple[tuple[dict[str, int], bool], ...] = (
 
 def load(torch: bool) -> None:
     """Import what processes share, before they begin."""
-    names = ["fastbn.cpu.backend", "fastbn.reference", "fastbn.fold", "fastbn.recalibration"]
+    names = ["fastbn.cpu.passes", "fastbn.reference", "fastbn.fold"]
     for name in names:
         importlib.import_module(name)
     if torch:
@@ -69,6 +69,7 @@ class Profiles:
         return found
 
     def _patch(self, constants: dict[str, int]) -> None:
+        from fastbn import backends
         from fastbn.arguments import config
         from fastbn.cpu import schedule
 
@@ -80,7 +81,9 @@ class Profiles:
             if module is not None:
                 self._usual.append((module, name, getattr(module, name)))
                 setattr(module, name, value)
-        places = ("fastbn.backends", "fastbn.ready", "fastbn.arguments.layout", "fastbn.torch")
+        places = ("fastbn.backends", "fastbn.cpu", "fastbn.torch")
         for module in [module for name, module in sys.modules.items() if name.startswith(places)]:
             for value in vars(module).values():  # what was planned with other constants
                 getattr(value, "cache_clear", int)()
+        for host in backends._loaded.values():
+            host._plan.cache_clear()

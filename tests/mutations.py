@@ -19,7 +19,7 @@ KERNELS = [
 SCOPE = (
     *KERNELS,
     "cpu/schedule.py",
-    "cpu/routes.py",
+    "cpu/passes.py",
     "cpu/backend.py",
     "arguments/layout.py",
     "arguments/overlap.py",
@@ -31,22 +31,21 @@ SCOPE = (
 
 # A pattern of "file:function: operator" and the changed lines: why no result can show it.
 EQUIVALENT = {
-    r"cpu/backend.py:warmup:": "compiles, and plain Python does not",
-    r"routes.py:streams: (?!lost)|\+ .*\(shape\[1\], routes.streams\(": "past the cache or not: speed, never a bit",
+    r"cpu/passes.py:warmup:": "compiles, and plain Python does not",
+    r"schedule.py:streams: (?!lost)|\+ .*\bstream\b.* = .*schedule.streams\(": "past the cache or not: speed, "
+    "never a bit",
     r"serial.py:.*\+ .*True, (y|dx)\)|affine_rest:.*\+ .*(True|1, False), rest_y": "past the cache or not: speed, "
     "never a bit",
-    r"schedule.py:first:.* ahead, back_ahead": "what is fetched meanwhile: speed",
-    r"routes.py:(tasks|lot): (?!lost)|cpu/backend.py:.*\btasks = |\+ lot, tasks = \(routes.lot\(plan, "
-    r"C\)": "who does what: speed",
-    r"schedule.py:(short: (?!lost)|first:.*fused = |last:.*fold >= 1)|routes.py:of:.*\*shape, 2": "another walk, as "
-    "right as the first",
-    r"cpu/backend.py:grad_input:.*applied=False": "another walk, as right as the first",
+    r"schedule.py:of_rows:.* prefetch, back_prefetch": "what is fetched meanwhile: speed",
+    r"schedule.py:(tasks|group_of_statistics): (?!lost)|cpu/passes.py:.*\b(tasks|group) = ": "who does what: speed",
+    r"schedule.py:(short: (?!lost)|of_rows:.*fused = |of_columns:.*fold >= 1|route:.*\bC, 2)": "another walk, as right",
+    r"cpu/passes.py:.*grad_input:.*applied=False": "another walk, as right as the first",
     r"(whole_rows|one_stream):.*> (W|lanes)|affine_block:.*far|tile_sums:.*PANELS": "one of two loops that do the same",
     r"affine_block:.*0 <= first|gradient_row:.*s <= s1|(grad_reduce|grad_input):.*rest >= 0": "a turn for nothing more",
     r"(wide_deviations|affine_row):.*\+ .*(8|W) < s1": "the last vector goes to the loop behind, which takes what is "
     "left",
     r"affine_rest: dropped.*fill_affine": "task 0 has left them there",
-    r"as_row:.*\(2, size\)|cpu/backend.py:_inference.run:.*\(3, C\)|serial.py:.*\+ 17": "more room than is used",
+    r"as_row:.*\(2, size\)|cpu/passes.py:.*inference.*\(3, C\)|serial.py:.*\+ 17": "more room than is used",
     r"columns.*:(moments|backward):.*(block \+ 1\)|task \+ 2\))|tile_sums:.*4 \+ W": "units of nothing, or the same "
     "ones twice",
     r"block_gradient:.*6 if training": "a row spread that is not read",
@@ -248,7 +247,8 @@ def functions(file: str) -> Iterator[Function]:
 
     def within(tree: ast.AST, prefix: str) -> Iterator[Function]:
         for node in ast.iter_child_nodes(tree):
-            if isinstance(node, ast.FunctionDef):
+            # of a protocol a function is its docstring alone
+            if isinstance(node, ast.FunctionDef) and not (len(node.body) == 1 and isinstance(node.body[0], ast.Expr)):
                 yield Function(file, prefix + node.name, source, node)
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
                 yield from within(node, f"{prefix}{node.name}.")

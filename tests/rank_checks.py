@@ -12,7 +12,7 @@ from across import CASES, EPS, Batch, Ranks, batch, layer
 from tolerances import check, scales
 
 import fastbn
-from fastbn import collective
+from fastbn import distributed
 from fastbn.distributed import Exchange
 
 
@@ -77,7 +77,7 @@ def evaluation(r: Ranks) -> None:
 def one_collective_each(r: Ranks) -> None:
     """One before the first call, then one forward and one backward, with the same buffers."""
     calls, made = [], []
-    real = collective.gathering
+    real = distributed.gathering
 
     def counted(comm: Any, row: Any, rows: Any) -> Callable[[], object]:
         gather = real(comm, row, rows)
@@ -89,7 +89,7 @@ def one_collective_each(r: Ranks) -> None:
 
         return call
 
-    collective.gathering = counted
+    distributed.gathering = counted
     try:
         bn = fastbn.BatchNorm(4, comm=r.comm)
         assert not calls
@@ -100,7 +100,7 @@ def one_collective_each(r: Ranks) -> None:
         for _ in range(2):
             bn(x), bn.backward(x)
     finally:
-        collective.gathering = real
+        distributed.gathering = real
     assert len(calls) == 1 + 6
     assert len(set(calls[1:])) == 1
     assert made == [1, 11]

@@ -83,7 +83,7 @@ def test_within_the_limits_row_by_row(case: Case, name: str, replan: Callable[..
     """As arrays that no cache holds are summed."""
     replan(SERIAL_BYTES=0, BLOCK_BYTES=0, ALONG_BYTES=0, LINEAR=0)
     R, C = case.shape[0] * int(np.prod(case.shape[2:])), case.shape[1]
-    cut = schedule.last(R, C, 1, 4, True)
+    cut = schedule.of_columns(R, C, 1, 4, True)
     assert cut.parts > 1
     assert cut.along
     assert cut.back_along

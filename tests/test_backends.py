@@ -16,31 +16,39 @@ from tolerances import check, scales
 import fastbn
 from fastbn import backends
 from fastbn.backends import Backend, BackendUnavailable, explain, select
+from fastbn.cpu.backend import Host, Passes
 from fastbn.cuda import buffers
+from fastbn.cuda.backend import Device
 
-METHODS = [name for name, value in vars(Backend).items() if inspect.isfunction(value) and not name.startswith("_")]
 EPS = 1e-5
 
 
-def test_the_protocol_is_what_the_plan_says() -> None:
-    assert METHODS == [
-        "moments",
-        "rstd",
-        "track",
-        "normalize",
-        "grad_reduce",
-        "grad_input",
-        "forward",
-        "backward",
-        "compact",
-        "describe",
-    ]
+def _methods(protocol: type) -> list[str]:
+    return [name for name, value in vars(protocol).items() if inspect.isfunction(value) and not name.startswith("_")]
 
 
+METHODS, PASSES = _methods(Backend), _methods(Passes)
+
+
+def test_the_protocols_are_what_the_plan_says() -> None:
+    verbs = ["moments", "forward", "inference", "backward", "inference_backward", "grad_reduce", "grad_input", "track"]
+    layers = ["check_part", "check_features", "same_memory", "statistic_copy", "parameter_copy"]
+    assert [*verbs, *layers, "describe"] == METHODS
+    passes = ["moments", "rstd", "track", "normalize", "grad_reduce", "grad_input", "forward", "backward", "compact"]
+    assert [*passes, "describe"] == PASSES
+
+
+@pytest.mark.parametrize("kind", [Host, Device])
 @pytest.mark.parametrize("method", METHODS)
-def test_signatures_are_the_protocols(method: str, backend: str) -> None:
-    wanted = list(inspect.signature(getattr(Backend, method)).parameters.values())[1:]  # without self
-    found = list(inspect.signature(getattr(select(backend), method)).parameters.values())
+def test_signatures_are_the_protocols(method: str, kind: type) -> None:
+    wanted, found = (inspect.signature(getattr(one, method)).parameters.values() for one in (Backend, kind))
+    assert [(p.name, p.kind, p.default) for p in found] == [(p.name, p.kind, p.default) for p in wanted]
+
+
+@pytest.mark.parametrize("method", PASSES)
+def test_signatures_of_passes_are_the_protocols(method: str, backend: str) -> None:
+    wanted = list(inspect.signature(getattr(Passes, method)).parameters.values())[1:]  # without self
+    found = list(inspect.signature(getattr(select(backend).passes, method)).parameters.values())
     assert [(p.name, p.kind, p.default) for p in found] == [(p.name, p.kind, p.default) for p in wanted]
 
 
@@ -103,7 +111,7 @@ def _per_channel(dtype: str, *arrays: np.ndarray, channels: int) -> None:
 @every_dtype_and_backend
 @every_view
 def test_moments_and_forward(view: str, dtype: str, backend: str) -> None:
-    d, b = Drawn(view, dtype), select(backend)
+    d, b = Drawn(view, dtype), select(backend).passes
     for gamma in (d.gamma, None):
         for beta in (d.beta, None):
             y, fused = b.forward(d.x, gamma, beta, EPS, d.out)
@@ -120,7 +128,7 @@ def test_moments_and_forward(view: str, dtype: str, backend: str) -> None:
 @every_dtype_and_backend
 @every_view
 def test_normalize(view: str, dtype: str, backend: str) -> None:
-    d, b = Drawn(view, dtype), select(backend)
+    d, b = Drawn(view, dtype), select(backend).passes
     for gamma in (d.gamma, None):
         for beta in (d.beta, None):
             assert b.normalize(d.x, d.mean, d.rstd, gamma, beta, d.out) is d.out
@@ -131,7 +139,7 @@ def test_normalize(view: str, dtype: str, backend: str) -> None:
 @every_dtype_and_backend
 @every_view
 def test_gradients_separate_and_fused(view: str, dtype: str, backend: str) -> None:
-    d, b = Drawn(view, dtype), select(backend)
+    d, b = Drawn(view, dtype), select(backend).passes
     sum_dy, sum_dy_xhat = b.grad_reduce(d.dy, d.x, d.mean, d.rstd)
     _per_channel("float64", sum_dy, sum_dy_xhat, channels=d.x.shape[1])
     d.check("dbeta", sum_dy, None, None)
@@ -153,7 +161,7 @@ def test_gradients_separate_and_fused(view: str, dtype: str, backend: str) -> No
 
 def test_sums_of_many_parts_and_their_count_give_the_gradient_of_the_whole(backend: str) -> None:
     """What a collective does: reduce on each part, add, then grad_input on each part with the whole count."""
-    d, b = Drawn("N C S", "float64"), select(backend)
+    d, b = Drawn("N C S", "float64"), select(backend).passes
     parts = [slice(0, 1), slice(1, 4)]
     m = b.moments(d.x[parts[0]]).merge(b.moments(d.x[parts[1]]))
     rstd = m.rstd(EPS)
@@ -167,7 +175,7 @@ def test_sums_of_many_parts_and_their_count_give_the_gradient_of_the_whole(backe
 @pytest.mark.parametrize("over", ["x", "dy"])
 @every_view
 def test_in_place(view: str, over: str, backend: str) -> None:
-    d, b = Drawn(view, "float32"), select(backend)
+    d, b = Drawn(view, "float32"), select(backend).passes
     want_dx = b.backward(d.dy, d.x, d.mean, d.rstd, d.gamma, d.out)[0].copy()
     if over == "x":
         x = d.x.copy("K")  # without the gaps of the view: rows may be summed in another order
@@ -242,8 +250,8 @@ def test_the_registry_in_its_order() -> None:
 )
 def test_a_host_array_goes_to_the_cpu() -> None:
     assert select() is select("cpu")
-    assert select().__name__ == "fastbn.cpu.backend"
-    assert select("reference").__name__ == "fastbn.reference"
+    assert select().passes.__name__ == "fastbn.cpu.passes"
+    assert select("reference").passes.__name__ == "fastbn.reference"
 
 
 def test_the_requested_backend_runs(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from numba.core import caching, codegen
 import fastbn
 from fastbn.arguments import dtypes
 from fastbn.cli import info
-from fastbn.cpu import backend as cpu
+from fastbn.cpu import passes as cpu
 from fastbn.cpu import team as _team
 from fastbn.cpu import threads
 from fastbn.cpu.kernels import cache as _cache

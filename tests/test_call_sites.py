@@ -25,31 +25,33 @@ ATTRIBUTES = {
     "entry_point",
     "launch",
     "compact",
-    "served",
+    "passes",
+    "track",
     "from_address",
     "address",
     "ctypes",
     "data_ptr",
 }
 ATTRIBUTES |= {"__cuda_array_interface__", "__array_interface__"}
-CALLS = {"select"}  # who has a backend may call it
-# a backend's methods, decided; a program, with its arrays
-READY = {"way.forward", "way.backward", "way.normalize", "queue.run"}
+READY = {"queue.run"}  # a program, with its arrays
 HARMLESS = {"layout.compact"}  # arithmetic on shapes
 
-# Functions that ask nothing: their arrays are views by a `layout.Plan` or buffers of `devices.view`, and rows of (C,),
-# which their callers have from `checks` and `device`, or memory that they make. Whoever calls one is a call site too. A
-# direct call, `cpu.moments(view)` in a test or a benchmark, is internal: it has to hold the contract of
-# `fastbn.backends.Backend` itself.
+# Functions that ask nothing: their arrays are views by a `layout.Plan` or buffers of `cuda.buffers.view`, and rows of
+# (C,), which their callers have from `arguments.checks` and `cuda.checks`, or memory that they make. Whoever calls one
+# is a call site too. A direct call, `passes.moments(view)` in a test or a benchmark, is internal: it has to hold the
+# contract of `fastbn.cpu.backend.Passes` itself.
 CONTRACT = {
-    *(f"cpu.backend.{name}" for name in ("moments", "rstd", "track", "_sums", "grad_input")),
+    *(f"cpu.passes.{name}" for name in ("moments", "rstd", "track", "normalize", "grad_reduce", "grad_input")),
+    *(f"cpu.passes.{name}" for name in ("forward", "backward", "Decided._forward_in_two", "Decided._backward_in_two")),
     *(
-        f"cpu.backend.{name}"
-        for name in ("normalize", "grad_reduce", "forward", "_forward_in_two", "backward", "_backward_in_two")
+        f"cpu.passes.Decided.{name}{run}"
+        for name in ("moments", "normalize", "sums", "grad_input")
+        for run in ("", ".run")
     ),
-    *(f"cpu.backend.{name}{run}" for name in ("_normalize", "_forward", "_backward") for run in ("", ".run")),
-    *("cpu.backend._inference", "cpu.backend._inference.run"),  # addresses: see torch.inference_cache.inference
-    "cpu.backend.warmup",  # compiles, without an array
+    *(f"cpu.passes.Decided.{name}{run}" for name in ("forward", "backward") for run in ("", ".run")),
+    *(f"cpu.passes.Decided.inference{run}" for run in ("", ".run")),  # addresses: see torch.inference_cache.inference
+    *("cpu.backend.Host.track", "cuda.backend.Device.track"),  # rows that a layer, or torch.tensors.track, checks
+    "cpu.passes.warmup",  # compiles, without an array
     *(f"cuda.passes.{name}" for name in ("moments", "forward", "inference", "backward", "grad_reduce", "grad_input")),
     *(f"cuda.passes.{name}" for name in ("_parameters", "_finish_sums", "_whole_forward", "_whole_backward")),
     *(
@@ -82,19 +84,20 @@ NO_ARRAY = {
     "cuda.launches.Queue.run": "its workspace is memory of its own; its arrays are those of the program, whose call "
     "sites are listed",
     "cuda.streams.workspace": "memory of its own",
+    "cpu.backend.CallPlan.__init__": "functions of a shape",
+    "cpu.backend.Host.__init__": "who serves",
+    "cpu.backend.Host.describe": "words about a shape",
+    "progress.tracked": "a bar",
+    "torch.eager._normalize": "calls torch.tensors.track, which is listed",
     "cuda.checks.check_out": "compares addresses",
     "cuda.buffers.device_of": "asks the driver whose memory it is",
     "cuda.views.View.base": "arithmetic on an address",
-    "cpu.backend.compact": "functions of a shape; who calls them is listed as READY",
-    "backends.explain": "words about a shape",
-    "cli.selftest.run": "whether the backend is there",
     "cli._warmup": "compiles",
     "cuda.checks._Interface.__init__": "for NumPy's arithmetic on addresses; nobody reads that memory",
     "cuda.checks.same_memory": "compares addresses",
     "distributed._beside": "asks on which GPU x is",
     "arguments.layout.Plan.empty": "memory of its own",
     "arguments.overlap.same_memory": "compares addresses",
-    "ready._ready": "functions of a shape; who calls them is listed as READY",
     "torch.allocator._fresh": "memory of its own",
     "torch.inference_cache._way": "a function of a shape",
     "torch.inference_cache.keep": "keeps the addresses of what torch.eligibility.declines let through",
@@ -116,18 +119,30 @@ ON_GPU = {"x": "cuda.checks.as_input", "out": "cuda.checks.check_out"}
 # of what writes a program for such arrays
 LYING = {"gamma": "cuda.checks.check_parameter", "out": "cuda.checks.check_room"}
 CHECKED: dict[str, tuple[int, dict[str, str]]] = {
-    "functional.moments": (2, X),
-    "functional.batch_norm": (3, X | PARAMETERS | OUT),
-    "functional.batch_norm_inference": (4, X | STATISTICS | PARAMETERS | OUT),
-    "gradients._backward": (4, X | DY | STATISTICS | PARAMETERS | OUT | {"moments": "statistics.check_moments"}),
-    "split.batch_norm_backward_reduce": (2, X | DY | STATISTICS),
-    "split.batch_norm_backward_input": (
+    "cpu.backend.Host.moments": (1, X),
+    "cpu.backend.Host._of_integers": (
+        1,
+        {"x": "arguments.checks.as_input in cpu.backend.Host.moments before cpu.backend.Host._of_integers"},
+    ),
+    "cpu.backend.Host.forward": (3, X | PARAMETERS | OUT),
+    "cpu.backend.Host.inference": (4, X | STATISTICS | PARAMETERS | OUT),
+    "cpu.backend.Host._backward": (
+        4,
+        X | DY | STATISTICS | PARAMETERS | OUT | {"moments": "statistics.check_moments"},
+    ),
+    "cpu.backend.Host.grad_reduce": (2, X | DY | STATISTICS),
+    "cpu.backend.Host.grad_input": (
         2,
         X | DY | STATISTICS | PARAMETERS | OUT | {"sum_dy": "arguments.checks.as_statistic"},
     ),
-    "batchnorm.BatchNorm.forward": (
+    "batchnorm.BatchNorm._track": (
         1,
-        X | {"running_mean, running_var": "arguments.checks.well_kept", "strided ones": "cuda.placement.check_kept"},
+        {
+            "running_mean, running_var": "arguments.checks.well_kept in batchnorm.BatchNorm.forward before "
+            "batchnorm.BatchNorm._track",
+            "strided ones": "cuda.placement.check_kept in batchnorm.BatchNorm.forward before "
+            "batchnorm.BatchNorm._track",
+        },
     ),
     "cuda.checks.as_input": (1, {"any": "arguments.foreign.on_device"}),
     "cuda.checks.check_kept": (2, {"running_mean": "cuda.checks.check_parameter"}),
@@ -141,7 +156,7 @@ CHECKED: dict[str, tuple[int, dict[str, str]]] = {
     "cuda.moments._widen": (3, {"running_mean": "cuda.checks.check_statistic"}),
     "cuda.moments.track": (1, {"moments": "cuda.checks.as_moment", "running_mean": "cuda.checks.as_input"}),
     "cuda.moments._track": (
-        5,
+        6,
         {"running_mean": "cuda.checks.check_statistic", "running_var": "cuda.checks.check_parameter"},
     ),
     "cuda.backend.Device.moments": (3, {"x": "cuda.checks.as_input"}),
@@ -258,9 +273,8 @@ def _sites(name: str) -> list[int]:
         attribute = (
             isinstance(node, ast.Attribute) and (node.attr in ATTRIBUTES or text in READY) and text not in HARMLESS
         )
-        called = isinstance(node, ast.Call) and _text(node.func) in CALLS
         contract = name not in CONTRACT and text and _resolved(text, name) in CONTRACT
-        if attribute or called or contract:
+        if attribute or contract:
             lines.append(_line(node))
     return lines
 

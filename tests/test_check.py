@@ -184,10 +184,10 @@ def test_the_real_shapes_reach_every_kernel():
             views = [(n * s, c, 1), *([(n, c, s)] if s > 1 else [])]  # channels last, channels first
             for r, _, width in views:
                 if width == 1 or schedule.short(r, width, itemsize):
-                    cut = schedule.last(r, c, width, itemsize, True)
+                    cut = schedule.of_columns(r, c, width, itemsize, True)
                     columns.add((width > 1, cut.parallel, cut.parts == 1, cut.fold == 1))
                 else:
-                    plan = schedule.first(r, c, width, itemsize)
+                    plan = schedule.of_rows(r, c, width, itemsize)
                     first.add((plan.parallel, plan.parts == 1))
     assert first >= {(False, True), (True, True), (True, False)}
     last = {cut[1:] for cut in columns if not cut[0]}

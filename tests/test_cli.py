@@ -235,7 +235,7 @@ def test_info_in_a_real_process():
 def test_the_kernel_cache_named_is_the_one_used(tmp_path):
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "NUMBA_DISABLE_JIT": "0"}
     code = (
-        "import numpy\nfrom fastbn.cli import info\nfrom fastbn.cpu import backend\nfrom fastbn.cpu.kernels import "
+        "import numpy\nfrom fastbn.cli import info\nfrom fastbn.cpu import passes\nfrom fastbn.cpu.kernels import "
         "jit\n"
         "jit.KERNELS[0].form(numpy.dtype('f4'), False)\nprint(info.cache_directory())"
     )
@@ -264,7 +264,7 @@ def test_warmup_compiles_and_says_what(capsys, monkeypatch):
     """Every dtype there is, for numba's threads and PyTorch's; which kernels there are, and that they are compiled,
     others test.
     """
-    from fastbn.cpu import backend as cpu  # noqa: F401  # registers the kernels
+    from fastbn.cpu import passes  # noqa: F401  # registers the kernels
     from fastbn.cpu import team as _team
     from fastbn.cpu.kernels import jit
 
@@ -301,10 +301,10 @@ def test_warmup_compiles_and_says_what(capsys, monkeypatch):
 def test_warmup_that_can_keep_nothing_is_refused_before_any_work(why, tmp_path, capsys, monkeypatch):
     import numba
 
-    from fastbn.cpu import backend as cpu
+    from fastbn.cpu import passes
     from fastbn.cpu.kernels import cache
 
-    monkeypatch.setattr(cpu, "warmup", lambda *_: pytest.fail("worked before it looked"))
+    monkeypatch.setattr(passes, "warmup", lambda *_: pytest.fail("worked before it looked"))
     monkeypatch.setattr(numba.config, "DISABLE_JIT", int("JIT" in why))
     (tmp_path / "file").write_bytes(b"")
     monkeypatch.setattr(cache, "directories", lambda: [tmp_path / "file" / "below"])

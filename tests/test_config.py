@@ -19,13 +19,13 @@ def _configured(monkeypatch: pytest.MonkeyPatch, name: str, text: str) -> dict[s
 
 
 @pytest.mark.parametrize(
-    ("variable", "default"), [("reference", "reference"), ("cpu", "cpu.backend"), ("", "cpu.backend")]
+    ("variable", "default"), [("reference", "reference"), ("cpu", "cpu.passes"), ("", "cpu.passes")]
 )
 def test_the_variable_overrides_the_default_and_not_the_request(
     variable: str, default: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(config, "BACKEND", _configured(monkeypatch, "FASTBN_BACKEND", variable)["BACKEND"])
-    assert (select().__name__, select("cpu").__name__) == (f"fastbn.{default}", "fastbn.cpu.backend")
+    assert [select(name).passes.__name__ for name in (None, "cpu")] == [f"fastbn.{default}", "fastbn.cpu.passes"]
     assert explain((4, 3)).backend == (variable or "cpu")
 
 

@@ -60,11 +60,11 @@ def _parts(shape: tuple[int, ...], dtype: str, channels_last: bool) -> int:
     """How many partitions the schedule cuts the values of a channel into, for the statistics."""
     itemsize, (N, C), S = np.dtype(dtype).itemsize, shape[:2], int(np.prod(shape[2:]))
     columns = (
-        schedule.last(N * S, C, 1, itemsize, True)
+        schedule.of_columns(N * S, C, 1, itemsize, True)
         if channels_last or S == 1
-        else schedule.last(N, C, S, itemsize, True)
+        else schedule.of_columns(N, C, S, itemsize, True)
     )
-    return max(columns.parts, schedule.first(N, C, S, itemsize).parts)
+    return max(columns.parts, schedule.of_rows(N, C, S, itemsize).parts)
 
 
 def _bound(shape: tuple[int, ...], dtype: str, channels_last: bool) -> int:

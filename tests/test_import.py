@@ -70,7 +70,7 @@ def test_a_bridge_whose_package_is_absent_names_its_extra() -> None:
 
 
 def test_compiles_nothing_and_neither_do_the_kernels_until_called() -> None:
-    backend = "import fastbn, fastbn.cpu.backend"
+    backend = "import fastbn, fastbn.cpu.passes"
     assert _python(COMPILED.format(backend)) == "[]\n"
     control = "import numba; numba.njit(lambda: 0)()"
     assert _python(COMPILED.format(control)) != "[]\n"

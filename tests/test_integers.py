@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import fastbn
-from fastbn import functional
+from fastbn.cpu import backend as host
 
 # Float64 holds every value. What merges of pieces round: of the mean, relative to the largest value there is; of m2,
 # where that is 4e5 deviations from zero, as one channel's is (2e-14 elsewhere).
@@ -54,10 +54,10 @@ LAYOUTS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("piece", [functional.PIECE, 60, 1])
+@pytest.mark.parametrize("piece", [host.PIECE, 60, 1])
 def test_exact_in_every_layout(dtype: str, piece: int, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In one piece, in many, value by value."""
-    monkeypatch.setattr(functional, "PIECE", piece)
+    monkeypatch.setattr(host, "PIECE", piece)
     for shape in SHAPES if piece > 1 else SHAPES[:4]:
         x = _draw(dtype, shape)
         for layout in LAYOUTS.values():
@@ -90,7 +90,7 @@ def test_nothing_larger_than_a_piece_is_made() -> None:
     tracemalloc.start()
     try:
         fastbn.moments(x)
-        assert tracemalloc.get_traced_memory()[1] < 1.2 * 8 * functional.PIECE
+        assert tracemalloc.get_traced_memory()[1] < 1.2 * 8 * host.PIECE
     finally:
         tracemalloc.stop()
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from fastbn import reference
-from fastbn.cpu import backend as cpu
+from fastbn.cpu import passes as cpu
 from fastbn.cpu.kernels import welford
 
 SHAPES = {
@@ -177,7 +177,7 @@ def test_inference_by_addresses(data):
         here[...] = x
         for parameters in ((gamma, beta), (None, None)):
             addresses = (0 if array is None else array.ctypes.data for array in (here, y, mean, var, *parameters))
-            cpu.compact("inference", x.shape, x.shape, x.dtype)(*addresses, 1e-5)
+            cpu.compact(x.shape, x.shape, x.dtype).inference(*addresses, 1e-5)
             cpu.normalize(here, mean.astype(float), cpu.rstd(var.astype(float), 1.0, 1e-5), *parameters, want)
             assert y.tobytes() == want.tobytes(), offset
 

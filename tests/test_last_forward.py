@@ -73,6 +73,7 @@ def test_older_pickles_are_read_and_their_last_forward_dropped() -> None:
     np.testing.assert_allclose(bn(x), (x - bn.running_mean) / np.sqrt(bn.running_var + bn.eps), rtol=1e-5)
     _no_backward(bn, EVALUATION)
     assert bn.train()(x).shape == (2, 2)
+    assert pickle.loads(b"cfastbn.state\n_Saved\n.")._fields == ("x", "statistics", "overwritten", "across")
 
 
 class _Slotted(fastbn.BatchNorm):

@@ -17,8 +17,8 @@ FLOORS = (
     ("statistics",),
     ("reference", "cpu", "cuda"),
     ("backends",),
-    ("functional", "gradients", "split", "ready", "results"),
-    ("batchnorm", "running", "distributed", "fold", "affine", "collective", "recalibration", "state"),
+    ("functional",),
+    ("batchnorm", "running", "distributed", "fold"),
     ("kernels", "torch", "dask"),
     ("__init__", "__main__", "cli"),
 )
@@ -177,8 +177,8 @@ IN_FUNCTIONS = {
     "threadpoolctl": ["cli/train/__init__.py"],
     "sklearn": ["cli/train/data.py"],
     # A peer, where installed; as CuPy; whose process groups join ranks; whose weights are folded.
-    "torch": ["cli/bench.py", "cli/cases.py", "cuda/buffers.py", "cuda/placement.py", "collective.py", "fold.py"],
-    "mpi4py": ["collective.py"],  # whose communicators join ranks
+    "torch": ["cli/bench.py", "cli/cases.py", "cuda/buffers.py", "cuda/placement.py", "distributed.py", "fold.py"],
+    "mpi4py": ["distributed.py"],  # whose communicators join ranks
 }
 
 

@@ -13,6 +13,6 @@ def test_every_function_has_one_and_it_is_another_program() -> None:
         assert ast.dump(ast.parse(mutant.new)) != ast.dump(ast.parse(mutant.old)), mutant
     every = [function for file in mutations.SCOPE for function in mutations.functions(file)]
     assert {(function.file, function.name) for function in every} - {mutant[:2] for mutant in chosen} == {
-        ("cpu/backend.py", "warmup")
+        ("cpu/passes.py", "warmup")
     }
     assert mutations.chosen() == chosen

@@ -10,7 +10,7 @@ import pytest
 from shapes import COMPACT
 
 import fastbn
-from fastbn.cpu import backend as cpu
+from fastbn.cpu import passes as cpu
 
 
 class Scale(NamedTuple):
@@ -151,7 +151,7 @@ def test_inference_by_addresses(shape: tuple[int, ...]) -> None:
     x, (mean, var) = (rng.standard_normal(shape) * 1e-41).astype(np.float32), np.zeros((2, 5), np.float32)
     y, eps = np.empty_like(x), 1e-80
     dims = (shape[0], 5, x[0, 0].size) if x.ndim > 2 else shape
-    cpu.compact("inference", shape, dims, x.dtype)(*(a.ctypes.data for a in (x, y, mean, var)), 0, 0, eps)
+    cpu.compact(shape, dims, x.dtype).inference(*(a.ctypes.data for a in (x, y, mean, var)), 0, 0, eps)
     np.testing.assert_array_equal(y, fastbn.batch_norm_inference(x, mean, var, eps=eps))
     assert np.isfinite(y).all()
 

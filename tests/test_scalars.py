@@ -14,8 +14,8 @@ from absurd import ABSURD, TAKEN, refused
 
 import fastbn
 import fastbn.fold
+from fastbn.batchnorm import OPTIONS
 from fastbn.distributed import Exchange
-from fastbn.state import OPTIONS
 
 SHAPE = (4, 3, 5)
 

@@ -17,6 +17,8 @@ Dtype = np.dtype[Any]
 
 FLOAT32: Dtype = np.dtype(np.float32)
 FLOAT64: Dtype = np.dtype(np.float64)
+# Half precision reaches the kernels as its bits, in the integer type that tells them which one it is.
+HALF_STORAGE: dict[str, Dtype] = {"float16": np.dtype(np.uint16), "bfloat16": np.dtype(np.int16)}
 WANTED = "float16, bfloat16, float32 or float64"
 
 # Of x, in native byte order; looked up at every call. bfloat16 joins when `supported` first meets it.

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -119,7 +118,6 @@ def compact(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
     return tuple(itemsize * math.prod(shape[a + 1 :]) for a in range(len(shape)))
 
 
-@lru_cache(maxsize=1024)
 def planned(shape: tuple[int, ...], strides: tuple[int, ...], axis: int, itemsize: int) -> Plan:
     """The plan of an array; TypeError or ValueError where there is none, as `checks.check_axis` says."""
     axis = checks.check_axis(shape, axis)

@@ -87,7 +87,7 @@ def _pytorch() -> Any:
 def _warmup(args: argparse.Namespace) -> int:
     from numba.core import event
 
-    from fastbn.cpu import backend as cpu
+    from fastbn.cpu import passes
 
     start, forms, compiled = time.perf_counter(), 0, 0
     chosen = [checks.check_dtype(dtype) for dtype in args.dtypes] or selftest.installed()
@@ -96,7 +96,7 @@ def _warmup(args: argparse.Namespace) -> int:
         _complain(f"warmup has not begun, for kernels would be kept {kept}")
         return 1
     with event.install_recorder("numba:compile") as seen:
-        for name in cpu.warmup(chosen, _pytorch()):
+        for name in passes.warmup(chosen, _pytorch()):
             forms, compiled = forms + 1, compiled + bool(seen.buffer)
             seen.buffer.clear()
             print(f"{time.perf_counter() - start:6.1f} s  {name}", flush=True)

@@ -1,416 +1,449 @@
-"""The CPU backend, host side.
+"""Batch normalization of arrays on the host: check, plan, run, put.
 
-Allocate statistics and workspaces, pick the kernel, call it. See `fastbn.backends.Backend`.
+`Host` satisfies `fastbn.backends.Backend` by `Passes` over canonical views: the kernels', or the reference.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator
+import functools
+from collections.abc import Callable, Mapping
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
-from fastbn.arguments import layout
-from fastbn.cpu import routes, threads
-from fastbn.cpu import team as _team
-from fastbn.cpu.kernels import columns as channels_last
-from fastbn.cpu.kernels import columns_apply, columns_backward, inference, jit, rows_backward
-from fastbn.cpu.kernels import rows as channels_first
-from fastbn.cpu.kernels import statistics as per_channel
-from fastbn.statistics import Moments, made
+from fastbn.arguments import checks, dtypes, layout, overlap
+from fastbn.cpu import threads
+from fastbn.statistics import Moments, check_moments, made
 
 Array = NDArray[Any]
 Wide = NDArray[np.float64]
 Ints = tuple[int, ...]
 
-
-def moments(x: Array) -> Moments:
-    """Count, mean and m2 of each channel."""
-    route = routes.of(x.shape, x.dtype, x.strides)
-    C, bits = x.shape[1], route.see(x)
-    stats = np.empty((2, C))
-    if (plan := route.first) is not None:
-        lot, tasks = routes.lot(plan, C), routes.tasks(C * plan.parts, plan.parallel)
-        run = channels_first.moments.form(route.stored, tasks > 1)
-        run(bits, plan.rows, plan.splits, plan.blocks, plan.parts, lot, tasks, np.empty((plan.parts, 3, C)), stats)
-    elif (cut := route.last) is not None:
-        tasks = routes.tasks(cut.parts * cut.blocks, cut.parallel)
-        work, partial = np.empty(tasks * cut.work + 64, route.kind), np.empty((cut.parts + 1, 2, cut.fold * C))
-        run = channels_last.moments.form(route.stored, tasks > 1)
-        run(
-            *routes.folded(cut, bits),
-            C,
-            route.share,
-            cut.fold,
-            cut.rest,
-            cut.parts,
-            cut.block * cut.fold,
-            tasks,
-            cut.columns,
-            cut.along,
-            work,
-            partial,
-            stats,
-        )
-    return made(route.values, stats[0], stats[1])
+PIECE = 2**18  # integers widened at a time, to 2 MB of float64: in cache when their moments are taken
+ROWS = (
+    64  # of an (R, C) array, at least, in a piece of one that has so many: merging a piece costs as much as some rows
+)
 
 
-def rstd(m2: Wide, count: float, eps: float) -> Wide:
-    """1 / sqrt(m2 / count + eps)."""
-    found = np.empty(m2.size)
-    per_channel.rstd.compiled(routes.DOUBLE, False)(m2, count, eps, found)
-    return found
+class Compact(Protocol):
+    """Passes with all decided, over C-contiguous arrays of one shape and dtype, of whatever rank."""
+
+    @property
+    def forward(self) -> Callable[..., tuple[Array, Moments]]:
+        """(x, gamma, beta, eps, out) -> (out, moments)."""
+
+    @property
+    def normalize(self) -> Callable[..., Array]:
+        """(x, mean, rstd, gamma, beta, out) -> out."""
+
+    @property
+    def backward(self) -> Callable[..., tuple[Array, Wide, Wide]]:
+        """(dy, x, mean, rstd, gamma, out, training, grads) -> (out, dgamma, dbeta)."""
+
+    @property
+    def inference(self) -> Callable[..., None]:
+        """`rstd` and `normalize` of the memory at addresses: of x, out, mean, var, gamma and beta; and eps."""
 
 
-def track(m: Moments, freedom: float, weight: float, running_mean: Array, running_var: Array) -> None:
-    """Running statistics move towards m.mean and m.m2 / freedom by `weight`, in place."""
-    if running_mean.flags.carray and running_var.flags.carray:
-        per_channel.track.compiled(running_mean.dtype, False)(m.mean, m.m2, freedom, weight, running_mean, running_var)
-        return
-    moved = np.array((running_mean, running_var))  # strided ones, or off their elements' boundary
-    track(m, freedom, weight, *moved)
-    running_mean[...], running_var[...] = moved
+class Passes(Protocol):
+    """Passes over canonical views, (N, C, S) or (R, C): of `cpu.passes` and of `reference`.
 
-
-def normalize(x: Array, mean: Wide, rstd: Wide, gamma: Array | None, beta: Array | None, out: Array) -> Array:
-    """y = gamma * (x - mean) * rstd + beta."""
-    return _normalize(x.shape, x.shape, x.dtype, out.strides, x.strides)(x, mean, rstd, gamma, beta, out)
-
-
-@lru_cache(maxsize=4096)
-def _normalize(given: Ints, shape: Ints, dtype: np.dtype[Any], out: Ints, x: Ints) -> Callable[..., Array]:
-    """The normalization of arrays of one shape, dtype and memory order, with all decided that these decide.
-
-    `given` reshapes to `shape`.
+    x, dy and `out` are of one dtype: float16, bfloat16, float32 or float64. `gamma` and `beta` are float64 beside
+    float64 and float32 beside all others, or None. A half result is the float32 one, rounded to nearest even. `out` may
+    be x or dy itself. Statistics and sums are float64, (C,).
     """
-    C, stream = shape[1], routes.streams(math.prod(shape) * dtype.itemsize, 2)
-    route = routes.of(shape, dtype, x, out, applied=True)
-    bits, stored, kind, seen, _, share, first, last, none = route
-    as_is = bits is None and given == seen
 
-    def run(x: Array, mean: Wide, rstd: Wide, gamma: Array | None, beta: Array | None, out: Array) -> Array:
-        z, y = (x, out) if as_is else (route.see(x), route.see(out))
-        gamma, beta = none if gamma is None else gamma, none if beta is None else beta
-        if first is not None:
-            tasks = routes.tasks(shape[0] * C * first.pieces, first.parallel)
-            kernel = channels_first.normalize.form(stored, tasks > 1)
-            kernel(z, mean, rstd, gamma, beta, first.pieces, tasks, stream, np.empty((3, C + 7 & -8), kind), y)
-        elif last is not None:
-            (rows, rest), (rows_y, rest_y) = (
-                ((z, z), (y, y)) if last.fold == 1 else (routes.folded(last, z), routes.folded(last, y))
-            )
-            tasks = routes.tasks(last.runs * last.blocks, True) if last.parallel else 1
-            kernel = columns_apply.normalize.form(stored, tasks > 1)
-            kernel(
-                rows, rest, mean, rstd, gamma, beta, share, last.fold, last.rest, last.runs, last.block, tasks,
-                last.columns, stream,
-                np.empty(tasks * last.work + 64, kind), rows_y, rest_y,
-            )  # fmt: skip
-        return out
+    def moments(self, x: Array) -> Moments:
+        """Count, mean and m2 of each channel."""
 
-    return run
+    def rstd(self, m2: Wide, count: float, eps: float) -> Wide:
+        """1 / sqrt(m2 / count + eps)."""
 
+    def track(self, moments: Moments, freedom: float, weight: float, running_mean: Array, running_var: Array) -> None:
+        """Running statistics, of the dtype of parameters, move towards mean and m2 / freedom by `weight`, in place."""
 
-def grad_reduce(dy: Array, x: Array, mean: Wide, rstd: Wide) -> tuple[Wide, Wide]:
-    """(sum of dy, sum of dy * xhat) of each channel: (dbeta, dgamma)."""
-    sums = _sums(dy, x, mean, rstd)
-    return sums[0], sums[1]
+    def normalize(self, x: Array, mean: Wide, rstd: Wide, gamma: Array | None, beta: Array | None, out: Array) -> Array:
+        """y = gamma * (x - mean) * rstd + beta."""
 
+    def grad_reduce(self, dy: Array, x: Array, mean: Wide, rstd: Wide) -> tuple[Wide, Wide]:
+        """(sum of dy, sum of dy * xhat)."""
 
-def _sums(dy: Array, x: Array, mean: Wide, rstd: Wide) -> Wide:
-    route = routes.of(x.shape, x.dtype, x.strides, dy.strides)
-    bits, bits_dy, C = route.see(x), route.see(dy), mean.size
-    sums = np.empty((2, C))
-    if (plan := route.first) is not None:
-        lot, tasks = routes.lot(plan, C), routes.tasks(C * plan.parts, plan.parallel)
-        work, partial = np.empty((tasks, 3, lot + 7 & -8), route.kind), np.empty((plan.parts, 2, C))
-        run = rows_backward.grad_reduce.form(route.stored, tasks > 1)
-        run(bits_dy, bits, mean, rstd, plan.rows, plan.splits, plan.blocks, plan.parts, lot, tasks, work, partial, sums)
-    elif (cut := route.last) is not None:
-        tasks = routes.tasks(cut.parts * cut.blocks, cut.parallel)
-        work, partial = np.empty(tasks * cut.work + 64, route.kind), np.empty((cut.parts + 1, 2, cut.fold * C))
-        run = columns_backward.grad_reduce.form(route.stored, tasks > 1)
-        run(
-            *routes.folded(cut, bits_dy), *routes.folded(cut, bits), mean, rstd,
-            route.share, cut.fold, cut.rest, cut.parts, cut.block, tasks, cut.columns, cut.back_along, work, partial,
-            sums,
-        )  # fmt: skip
-    return sums
+    def grad_input(
+        self,
+        dy: Array,
+        x: Array,
+        mean: Wide,
+        rstd: Wide,
+        gamma: Array | None,
+        sums: tuple[Wide, Wide] | None,
+        count: int,
+        out: Array,
+    ) -> Array:
+        """dx; `sums` None for constant statistics (inference)."""
 
+    def forward(
+        self, x: Array, gamma: Array | None, beta: Array | None, eps: float, out: Array
+    ) -> tuple[Array, Moments]:
+        """moments + normalize, fused: (y, moments)."""
 
-def grad_input(
-    dy: Array,
-    x: Array,
-    mean: Wide,
-    rstd: Wide,
-    gamma: Array | None,
-    sums: tuple[Wide, Wide] | None,
-    count: int,
-    out: Array,
-) -> Array:
-    """dx in training; with sums=None the statistics are constants, as at inference."""
-    stream = routes.streams(out.nbytes, 3)
-    route = routes.of(x.shape, x.dtype, x.strides, dy.strides, out.strides, applied=True)
-    training, both = sums is not None, np.zeros((2, mean.size)) if sums is None else np.stack(sums)
-    bits, bits_dy, dx, C = route.see(x), route.see(dy), route.see(out), mean.size
-    gamma = route.none if gamma is None else gamma
-    if (plan := route.first) is not None:
-        tasks = routes.tasks(x.shape[0] * C * plan.pieces, plan.parallel)
-        work = np.empty((5, C + 7 & -8), route.kind)
-        run = rows_backward.grad_input.form(route.stored, tasks > 1)
-        run(bits_dy, bits, mean, rstd, gamma, both, count, training, plan.pieces, tasks, stream, work, dx)
-    elif (cut := route.last) is not None:
-        tasks = routes.tasks(cut.runs * cut.blocks, cut.parallel)
-        work = np.empty(tasks * cut.work + 64, route.kind)
-        run = columns_backward.grad_input.form(route.stored, tasks > 1)
-        run(
-            *routes.folded(cut, bits_dy), *routes.folded(cut, bits), mean, rstd, gamma, both, count, training,
-            route.share, cut.fold, cut.rest, cut.runs, cut.block, tasks, cut.columns, stream, work, *routes.folded(cut,
-            dx),
-        )  # fmt: skip
-    return out
-
-
-def forward(x: Array, gamma: Array | None, beta: Array | None, eps: float, out: Array) -> tuple[Array, Moments]:
-    """Moments and normalize; in one kernel, x from memory once, where a task's share stays in the cache."""
-    return _forward(x.shape, x.shape, x.dtype, out.strides, x.strides)(x, gamma, beta, eps, out)
-
-
-@lru_cache(maxsize=4096)
-def _forward(
-    given: Ints, shape: Ints, dtype: np.dtype[Any], out: Ints, x: Ints
-) -> Callable[..., tuple[Array, Moments]]:
-    """The forward of arrays of one shape, dtype and memory order, with all decided that these decide.
-
-    Arrays as `given` reshape to it.
-    """
-    route = routes.fused(shape, dtype, out, x)
-    if route is None:
-        return _forward_in_two
-    bits, stored, kind, seen, count, share, first, last, none = route
-    as_is = bits is None and given == seen
-    C, stream = shape[1], routes.streams(math.prod(shape) * dtype.itemsize, 2)
-
-    def run(x: Array, gamma: Array | None, beta: Array | None, eps: float, out: Array) -> tuple[Array, Moments]:
-        z, y = (x, out) if as_is else (route.see(x), route.see(out))
-        gamma, beta = none if gamma is None else gamma, none if beta is None else beta
-        stats = np.empty((2, C))
-        if first is not None:
-            tasks = routes.tasks(-(-C // first.lot), first.parallel)
-            kernel = channels_first.forward.form(stored, tasks > 1)
-            work = np.empty((tasks, 3, 8), kind)
-            kernel(
-                z,
-                gamma,
-                beta,
-                eps,
-                first.rows,
-                first.splits,
-                first.blocks,
-                first.lot,
-                tasks,
-                first.ahead,
-                stream,
-                work,
-                y,
-                stats,
-            )
-        elif last is not None:
-            tasks = routes.tasks(last.blocks, True) if last.parallel else 1
-            kernel = columns_apply.forward.form(stored, tasks > 1)
-            work = np.empty(tasks * last.work + 64, kind)
-            kernel(z, gamma, beta, eps, share, last.block, tasks, last.columns, stream, work, y, stats)
-        return out, made(count, stats[0], stats[1])
-
-    return run
-
-
-def _forward_in_two(x: Array, gamma: Array | None, beta: Array | None, eps: float, out: Array) -> tuple[Array, Moments]:
-    m = moments(x)
-    return normalize(x, m.mean, rstd(m.m2, m.count, eps), gamma, beta, out), m
-
-
-def backward(
-    dy: Array,
-    x: Array,
-    mean: Wide,
-    rstd: Wide,
-    gamma: Array | None,
-    out: Array,
-    training: bool = True,
-    grads: Array | None = None,
-) -> tuple[Array, Wide, Wide]:
-    """grad_reduce and grad_input, in one kernel where a task's share stays in the cache: (dx, dgamma, dbeta)."""
-    return _backward(x.shape, x.shape, x.dtype, out.strides, x.strides, dy.strides)(
-        dy, x, mean, rstd, gamma, out, training, grads
-    )
-
-
-@lru_cache(maxsize=4096)
-def _backward(
-    given: Ints, shape: Ints, dtype: np.dtype[Any], out: Ints, x: Ints, dy: Ints
-) -> Callable[..., tuple[Array, Wide, Wide]]:
-    """The backward, as `_forward`."""
-    route = routes.fused(shape, dtype, out, x, dy)
-    if route is None:
-        return _backward_in_two
-    bits, stored, kind, seen, _, share, first, last, none = route
-    as_is = bits is None and given == seen
-    C, stream = shape[1], routes.streams(math.prod(shape) * dtype.itemsize, 3)
-
-    def run(
+    def backward(
+        self,
         dy: Array,
         x: Array,
         mean: Wide,
         rstd: Wide,
         gamma: Array | None,
         out: Array,
-        training: bool,
-        grads: Array | None,
+        training: bool = True,
+        grads: Array | None = None,
     ) -> tuple[Array, Wide, Wide]:
-        z, dz, dx = (x, dy, out) if as_is else (route.see(x), route.see(dy), route.see(out))
-        gamma = none if gamma is None else gamma
-        sums, grads = np.empty((2, C)), np.empty((2, C), kind) if grads is None else grads
-        if first is not None:
-            tasks = routes.tasks(-(-C // first.back_lot), first.parallel)
-            kernel = rows_backward.backward.form(stored, tasks > 1)
-            work = np.empty((tasks, 5, 8), kind)
-            kernel(
-                dz, z, mean, rstd, gamma, training, first.rows, first.splits, first.blocks, first.back_lot, tasks,
-                first.back_ahead, stream,
-                work, dx, sums, grads,
-            )  # fmt: skip
-        elif last is not None:
-            tasks = routes.tasks(last.blocks, True) if last.parallel else 1
-            kernel = columns_backward.backward.form(stored, tasks > 1)
-            work = np.empty(tasks * last.work + 64, kind)
-            kernel(
-                dz,
-                z,
-                mean,
-                rstd,
-                gamma,
-                training,
-                share,
-                last.block,
-                tasks,
-                last.columns,
-                stream,
-                work,
-                dx,
-                sums,
-                grads,
-            )
-        return out, sums[1], sums[0]
+        """grad_reduce + grad_input, fused: (dx, dgamma, dbeta); `grads` (2, C) takes dbeta, dgamma."""
 
-    return run
+    def compact(self, shape: Ints, dims: Ints, dtype: dtypes.Dtype) -> Compact | None:
+        """Of arrays of `shape` that reshape to `dims`; None where that saves nothing."""
+
+    def describe(self, dims: Ints, dtype: dtypes.Dtype) -> str:
+        """What runs for a canonical shape, for a person to read."""
 
 
-def _backward_in_two(
-    dy: Array, x: Array, mean: Wide, rstd: Wide, gamma: Array | None, out: Array, training: bool, grads: Array | None
-) -> tuple[Array, Wide, Wide]:
-    sums = _sums(dy, x, mean, rstd)
-    grad_input(dy, x, mean, rstd, gamma, (sums[0], sums[1]) if training else None, x.size // x.shape[1], out)
-    if grads is not None:
-        with np.errstate(over="ignore", invalid="ignore"):
-            grads[...] = sums
-    return out, sums[1], sums[0]
+class CallPlan:
+    """What a call on arrays of one shape, dtype and memory order needs to know: found once, it is half of a small call.
 
-
-@lru_cache(maxsize=4096)
-def _inference(shape: Ints, dtype: np.dtype[Any]) -> Callable[..., None]:
-    """`rstd` and `normalize` of memory without gaps.
-
-    Addresses of x, y, mean, var, gamma and beta, 0 where absent, and eps.
+    `compact` is there for C-contiguous arrays whose axes are in canonical order, which need no views.
     """
-    one, C, stream = (
-        layout.compact(shape, dtype.itemsize),
-        shape[1],
-        routes.streams(math.prod(shape) * dtype.itemsize, 2),
-    )
-    route = routes.of(shape, dtype, one, one, applied=True)
-    stored, kind, like, most = route.stored, route.kind, np.empty(0, route.stored), 4 * threads.most()
-    arguments: Ints
-    size: Ints
-    if (plan := route.first) is not None:
-        tasks = min(shape[0] * C * plan.pieces, most) if plan.parallel else 1
-        kernel, size = inference.rows, (3, C + 7 & -8)
-        arguments = (shape[0], C, shape[2], plan.pieces, tasks, stream)
-    elif (cut := route.last) is not None:
-        tasks = min(cut.runs * cut.blocks, most) if cut.parallel else 1
-        kernel, size = inference.columns, (tasks * cut.work + 64,)
-        rows = route.seen[0] // cut.fold
-        arguments = (rows, C, route.share, cut.fold, cut.rest, cut.runs, cut.block, tasks, cut.columns, stream)
 
-    def run(x: int, y: int, mean: int, var: int, gamma: int, beta: int, eps: float, team: Any = None) -> None:
-        found = kernel.form(stored, tasks > 1, team)
-        found(like, x, y, mean, var, gamma, beta, eps, *arguments, np.empty((2, C)), np.empty(size, kind))
+    __slots__ = ("channels", "compact", "count", "integers", "layout", "parameters")
 
-    return run
+    def __init__(self, passes: Passes, shape: Ints, strides: Ints, dtype: dtypes.Dtype, axis: int) -> None:
+        self.layout = plan = layout.planned(shape, strides, axis, dtype.itemsize)
+        self.channels, self.count = plan.channels, plan.count  # values per channel
+        self.parameters, self.integers = dtypes.of_parameters(dtype), dtypes.small(dtype)
+        ordered = plan.order is None and strides == layout.compact(shape, dtype.itemsize)
+        direct = plan.count > 0 and ordered and not self.integers and dtype.isnative
+        self.compact = passes.compact(shape, plan.dims, dtype) if direct else None
 
 
-def compact(method: str, shape: Ints, dims: Ints, dtype: np.dtype[Any]) -> Callable[..., Any] | None:
-    """Of the methods that are one kernel."""
-    if method == "inference":
-        return _inference(dims, dtype)
-    one = layout.compact(dims, dtype.itemsize)
-    if method == "normalize":
-        return _normalize(shape, dims, dtype, one, one)
-    if method == "forward":
-        return _forward(shape, dims, dtype, one, one) if routes.fused(dims, dtype, one, one) else None
-    return _backward(shape, dims, dtype, one, one, one) if routes.fused(dims, dtype, one, one, one) else None
+class Host:
+    """Batch normalization of arrays on the host."""
+
+    def __init__(self, passes: Passes) -> None:
+        self.passes = passes
+        self._plan = lru_cache(maxsize=1024)(functools.partial(CallPlan, passes))
+
+    def call_plan(self, x: Array, axis: Any) -> CallPlan:
+        """Of a checked array; TypeError or ValueError where its axis can't be."""
+        if type(axis) is not int:  # to the cache, 1.0 and True would be 1
+            axis = checks.check_axis(x.shape, axis)
+        return self._plan(x.shape, x.strides, x.dtype, axis)
+
+    def moments(self, x: ArrayLike, axis: int) -> Moments:
+        """`fastbn.moments`."""
+        x = checks.as_input(x, integers=True)
+        plan = self.call_plan(x, axis)
+        if not plan.count:
+            return made(0, np.zeros(plan.channels), np.zeros(plan.channels))
+        if plan.integers:
+            view = plan.layout.view(x)  # in either byte order
+            return self._of_integers(layout.view_of(plan.layout, x)[1] if view is None else view)
+        return self.passes.moments(layout.view_of(plan.layout, x)[1])
+
+    def _of_integers(self, view: Array) -> Moments:
+        """Moments of a canonical view of integers of 8 or 16 bits, which float64 holds exactly.
+
+        A bounded piece at a time, merged in order.
+        """
+        N, C, S = (*view.shape, 1)[:3]
+        inner = min(S, PIECE)
+        channels = max(1, min(C, PIECE // (inner * min(N, ROWS))))
+        outer = min(N, PIECE // (inner * channels))
+        wide, parts = np.empty(outer * channels * inner), []
+        for c in range(0, C, channels):
+            own = view[:, c : c + channels]
+            pieces = [own[n : n + outer] for n in range(0, N, outer)]
+            if view.ndim == 3:
+                pieces = [rows[..., s : s + inner] for rows in pieces for s in range(0, S, inner)]
+            found = (self.passes.moments(_copied(piece, wide)) for piece in pieces)
+            parts.append(functools.reduce(Moments.merge, found))
+        mean, m2 = np.concatenate([m.mean for m in parts]), np.concatenate([m.m2 for m in parts])
+        return made(parts[0].count, mean, m2)
+
+    def forward(
+        self, x: ArrayLike, gamma: ArrayLike | None, beta: ArrayLike | None, axis: int, eps: float, out: Array | None
+    ) -> tuple[Array, Moments]:
+        """`fastbn.batch_norm`."""
+        x = checks.as_input(x)
+        plan = self.call_plan(x, axis)
+        given = gamma, beta
+        gamma = checks.as_parameter(gamma, plan.channels, plan.parameters, "gamma")
+        beta = checks.as_parameter(beta, plan.channels, plan.parameters, "beta")
+        eps = checks.check_eps(eps, training=True)
+        checks.check_count(x, plan.count)
+        if out is not None:
+            checks.check_out(out, x, gamma=given[0], beta=given[1])
+        if plan.compact is not None and (out is None or out.flags.c_contiguous):
+            return plan.compact.forward(x, gamma, beta, eps, plan.layout.empty(x.dtype)[0] if out is None else out)
+        if not plan.count:
+            return _empty(x, out), made(0, np.zeros(plan.channels), np.zeros(plan.channels))
+        where, x_view = layout.view_of(plan.layout, x)
+        y, y_view, copy_back = _placed(where, x_view.dtype, out)
+        _, m = self.passes.forward(x_view, gamma, beta, eps, y_view)
+        return (_copy_back(where, y, y_view) if copy_back else y), m
+
+    def inference(
+        self,
+        x: ArrayLike,
+        mean: ArrayLike,
+        var: ArrayLike,
+        gamma: ArrayLike | None,
+        beta: ArrayLike | None,
+        axis: int,
+        eps: float,
+        out: Array | None,
+    ) -> Array:
+        """`fastbn.batch_norm_inference`."""
+        x = checks.as_input(x)
+        plan = self.call_plan(x, axis)
+        checks.check_running(mean, var)
+        given = mean, var, gamma, beta
+        mean = checks.as_statistic(mean, plan.channels, "mean")
+        var = checks.as_statistic(var, plan.channels, "var")
+        gamma = checks.as_parameter(gamma, plan.channels, plan.parameters, "gamma")
+        beta = checks.as_parameter(beta, plan.channels, plan.parameters, "beta")
+        eps = checks.check_eps(eps, training=False)
+        if out is not None:
+            checks.check_out(out, x, mean=given[0], var=given[1], gamma=given[2], beta=given[3])
+        if not plan.count:
+            return _empty(x, out)
+        rstd = self.passes.rstd(var, 1.0, eps)
+        if plan.compact is not None and (out is None or out.flags.c_contiguous):
+            y = plan.layout.empty(x.dtype)[0] if out is None else out
+            return plan.compact.normalize(x, mean, rstd, gamma, beta, y)
+        where, x_view = layout.view_of(plan.layout, x)
+        y, y_view, copy_back = _placed(where, x_view.dtype, out)
+        self.passes.normalize(x_view, mean, rstd, gamma, beta, y_view)
+        return _copy_back(where, y, y_view) if copy_back else y
+
+    def backward(
+        self,
+        dy: ArrayLike,
+        x: ArrayLike,
+        moments: Moments,
+        gamma: ArrayLike | None,
+        axis: int,
+        eps: float,
+        out: Array | None,
+    ) -> tuple[Array, Array, Array]:
+        """`fastbn.batch_norm_backward`."""
+        return self._backward(dy, x, moments, None, gamma, axis, eps, out)
+
+    def inference_backward(
+        self,
+        dy: ArrayLike,
+        x: ArrayLike,
+        mean: ArrayLike,
+        var: ArrayLike,
+        gamma: ArrayLike | None,
+        axis: int,
+        eps: float,
+        out: Array | None,
+    ) -> tuple[Array, Array, Array]:
+        """`fastbn.batch_norm_inference_backward`."""
+        checks.check_running(mean, var)
+        return self._backward(dy, x, None, (mean, var), gamma, axis, eps, out)
+
+    def _backward(
+        self,
+        dy: ArrayLike,
+        x: ArrayLike,
+        moments: Any,
+        constants: tuple[ArrayLike, ArrayLike] | None,
+        gamma: ArrayLike | None,
+        axis: int,
+        eps: float,
+        out: Array | None,
+    ) -> tuple[Array, Array, Array]:
+        x = checks.as_input(x)
+        dy = checks.check_like(dy, x, "dy")
+        plan = self.call_plan(x, axis)
+        channels, training, given = plan.channels, constants is None, gamma
+        gamma = checks.as_parameter(gamma, channels, plan.parameters, "gamma")
+        eps = checks.check_eps(eps, training=training)
+        if constants is None:
+            check_moments(moments, channels, plan.count)
+            checks.check_count(x, plan.count)
+            mean, count = checks.as_statistic(moments.mean, channels, "moments.mean"), plan.count
+            var_or_m2 = checks.as_statistic(moments.m2, channels, "moments.m2")
+        else:
+            mean, count = checks.as_statistic(constants[0], channels, "mean"), 1
+            var_or_m2 = checks.as_statistic(constants[1], channels, "var")
+        if out is not None:
+            if constants is None:
+                kept = {"moments.mean": moments.mean, "moments.m2": moments.m2}
+            else:
+                kept = {"mean": constants[0], "var": constants[1]}
+            checks.check_out(out, x, dy, gamma=given, **kept)
+        grads = np.empty((2, channels), plan.parameters)
+        if not plan.count:
+            grads[...] = 0
+            return _empty(x, out), grads[1], grads[0]
+        rstd = self.passes.rstd(var_or_m2, count, eps)
+        if (
+            plan.compact is not None
+            and dy.dtype is x.dtype
+            and dy.flags.c_contiguous
+            and (out is None or out.flags.c_contiguous)
+        ):
+            dx = plan.layout.empty(x.dtype)[0] if out is None else out
+            plan.compact.backward(dy, x, mean, rstd, gamma, dx, training, grads)
+            return dx, grads[1], grads[0]
+        where, x_view = layout.view_of(plan.layout, x)
+        dx, dx_view, copy_back = _placed(where, x_view.dtype, out)
+        dy_view = layout.view_as(where, dy)
+        self.passes.backward(dy_view, x_view, mean, rstd, gamma, dx_view, training, grads)
+        return _copy_back(where, dx, dx_view) if copy_back else dx, grads[1], grads[0]
+
+    def grad_reduce(
+        self, dy: ArrayLike, x: ArrayLike, mean: ArrayLike, var: ArrayLike, axis: int, eps: float
+    ) -> tuple[Wide, Wide]:
+        """`fastbn.batch_norm_backward_reduce`."""
+        dy, x, mean, var, eps, plan = self._part(dy, x, mean, var, axis, eps)
+        if not plan.count:
+            return np.zeros(plan.channels), np.zeros(plan.channels)
+        where, x_view = layout.view_of(plan.layout, x)
+        return self.passes.grad_reduce(layout.view_as(where, dy), x_view, mean, self.passes.rstd(var, 1.0, eps))
+
+    def grad_input(
+        self,
+        dy: ArrayLike,
+        x: ArrayLike,
+        mean: ArrayLike,
+        var: ArrayLike,
+        sum_dy: ArrayLike,
+        sum_dy_xhat: ArrayLike,
+        count: int,
+        gamma: ArrayLike | None,
+        axis: int,
+        eps: float,
+        out: Array | None,
+    ) -> Array:
+        """`fastbn.batch_norm_backward_input`."""
+        given = {"mean": mean, "var": var, "sum_dy": sum_dy, "sum_dy_xhat": sum_dy_xhat, "gamma": gamma}
+        dy, x, mean, var, eps, plan = self._part(dy, x, mean, var, axis, eps)
+        sums = (
+            checks.as_statistic(sum_dy, plan.channels, "sum_dy"),
+            checks.as_statistic(sum_dy_xhat, plan.channels, "sum_dy_xhat"),
+        )
+        count = checks.check_whole(count, plan.count)
+        checks.check_count(x, count)
+        gamma = checks.as_parameter(gamma, plan.channels, plan.parameters, "gamma")
+        if out is not None:
+            checks.check_out(out, x, dy, **given)
+        if not plan.count:
+            return _empty(x, out)
+        where, x_view = layout.view_of(plan.layout, x)
+        dx, dx_view, copy_back = _placed(where, x_view.dtype, out)
+        rstd, dy_view = self.passes.rstd(var, 1.0, eps), layout.view_as(where, dy)
+        self.passes.grad_input(dy_view, x_view, mean, rstd, gamma, sums, count, dx_view)
+        return _copy_back(where, dx, dx_view) if copy_back else dx
+
+    def _part(
+        self, dy: ArrayLike, x: ArrayLike, mean: ArrayLike, var: ArrayLike, axis: int, eps: float
+    ) -> tuple[Array, Array, Wide, Wide, float, CallPlan]:
+        """What both halves of the backward are given of one part of a batch, checked."""
+        x = checks.as_input(x)
+        dy = checks.check_like(dy, x, "dy")
+        plan = self.call_plan(x, axis)
+        checks.check_running(mean, var)
+        mean = checks.as_statistic(mean, plan.channels, "mean")
+        var = checks.as_statistic(var, plan.channels, "var")
+        return dy, x, mean, var, checks.check_eps(eps, training=True), plan
+
+    def track(self, moments: Moments, freedom: float, weight: float, running_mean: Array, running_var: Array) -> None:
+        """Running statistics, checked, move towards moments.mean and moments.m2 / freedom by `weight`, in place."""
+        self.passes.track(moments, freedom, weight, running_mean, running_var)
+
+    def check_part(
+        self,
+        x: ArrayLike,
+        inputs: tuple[ArrayLike, ...],
+        axis: int,
+        out: Any,
+        parameters: Mapping[str, Any],
+        statistics: Mapping[str, Any],
+    ) -> tuple[int, dtypes.Dtype]:
+        """What a call on one part of a batch would refuse, refused; else (channels, dtype of parameters)."""
+        x = checks.as_input(x)
+        plan = self.call_plan(x, axis)
+        for name, value in parameters.items():
+            checks.as_parameter(value, plan.channels, plan.parameters, name)
+        if out is not None:
+            checks.check_out(out, x, *map(checks.as_input, inputs), **parameters, **statistics)
+        return plan.channels, plan.parameters
+
+    def check_features(self, x: ArrayLike, axis: int, channels: int, dtype: dtypes.Dtype) -> Array:
+        """The array of an input that goes with a layer's parameters, of so many channels and this dtype."""
+        x = checks.as_input(x)
+        checks.check_features(x, axis, channels, dtype)
+        return x
+
+    def same_memory(self, a: Any, b: Any) -> bool:
+        """Whether two arrays are the same elements of memory."""
+        return overlap.same_memory(a, b)
+
+    def statistic_copy(self, values: Array) -> Wide:
+        """A copy of running statistics in float64."""
+        return values.astype(np.float64)
+
+    def parameter_copy(self, values: ArrayLike, dtype: dtypes.Dtype) -> Array:
+        """A copy of a layer's gamma, as it is now."""
+        # of whose two kinds the plain one's own copy takes half the time
+        return values.copy() if type(values) is np.ndarray else np.array(np.asarray(values), dtype)
+
+    def describe(self, dims: Ints, dtype: dtypes.Dtype) -> str:
+        """What runs for a canonical shape, for a person to read."""
+        return self.passes.describe(dims, dtype)
 
 
-def describe(dims: tuple[int, ...], dtype: np.dtype[Any]) -> str:
-    """Kernel and schedule for a canonical shape, for a person to read."""
-    one = layout.compact(dims, dtype.itemsize)
-    first, last, share = (route := routes.of(dims, dtype, one)).first, route.last, route.share
-    if last is not None:
-        cut = f"{last.fold} rows folded into one" if last.fold > 1 else "rows as they are"
-        cut += f", {share} columns a channel" if share > 1 else ""
-        units, parallel = last.parts * last.blocks, last.parallel
-    elif first is not None:
-        cut, units = f"{first.blocks} blocks a channel", dims[1] * first.parts
-        parallel = first.parallel and units > 1
-    columns = last is not None
-    statistics, apply = (channels_last, columns_apply) if columns else (channels_first, channels_first)
-    back = columns_backward if columns else rows_backward
-    fused, streams = (
-        routes.fused(dims, dtype, one, one) is not None,
-        routes.streams(math.prod(dims) * dtype.itemsize, 2),
-    )
-    rows = routes.of(dims, dtype, one, one, applied=True).first is not None
-    forwards = [apply.forward] if fused else [statistics.moments, (channels_first if rows else columns_apply).normalize]
-    along = rows_backward if routes.of(dims, dtype, one, one, one, applied=True).first is not None else back
-    backwards = [back.backward] if routes.fused(dims, dtype, one, one, one) else [back.grad_reduce, along.grad_input]
-    names = [" + ".join(kernel.name for kernel in kernels) for kernels in (forwards, backwards)]
-    passes = "fused, x is read from memory once" if fused else "two passes over memory: moments, then normalize"
-    how = threads.describe() if parallel else "one thread: too small to wake the others"
-    stores = "streaming, past the cache" if streams else "ordinary, into the cache"
-    form = f"{dtype}, {'parallel' if parallel and threads.parallel() else 'serial'}"
-    lines = (
-        f"kernels: {names[0]} ({form})",
-        f"backward: {names[1]}",
-        f"schedule: {passes}; {units} task{'s' * (units != 1)}, {cut}",
-    )
-    return "\n".join((*lines, f"threads: {how}", f"stores: {stores}"))
+class Limited:
+    """A `Host` whose every call is limited to so many threads."""
+
+    def __init__(self, host: Any, num_threads: Any) -> None:
+        self._host, self._num_threads = host, num_threads
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        method = getattr(self._host, name)
+
+        def run(*given: Any) -> Any:
+            with threads.limited(self._num_threads):
+                return method(*given)
+
+        return run
 
 
-def warmup(dtypes: Iterable[np.dtype[Any]], team: _team.Runtime | None = None) -> Iterator[str]:
-    """Compile every kernel for each dtype, serial and.
+def _copied(piece: Array, to: Array) -> Array:
+    """The values of a piece, at the beginning of a buffer."""
+    copy = to[: piece.size].reshape(piece.shape)
+    copy[...] = piece
+    return copy
 
-    Where threads are safe, parallel, on numba's threads and a team's; yields names.
-    """
-    forms = {"serial": False, "parallel": True} | ({} if team is None else {"team": team})
-    for kernel in jit.KERNELS:
-        for dtype in dtypes:
-            stored = routes.BITS.get(dtype.name, dtype)
-            if not kernel.parallel:  # on statistics, which are double, or on parameters
-                stored = routes.DOUBLE if kernel is per_channel.rstd or dtype.itemsize == 8 else routes.SINGLE
-            for name, parallel in forms.items():
-                if not parallel or (kernel.parallel and threads.usable()):
-                    kernel.compiled(stored, parallel)
-                    yield f"{kernel.name} {dtype} {name}"
+
+def _placed(plan: layout.Plan, dtype: dtypes.Dtype, out: Array | None) -> tuple[Array, Array, bool]:
+    """Where a result goes: what the caller gets, the canonical view that is written, and whether to copy it over."""
+    if out is None:
+        return *plan.empty(dtype), False
+    view = plan.view(out)
+    if view is None:  # another memory order than x: compute beside it, then copy
+        return out, plan.empty(dtype)[1], True
+    return out, view, False
+
+
+def _copy_back(plan: layout.Plan, out: Array, view: Array) -> Array:
+    out[...] = plan.restore(view)
+    return out
+
+
+def _empty(x: Array, out: Array | None) -> Array:
+    """The result for an empty x."""
+    return np.empty(x.shape, x.dtype.newbyteorder("=")) if out is None else out

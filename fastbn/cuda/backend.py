@@ -6,26 +6,29 @@ What depends on shapes, strides, dtypes and alignments alone is looked at once, 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
-from fastbn.arguments import checks, layout
-from fastbn.cuda import buffers, launches, passes, views
+from fastbn.arguments import checks, dtypes, layout
+from fastbn.cuda import buffers, cost, launches, passes, views
 from fastbn.cuda import moments as device_moments
 from fastbn.cuda.buffers import Buffer, lies, pair
-from fastbn.cuda.checks import as_input as as_input
-from fastbn.cuda.checks import check_features as check_features
-from fastbn.cuda.checks import check_out as check_out
-from fastbn.cuda.checks import check_pair, check_statistic
-from fastbn.cuda.checks import check_parameter as check_parameter
-from fastbn.cuda.checks import check_room as check_room
-from fastbn.cuda.checks import optional as optional
-from fastbn.cuda.checks import parameters as parameters
-from fastbn.cuda.checks import same_memory as same_memory
+from fastbn.cuda.checks import (
+    as_input,
+    check_features,
+    check_out,
+    check_pair,
+    check_parameter,
+    check_room,
+    check_statistic,
+    optional,
+    same_memory,
+)
+from fastbn.cuda.checks import parameters as parameter_dtype
 from fastbn.cuda.launches import Call, Queue, fresh
 from fastbn.cuda.moments import DeviceMoments
 from fastbn.statistics import Moments, check_moments, made
@@ -110,7 +113,7 @@ class Device:
         check_out(target, (x, dy), gamma=gamma, **{names[0]: mean, names[1]: var_or_m2})
         with Queue(x, self.stream, dy=dy, mean=mean, var=var_or_m2, gamma=gamma, out=target) as queue:
             dx, place = fresh_like(plan, x) if target is None else (out, target)
-            address, dbeta, dgamma = pair(plan.channels, parameters(x), x)
+            address, dbeta, dgamma = pair(plan.channels, parameter_dtype(x), x)
             queue.run(program, (x, dy, mean, var_or_m2, gamma, place, address), eps)
         return dx, dgamma, dbeta
 
@@ -154,9 +157,31 @@ class Device:
         """Running statistics move towards moments.mean and moments.m2 / freedom by `weight`, in place."""
         device_moments.track(moments, freedom, weight, running_mean, running_var)
 
-    def check_features(self, x: Any, axis: int, channels: int, dtype: np.dtype[Any]) -> None:
+    def check_part(
+        self,
+        x: Any,
+        inputs: tuple[Any, ...],
+        axis: int,
+        out: Any,
+        parameters: Mapping[str, Any],
+        statistics: Mapping[str, Any],
+    ) -> tuple[int, dtypes.Dtype]:
+        """What a call on one part of a batch would refuse, refused; else (channels, dtype of parameters)."""
+        x = as_input(x)
+        channels, dtype = x.shape[checks.check_axis(x.shape, axis)], parameter_dtype(x)
+        for name, value in parameters.items():
+            check_parameter(optional(value, name), channels, dtype, name)
+        if out is not None:
+            target, others = as_input(out, "out"), {**parameters, **statistics}
+            check_room(target, x)
+            beside = {name: optional(array, name) for name, array in others.items()}
+            check_out(target, (x, *map(as_input, inputs)), **beside)
+        return channels, np.dtype(dtype)
+
+    def check_features(self, x: Any, axis: int, channels: int, dtype: dtypes.Dtype) -> Any:
         """An input that goes with a layer of so many channels, whose parameters are of a dtype."""
-        check_features(x, axis, channels, dtype.name)
+        check_features(x, axis, channels, checks.check_parameter_dtype(dtype).name)
+        return x
 
     def same_memory(self, a: Any, b: Any) -> bool:
         """Whether two arrays are element for element the same memory."""
@@ -166,9 +191,13 @@ class Device:
         """A copy of (C,) statistics in float64."""
         return device_moments.statistic_copy(values)
 
-    def parameter_copy(self, values: Any) -> Any:
+    def parameter_copy(self, values: Any, dtype: dtypes.Dtype) -> Any:
         """A copy of (C,) parameters."""
         return device_moments.parameter_copy(values)
+
+    def describe(self, dims: tuple[int, ...], dtype: dtypes.Dtype) -> str:
+        """Bytes that the kernels move, and their schedule, for a person to read."""
+        return cost.describe(dims, dtype)
 
 
 def axis_key(x: Buffer, axis: Any) -> int:
@@ -244,7 +273,7 @@ def _moments(call: Call, x: Buffer, stats: None, axis: int) -> layout.Plan:
 def _forward(
     call: Call, x: Buffer, gamma: Buffer | None, beta: Buffer | None, out: Buffer | None, stats: None, axis: int
 ) -> layout.Plan:
-    plan, dtype = planned(x, axis), parameters(x)
+    plan, dtype = planned(x, axis), parameter_dtype(x)
     check_parameter(gamma, plan.channels, dtype, "gamma")
     check_parameter(beta, plan.channels, dtype, "beta")
     checks.check_count(x, plan.count)
@@ -263,7 +292,7 @@ def _inference(
     call: Call, x: Buffer, mean: Buffer, var: Buffer, gamma: Buffer | None, beta: Buffer | None, out: Buffer | None,
     axis: int,
 ) -> layout.Plan:  # fmt: skip
-    plan, dtype = planned(x, axis), parameters(x)
+    plan, dtype = planned(x, axis), parameter_dtype(x)
     check_statistic(mean, plan.channels, "mean")
     check_statistic(var, plan.channels, "var")
     check_parameter(gamma, plan.channels, dtype, "gamma")
@@ -280,7 +309,7 @@ def _backward(
     call: Call, x: Buffer, dy: Buffer, mean: Buffer, var_or_m2: Buffer, gamma: Buffer | None, out: Buffer | None,
     grads: None, axis: int, names: tuple[str, str], training: bool,
 ) -> layout.Plan:  # fmt: skip
-    plan, dtype = planned(x, axis), parameters(x)
+    plan, dtype = planned(x, axis), parameter_dtype(x)
     C, count = plan.channels, float(plan.count) if training else 1.0
     check_parameter(gamma, C, dtype, "gamma")
     if training:
@@ -317,7 +346,7 @@ def _grad_input(
     plan = planned(x, axis)
     for name, row in (("mean", mean), ("var", var), ("sum_dy", sum_dy), ("sum_dy_xhat", sum_dy_xhat)):
         check_statistic(row, plan.channels, name)
-    check_parameter(gamma, plan.channels, parameters(x), "gamma")
+    check_parameter(gamma, plan.channels, parameter_dtype(x), "gamma")
     check_room(out, x)
     if plan.count:
         x_view, dy_view = canonical(call, plan, x), canonical(call, plan, dy)
@@ -325,24 +354,3 @@ def _grad_input(
             sums, eps, count = (sum_dy, sum_dy_xhat), call.value(0), call.value(1)
             passes.grad_input(call, dy_view, x_view, mean, var, eps, sums, count, gamma, dx_view)
     return plan
-
-
-# The names of before, until `functional` and the layer call a `Device`.
-track, widened, copied = device_moments.track, device_moments.statistic_copy, device_moments.parameter_copy
-
-
-def moments(x: Any, axis: int, stream: Any) -> Any:
-    """`Device.moments`."""
-    return Device(stream).moments(x, axis)
-
-
-def batch_norm(x: Any, gamma: Any, beta: Any, axis: int, eps: float, out: Any, stream: Any) -> tuple[Any, Any]:
-    """`Device.forward`."""
-    return Device(stream).forward(x, gamma, beta, axis, eps, out)
-
-
-def batch_norm_inference(
-    x: Any, mean: Any, var: Any, gamma: Any, beta: Any, axis: int, eps: float, out: Any, stream: Any
-) -> Any:
-    """`Device.inference`."""
-    return Device(stream).inference(x, mean, var, gamma, beta, axis, eps, out)

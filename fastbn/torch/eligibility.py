@@ -90,7 +90,7 @@ def declines(given: Call, x: Tensor, ranks: Container[int], eps: Any, momentum: 
 def gpu_declines() -> str | None:
     """Why fastbn's CUDA backend serves no call on this machine."""
     try:
-        backends.select_device(None)
+        backends.check_device()
     except BackendUnavailable as error:
         return str(error)
     return None

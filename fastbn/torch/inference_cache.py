@@ -21,6 +21,7 @@ from torch.autograd import profiler
 from fastbn.arguments import config, layout
 from fastbn.backends import select
 from fastbn.cpu import threads
+from fastbn.cpu.backend import Host
 from fastbn.torch import allocator, eager, eligibility
 from fastbn.torch import tensors as kernels
 from fastbn.torch.openmp import runtime
@@ -111,10 +112,11 @@ def _way(shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype, backend
         return None
     kind = kernels.array(torch.empty(0, dtype=dtype, device="cpu")).dtype
     plan = layout.planned(tuple(shape), tuple(n * kind.itemsize for n in stride), 1, kind.itemsize)
-    run = select(backend).compact("inference", tuple(shape), plan.dims, kind)
-    if run is None:
+    host = select(backend)
+    compact = host.passes.compact(tuple(shape), plan.dims, kind) if isinstance(host, Host) else None
+    if compact is None:
         return None
-    return Way(run, plan.channels, form.nbytes >= config.SERIAL_BYTES, form.nbytes >= kernels.LARGE)
+    return Way(compact.inference, plan.channels, form.nbytes >= config.SERIAL_BYTES, form.nbytes >= kernels.LARGE)
 
 
 def inference(module: Any, x: Tensor, before: Known, tensors: Tensors) -> Tensor | None:

@@ -14,11 +14,11 @@ from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from fastbn import results
 from fastbn.arguments import dtypes, scalars
 from fastbn.arguments.errors import BackendUnavailable
+from fastbn.backends import backend_for, check_device
 from fastbn.distributed import Exchange
-from fastbn.split import batch_norm_backward_reduce
+from fastbn.functional import batch_norm_backward_reduce
 from fastbn.statistics import Moments
 from fastbn.torch import eager, eligibility
 from fastbn.torch.modules import Served
@@ -206,10 +206,11 @@ class _Synchronized(torch.autograd.Function):
         try:
             y = torch.empty_like(x)  # in the memory format of x
             views = [_array(tensor) for tensor in (x, weight, bias, y)]
+            served = backend_for(views[0])
         except Exception:
             exchange.decline("forward")
             raise
-        _, m = _named("sync_batch_norm", exchange.batch_norm, views[0], views[1], views[2], 1, eps, views[3])
+        _, m = _named("sync_batch_norm", exchange.forward, served, *views[:3], 1, eps, views[3])
         track(m)
         ctx.save_for_backward(x, weight)
         ctx.moments, ctx.eps, ctx.exchange = m, eps, exchange
@@ -229,13 +230,12 @@ class _Synchronized(torch.autograd.Function):
                 x, weight = ctx.saved_tensors
                 dx = torch.empty_like(x)
                 views = [_array(tensor) for tensor in (dy, x, weight, dx)]
+                served = backend_for(views[0])
             except Exception:
                 exchange.decline("backward")
                 raise
-            run = exchange.batch_norm_backward
-            _, dweight, dbias = _named(
-                "sync_batch_norm_backward", run, views[0], views[1], m, views[2], 1, eps, views[3]
-            )
+            run, (dy_view, x_view, gamma, out) = exchange.backward, views
+            _, dweight, dbias = _named("sync_batch_norm_backward", run, served, dy_view, x_view, m, gamma, 1, eps, out)
         grads = (
             torch.as_tensor(grad).to(dy.dtype if dy.dtype not in HALF else torch.float32) if needed else None
             for grad, needed in zip((dweight, dbias), ctx.needs_input_grad[1:3], strict=True)
@@ -310,7 +310,7 @@ def _served(tensor: Tensor) -> bool:
     """Whether fastbn takes tensors on this device."""
     if tensor.is_cuda:
         try:
-            results.on_gpu(None)
+            check_device()
         except BackendUnavailable:
             return False
         return True

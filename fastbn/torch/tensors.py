@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastbn import functional, gradients, results
+from fastbn import functional
 from fastbn.arguments import config, dtypes
-from fastbn.backends import select
+from fastbn.backends import backend_for
 from fastbn.cpu import threads
 from fastbn.statistics import Moments
 from fastbn.torch import allocator
@@ -143,15 +143,15 @@ def backward(
     dx, out = _result(x)
     with of_pytorch():
         if isinstance(statistics, tuple):
-            found, dgamma, dbeta = gradients.batch_norm_inference_backward(
+            found, dgamma, dbeta = functional.batch_norm_inference_backward(
                 *arrays, *statistics, weight, 1, eps, out, **options
             )
         else:
-            found, dgamma, dbeta = gradients.batch_norm_backward(*arrays, statistics, weight, 1, eps, out, **options)
+            found, dgamma, dbeta = functional.batch_norm_backward(*arrays, statistics, weight, 1, eps, out, **options)
     return _given(dx, found), tensor(dgamma), tensor(dbeta)
 
 
 def track(found: Moments, weight: float, running_mean: Tensor, running_var: Tensor) -> None:
     """Move running statistics, in place, towards those of a batch, by `weight`; the variance unbiased."""
-    served: Any = select(None) if running_mean.is_cpu else results.on_gpu(None)
-    served.track(found, found.count - 1, weight, array(running_mean), array(running_var))
+    mean, var = array(running_mean), array(running_var)
+    backend_for(mean).track(found, found.count - 1, weight, mean, var)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import fastbn
-from fastbn import collective
+from fastbn import distributed
 
 X = np.random.default_rng(0).normal(1e3, 2, (6, 3, 5)).astype(np.float32)
 DY = np.random.default_rng(1).normal(size=X.shape).astype(np.float32)
@@ -58,8 +58,8 @@ class Threads:
 @pytest.fixture
 def comm(monkeypatch: pytest.MonkeyPatch) -> Threads:
     threads = Threads()
-    monkeypatch.setattr(collective, "place", threads.place)
-    monkeypatch.setattr(collective, "gathering", threads.gathering)
+    monkeypatch.setattr(distributed, "rank_and_size", threads.place)
+    monkeypatch.setattr(distributed, "gathering", threads.gathering)
     return threads
 
 

@@ -48,7 +48,7 @@ def test_backward_has_the_parameters_and_statistics_of_its_forward() -> None:
     want = gpu.on_host(device.backward(gpu.on_gpu(DY))).copy()
     device(gpu.on_gpu(X))
     gpu.on_host(device.gamma)[...] *= 10
-    fastbn.cuda.backend.track(fastbn.moments(gpu.on_gpu(X)), 1.0, 1.0, device.running_mean, device.running_var)
+    fastbn.cuda.moments.track(fastbn.moments(gpu.on_gpu(X)), 1.0, 1.0, device.running_mean, device.running_var)
     np.testing.assert_array_equal(gpu.on_host(device.backward(gpu.on_gpu(DY))), want)
 
 
@@ -206,11 +206,11 @@ def test_track_and_moments_refuse_arrays_with_gaps() -> None:
     m, memory = fastbn.moments(gpu.on_gpu(X)), gpu.on_gpu(np.ones(6, np.float32)[::2])
     for arrays in ((memory, gpu.on_gpu(np.ones(3, np.float32))), (gpu.on_gpu(np.ones(3, np.float32)), memory)):
         with pytest.raises(ValueError, match=r"given an array with gaps"):
-            fastbn.cuda.backend.track(m, 1.0, 1.0, *arrays)
+            fastbn.cuda.moments.track(m, 1.0, 1.0, *arrays)
     with pytest.raises(TypeError, match=r"^running_var: given dtype float64, want float32"):
-        fastbn.cuda.backend.track(m, 1.0, 1.0, gpu.on_gpu(np.ones(3, np.float32)), gpu.on_gpu(np.ones(3)))
+        fastbn.cuda.moments.track(m, 1.0, 1.0, gpu.on_gpu(np.ones(3, np.float32)), gpu.on_gpu(np.ones(3)))
     with pytest.raises(ValueError, match=r"^statistics: given an array with gaps"):
-        fastbn.cuda.backend.widened(memory)
+        fastbn.cuda.moments.statistic_copy(memory)
     for wrong, error in ((np.ones(6)[::2], ValueError), (np.ones(3, np.float32), TypeError)):
         made = type(m)(m.count, m.mean, gpu.on_gpu(wrong))
         for use in (
