@@ -65,8 +65,8 @@ KERNELS = _kernels()
 KERNELS.mkdir(parents=True, exist_ok=True)
 os.environ["FASTBN_TEST_KERNELS"] = os.environ["NUMBA_CACHE_DIR"] = numba.config.CACHE_DIR = str(KERNELS)
 
-# What runs in numba's CUDA simulator has a process of its own: see test_simulator.py.
-collect_ignore = [] if os.environ.get("NUMBA_ENABLE_CUDASIM") == "1" else ["simulated"]
+# What runs in numba's CUDA simulator has a process of its own: see cuda/test_simulator.py.
+collect_ignore = [] if os.environ.get("NUMBA_ENABLE_CUDASIM") == "1" else ["cuda/simulated"]
 
 # A shell leaves interrupts ignored in what it starts in the background, and in all processes that this starts; some
 # tests send one.

@@ -368,12 +368,12 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> set[str]:
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_what_reaches_an_entry_point_is_what_it_was_compiled_for(dtype: str, watched: set[str]) -> None:
     from shapes import LAYOUTS, Case, arrange
-    from test_contract import CALLS as EVERY
-    from test_contract import STATISTICS as TAKING
-    from test_contract import inputs
 
     import fastbn
     from fastbn.cpu.kernels import jit
+    from tests.test_contract import CALLS as EVERY
+    from tests.test_contract import STATISTICS as TAKING
+    from tests.test_contract import inputs
 
     for case in (
         Case((9, 5), 1, "columns"),

@@ -144,8 +144,8 @@ def one_thread() -> dict[str, dict[str, str]]:
 )
 def test_other_processes(environment: dict[str, str], one_thread: dict[str, dict[str, str]]) -> None:
     """More threads than cores, another threading layer, every store past the cache or none: never another bit."""
-    places = [str(Path(__file__).parent), str(Path(fastbn.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    code = "import json, numba, test_determinism as t; print(json.dumps([numba.get_num_threads(), t.digests()]))"
+    places = [str(Path(fastbn.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    code = "import json, numba, tests.test_determinism as t; print(json.dumps([numba.get_num_threads(), t.digests()]))"
     run = subprocess.run(
         [sys.executable, "-c", code],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(places)} | environment,

@@ -20,7 +20,7 @@ from fastbn.distributed import Exchange
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "processes.md").read_text(encoding="utf-8")
-SCRIPT = str(Path(__file__).with_name("ranks.py"))
+SCRIPT = str(ROOT / "tests" / "shared" / "ranks.py")
 ENGINES = {"mpi": ("mpi4py", 4), "gloo": ("torch", 3)}
 
 

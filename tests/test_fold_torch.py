@@ -5,10 +5,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from test_fold import C, normal, seen_layer
 
 import fastbn
 from fastbn.fold import fold
+from tests.test_fold import C, normal, seen_layer
 
 torch = pytest.importorskip("torch", reason="folds PyTorch's layers: pip install 'fastbn[torch]'")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-TESTS = Path(__file__).parent
+ROOT = Path(__file__).parents[1]
 
 SOME = """
 import os, time
@@ -54,13 +54,13 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[tuple[str, 
         "-n",
         "2",
         "-p",
-        "conftest",
+        "tests.conftest",
         "-p",
         "no:cacheprovider",
         "-c",
-        str(TESTS.parent / "pyproject.toml"),
+        str(ROOT / "pyproject.toml"),
     ]
-    places = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
+    places = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTEST_ADDOPTS": "", "INTERVALS": str(place / "intervals"), "PYTHONPATH": places}
     done = subprocess.run(
         [*command, str(place)], env=environment, capture_output=True, text=True, check=False, cwd=place

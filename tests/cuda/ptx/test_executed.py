@@ -16,7 +16,7 @@ from fastbn.cuda.kernels import gpu
 if gpu.SIMULATED:
     pytest.skip("the simulator and the compiler can't share a process", allow_module_level=True)
 
-from ptx import arrays, cases, checks, compiler, driver, planted
+from tests.cuda.ptx import arrays, cases, checks, compiler, driver, planted
 
 pytestmark = [pytest.mark.ptx, pytest.mark.peers]
 

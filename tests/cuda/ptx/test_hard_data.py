@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import published
 import pytest
-from test_accuracy import EPS, NAMES, Problem
 from tolerances import check, excess, scales
+
+from tests.test_accuracy import EPS, NAMES, Problem
 
 pytest.importorskip("numba_cuda", reason="needs numba-cuda: pip install 'fastbn[cuda13]'")
 pytest.importorskip("nvidia", reason="needs nvidia-nvvm, or a CUDA toolkit")
@@ -23,7 +24,7 @@ if gpu.SIMULATED:
     pytest.skip("the simulator and the compiler can't share a process", allow_module_level=True)
 
 import fastbn
-from ptx import driver
+from tests.cuda.ptx import driver
 
 pytestmark = [pytest.mark.ptx, pytest.mark.peers]
 

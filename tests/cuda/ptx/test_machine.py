@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ptx.machine import Machine
-from ptx.memory import Fault, Memory, Space
-from ptx.parser import parse
+from tests.cuda.ptx.machine import Machine
+from tests.cuda.ptx.memory import Fault, Memory, Space
+from tests.cuda.ptx.parser import parse
 
 TEXT = """
 .version 9.0
