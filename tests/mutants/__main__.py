@@ -40,7 +40,7 @@ from .mutations import ROOT, SCOPE, Mutant, chosen, functions
 # compiled kernels.
 TESTS = (
     "cpu/test_kernels",
-    "test_serial_kernels",
+    "test_kernels",
     "test_contract",
     "test_backends",
     "arguments/test_layout",
