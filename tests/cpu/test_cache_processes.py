@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import fastbn
-from fastbn.cpu.kernels import cache as _cache
+from fastbn.cpu.kernels import cache
 
 pytestmark = [
     pytest.mark.process,
@@ -57,7 +57,7 @@ class Machine:
         shutil.copytree(PACKAGE, self.site / "fastbn", ignore=shutil.ignore_patterns("__pycache__"))
         self.kernels = self.site / "fastbn" / "cpu" / "kernels"
         # Where kernels are kept: without a word, and where NUMBA_CACHE_DIR names the cache.
-        self.own, self.named = self.kernels / "__pycache__", self.cache / f"fastbn-{_cache.stamp()[:16]}"
+        self.own, self.named = self.kernels / "__pycache__", self.cache / f"fastbn-{cache.stamp()[:16]}"
 
     def python(self, *words: str, **environment: str) -> str:
         """What a Python there prints; nothing may go to stderr."""
@@ -179,7 +179,7 @@ def test_a_public_call_follows_an_upgrade_of_a_leaf(machine: Machine) -> None:
     """Kernels carried from this installation to another serve there until a function is edited that they contain."""
     want = fastbn.moments(np.arange(18000.0).reshape(1, 2, 9000)).m2
     machine.named.mkdir()
-    for path in _cache.directories()[0].glob("channels_first.moments_serial*.nb?"):
+    for path in cache.directories()[0].glob("rows.moments_serial*.nb?"):
         shutil.copy(path, machine.named)
 
     def call() -> tuple[list[str], list[float]]:
@@ -247,12 +247,12 @@ def test_an_installation_without_source_files(tmp_path: Path, how: str) -> None:
 WARMUP = """
 import sys
 from fastbn import cli
-from fastbn.backends import cpu
+from fastbn.cpu import backend
 from fastbn.cpu.kernels import jit
 import tiny, unprivileged
 unprivileged.drop()
 sys.stderr = sys.stdout
-_jit.KERNELS[:] = [tiny.kernel()]  # all of them take a minute
+jit.KERNELS[:] = [tiny.kernel()]  # all of them take a minute
 print(cli.main(["warmup", *sys.argv[1:]]))
 """
 

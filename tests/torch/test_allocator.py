@@ -185,18 +185,18 @@ def test_a_child_has_memory_of_its_own(run: Run) -> None:
     """
     code = """
         import torch
-        from fastbn.torch import memory
+        from fastbn.torch import allocator
         torch.set_num_threads(1)  # a child that uses PyTorch's threads waits for ever
         like = torch.empty(2**20)
-        y = memory.like(like).fill_(1)
-        memory.like(like)
-        print(memory.kept())
+        y = allocator.like(like).fill_(1)
+        allocator.like(like)
+        print(allocator.kept())
         def child():
             seen = float(y.mean())
             y.fill_(2)
-            z = memory.like(like).fill_(3)
-            return seen, float(z.mean()), float(y.mean()), memory.kept()
-        print(in_child(child), float(y.mean()), memory.kept())
+            z = allocator.like(like).fill_(3)
+            return seen, float(z.mean()), float(y.mean()), allocator.kept()
+        print(in_child(child), float(y.mean()), allocator.kept())
         """
     out, err = run(code, "tbb")
     assert out == f"{4 * MB}\n(1.0, 3.0, 2.0, 0) 1.0 0\n"

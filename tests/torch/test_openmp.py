@@ -17,8 +17,7 @@ from llvmlite import binding  # noqa: E402
 from numba import njit, prange  # noqa: E402
 
 import fastbn  # noqa: E402
-from fastbn.cpu import pool, threads  # noqa: E402
-from fastbn.cpu import team as _team  # noqa: E402
+from fastbn.cpu import pool, team, threads  # noqa: E402
 from fastbn.cpu.kernels import jit  # noqa: E402
 from fastbn.torch import BatchNorm2d, explain, openmp  # noqa: E402
 
@@ -28,7 +27,7 @@ SHAPE = (8, 24, 40, 40)  # over the size from which kernels are parallel
 
 
 @pytest.fixture
-def runtime() -> _team.Runtime:
+def runtime() -> team.Runtime:
     found = openmp._runtime()
     if found is None or jit.DISABLED or not pool.ready() or fastbn.get_num_threads() < 2:
         pytest.skip("needs a PyTorch on GNU OpenMP, TBB and two processors")
@@ -46,7 +45,7 @@ def _calls(x: np.ndarray, dy: np.ndarray) -> list[np.ndarray]:
 
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("members", [2, None])
-def test_the_bits_are_those_of_numbas_threads(runtime: _team.Runtime, last: bool, members: int | None) -> None:
+def test_the_bits_are_those_of_numbas_threads(runtime: team.Runtime, last: bool, members: int | None) -> None:
     x, dy = (np.random.default_rng(seed).normal(3.0, 2.0, SHAPE).astype(np.float32) for seed in range(2))
     if last:
         x, dy = (np.ascontiguousarray(a.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2) for a in (x, dy))
@@ -59,11 +58,11 @@ def test_the_bits_are_those_of_numbas_threads(runtime: _team.Runtime, last: bool
         np.testing.assert_array_equal(a, b)
 
 
-def test_linking_leaves_numbas_own_threads_to_everyone_else(runtime: _team.Runtime) -> None:
-    before = binding.address_of_symbol(_team.SYMBOL)
-    with _team.linked(runtime):
-        assert binding.address_of_symbol(_team.SYMBOL) not in (None, before)
-    assert binding.address_of_symbol(_team.SYMBOL) == before
+def test_linking_leaves_numbas_own_threads_to_everyone_else(runtime: team.Runtime) -> None:
+    before = binding.address_of_symbol(team.SYMBOL)
+    with team.linked(runtime):
+        assert binding.address_of_symbol(team.SYMBOL) not in (None, before)
+    assert binding.address_of_symbol(team.SYMBOL) == before
 
     @njit(parallel=True)
     def squares(n):
@@ -75,8 +74,8 @@ def test_linking_leaves_numbas_own_threads_to_everyone_else(runtime: _team.Runti
     np.testing.assert_array_equal(squares(1000), np.arange(1000.0) ** 2)
 
 
-def test_every_step_of_a_loop_is_taken_once(runtime: _team.Runtime) -> None:
-    with _team.linked(runtime):
+def test_every_step_of_a_loop_is_taken_once(runtime: team.Runtime) -> None:
+    with team.linked(runtime):
 
         @njit("i8[:](i8)", parallel=True)
         def count(n):
@@ -89,7 +88,7 @@ def test_every_step_of_a_loop_is_taken_once(runtime: _team.Runtime) -> None:
         np.testing.assert_array_equal(count(size), np.arange(1, size + 1))
 
 
-def test_modules_run_on_pytorchs_threads(runtime: _team.Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_modules_run_on_pytorchs_threads(runtime: team.Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     form = jit.Kernel.form
     monkeypatch.setattr(jit.Kernel, "form", lambda kernel, *given: seen.append(threads.team()) or form(kernel, *given))
@@ -102,7 +101,7 @@ def test_modules_run_on_pytorchs_threads(runtime: _team.Runtime, monkeypatch: py
     assert "OpenMP team" in explain(bn, x)
 
 
-def test_python_threads_have_teams_of_their_own(runtime: _team.Runtime) -> None:
+def test_python_threads_have_teams_of_their_own(runtime: team.Runtime) -> None:
     bn, x = BatchNorm2d(24, track_running_stats=False), torch.randn(SHAPE)
     want, found = bn(x), [None] * 3
 
@@ -121,13 +120,13 @@ def test_python_threads_have_teams_of_their_own(runtime: _team.Runtime) -> None:
 FORKS = f"""
 import os
 import torch
-from fastbn.torch import BatchNorm2d, team
+from fastbn.torch import BatchNorm2d, openmp
 torch.manual_seed(0)
 x, bn = torch.randn{SHAPE}, BatchNorm2d(24)
 want = bn(x).detach().numpy()
 child = os.fork()
 if not child:
-    inside = team.of_pytorch()._runtime
+    inside = openmp.of_pytorch()._runtime
     same = (bn(x).detach().numpy() == want).all()  # not PyTorch's own comparison, which waits for the parent's threads
     os._exit(0 if inside is None and same else 1)
 assert os.waitpid(child, 0)[1] == 0
@@ -137,7 +136,7 @@ print(abs(want.astype("f8")).sum().hex())
 
 @pytest.mark.process
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no forks here")
-def test_from_the_disk_cache_and_in_a_forked_child(runtime: _team.Runtime) -> None:
+def test_from_the_disk_cache_and_in_a_forked_child(runtime: team.Runtime) -> None:
     torch.manual_seed(0)
     x, bn = torch.randn(SHAPE), BatchNorm2d(24)
     want = abs(bn(x).detach().numpy().astype("f8")).sum().hex()
@@ -168,7 +167,7 @@ print(names, "OpenMP team" in explain(bn, torch.randn(8, 8, 16, 16, 16)))
 
 
 @pytest.mark.process
-def test_after_warmup_layers_compile_nothing(runtime: _team.Runtime) -> None:
+def test_after_warmup_layers_compile_nothing(runtime: team.Runtime) -> None:
     """In another process, on PyTorch's threads; of one dtype, for two minutes where nothing is kept yet."""
     root, said = Path(__file__).parents[2], []
     for words in (["-m", "fastbn", "warmup", "float32"], ["-c", LAYERS]):

@@ -105,7 +105,7 @@ def _linked(code: bytes, architecture: str) -> str:
 def folder() -> Path:
     """Where PTX is kept: by a digest of the kernels' sources and of what compiles them."""
     digest = hashlib.sha256()
-    for path in sorted(Path(fastbn.kernels.__file__).parent.rglob("*.py")):
+    for path in sorted(Path(fastbn.cuda.kernels.__file__).parent.rglob("*.py")):
         digest.update(path.read_bytes())
     packages = ("numba", "numba-cuda", "nvidia-nvvm", "nvidia-nvjitlink")
     digest.update(
