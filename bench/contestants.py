@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from bench import onnx_runtime, pytorch, xla
 from bench.problem import EPS, Call, Maker, Problem, Refused, own
-from fastbn.cli import bench
+from fastbn.cli.bench import numpy_backward, numpy_forward
 from fastbn.cli.selftest import error
 
 Array = NDArray[Any]
@@ -27,9 +27,9 @@ def _numpy(p: Problem, what: str) -> Call:
         raise Refused("NumPy sums in the dtype of the array, and no formula is right in half precision")
     x, y, gamma, beta, mean, var = p.x, p.out, *map(p.shaped, (p.gamma, p.beta, p.mean, p.var))
     if what == "forward":
-        return Call(lambda: bench.numpy_forward(x, gamma, beta, y, p.axes), tuple)
+        return Call(lambda: numpy_forward(x, gamma, beta, y, p.axes), tuple)
     if what == "backward":
-        gradients = Call(lambda: bench.numpy_backward(p.dy, x, mean, var, gamma, p.axes), tuple)
+        gradients = Call(lambda: numpy_backward(p.dy, x, mean, var, gamma, p.axes), tuple)
         return gradients._replace(read=lambda result: (result[0], result[1].reshape(-1), result[2].reshape(-1)))
     if what == "inference":
 

@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 
 from bench import command
 from bench.memory import peak
-from fastbn.cli import bench, info
-from fastbn.cli.npy_moments import replacing
+from fastbn.cli import info
+from fastbn.cli.files import replacing
 
 COMMAND = "python -m bench.dask"
 GB = 1e9
@@ -84,7 +84,7 @@ def measured(gigabytes: float, limit: float, chunk_mb: float, threads: int) -> d
     check(m, y_mean, x.size // CHANNELS)
     return {
         "kind": "dask",
-        "machine": {**bench.machine(), **{name: info.version(name) for name in ("fastbn", "numba", "numpy", "dask")}},
+        "machine": {**info.machine(), **{name: info.version(name) for name in ("fastbn", "numba", "numpy", "dask")}},
         "shape": list(x.shape),
         "bytes": x.nbytes,
         "chunk_bytes": math.prod(x.chunksize) * x.dtype.itemsize,
@@ -165,7 +165,7 @@ def run(args: argparse.Namespace) -> int:
         with replacing(args.json) as file:
             file.write((json.dumps(result, indent=1) + "\n").encode())
     print(sentence(result))
-    print(bench.sentence(result["machine"]))
+    print(info.sentence(result["machine"]))
     return 0
 
 

@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from bench import command, gpu_checks, gpu_host, gpu_timing
+from bench.command import RESULTS, relative, replace_block, rounded, write_result
 from bench.gpu_problem import SHAPES, Problem
-from bench.peers import RESULTS, relative, rounded, write_result
 from bench.plot import LOOK, OFFSET, ROW_INCHES
 from bench.problem import PASSES
 from fastbn import progress
 from fastbn.arguments.errors import MissingExtra
 from fastbn.cli import info
-from fastbn.cli.bench import replace_block
 from fastbn.cuda import buffers
 
 COMMAND = "python -m bench.gpu"
@@ -191,21 +190,13 @@ def note(result: Mapping[str, Any]) -> str:
     )
 
 
-def markdown(result: Mapping[str, Any], data: str) -> str:
-    """The page's block; the plot is linked where it is, beside the JSON."""
-    headers, lines = table(result["records"])
-    rows = [headers, ["---", *("---:" for _ in headers[1:])], *lines]
+def paragraphs(result: Mapping[str, Any], data: str) -> list[str]:
+    """Of the page's block; the plot is linked where it is, beside the JSON."""
     listed = "\n".join(f"* {line}" for line in summary(result["records"]))
-    written = f"Written by `{COMMAND}` from [its results]({data})."
-    picture = (
-        f"![time against PyTorch's best and the copy's bandwidth, by shape and pass]({data.removesuffix('.json')}.png)"
-    )
-    return (
-        "\n\n".join(
-            [listed, "\n".join("| " + " | ".join(row) + " |" for row in rows), picture, f"{note(result)} {written}"]
-        )
-        + "\n"
-    )
+    title = "time against PyTorch's best and the copy's bandwidth, by shape and pass"
+    picture = f"![{title}]({data.removesuffix('.json')}.png)"
+    written = f"{note(result)} Written by `{COMMAND}` from [its results]({data})."
+    return [listed, command.markdown(*table(result["records"])), picture, written]
 
 
 def draw(result: Mapping[str, Any], path: Path) -> None:
@@ -249,9 +240,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--from", type=Path, dest="source", metavar="FILE", help="measure nothing: print and write an earlier result"
     )
-    parser.add_argument(
-        "--readme", type=Path, metavar="FILE", help="replace the block between <!-- gpu:begin --> and <!-- gpu:end -->"
-    )
+    command.add_readme(parser, "gpu")
     parser.add_argument(
         "--seconds", type=float, default=SECONDS, metavar="S", help=f"for all timings together (default: {SECONDS:g})"
     )
@@ -296,7 +285,7 @@ def run(args: argparse.Namespace) -> int:
         print(*gpu_host.report(), sep="\n")
         return 0
     if args.readme:
-        replace_block(args.readme, "gpu", None)
+        replace_block(args.readme, "gpu")
     path = args.source or args.json
     if args.source:
         result = json.loads(args.source.read_text(encoding="utf-8"))
@@ -320,8 +309,7 @@ def run(args: argparse.Namespace) -> int:
     if result["failed"]:
         return 1
     if args.readme:
-        replace_block(args.readme, "gpu", markdown(result, relative(path, args.readme)))
-        print(f"wrote the gpu block of {args.readme}")
+        replace_block(args.readme, "gpu", *paragraphs(result, relative(path, args.readme)))
     return 0
 
 

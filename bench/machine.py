@@ -11,7 +11,7 @@ from typing import Any
 import fastbn
 from bench import onnx_runtime, pytorch, xla
 from fastbn.arguments import config
-from fastbn.cli import bench, info
+from fastbn.cli import info
 
 PACKAGES = ("llvmlite", "tbb", "jax", "jaxlib", "onnx", "onnxruntime", "ml_dtypes")
 
@@ -42,7 +42,7 @@ def give_threads(number: int | None) -> int:
     if number is not None:
         fastbn.set_num_threads(number)
         numba.set_num_threads(number)  # for the limits
-    number = number or int(bench.machine()["threads"])
+    number = number or int(info.machine()["threads"])
     xla.set_threads(number)
     onnx_runtime.set_threads(number)
     pytorch.set_threads(number)
@@ -59,7 +59,7 @@ def last_level_cache() -> int:
 def facts(threads: int, kept: bool) -> dict[str, Any]:
     """Processor, cores, threads, cache and versions of everything."""
     return {
-        **bench.machine(),
+        **info.machine(),
         **{name: info.version(name) for name in PACKAGES},
         "threads": str(threads),
         "cores": info.cores(),
@@ -78,4 +78,4 @@ def slug(machine: dict[str, Any]) -> str:
 def sentence(machine: dict[str, Any]) -> str:
     """One line on the machine."""
     peers = ", ".join(f"{name} {machine[name]}" for name in ("jax", "onnxruntime"))
-    return f"{bench.sentence(machine)}; {machine['cores']} cores, {machine['cache'] / 2**20:.0f} MB of cache; {peers}"
+    return f"{info.sentence(machine)}; {machine['cores']} cores, {machine['cache'] / 2**20:.0f} MB of cache; {peers}"

@@ -18,7 +18,7 @@ from bench import limit
 from bench.contestants import disagreement, field
 from bench.problem import Problem, own
 from bench.rounds import paired, rounds
-from fastbn.cli import bench
+from fastbn.cli import timing
 
 Record = dict[str, Any]
 HALF = ("float16", "bfloat16")
@@ -32,19 +32,19 @@ class Crowd:
 
     def watch(self, run: Callable[[], Any]) -> Any:
         """Run, and add what others used meanwhile."""
-        before, start = bench.others(), time.perf_counter()
+        before, start = timing.others(), time.perf_counter()
         result = run()
-        after = bench.others()
+        after = timing.others()
         self.seconds += time.perf_counter() - start
         self.used += (after or 0.0) - (before or 0.0)
         return result
 
     def doubt(self, threads: int) -> str | None:
         """Why the timings mean little; None where they do."""
-        now = bench.others()
+        now = timing.others()
         if now is None or not self.seconds:
             return None
-        return bench.crowded(now - self.used, self.seconds, threads)
+        return timing.crowded(now - self.used, self.seconds, threads)
 
 
 def _head(p: Problem, what: str) -> Record:

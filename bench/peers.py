@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import textwrap
 import time
@@ -15,14 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from bench import command, machine, measure, plot, pytorch, report, small
+from bench.command import RESULTS, relative, replace_block, rounded, write_result
 from bench.contestants import PEERS, TOLERANCE
 from bench.problem import PASSES
 from bench.suite import cases
 from fastbn import progress
-from fastbn.cli.bench import replace_block
-from fastbn.cli.npy_moments import check_output, replacing
+from fastbn.cli.files import check_output
 
-RESULTS = Path(__file__).parent / "results"
 SECONDS, QUICK_SECONDS = 4.0, 0.3  # of rounds for each shape and pass
 SMALL_SECONDS = 10.0
 QUICK = ("32x64x56x56", "32x512x7x7", "32x64x56x56 last", "4096x256", "32x64")  # one of each kind
@@ -71,12 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--plot", type=Path, nargs="?", const=AUTO, metavar="FILE", help="draw it as PNG (default: beside the JSON)"
     )
-    parser.add_argument(
-        "--readme",
-        type=Path,
-        metavar="FILE",
-        help="replace the block between <!-- peers:begin --> and <!-- peers:end -->",
-    )
+    command.add_readme(parser, "peers")
     parser.add_argument(
         "--from",
         type=Path,
@@ -157,24 +150,6 @@ def measured(
     return result
 
 
-def rounded(value: Any) -> Any:
-    """Five digits of every measured number: more are noise, and tables say the same from a result and from its file."""
-    if isinstance(value, float):
-        return float(f"{value:.5g}")
-    if isinstance(value, dict):
-        return {key: rounded(item) for key, item in value.items()}
-    return [rounded(item) for item in value] if isinstance(value, list) else value
-
-
-def write_result(path: Path | None, result: dict[str, Any]) -> None:
-    """Write a result as JSON, whole or not at all; nothing where there is no path."""
-    if path is None:
-        return
-    text = json.dumps(rounded(result), separators=(",", ":"), ensure_ascii=False)
-    with replacing(path) as file:
-        file.write((text.replace('{"shape"', '\n{"shape"') + "\n").encode())  # a line per record, for git
-
-
 def _complete(args: argparse.Namespace) -> bool:
     """Whether all that there is gets measured."""
     everything = len(args.passes) == len(PASSES) and len(args.peers) == len(PEERS)
@@ -198,18 +173,12 @@ def _paths(args: argparse.Namespace, kind: dict[str, Any]) -> tuple[Path | None,
     return data, picture
 
 
-def relative(path: Path, readme: Path) -> str:
-    """A path as a page links it."""
-    return Path(os.path.relpath(path.resolve(), readme.resolve().parent)).as_posix()
-
-
 def _write_readme(readme: Path, result: dict[str, Any], data: Path | None, picture: Path | None) -> None:
     """Replace the result's block; the plot is linked where it is, beside the JSON unless it was just drawn."""
     if picture is None and data is not None and data.with_suffix(".png").exists():
         picture = data.with_suffix(".png")
     found = [None if path is None else relative(path, readme) for path in (data, picture)]
-    replace_block(readme, report.block(result), report.markdown(result, *found))
-    print(f"wrote the {report.block(result)} block of {readme}")
+    replace_block(readme, report.block(result), *report.paragraphs(result, *found))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -226,7 +195,7 @@ def run(args: argparse.Namespace) -> int:
     if args.source and args.json:
         raise ValueError("--json: nothing is measured with --from, leave one of them out")
     if args.readme:
-        replace_block(args.readme, report.block(kind), None)
+        replace_block(args.readme, report.block(kind))
     shapes = chosen(args.shapes, args.quick)
     data, picture = _paths(args, kind)
     if result is None:

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from bench import machine, small, targets
+from bench import command, machine, small, targets
 from bench.problem import PASSES
 
 Result = Mapping[str, Any]
@@ -163,13 +163,10 @@ def note(result: Result) -> str:
     return f"{meaning} {machine.sentence(result['machine'])}."
 
 
-def markdown(result: Result, data: str | None, plot: str | None) -> str:
-    """The page's block: tables, the plot where there is one, what the cells mean, and how it was written."""
-    parts = []
-    for headers, lines in tables(result):
-        rule = ["---", *("---:" for _ in headers[1:])]
-        parts.append("\n".join("| " + " | ".join(row) + " |" for row in (headers, rule, *lines)))
+def paragraphs(result: Result, data: str | None, plot: str | None) -> list[str]:
+    """Of the page's block: tables, the plot where there is one, what the cells mean, and how it was written."""
+    parts = [command.markdown(*table) for table in tables(result)]
     if plot is not None:
         parts.append(f"![time against the fastest peer and against the limit, by shape and pass]({plot})")
     written = f"Written by `{COMMAND}`{'' if data is None else f' from [its results]({data})'}."
-    return "\n\n".join([*parts, f"{note(result)} {written}"]) + "\n"
+    return [*parts, f"{note(result)} {written}"]

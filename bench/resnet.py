@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from bench import command, machine, memory, resnet_plot
-from bench.peers import RESULTS, relative, rounded, write_result
+from bench.command import RESULTS, relative, replace_block, rounded, write_result
 from bench.report import milliseconds
 from bench.rounds import paired, rounds
 from fastbn import progress
-from fastbn.cli import bench
+from fastbn.cli import info
 
 COMMAND = "python -m bench.resnet"
 IMAGES, SIDE, STEPS = 32, 128, 20
@@ -207,7 +207,7 @@ def note(result: Mapping[str, Any]) -> str:
         f"mean "
         f"{statistics.geometric_mean(ratios):.2f}x. Losses of {steps} steps differ by {apart:.1e} at most (target "
         f"{LOSS_ERROR:g}). Peak "
-        f"memory of the process, PyTorch / fastbn: {held}. {bench.sentence(result['machine'])}."
+        f"memory of the process, PyTorch / fastbn: {held}. {info.sentence(result['machine'])}."
     )
 
 
@@ -220,12 +220,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--from", type=Path, dest="source", metavar="FILE", help="measure nothing: print and write an earlier result"
     )
-    parser.add_argument(
-        "--readme",
-        type=Path,
-        metavar="FILE",
-        help="replace the block between <!-- resnet:begin --> and <!-- resnet:end -->",
-    )
+    command.add_readme(parser, "resnet")
     parser.add_argument(
         "--seconds", type=float, default=20.0, metavar="S", help="of rounds for each line (default: 20)"
     )
@@ -245,7 +240,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the command."""
     progress.need("rich", "matplotlib", command=COMMAND, named="rich and matplotlib")
     if args.readme:
-        bench.replace_block(args.readme, "resnet", None)
+        replace_block(args.readme, "resnet")
     path = args.source or args.json
     if args.source:
         result = json.loads(args.source.read_text(encoding="utf-8"))
@@ -262,9 +257,8 @@ def run(args: argparse.Namespace) -> int:
     if args.readme:
         data = relative(path, args.readme)
         picture = f"![step times by network, memory order and mode]({data.removesuffix('.json')}.png)"
-        written = f"{picture}\n\n{note(result)} Written by `{COMMAND}` from [its results]({data})."
-        bench.replace_block(args.readme, "resnet", bench.markdown(*table(result), written))
-        print(f"wrote the resnet block of {args.readme}")
+        written = f"{note(result)} Written by `{COMMAND}` from [its results]({data})."
+        replace_block(args.readme, "resnet", command.markdown(*table(result)), picture, written)
     return 0
 
 

@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import io
-import os
 import signal
 import sys
 import textwrap
-import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
-from typing import Any, NamedTuple, TextIO
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import fastbn
-from fastbn.arguments import checks, dtypes
 from fastbn.arguments.errors import BackendUnavailable, MissingExtra
-from fastbn.cli import bench, info, npy_moments, selftest, train
+from fastbn.cli import bench, console, explain, info, npy_moments, selftest, train, warmup
 from fastbn.cpu import interrupts
 
 PROGRAM = "python -m fastbn"  # works where scripts are not on the PATH
@@ -34,75 +28,6 @@ class Command(NamedTuple):
     examples: tuple[str, ...]
     add_arguments: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], int]
-
-
-def _explain_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("shape", metavar="SHAPE", help="of the array, like 32,64,56,56 or 32x64x56x56")
-    parser.add_argument(
-        "dtype", metavar="DTYPE", nargs="?", default="float32", help=f"{dtypes.WANTED} (default: float32)"
-    )
-    parser.add_argument(
-        "--axis", type=int, default=1, metavar="A", help="the channel axis, negative counts from the end (default: 1)"
-    )
-    parser.add_argument(
-        "--channels-last", action="store_true", help="the channels are innermost in memory, wherever their axis is"
-    )
-    parser.add_argument("--backend", metavar="NAME", help="ask for one backend: cpu, cuda or reference")
-
-
-def _shape(text: str) -> tuple[int, ...]:
-    try:
-        shape = tuple(int(n) for n in text.strip("()[] ").replace("x", ",").split(",") if n.strip())
-    except ValueError:
-        shape = ()
-    if not shape or min(shape) < 0:
-        raise ValueError(f"SHAPE: given {text!r}, want whole numbers with commas between them, like 32,64,56,56")
-    return shape
-
-
-def _explain(args: argparse.Namespace) -> int:
-    print(
-        fastbn.explain(
-            _shape(args.shape), args.dtype, args.axis, channels_last=args.channels_last, backend=args.backend
-        )
-    )
-    return 0
-
-
-def _warmup_arguments(parser: argparse.ArgumentParser) -> None:
-    all_of_them = ", ".join(selftest.DTYPES).replace("bfloat16", "bfloat16 where ml_dtypes is installed")
-    help = f"compile for these dtypes only, like float32 (default: {all_of_them})"
-    parser.add_argument("dtypes", metavar="DTYPE", nargs="*", help=help)
-
-
-def _pytorch() -> Any:
-    """PyTorch's threads, where it is installed and kernels run on them."""
-    try:
-        from fastbn.torch import openmp
-    except (ImportError, OSError):  # the second from an installation that lacks a library
-        return None
-    return openmp.runtime()
-
-
-def _warmup(args: argparse.Namespace) -> int:
-    from numba.core import event
-
-    from fastbn.cpu import passes
-
-    start, forms, compiled = time.perf_counter(), 0, 0
-    chosen = [checks.check_dtype(dtype) for dtype in args.dtypes] or selftest.installed()
-    kept = info.cache_directory()
-    if kept.startswith("nowhere"):  # an image that carries nothing must not look well built, and that takes minutes
-        _complain(f"warmup has not begun, for kernels would be kept {kept}")
-        return 1
-    with event.install_recorder("numba:compile") as seen:
-        for name in passes.warmup(chosen, _pytorch()):
-            forms, compiled = forms + 1, compiled + bool(seen.buffer)
-            seen.buffer.clear()
-            print(f"{time.perf_counter() - start:6.1f} s  {name}", flush=True)
-    found = f"{compiled} compiled, {forms - compiled} found compiled"
-    print(f"{forms} forms of kernels in {time.perf_counter() - start:.1f} s: {found}; kept in {kept}")
-    return 0
 
 
 def _no_arguments(parser: argparse.ArgumentParser) -> None:
@@ -132,8 +57,8 @@ COMMANDS = (
         "explain",
         "say which kernel and schedule will run for an array",
         ("explain 32,64,56,56 float32", "explain 32x64x56x56 float32 --channels-last", "explain 4096,256 float64"),
-        _explain_arguments,
-        _explain,
+        explain.add_arguments,
+        explain.run,
     ),
     Command(
         "info",
@@ -152,8 +77,8 @@ COMMANDS = (
     ),
     Command(
         "bench",
-        "time fastbn against NumPy, and PyTorch where installed; or compare their accuracy",
-        ("bench", "bench --accuracy", "bench --json speed.json --readme docs/benchmarks.md"),
+        "time fastbn against NumPy, and PyTorch where installed",
+        ("bench", "bench --repeats 3 --json speed.json"),
         bench.add_arguments,
         bench.run,
     ),
@@ -162,8 +87,8 @@ COMMANDS = (
         "compile every kernel ahead, for an image say, also for the threads of PyTorch where that is installed: a "
         "minute or two a dtype",
         ("warmup", "warmup float32", "NUMBA_CACHE_DIR=/var/cache/numba python -m fastbn warmup float32"),
-        _warmup_arguments,
-        _warmup,
+        warmup.add_arguments,
+        warmup.run,
     ),
 )
 
@@ -212,60 +137,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-@contextmanager
-def _writable() -> Iterator[None]:
-    """Let stdout and stderr take any text, whatever their encoding, and no text where they are closed."""
-    with ExitStack() as stack:
-        for name, redirect in (("stdout", redirect_stdout), ("stderr", redirect_stderr)):
-            stream: Any = getattr(sys, name)
-            # closed, `>&-`: nor may a file that is opened later take its number, and what libraries print
-            if stream is None:
-                stack.enter_context(
-                    redirect(stack.enter_context(open(os.devnull, "w", encoding="utf-8", errors="replace")))
-                )
-                continue
-            if isinstance(stream, io.TextIOWrapper):
-                stack.callback(stream.reconfigure, errors=stream.errors)
-                stream.reconfigure(errors="backslashreplace")
-            stack.callback(_settle, stream)
-        yield
-
-
-def _settle(stream: TextIO) -> None:
-    """Flush, or give up what can't be written, of which the interpreter would complain at its exit."""
-    try:
-        stream.flush()
-    except OSError:
-        with suppress(OSError):  # no file below it
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, stream.fileno())
-            os.close(nowhere)
-
-
-def _complain(text: str) -> None:
-    with suppress(OSError):  # then the exit code must say it
-        print(f"fastbn: {text}", file=sys.stderr)
-
-
-@contextmanager
-def _plain_warnings() -> Iterator[None]:
-    """Let what fastbn warns of be a line like the others: no line of a program's is at fault."""
-    show: Any = warnings.showwarning
-
-    def line(message: Any, *where: Any, **how: Any) -> None:
-        if str(message).startswith("fastbn "):
-            _complain(str(message).removeprefix("fastbn "))
-        else:
-            show(message, *where, **how)
-
-    module: Any = warnings
-    module.showwarning = line
-    try:
-        yield
-    finally:
-        module.showwarning = show
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line.
 
@@ -281,7 +152,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         written, 130 after an interrupt, 141 where the reader of the output has gone.
     """
     traceback = False
-    with _writable():
+    with console.writable():
         try:
             try:
                 args = _parser().parse_args(argv)
@@ -289,12 +160,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                 sys.stdout.flush()  # --help
                 raise
             traceback = args.traceback
-            with interrupts.terminable(), _plain_warnings():
+            with interrupts.terminable(), console.plain_warnings():
                 code: int = args.run(args)
             sys.stdout.flush()
             return code
         except KeyboardInterrupt:
-            _complain("interrupted")
+            console.complain("interrupted")
             return INTERRUPTED
         except BrokenPipeError:  # the reader, `head` say, has seen enough
             return CLOSED_PIPE
@@ -303,5 +174,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         except (ValueError, TypeError, OSError, MissingExtra, BackendUnavailable) as error:  # DataError is a ValueError
             if traceback:
                 raise
-            _complain(str(error))
+            console.complain(str(error))
             return BAD_INPUT

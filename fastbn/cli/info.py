@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import datetime
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 
@@ -107,6 +108,25 @@ def facts() -> Iterator[tuple[str, str]]:
 
 def _labelled(name: str, lines: list[str]) -> Iterator[tuple[str, str]]:
     yield from zip([name] + [""] * (len(lines) - 1), lines, strict=True)
+
+
+def machine() -> dict[str, str]:
+    """What measured numbers depend on."""
+    return {
+        "processor": cpu_name(),
+        "threads": str(fastbn.get_num_threads()),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "fastbn": fastbn.__version__,
+        **{name: version(name) for name in ("numpy", "numba", "torch")},
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def sentence(facts: Mapping[str, str]) -> str:
+    """One line on a machine."""
+    versions = ", ".join(f"{name} {facts[name]}" for name in ("fastbn", "python", "numpy", "numba", "torch"))
+    return f"{facts['processor']}, {facts['threads']} threads, {facts['system']}; {versions}; {facts['date']}"
 
 
 def run(args: argparse.Namespace) -> int:

@@ -10,21 +10,19 @@ from __future__ import annotations
 import argparse
 import io
 import math
-import os
-import secrets
-import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fastbn import functional
+from fastbn import functional, progress
 from fastbn.arguments import checks, config, dtypes
 from fastbn.arguments.errors import DataError
+from fastbn.cli import files
 from fastbn.statistics import Moments
 
 Array = NDArray[Any]
@@ -81,7 +79,7 @@ def open_npy(path: Path, axis: int, bfloat16: bool = False, integers: bool = Fal
     if not path.is_file():
         absent = (
             "leads in a circle of links"
-            if _circular(path)
+            if files.circular(path)
             else "is a link to nothing"
             if path.is_symlink()
             else "no such file"
@@ -237,61 +235,6 @@ def write_normalized(npy: Npy, m: Moments, eps: float, limit: int, out: IO[bytes
         advance(x.nbytes)
 
 
-def _circular(path: Path) -> bool:
-    """Whether links lead in a circle, at the end of a path or on its way."""
-    try:
-        # which leaves such links, and no others; Path.resolve raises RuntimeError, until Python 3.13
-        found = Path(os.path.realpath(path))
-    except FileNotFoundError:  # the current directory is gone
-        return False
-    return any(part.is_symlink() for part in (found, *found.parents))
-
-
-def resolved(path: Path) -> Path:
-    """Absolute, and what links lead to: the name that a file is replaced under."""
-    if _circular(path):
-        raise ValueError(f"{path}: leads in a circle of links; give another name")
-    try:
-        return Path(os.path.realpath(path))
-    except FileNotFoundError:
-        raise ValueError(
-            f"{path}: the current directory is gone; change into another, or give an absolute name"
-        ) from None
-
-
-def check_output(path: Path, nbytes: int, source: Path | None = None) -> Path:
-    """Resolve the path of an output of so many bytes; ValueError, before any work, where it can't be written."""
-    path = resolved(path)
-    if not path.parent.is_dir():
-        raise ValueError(f"{path}: there is no directory {path.parent}; make it first")
-    if path.exists():
-        if not path.is_file():
-            raise ValueError(f"{path}: is not a file and can't be replaced; give another name")
-        if source and path.samefile(source):
-            raise ValueError(f"{path}: is the input itself; give the output another name")
-    free = shutil.disk_usage(path.parent).free
-    if free < nbytes:
-        raise ValueError(
-            f"{path}: needs {nbytes:,} bytes, its disk has {free:,} left; free some or choose another disk"
-        )
-    return path
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file beside `path` that replaces it at the end; after an error or an interrupt nothing is left of it."""
-    path = resolved(path)
-    # 60 letters: 240 bytes of the 255 that a name may have
-    part = path.with_name(f".{path.name[:60]}.{secrets.token_hex(4)}.part")
-    try:
-        with part.open("xb") as file:
-            yield file
-        os.replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the `moments` command."""
     parser.add_argument(
@@ -324,8 +267,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the `moments` command."""
-    from fastbn import progress as screen
-
     eps = checks.check_eps(args.eps, training=False)
     if not 0 < args.chunk_mb < 1e6:
         raise ValueError(f"--chunk-mb: given {args.chunk_mb:g}, want a positive number of megabytes, e.g. {CHUNK_MB:g}")
@@ -334,17 +275,17 @@ def run(args: argparse.Namespace) -> int:
     if rest := npy.path.stat().st_size - npy.offset - npy.nbytes:
         print(f"{npy.path}: {rest:,} bytes after the first array are not read", file=sys.stderr)
     axis, channels = args.axis % len(npy.shape), npy.dims[npy.axis]
-    copy = check_output(args.normalize, npy.offset + npy.nbytes, npy.path) if args.normalize else None
-    saved = check_output(args.save, 24 * channels + 4096, npy.path) if args.save else None
+    copy = files.check_output(args.normalize, npy.offset + npy.nbytes, npy.path) if args.normalize else None
+    saved = files.check_output(args.save, 24 * channels + 4096, npy.path) if args.save else None
     if copy and copy == saved:
         raise ValueError(f"{copy}: given to both --save and --normalize; want two names")
     with ExitStack() as stack:
-        copy_file = stack.enter_context(replacing(copy)) if copy else None
-        saved_file = stack.enter_context(replacing(saved)) if saved else None
-        with screen.byte_progress() as progress:
-            m = file_moments(npy, limit, progress("mean, variance", npy.nbytes))
+        copy_file = stack.enter_context(files.replacing(copy)) if copy else None
+        saved_file = stack.enter_context(files.replacing(saved)) if saved else None
+        with progress.byte_progress() as start:
+            m = file_moments(npy, limit, start("mean, variance", npy.nbytes))
             if copy_file:
-                write_normalized(npy, m, eps, limit, copy_file, progress("normalized copy", npy.nbytes))
+                write_normalized(npy, m, eps, limit, copy_file, start("normalized copy", npy.nbytes))
         if saved_file:
             np.savez(saved_file, count=m.count, mean=m.mean, var=m.var(), std=m.std(), axis=axis)
     _print(npy, m, axis, eps if copy else None)
@@ -355,8 +296,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _print(npy: Npy, m: Moments, axis: int, eps: float | None) -> None:
-    from fastbn import progress as screen
-
     print(f"{npy.path}: {npy.dtype.name}, shape {npy.shape}, {npy.nbytes:,} bytes")
     print(f"channel axis {axis}: {m.mean.size:,} channels of {m.count:,} values")
     mean, std = m.mean, m.std()
@@ -368,7 +307,7 @@ def _print(npy: Npy, m: Moments, axis: int, eps: float | None) -> None:
     left_out = m.mean.size - len(shown)
     if left_out:
         rows.insert(half, ["...", "...", "..."])
-    screen.table(["channel", "mean", "std"], rows)
+    progress.table(["channel", "mean", "std"], rows)
     if left_out:
         print(f"{left_out:,} channels in between are left out; --save OUT.npz keeps them all")
     bad = np.count_nonzero(~np.isfinite(m.mean + m.m2))

@@ -19,9 +19,9 @@ from typing import IO, TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from fastbn import progress as screen
+from fastbn import progress
 from fastbn.arguments.errors import DataError
-from fastbn.cli import npy_moments
+from fastbn.cli import files
 from fastbn.cli.train import network as nets
 from fastbn.cli.train.data import Dataset, load_digits, load_idx
 
@@ -111,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
     hidden, rate = _check_options(args)
     with ExitStack() as stack:
         plot, file = _open_plot(args.plot, stack)
-        screen.need(
+        progress.need(
             "rich",
             "matplotlib",
             "sklearn",
@@ -136,7 +136,7 @@ def run(args: argparse.Namespace) -> int:
         networks, histories = _train_both(args, data, sizes, rate)
         _save(_figure(histories, data), file, plot.suffix[1:].lower())
     # The plot is in its place before anything is shown, which a terminal may not take.
-    screen.table(("", *NAMES.values()), _rows(histories, args.steps))
+    progress.table(("", *NAMES.values()), _rows(histories, args.steps))
     _print_examples(networks, data, args.seed)
     print("", *_summary(histories, args.steps, data.chance), sep="\n")
     print(f"plot of both curves: {plot}")
@@ -173,8 +173,8 @@ def _open_plot(path: Path, stack: ExitStack) -> tuple[Path, IO[bytes]]:
             f"--plot: given '{path}', want a file name that ends in {', '.join(PLOT_KINDS[:-1])} or {PLOT_KINDS[-1]}"
         )
     try:
-        path = npy_moments.check_output(path, 0)
-        return path, stack.enter_context(npy_moments.replacing(path))
+        path = files.check_output(path, 0)
+        return path, stack.enter_context(files.replacing(path))
     except ValueError as error:
         raise DataError(f"--plot: {error}") from error
     except OSError as error:
@@ -220,11 +220,11 @@ def _progress(steps: int) -> Iterator[Callable[[str], Callable[[int, float], obj
     console = Console(stderr=True)
     accuracy = TextColumn("{task.fields[accuracy]:>6.1%} right")
     columns = (TextColumn("{task.description:>24}"), BarColumn(20), MofNCompleteColumn(), accuracy, TimeElapsedColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
 
         def start(name: str) -> Callable[[int, float], object]:
-            task = progress.add_task(name, total=steps, accuracy=0.0)
-            return lambda step, accuracy: progress.update(task, completed=step, accuracy=accuracy)
+            task = bars.add_task(name, total=steps, accuracy=0.0)
+            return lambda step, accuracy: bars.update(task, completed=step, accuracy=accuracy)
 
         yield start
 
@@ -278,7 +278,7 @@ def _print_examples(networks: dict[bool, nets.Network], data: Dataset, seed: int
         )
         for i in chosen
     ]
-    screen.table(("one at a time", "is a", *NAMES.values()), rows)
+    progress.table(("one at a time", "is a", *NAMES.values()), rows)
     print("Each image above went through alone, a batch of one: in use, the running averages of")
     print("mean and variance that training gathered stand in for those of a batch.")
 

@@ -1,22 +1,32 @@
-"""The accuracy table: float32 data on which sums of squares, float32 sums and poor shifts go wrong, and the errors."""
+"""Accuracy beside PyTorch's on float32 data where sums of squares, float32 sums and poor shifts go wrong.
+
+`python -m bench.accuracy`, see --help.
+"""
 
 from __future__ import annotations
 
-import importlib.util
+import argparse
+import json
 import math
+import sys
+import textwrap
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 import fastbn
-from fastbn import reference
+from bench import command, pytorch
+from fastbn import progress, reference
 from fastbn.arguments import config
+from fastbn.cli import files, info
 from fastbn.cli.selftest import error
 
 Array = NDArray[Any]
 
+COMMAND = "python -m bench.accuracy"
 SHAPE = (32, 16, 56, 56)
 EPS = config.EPS
 
@@ -65,16 +75,6 @@ def accuracy_cases(shape: tuple[int, ...], axis: int = 1, seed: int = 0) -> dict
     return {name: np.ascontiguousarray(np.moveaxis(x.reshape(moved), -1, axis), np.float32) for name, x in rows.items()}
 
 
-def torch() -> Any:
-    """PyTorch, on as many threads as fastbn uses; None where it is not installed."""
-    if importlib.util.find_spec("torch") is None:
-        return None
-    import torch
-
-    torch.set_num_threads(fastbn.get_num_threads())
-    return torch
-
-
 def _fastbn(x: Array) -> tuple[Array, Array]:
     """(y, var)."""
     y, m = fastbn.batch_norm(x, eps=EPS)
@@ -83,7 +83,7 @@ def _fastbn(x: Array) -> tuple[Array, Array]:
 
 def _pytorch(x: Array) -> tuple[Array, Array]:
     """(y, var); var from a call without eps, since 1 / rstd**2 - eps would lose it."""
-    library = torch()
+    library = pytorch.library()
     tensor = library.from_numpy(x)
     y = library.nn.functional.batch_norm(tensor, None, None, training=True, eps=EPS)
     rstd = library.native_batch_norm(tensor, None, None, None, None, True, 0.1, 0.0)[2].numpy().astype(np.float64)
@@ -96,7 +96,7 @@ def accuracy(shape: tuple[int, ...] = SHAPE) -> list[dict[str, Any]]:
 
     The error of var is relative, or absolute where var is 0; that of y is in units of max(1, |xhat|).
     """
-    calls = {"fastbn": _fastbn} if torch() is None else {"fastbn": _fastbn, "PyTorch": _pytorch}
+    calls = {"fastbn": _fastbn, **({"PyTorch": _pytorch} if pytorch.there() else {})}
     rows = []
     for case, x in accuracy_cases(shape).items():
         wide = x.astype(np.float64).reshape(*shape[:2], -1)
@@ -119,6 +119,50 @@ def accuracy(shape: tuple[int, ...] = SHAPE) -> list[dict[str, Any]]:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """Headers and lines of the accuracy table; a cell is "error of var / error of y"."""
+    """Headers and lines; a cell is "error of var / error of y"."""
     lines = [[row["case"], *(f"{e['var']:.0e} / {e['y']:.0e}" for e in row["errors"].values())] for row in rows]
     return ["float32 data", *rows[0]["errors"]], lines
+
+
+NOTE = (
+    "Worst errors of var / of y, against float64 on the same float32 data: of var relative (absolute where it is 0), "
+    f"of y in units of max(1, abs(xhat)). Shape {'x'.join(map(str, SHAPE))}, channels first or last in memory."
+)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=COMMAND, description="Worst errors on hard float32 data, fastbn's and PyTorch's, where that is installed."
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers")
+    command.add_readme(parser, "accuracy")
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the command."""
+    if args.readme:
+        command.replace_block(args.readme, "accuracy")
+    if args.json:
+        files.check_output(args.json, 2**20)
+    pytorch.set_threads(fastbn.get_num_threads())
+    facts, rows = info.machine(), accuracy()
+    progress.table(*table(rows))
+    print(textwrap.fill(f"{NOTE} {info.sentence(facts)}.", 79))
+    if args.json:
+        with files.replacing(args.json) as file:
+            file.write(json.dumps({"machine": facts, "accuracy": rows}, indent=1).encode())
+        print(f"wrote {args.json}")
+    if args.readme:
+        written = f"{NOTE} {info.sentence(facts)}. Written by `{COMMAND}`."
+        command.replace_block(args.readme, "accuracy", command.markdown(*table(rows)), written)
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line; the exit code: 0, or 2 for bad input."""
+    return command.main(_parser(), run, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
