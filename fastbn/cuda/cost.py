@@ -66,7 +66,7 @@ def launches(name: str, dims: tuple[int, ...], dtype: str) -> list[Launch]:
     return {
         "moments": [statistics, Launch("finish.finish_moments", merging, 0, 0)],
         "forward": [statistics, Launch("finish.finish_forward", merging, 0, 0), normalize],
-        "inference": [Launch("finish.set_scale", -(-x.C // grids.THREADS), 0, 0), normalize],
+        "inference": [Launch("finish.normalize_coefs", -(-x.C // grids.THREADS), 0, 0), normalize],
         "backward": [
             Launch(f"{walked}.sums_{walked}", blocks, 2 * size, 0),
             Launch("finish.finish_backward", merging, 0, 0),

@@ -30,7 +30,7 @@ class DeviceMoments(Moments):
     def _var_or_std(self, ddof: float, root: bool) -> Any:
         ddof = scalars.check_ddof(ddof)
         freedom = float(self.count - ddof) if self.count > ddof else np.nan
-        return self._of_m2(finish.spread, freedom, root=int(root))
+        return self._of_m2(finish.var_or_std, freedom, root=int(root))
 
     def var(self, ddof: float = 0) -> Any:
         """Variance of each channel: see `Moments.var`."""

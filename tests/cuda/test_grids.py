@@ -24,7 +24,7 @@ def _in_slots(grid: grids.Rows, S: int, lanes: int, begin: int) -> list[int]:
 
 
 def _outside(grid: grids.Rows, S: int, lanes: int, begin: int) -> list[int]:
-    """The others, as `fastbn.cuda.kernels.rows.outside` finds them."""
+    """The others, as `fastbn.cuda.kernels.rows.rest_at` finds them."""
     head = -begin % lanes
     return [e if e < head else e + S - grid.rest for e in range(grid.rest)]
 

@@ -94,7 +94,7 @@ def loaded(ptx: str) -> int:
 def complaints(ptx: str, name: str, stored: str) -> list[str]:
     """What is wrong with a kernel's PTX, by the words of the checks."""
     shared, double, memory = SHARED.findall(ptx), len(DOUBLE.findall(ptx)), name in ELEMENTS
-    groups = memory and not name.startswith("moving")
+    groups = memory and not name.startswith("copying")
     finishes = name.startswith("fused") and stored != "float64"  # once per channel, by one thread
     converted = len(re.findall(r"\bcvt\.f(?:32|64)\.f16\b", ptx))
     found = {

@@ -45,70 +45,74 @@ def channel_of(run, e, C, S, per_run):
 
 
 @gpu.device
-def affine_of(x, coefs, pad, run, e, C, S, per_run, mode):
+def load_normalize_coefs(x, coefs, pad, run, e, C, S, per_run, mode):
     """The first three rows of a table of coefficients for the lanes of a group that begins at element e of a run."""
     c, s = channel_of(run, e, C, S, per_run)
     if mode == TABLE:
         return gpu.load_table(x, coefs, s), gpu.load_table(x, coefs, pad + s), gpu.load_table(x, coefs, 2 * pad + s)
     p, q, r = gpu.load(coefs, c), gpu.load(coefs, pad + c), gpu.load(coefs, 2 * pad + c)
     if mode == ONE:
-        return gpu.spread(x, p), gpu.spread(x, q), gpu.spread(x, r)
+        return gpu.broadcast(x, p), gpu.broadcast(x, q), gpu.broadcast(x, r)
     c, left = c + 1 if c + 1 < C else 0, S - s
     p, q = gpu.split(x, p, gpu.load(coefs, c), left), gpu.split(x, q, gpu.load(coefs, pad + c), left)
     return p, q, gpu.split(x, r, gpu.load(coefs, 2 * pad + c), left)
 
 
 def _normalize(
-    x, y, coefs, pad, C, S, runs, length, per_run, inner, xn, xm, yn, ym, groups, mode, aligned, apart, xd, yd
+    x, y, coefs, pad, C, S, runs, length, per_run, inner, sn, sc, yn, yc, groups, mode, aligned, apart, xd, yd
 ):
-    """y = (x - near) * scale + shift, with `finish.keep_scale`'s coefficients (3, pad).
+    """y = (x - mean_hi) * scale + shift, with `finish.normalize_coefs`' coefficients (3, pad).
 
-    Run r begins at r // inner * xn + r % inner * xm in x, and in y alike; it holds `per_run` channels of S elements, in
-    `groups` groups. A thread's four lie `apart` groups and xd elements apart, if those are not 0. In mode TABLE a table
-    of S columns is that of one channel.
+    Run r begins at r // inner * sn + r % inner * sc in x, and in y alike. In mode TABLE a table of S columns is that of
+    one channel.
     """
     lanes = gpu.lanes(x)
     u = first_of(apart)
     if aligned and xd and u + (EACH - 1) * apart < runs * gpu.quotient(length, lanes):
         r, e = run_of(u, groups, lanes)
-        i, j = start_of(r, inner, xn, xm) + e, start_of(r, inner, yn, ym) + e
+        i, j = start_of(r, inner, sn, sc) + e, start_of(r, inner, yn, yc) + e
         a, b = gpu.load_group(x, i), gpu.load_group(x, i + xd)
         c, d = gpu.load_group(x, i + 2 * xd), gpu.load_group(x, i + 3 * xd)
-        near, scale, shift = affine_of(x, coefs, pad, r, e, C, S, per_run, mode)
-        gpu.store_group(y, j, (a - near) * scale + shift)
-        gpu.store_group(y, j + yd, (b - near) * scale + shift)
-        gpu.store_group(y, j + 2 * yd, (c - near) * scale + shift)
-        gpu.store_group(y, j + 3 * yd, (d - near) * scale + shift)
+        mean_hi, scale, shift = load_normalize_coefs(x, coefs, pad, r, e, C, S, per_run, mode)
+        gpu.store_group(y, j, (a - mean_hi) * scale + shift)
+        gpu.store_group(y, j + yd, (b - mean_hi) * scale + shift)
+        gpu.store_group(y, j + 2 * yd, (c - mean_hi) * scale + shift)
+        gpu.store_group(y, j + 3 * yd, (d - mean_hi) * scale + shift)
         return
     for _ in range(EACH):
         if u < runs * groups:
             r, e = run_of(u, groups, lanes)
-            i, j, count = start_of(r, inner, xn, xm) + e, start_of(r, inner, yn, ym) + e, min(lanes, length - e)
-            near, scale, shift = affine_of(x, coefs, pad, r, e, C, S, per_run, mode)
+            i, j, count = start_of(r, inner, sn, sc) + e, start_of(r, inner, yn, yc) + e, min(lanes, length - e)
+            mean_hi, scale, shift = load_normalize_coefs(x, coefs, pad, r, e, C, S, per_run, mode)
             if aligned and count == lanes:
-                gpu.store_group(y, j, (gpu.load_group(x, i) - near) * scale + shift)
+                gpu.store_group(y, j, (gpu.load_group(x, i) - mean_hi) * scale + shift)
             else:
-                gpu.store_any(y, j, count, (gpu.load_any(x, i, count) - near) * scale + shift)
+                gpu.store_any(y, j, count, (gpu.load_any(x, i, count) - mean_hi) * scale + shift)
         u += apart
 
 
 @gpu.device
-def slope_of(x, coefs, pad, run, e, C, S, per_run, mode):
+def load_gradient_coefs(x, coefs, pad, run, e, C, S, per_run, mode):
     """All four rows likewise."""
-    near, slope, level = affine_of(x, coefs, pad, run, e, C, S, per_run, mode)
+    mean_hi, projection, mean_dy = load_normalize_coefs(x, coefs, pad, run, e, C, S, per_run, mode)
     c, s = channel_of(run, e, C, S, per_run)
     if mode == TABLE:
-        return near, slope, level, gpu.load_table(x, coefs, 3 * pad + s)
+        return mean_hi, projection, mean_dy, gpu.load_table(x, coefs, 3 * pad + s)
     scale = gpu.load(coefs, 3 * pad + c)
     if mode == ONE:
-        return near, slope, level, gpu.spread(x, scale)
-    return near, slope, level, gpu.split(x, scale, gpu.load(coefs, 3 * pad + (c + 1 if c + 1 < C else 0)), S - s)
+        return mean_hi, projection, mean_dy, gpu.broadcast(x, scale)
+    return (
+        mean_hi,
+        projection,
+        mean_dy,
+        gpu.split(x, scale, gpu.load(coefs, 3 * pad + (c + 1 if c + 1 < C else 0)), S - s),
+    )
 
 
 @gpu.device
-def slant(group, steep, near, slope, level, scale):
-    """A gradient."""
-    return (steep - (group - near) * slope) * scale - level
+def gradient_group(x, dy, mean_hi, projection, mean_dy, scale):
+    """dx of a group."""
+    return (dy - (x - mean_hi) * projection) * scale - mean_dy
 
 
 def _gradient(
@@ -123,12 +127,12 @@ def _gradient(
     length,
     per_run,
     inner,
-    xn,
-    xm,
+    sn,
+    sc,
     dn,
-    dm,
+    dc,
     yn,
-    ym,
+    yc,
     groups,
     mode,
     aligned,
@@ -137,7 +141,7 @@ def _gradient(
     dd,
     yd,
 ):
-    """dx = (dy - (x - near) * slope) * scale - level, with `finish.keep_slope`'s coefficients (4, pad).
+    """dx = (dy - (x - mean_hi) * projection) * scale - mean_dy, with `finish.gradient_coefs`' coefficients (4, pad).
 
     As `_normalize`.
     """
@@ -145,34 +149,35 @@ def _gradient(
     u = first_of(apart)
     if aligned and xd and u + (EACH - 1) * apart < runs * gpu.quotient(length, lanes):
         r, e = run_of(u, groups, lanes)
-        i, k, j = start_of(r, inner, xn, xm) + e, start_of(r, inner, dn, dm) + e, start_of(r, inner, yn, ym) + e
-        a, b = gpu.load_group(x, i), gpu.load_group(x, i + xd)
-        c, d = gpu.load_group(x, i + 2 * xd), gpu.load_group(x, i + 3 * xd)
-        da, db = gpu.load_group(dy, k), gpu.load_group(dy, k + dd)
-        dc, ddy = gpu.load_group(dy, k + 2 * dd), gpu.load_group(dy, k + 3 * dd)
-        near, slope, level, scale = slope_of(x, coefs, pad, r, e, C, S, per_run, mode)
-        gpu.store_group(dx, j, slant(a, da, near, slope, level, scale))
-        gpu.store_group(dx, j + yd, slant(b, db, near, slope, level, scale))
-        gpu.store_group(dx, j + 2 * yd, slant(c, dc, near, slope, level, scale))
-        gpu.store_group(dx, j + 3 * yd, slant(d, ddy, near, slope, level, scale))
+        i, k, j = start_of(r, inner, sn, sc) + e, start_of(r, inner, dn, dc) + e, start_of(r, inner, yn, yc) + e
+        x0, x1 = gpu.load_group(x, i), gpu.load_group(x, i + xd)
+        x2, x3 = gpu.load_group(x, i + 2 * xd), gpu.load_group(x, i + 3 * xd)
+        dy0, dy1 = gpu.load_group(dy, k), gpu.load_group(dy, k + dd)
+        dy2, dy3 = gpu.load_group(dy, k + 2 * dd), gpu.load_group(dy, k + 3 * dd)
+        coefficients = load_gradient_coefs(x, coefs, pad, r, e, C, S, per_run, mode)
+        gpu.store_group(dx, j, gradient_group(x0, dy0, *coefficients))
+        gpu.store_group(dx, j + yd, gradient_group(x1, dy1, *coefficients))
+        gpu.store_group(dx, j + 2 * yd, gradient_group(x2, dy2, *coefficients))
+        gpu.store_group(dx, j + 3 * yd, gradient_group(x3, dy3, *coefficients))
         return
     for _ in range(EACH):
         if u < runs * groups:
             r, e = run_of(u, groups, lanes)
-            i, k, j = start_of(r, inner, xn, xm) + e, start_of(r, inner, dn, dm) + e, start_of(r, inner, yn, ym) + e
-            near, slope, level, scale = slope_of(x, coefs, pad, r, e, C, S, per_run, mode)
+            i, k, j = start_of(r, inner, sn, sc) + e, start_of(r, inner, dn, dc) + e, start_of(r, inner, yn, yc) + e
+            coefficients = load_gradient_coefs(x, coefs, pad, r, e, C, S, per_run, mode)
             count = min(lanes, length - e)
             if aligned and count == lanes:
-                gpu.store_group(dx, j, slant(gpu.load_group(x, i), gpu.load_group(dy, k), near, slope, level, scale))
+                gpu.store_group(dx, j, gradient_group(gpu.load_group(x, i), gpu.load_group(dy, k), *coefficients))
             else:
-                found = slant(gpu.load_any(x, i, count), gpu.load_any(dy, k, count), near, slope, level, scale)
+                found = gradient_group(gpu.load_any(x, i, count), gpu.load_any(dy, k, count), *coefficients)
                 gpu.store_any(dx, j, count, found)
         u += apart
 
 
-normalize = kernel("x x w i4 i4 i4 i8 i8 i8 i4 i8 i8 i8 i8 i4 i4 i4 i4 i8 i8", "normalize")(_normalize)
-normalize_long = kernel("x x w i4 i8 i8 i8 i8 i8 i8 i8 i8 i8 i8 i8 i4 i4 i8 i8 i8", "normalize_long")(_normalize)
-gradient = kernel("x x x w i4 i4 i4 i8 i8 i8 i4 i8 i8 i8 i8 i8 i8 i4 i4 i4 i4 i8 i8 i8", "gradient")(_gradient)
-gradient_long = kernel("x x x w i4 i8 i8 i8 i8 i8 i8 i8 i8 i8 i8 i8 i8 i8 i4 i4 i8 i8 i8 i8", "gradient_long")(
-    _gradient
-)
+# of arrays whose positions take 64 bits
+LONG = dict.fromkeys(("C", "S", "inner", "groups", "apart"), "i8")
+
+normalize = kernel("normalize", S="i4")(_normalize)
+normalize_long = kernel("normalize_long", **LONG)(_normalize)
+gradient = kernel("gradient", S="i4")(_gradient)
+gradient_long = kernel("gradient_long", **LONG)(_gradient)

@@ -10,23 +10,23 @@ from fastbn.cuda.kernels import gpu
 from fastbn.cuda.kernels.jit import kernel
 from fastbn.cuda.kernels.merging import (
     LEAF,
-    add,
-    grow,
+    add_kahan,
+    add_leaf,
     join,
     join_lanes,
     keep_lane,
     keep_lane_sums,
     kept_lane,
     kept_lane_sums,
+    leaf_weights,
     store_moments,
     store_sums,
     sum_lanes,
-    weights,
 )
 
 
 @gpu.device
-def fetch(x, i, count, aligned):
+def load_columns(x, i, count, aligned):
     """A group of columns: in one load, or as many of its lanes as there are."""
     if aligned:
         return gpu.load_group(x, i)
@@ -40,18 +40,18 @@ def column_moments(x, at, step, start, stop, every, wide, aligned):
     Rows are of all lanes.
     """
     zero, one = gpu.scalar(x, 0.0), gpu.scalar(x, 1.0)
-    nil = gpu.spread(x, zero)
+    nil = gpu.broadcast(x, zero)
     count, origin, beside, m2, lost = zero, nil, nil, nil, nil
     i, apart = at + start * step, every * step
     if start < stop:
-        origin = fetch(x, i, wide, aligned)
+        origin = load_columns(x, i, wide, aligned)
     r, until = start, start + 4 * every  # the first leaf is short: one value may be far from all others
     while r < stop:
         terms, total, squares = zero, nil, nil
         until = min(until, stop)
         while r + 3 * every < until:  # four loads on their way at once
-            a, b = fetch(x, i, wide, aligned), fetch(x, i + apart, wide, aligned)
-            c, d = fetch(x, i + 2 * apart, wide, aligned), fetch(x, i + 3 * apart, wide, aligned)
+            a, b = load_columns(x, i, wide, aligned), load_columns(x, i + apart, wide, aligned)
+            c, d = load_columns(x, i + 2 * apart, wide, aligned), load_columns(x, i + 3 * apart, wide, aligned)
             a, b, c, d = a - origin, b - origin, c - origin, d - origin
             total = total + ((a + b) + (c + d))
             squares = squares + a * a + b * b + c * c + d * d
@@ -59,14 +59,14 @@ def column_moments(x, at, step, start, stop, every, wide, aligned):
             r += 4 * every
             i += 4 * apart
         while r < until:
-            a = fetch(x, i, wide, aligned) - origin
+            a = load_columns(x, i, wide, aligned) - origin
             total, squares = total + a, squares + a * a
             terms += one
             r += every
             i += apart
-        inverse, weight, both = weights(count, terms)
-        inverse, weight, both = gpu.spread(x, inverse), gpu.spread(x, weight), gpu.spread(x, both)
-        origin, beside, m2, lost = grow(total, squares, inverse, weight, both, origin, beside, m2, lost)
+        inverse, weight, both = leaf_weights(count, terms)
+        inverse, weight, both = gpu.broadcast(x, inverse), gpu.broadcast(x, weight), gpu.broadcast(x, both)
+        origin, beside, m2, lost = add_leaf(total, squares, inverse, weight, both, origin, beside, m2, lost)
         count += terms
         until = r + LEAF * every
     return count, origin, beside, m2
@@ -75,7 +75,7 @@ def column_moments(x, at, step, start, stop, every, wide, aligned):
 @gpu.device
 def column_sums(x, dy, at, step, at_dy, step_dy, start, stop, every, wide, aligned, means):
     """(sum of dy, sum of dy * (x - mean)) of each lane, as `column_moments`."""
-    nil = gpu.spread(x, gpu.scalar(x, 0.0))
+    nil = gpu.broadcast(x, gpu.scalar(x, 0.0))
     total, lost, product, missing = nil, nil, nil, nil
     i, j, apart, apart_dy = at + start * step, at_dy + start * step_dy, every * step, every * step_dy
     r = start
@@ -83,26 +83,26 @@ def column_sums(x, dy, at, step, at_dy, step_dy, start, stop, every, wide, align
         some, products = nil, nil
         until = min(r + LEAF * every, stop)
         while r + every < until:  # two loads of each array on their way at once
-            a, da = fetch(x, i, wide, aligned), fetch(dy, j, wide, aligned)
-            b, db = fetch(x, i + apart, wide, aligned), fetch(dy, j + apart_dy, wide, aligned)
+            a, da = load_columns(x, i, wide, aligned), load_columns(dy, j, wide, aligned)
+            b, db = load_columns(x, i + apart, wide, aligned), load_columns(dy, j + apart_dy, wide, aligned)
             some = some + (da + db)
             products = products + da * (a - means) + db * (b - means)
             r += 2 * every
             i += 2 * apart
             j += 2 * apart_dy
         while r < until:
-            da = fetch(dy, j, wide, aligned)
-            some, products = some + da, products + da * (fetch(x, i, wide, aligned) - means)
+            da = load_columns(dy, j, wide, aligned)
+            some, products = some + da, products + da * (load_columns(x, i, wide, aligned) - means)
             r += every
             i += apart
             j += apart_dy
-        total, lost = add(total, lost, some)
-        product, missing = add(product, missing, products)
+        total, lost = add_kahan(total, lost, some)
+        product, missing = add_kahan(product, missing, products)
     return total, product
 
 
 @gpu.device
-def place_of(x, R, W, across, unit, part, chunk):
+def columns_of(x, R, W, across, unit, part, chunk):
     """(first column of the block's, this thread's, how many it has, rows from, to, every)."""
     thread, lanes = gpu.thread(), gpu.lanes(x)
     every = gpu.threads() // across
@@ -122,13 +122,13 @@ def part_moments(x, R, W, C, S, step, rest, across, units, unit, part, chunk, al
     Channels of folded rows are merged where a block has all of them; else channel C is channel 0 of the next row.
     """
     lanes, thread = gpu.lanes(x), gpu.thread()
-    first, column, wide, start, stop, every = place_of(x, R, W, across, unit, part, chunk)
+    first, column, wide, start, stop, every = columns_of(x, R, W, across, unit, part, chunk)
     if aligned:  # a loop of its own: a choice at each load would hold back the next until this one is there
         count, base, beside, m2 = column_moments(x, column, step, start, stop, every, wide, True)
     else:
         count, base, beside, m2 = column_moments(x, column, step, start, stop, every, wide, False)
     plane = gpu.many(x)
-    gpu.put_group(x, thread * lanes, gpu.spread(x, count))
+    gpu.put_group(x, thread * lanes, gpu.broadcast(x, count))
     gpu.put_group(x, plane + thread * lanes, base)
     gpu.put_group(x, 2 * plane + thread * lanes, beside)
     gpu.put_group(x, 3 * plane + thread * lanes, m2)
@@ -152,8 +152,8 @@ def part_moments(x, R, W, C, S, step, rest, across, units, unit, part, chunk, al
 def part_sums(x, dy, mean, R, W, C, S, step, step_dy, rest, across, units, unit, part, chunk, aligned):
     """The same for the sums of dy and dy * (x - mean)."""
     lanes, thread = gpu.lanes(x), gpu.thread()
-    first, column, wide, start, stop, every = place_of(x, R, W, across, unit, part, chunk)
-    means = gpu.spread(x, gpu.scalar(x, 0.0))
+    first, column, wide, start, stop, every = columns_of(x, R, W, across, unit, part, chunk)
+    means = gpu.broadcast(x, gpu.scalar(x, 0.0))
     if wide > 0:
         means = gpu.gather(x, mean, 0, column // S % C, column % S, S, C)
     if aligned:
@@ -180,12 +180,12 @@ def part_sums(x, dy, mean, R, W, C, S, step, step_dy, rest, across, units, unit,
     return channels, gpu.quotient(first, S)
 
 
-@kernel("x i8 i8 i4 i4 i8 i4 i4 i4 i8 i4 i4 s")
+@kernel(S="i4 columns of a channel, side by side", rest="i4 columns left of one more row", chunk="i8 rows of a part")
 def moments_columns(x, R, W, C, S, step, rest, across, units, chunk, copies, aligned, partial):
     """(count, mean, m2) of each part of each channel into `partial` (parts * copies, 3, C).
 
-    A part is `chunk` rows, a row `copies` times C channels of S columns where a block has not all of it, else 1. Of one
-    more row `rest` columns are left. Blocks side by side take one part of all columns: what is read last lies together.
+    A row is `copies` times C channels of S columns. Blocks side by side take one part of all columns: what is read last
+    lies together.
     """
     part = gpu.quotient(gpu.block(), units)
     channels, first = part_moments(
@@ -198,12 +198,16 @@ def moments_columns(x, R, W, C, S, step, rest, across, units, chunk, copies, ali
         i += gpu.threads()
 
 
-@kernel("x x t i8 i8 i4 i4 i8 i8 i4 i4 i4 i8 i4 i4 s")
+@kernel(
+    mean="t (C,), rounded as x is computed in",
+    S="i4 columns of a channel, side by side",
+    rest="i4 columns left of one more row",
+    chunk="i8 rows of a part",
+)
 def sums_columns(x, dy, mean, R, W, C, S, step, step_dy, rest, across, units, chunk, copies, aligned, partial):
     """(sum of dy, sum of dy * (x - mean)) of each part of each channel into `partial` (parts * copies, 2, C).
 
     As `moments_columns`.
-    `mean` (C,) is rounded as x is computed in.
     """
     part = gpu.quotient(gpu.block(), units)
     unit = gpu.block() - part * units

@@ -2,7 +2,7 @@
 
 The only file that knows numba-cuda's compiler, with `_group`.
 `x` tells a function which memory it is about: a pointer to float32, float64, uint16 (float16) or int16 (bfloat16).
-Indices are elements. `+`, `-`, `*` and `/` work on groups. `gpu.scalar` and `gpu.spread` give numbers their type: a
+Indices are elements. `+`, `-`, `*` and `/` work on groups. `gpu.scalar` and `gpu.broadcast` give numbers their type: a
 Python 0.0 would turn float32 into float64.
 """
 
@@ -99,7 +99,7 @@ def scalar(typingctx, x, value):
 
 
 @intrinsic
-def spread(typingctx, x, value):
+def broadcast(typingctx, x, value):
     """A number in every lane of a group of x."""
     group = Group(x.dtype)
     return group(x, group.dtype), lambda context, builder, sig, args: splat(builder, args[1], group.ir)

@@ -10,13 +10,13 @@ from math import sqrt
 from fastbn.cuda.kernels import gpu
 from fastbn.cuda.kernels.jit import kernel
 from fastbn.cuda.kernels.merging import (
-    doubtful,
     join,
     join_slots,
     keep,
     keep_sums,
     kept,
     kept_sums,
+    out_of_range,
     reread,
     reread_sums,
     sum_slots,
@@ -24,7 +24,7 @@ from fastbn.cuda.kernels.merging import (
 
 
 @gpu.device
-def share_of(across):
+def channel_of(across):
     """(channel, its place among those of a block, this thread's among the channel's, how many these are)."""
     below = gpu.quotient(gpu.thread(), across)
     beside = gpu.thread() - below * across
@@ -34,7 +34,7 @@ def share_of(across):
 @gpu.device
 def moments_of(partial, entries, C, across, x, N, S, sn, sc, stats):
     """(channel, whether this thread is to finish it, count, mean, m2), from partial results (entries, 3, C)."""
-    channel, beside, below, every = share_of(across)
+    channel, beside, below, every = channel_of(across)
     zero = gpu.scalar(stats, 0.0)
     nothing = zero, zero, zero, zero
     found = nothing
@@ -47,7 +47,7 @@ def moments_of(partial, entries, C, across, x, N, S, sn, sc, stats):
     join_slots(stats, every, across, 1, 0)
     count, base, rest, m2 = kept(stats, beside)
     gpu.sync()
-    if doubtful(x, count, base + rest, m2):
+    if out_of_range(x, count, base + rest, m2):
         found = reread(x, channel * sc, N, S, sn, below, every)
     else:
         found = (count, base, rest, m2) if below == 0 else nothing
@@ -58,64 +58,66 @@ def moments_of(partial, entries, C, across, x, N, S, sn, sc, stats):
 
 
 @gpu.device
-def scaled(x, mean, rstd, gamma, beta, affine, channel):
-    """(near, scale, shift) of y = (x - near) * scale + shift.
-
-    The nearest to a mean, the rest of which is in the shift.
-    """
-    near = gpu.scalar(x, mean)
+def normalize_coefs_of(x, mean, rstd, gamma, beta, affine, channel):
+    """(mean_hi, scale, shift) of y = (x - mean_hi) * scale + shift, the mean's rest in the shift."""
+    mean_hi = gpu.scalar(x, mean)
     scale = rstd * gpu.load(gamma, channel) if affine & 1 else rstd
-    shift = (near - mean) * scale
+    shift = (mean_hi - mean) * scale
     if affine & 2:
         shift += gpu.load(beta, channel)
-    return near, gpu.scalar(x, scale), gpu.scalar(x, shift)
+    return mean_hi, gpu.scalar(x, scale), gpu.scalar(x, shift)
 
 
 @gpu.device
-def sloped(x, mean, rstd, gamma, affine, channel, a, dgamma, values):
-    """(near, slope, level, scale) of dx = (dy - (x - near) * slope) * scale - level, from sums of dy and dy * xhat."""
-    near, slope = gpu.scalar(x, mean), dgamma / values * rstd
-    level = a / values - (mean - near) * slope
+def gradient_coefs_of(x, mean, rstd, gamma, affine, channel, a, dgamma, values):
+    """(mean_hi, projection, mean_dy, scale) of dx = (dy - (x - mean_hi) * projection) * scale - mean_dy.
+
+    From the sums of dy and dy * xhat; `mean_dy` is that of dy, scaled.
+    """
+    mean_hi, projection = gpu.scalar(x, mean), dgamma / values * rstd
+    mean_dy = a / values - (mean - mean_hi) * projection
     scale = rstd * gpu.load(gamma, channel) if affine & 1 else rstd
-    return near, gpu.scalar(x, slope), gpu.scalar(x, level * scale), gpu.scalar(x, scale)
+    return mean_hi, gpu.scalar(x, projection), gpu.scalar(x, mean_dy * scale), gpu.scalar(x, scale)
 
 
 @gpu.device
-def slope_of(x, mean, rstd, a, b):
-    """Sum of dy * xhat, from those of dy and of dy * (x - near)."""
+def dgamma_of(x, mean, rstd, a, b):
+    """Sum of dy * xhat, from those of dy and of dy * (x - mean_hi)."""
     return b * rstd - (mean - gpu.scalar(x, mean)) * rstd * a
 
 
 @gpu.device
-def keep_affine(near, scale, shift, channel, C, columns, copies, pad, coefs):
+def store_coefs(mean_hi, second, third, channel, C, columns, copies, pad, coefs):
     """What `apply.normalize` needs of a channel: in each of its columns of each copy of C channels."""
     for i in range(copies):
         at = (i * C + channel) * columns
         for j in range(at, at + columns):
-            gpu.store(coefs, j, near)
-            gpu.store(coefs, pad + j, scale)
-            gpu.store(coefs, 2 * pad + j, shift)
+            gpu.store(coefs, j, mean_hi)
+            gpu.store(coefs, pad + j, second)
+            gpu.store(coefs, 2 * pad + j, third)
 
 
 @gpu.device
-def keep_scale(mean, rstd, gamma, beta, affine, channel, C, columns, copies, pad, coefs):
+def store_normalize_coefs(mean, rstd, gamma, beta, affine, channel, C, columns, copies, pad, coefs):
     """The same, from statistics."""
-    near, scale, shift = scaled(coefs, mean, rstd, gamma, beta, affine, channel)
-    keep_affine(near, scale, shift, channel, C, columns, copies, pad, coefs)
+    found = normalize_coefs_of(coefs, mean, rstd, gamma, beta, affine, channel)
+    store_coefs(*found, channel, C, columns, copies, pad, coefs)
 
 
 @gpu.device
-def keep_slope(mean, rstd, gamma, affine, channel, a, dgamma, values, C, columns, copies, pad, coefs):
+def store_gradient_coefs(mean, rstd, gamma, affine, channel, a, dgamma, values, C, columns, copies, pad, coefs):
     """What `apply.gradient` needs of a channel, likewise."""
-    near, slope, level, scale = sloped(coefs, mean, rstd, gamma, affine, channel, a, dgamma, values)
-    keep_affine(near, slope, level, channel, C, columns, copies, pad, coefs)
+    mean_hi, projection, mean_dy, scale = gradient_coefs_of(
+        coefs, mean, rstd, gamma, affine, channel, a, dgamma, values
+    )
+    store_coefs(mean_hi, projection, mean_dy, channel, C, columns, copies, pad, coefs)
     for i in range(copies):
         at = 3 * pad + (i * C + channel) * columns
         for j in range(at, at + columns):
             gpu.store(coefs, j, scale)
 
 
-@kernel("s i4 i4 i4 x i8 i8 i8 i8 s")
+@kernel(across="i4 channels of a block")
 def finish_moments(partial, entries, C, across, x, N, S, sn, sc, stats):
     """Mean and m2 of each channel into `stats` (2, C), from partial results (entries, 3, C) of x (N, C, S)."""
     channel, mine, _, mean, m2 = moments_of(partial, entries, C, across, x, N, S, sn, sc, stats)
@@ -124,35 +126,36 @@ def finish_moments(partial, entries, C, across, x, N, S, sn, sc, stats):
         gpu.store(stats, C + channel, m2)
 
 
-@kernel("s i4 i4 i4 x i8 i8 i8 i8 f w w i4 i4 i4 i4 s w")
+@kernel(across="i4 channels of a block")
 def finish_forward(
     partial, entries, C, across, x, N, S, sn, sc, eps, gamma, beta, affine, columns, copies, pad, stats, coefs
 ):
-    """The same, and coefficients (3, pad) for `apply.normalize`; `affine` is 1 with gamma, 2 with beta, 3 with both."""
+    """The same, and coefficients (3, pad) for `apply.normalize`."""
     channel, mine, count, mean, m2 = moments_of(partial, entries, C, across, x, N, S, sn, sc, stats)
     if mine:
         gpu.store(stats, channel, mean)
         gpu.store(stats, C + channel, m2)
-        keep_scale(mean, 1.0 / sqrt(m2 / count + eps), gamma, beta, affine, channel, C, columns, copies, pad, coefs)
+        store_normalize_coefs(
+            mean, 1.0 / sqrt(m2 / count + eps), gamma, beta, affine, channel, C, columns, copies, pad, coefs
+        )
 
 
-@kernel("t t f f w w i4 i4 i4 i4 i4 w")
-def set_scale(mean, m2, count, eps, gamma, beta, affine, C, columns, copies, pad, coefs):
-    """Coefficients (3, pad) for `apply.normalize` from given statistics (C,).
-
-    m2 is 1 / sqrt(var + eps) where count is 0.
-    """
+@kernel()
+def normalize_coefs(mean, m2, count, eps, gamma, beta, affine, C, columns, copies, pad, coefs):
+    """Coefficients (3, pad) for `apply.normalize` from given statistics (C,)."""
     channel = gpu.block() * gpu.threads() + gpu.thread()
     if channel < C:
         spread = gpu.load(m2, channel)
         rstd = 1.0 / sqrt(spread / count + eps) if count else spread
-        keep_scale(gpu.load(mean, channel), rstd, gamma, beta, affine, channel, C, columns, copies, pad, coefs)
+        store_normalize_coefs(
+            gpu.load(mean, channel), rstd, gamma, beta, affine, channel, C, columns, copies, pad, coefs
+        )
 
 
 @gpu.device
 def sums_of(partial, entries, C, across, x, dy, mean, N, S, sn, sc, dn, dc, sums):
     """(channel, whether this thread is to finish it, sum of dy, sum of dy * (x - mean)), of partial (entries, 2, C)."""
-    channel, beside, below, every = share_of(across)
+    channel, beside, below, every = channel_of(across)
     zero = gpu.scalar(sums, 0.0)
     a, b = zero, zero
     e = below
@@ -165,8 +168,8 @@ def sums_of(partial, entries, C, across, x, dy, mean, N, S, sn, sc, dn, dc, sums
     a, b = kept_sums(sums, beside)
     gpu.sync()
     if channel < C and gpu.lanes(x) > 2 and not (a - a == 0.0 and b - b == 0.0):
-        near = gpu.scalar(sums, gpu.scalar(x, gpu.load(mean, channel)))
-        a, b = reread_sums(x, dy, channel * sc, channel * dc, N, S, sn, dn, below, every, near)
+        mean_hi = gpu.scalar(sums, gpu.scalar(x, gpu.load(mean, channel)))
+        a, b = reread_sums(x, dy, channel * sc, channel * dc, N, S, sn, dn, below, every, mean_hi)
     elif below > 0:
         a, b = zero, zero
     keep_sums(sums, gpu.thread(), a, b)
@@ -175,52 +178,55 @@ def sums_of(partial, entries, C, across, x, dy, mean, N, S, sn, sc, dn, dc, sums
     return channel, channel < C and below == 0, a, b
 
 
-@kernel("s i4 i4 i4 x x i8 i8 i8 i8 i8 i8 t t f f f w i4 i4 i4 i4 i4 s w w")
+@kernel(across="i4 channels of a block", training="i4 whether the statistics are those of x; else constants")
 def finish_backward(
     partial, entries, C, across, x, dy, N, S, sn, sc, dn, dc, mean, m2, count, eps, values, gamma, affine, training,
     columns, copies, pad, sums, grads, coefs,
 ):  # fmt: skip
     """Sums of dy and dy * xhat into `sums` and `grads` (2, C), and coefficients (4, pad) for the pass over elements.
 
-    From partial sums (entries, 2, C) of x and dy (N, C, S); `values` per channel; m2 is 1 / sqrt(var + eps) where count
-    is 0. If not `training`, statistics are constants, and dx is dy scaled: no coefficient of x's.
+    From partial sums (entries, 2, C) of x and dy (N, C, S). If not `training`, dx is dy scaled: no coefficient of x's.
     """
     zero = gpu.scalar(sums, 0.0)
     channel, mine, a, b = sums_of(partial, entries, C, across, x, dy, mean, N, S, sn, sc, dn, dc, sums)
     if mine:
         spread, middle = gpu.load(m2, channel), gpu.load(mean, channel)
         rstd = 1.0 / sqrt(spread / count + eps) if count else spread
-        dgamma = slope_of(coefs, middle, rstd, a, b)
+        dgamma = dgamma_of(coefs, middle, rstd, a, b)
         gpu.store(sums, channel, a)
         gpu.store(sums, C + channel, dgamma)
         gpu.store(grads, channel, gpu.scalar(grads, a))
         gpu.store(grads, C + channel, gpu.scalar(grads, dgamma))
         if training:
-            keep_slope(middle, rstd, gamma, affine, channel, a, dgamma, values, C, columns, copies, pad, coefs)
-        else:
-            scale, none = (
-                gpu.scalar(coefs, rstd * gpu.load(gamma, channel) if affine & 1 else rstd),
-                gpu.scalar(coefs, zero),
+            store_gradient_coefs(
+                middle, rstd, gamma, affine, channel, a, dgamma, values, C, columns, copies, pad, coefs
             )
-            keep_affine(none, scale, none, channel, C, columns, copies, pad, coefs)
+        else:
+            scale = gpu.scalar(coefs, rstd * gpu.load(gamma, channel) if affine & 1 else rstd)
+            nil = gpu.scalar(coefs, zero)
+            store_coefs(nil, scale, nil, channel, C, columns, copies, pad, coefs)
 
 
-@kernel("t t f f s s f w i4 i4 i4 i4 i4 w")
-def set_slope(mean, m2, count, eps, sum_dy, sum_dy_xhat, values, gamma, affine, C, columns, copies, pad, coefs):
-    """Coefficients (4, pad) for `apply.gradient` from given statistics and sums (C,) over `values` per channel.
-
-    m2 as `set_scale`.
-    """
+@kernel(sum_dy="s (C,), sum of dy", sum_dy_xhat="s (C,), sum of dy * xhat")
+def gradient_coefs(mean, m2, count, eps, sum_dy, sum_dy_xhat, values, gamma, affine, C, columns, copies, pad, coefs):
+    """Coefficients (4, pad) for `apply.gradient` from given statistics and sums (C,)."""
     channel = gpu.block() * gpu.threads() + gpu.thread()
     if channel < C:
         spread = gpu.load(m2, channel)
         rstd = 1.0 / sqrt(spread / count + eps) if count else spread
         a, dgamma = gpu.load(sum_dy, channel), gpu.load(sum_dy_xhat, channel)
         middle = gpu.scalar(sum_dy, gpu.load(mean, channel))
-        keep_slope(middle, rstd, gamma, affine, channel, a, dgamma, values, C, columns, copies, pad, coefs)
+        store_gradient_coefs(middle, rstd, gamma, affine, channel, a, dgamma, values, C, columns, copies, pad, coefs)
 
 
-@kernel("s s f f i4 w w")
+@kernel(
+    mean="s (C,), of the batch",
+    m2="s (C,), of the batch",
+    freedom="f what m2 is divided by",
+    weight="f of the batch; the rest is that of what was",
+    running_mean="w (C,), moved in place",
+    running_var="w (C,), moved in place",
+)
 def track(mean, m2, freedom, weight, C, running_mean, running_var):
     """Running statistics (C,) move towards mean and m2 / freedom by `weight`."""
     channel = gpu.block() * gpu.threads() + gpu.thread()
@@ -231,25 +237,33 @@ def track(mean, m2, freedom, weight, C, running_mean, running_var):
         gpu.store(running_var, channel, gpu.scalar(running_var, kept * gpu.load(running_var, channel) + weight * var))
 
 
-@kernel("t f f i4 s")
-def rstd(m2, count, eps, C, found):
-    """`found` = 1 / sqrt(m2 / count + eps), all (C,)."""
+@kernel()
+def rstd(m2, count, eps, C, result):
+    """`result` = 1 / sqrt(m2 / count + eps), all (C,)."""
     channel = gpu.block() * gpu.threads() + gpu.thread()
     if channel < C:
-        gpu.store(found, channel, 1.0 / sqrt(gpu.load(m2, channel) / count + eps))
+        gpu.store(result, channel, 1.0 / sqrt(gpu.load(m2, channel) / count + eps))
 
 
-@kernel("s f i4 i4 s")
-def spread(m2, freedom, root, C, found):
-    """`found` = m2 / freedom, or its square root, all (C,)."""
+@kernel(m2="s (C,)", freedom="f what m2 is divided by", root="i4 whether to take the square root")
+def var_or_std(m2, freedom, root, C, result):
+    """`result` = m2 / freedom, or its square root, all (C,)."""
     channel = gpu.block() * gpu.threads() + gpu.thread()
     if channel < C:
         var = gpu.load(m2, channel) / freedom
-        gpu.store(found, channel, sqrt(var) if root else var)
+        gpu.store(result, channel, sqrt(var) if root else var)
 
 
-@kernel("f s s f s s i4 s s")
-def join_moments(count, mean, m2, other_count, other_mean, other_m2, C, found, found_m2):
+@kernel(
+    count="f values of a channel",
+    mean="s (C,)",
+    m2="s (C,)",
+    other_count="f of the other group",
+    other_mean="s (C,)",
+    other_m2="s (C,)",
+    result_m2="s (C,), takes m2 of both",
+)
+def join_moments(count, mean, m2, other_count, other_mean, other_m2, C, result, result_m2):
     """Moments of both groups of values, all (C,)."""
     channel = gpu.block() * gpu.threads() + gpu.thread()
     if channel < C:
@@ -257,21 +271,21 @@ def join_moments(count, mean, m2, other_count, other_mean, other_m2, C, found, f
         _, middle, rest, q = join(
             count, *here, other_count, gpu.load(other_mean, channel), 0.0, gpu.load(other_m2, channel)
         )
-        gpu.store(found, channel, middle + rest)
-        gpu.store(found_m2, channel, q)
+        gpu.store(result, channel, middle + rest)
+        gpu.store(result_m2, channel, q)
 
 
-@kernel("t i4 s")
-def widen(values, C, found):
-    """`found` = values in float64, both (C,)."""
+@kernel(values="t (C,)")
+def widen(values, C, result):
+    """`result` = values in float64, both (C,)."""
     channel = gpu.block() * gpu.threads() + gpu.thread()
     if channel < C:
-        gpu.store(found, channel, gpu.scalar(found, gpu.load(values, channel)))
+        gpu.store(result, channel, gpu.scalar(result, gpu.load(values, channel)))
 
 
-@kernel("w i4")
-def clear(found, count):
+@kernel(result="w (size,)", size="i4 elements")
+def clear(result, size):
     """Zeros."""
     i = gpu.block() * gpu.threads() + gpu.thread()
-    if i < count:
-        gpu.store(found, i, gpu.scalar(found, 0.0))
+    if i < size:
+        gpu.store(result, i, gpu.scalar(result, 0.0))

@@ -10,35 +10,35 @@ from math import sqrt
 from numpy import float64
 
 from fastbn.cuda.kernels import gpu
-from fastbn.cuda.kernels.apply import slant
-from fastbn.cuda.kernels.columns import fetch, part_moments, part_sums
-from fastbn.cuda.kernels.finish import scaled, slope_of, sloped
+from fastbn.cuda.kernels.apply import gradient_group
+from fastbn.cuda.kernels.columns import load_columns, part_moments, part_sums
+from fastbn.cuda.kernels.finish import dgamma_of, gradient_coefs_of, normalize_coefs_of
 from fastbn.cuda.kernels.jit import kernel
-from fastbn.cuda.kernels.merging import doubtful, kept_lane, kept_lane_sums, reread, reread_sums
-from fastbn.cuda.kernels.rows import four, onwards, outside, row_moments, row_sums, spot
+from fastbn.cuda.kernels.merging import kept_lane, kept_lane_sums, out_of_range, reread, reread_sums
+from fastbn.cuda.kernels.rows import four_slots, next_slot, rest_at, row_moments, row_sums, slot_at
 
 
 @gpu.device
-def everywhere(x, i):
+def take_broadcast(x, i):
     """A number of the block's, in every lane."""
-    return gpu.spread(x, gpu.take(x, i))
+    return gpu.broadcast(x, gpu.take(x, i))
 
 
 @gpu.device
-def settled(x, at, N, S, sn, count, base, rest, m2):
+def final_moments(x, at, N, S, sn, count, base, rest, m2):
     """(count, mean, m2) in float64 of the channel at `at`.
 
     Where float32 has too little range, read again, by one thread.
     """
     count, mean, m2 = float64(count), float64(base) + float64(rest), float64(m2)
-    if doubtful(x, count, mean, m2):
+    if out_of_range(x, count, mean, m2):
         count, base, rest, m2 = reread(x, at, N, S, sn, 0, 1)
         mean = base + rest
     return count, mean, m2
 
 
 @gpu.device
-def settled_sums(x, dy, at, of, N, S, sn, dn, mean, a, b):
+def final_sums(x, dy, at, of, N, S, sn, dn, mean, a, b):
     """The sums of dy and dy * (x - mean) likewise."""
     a, b = float64(a), float64(b)
     if gpu.lanes(x) > 2 and not (a - a == 0.0 and b - b == 0.0):
@@ -46,81 +46,61 @@ def settled_sums(x, dy, at, of, N, S, sn, dn, mean, a, b):
     return a, b
 
 
-@kernel("x x w w i4 f i4 i4 i4 i8 i8 i8 i8 i4 i4 i4 i4 i4 i4 i8 i8 s")
+SHORT = dict.fromkeys(("N", "S", "slots", "rest"), "i4")  # where a block takes all of a channel
+
+
+@kernel(**SHORT)
 def forward_rows(
-    x,
-    y,
-    gamma,
-    beta,
-    affine,
-    eps,
-    N,
-    C,
-    S,
-    sn,
-    sc,
-    yn,
-    yc,
-    base,
-    base_y,
-    slots,
-    rest,
-    step_n,
-    step_v,
-    stop,
-    last,
-    stats,
-):
+    x, y, gamma, beta, affine, eps, N, C, S, sn, sc, yn, yc, base, base_y, slots, rest, step_n, step_v, chunk,
+    chunk_rest, stats,
+):  # fmt: skip
     """Mean and m2 of each channel into `stats` (2, C), and y: `rows.moments_rows` with one part.
 
-    It is `stop` slots and `last` elements outside them; where there are slots, rows of all arrays begin alike to a
-    boundary.
+    Where there are slots, rows of all arrays begin alike to a boundary.
     """
     channel, thread, threads, lanes = gpu.block(), gpu.thread(), gpu.threads(), gpu.lanes(x)
     at, to = channel * sc, channel * yc
-    found = row_moments(x, S, at, sn, base, slots, rest, step_n, step_v, 0, stop, 0, last)
+    found = row_moments(x, S, at, sn, base, slots, rest, step_n, step_v, 0, chunk, 0, chunk_rest)
     gpu.sync()
     if thread == 0:
-        count, middle, spread = settled(x, at, N, S, sn, *found)
+        count, middle, spread = final_moments(x, at, N, S, sn, *found)
         gpu.store(stats, channel, middle)
         gpu.store(stats, C + channel, spread)
         rstd = 1.0 / sqrt(spread / count + eps)
-        near, scale, shift = scaled(x, middle, rstd, gamma, beta, affine, channel)
-        gpu.put(x, 0, near)
+        mean_hi, scale, shift = normalize_coefs_of(x, middle, rstd, gamma, beta, affine, channel)
+        gpu.put(x, 0, mean_hi)
         gpu.put(x, 1, scale)
         gpu.put(x, 2, shift)
     gpu.sync()
-    near, scale, shift = everywhere(x, 0), everywhere(x, 1), everywhere(x, 2)
+    mean_hi, scale, shift = take_broadcast(x, 0), take_broadcast(x, 1), take_broadcast(x, 2)
     e = thread
     n, v = e // slots, e % slots
-    while e + 3 * threads < stop:  # four loads on their way at once
-        i, j, k, m, _, _ = four(n, v, at, sn, base, lanes, step_n, step_v, slots)
+    while e + 3 * threads < chunk:  # four loads on their way at once
+        i, j, k, m, _, _ = four_slots(n, v, at, sn, base, lanes, step_n, step_v, slots)
         a, b, c, d = gpu.load_group(x, i), gpu.load_group(x, j), gpu.load_group(x, k), gpu.load_group(x, m)
-        i, j, k, m, n, v = four(n, v, to, yn, base_y, lanes, step_n, step_v, slots)
-        gpu.store_group(y, i, (a - near) * scale + shift)
-        gpu.store_group(y, j, (b - near) * scale + shift)
-        gpu.store_group(y, k, (c - near) * scale + shift)
-        gpu.store_group(y, m, (d - near) * scale + shift)
+        i, j, k, m, n, v = four_slots(n, v, to, yn, base_y, lanes, step_n, step_v, slots)
+        gpu.store_group(y, i, (a - mean_hi) * scale + shift)
+        gpu.store_group(y, j, (b - mean_hi) * scale + shift)
+        gpu.store_group(y, k, (c - mean_hi) * scale + shift)
+        gpu.store_group(y, m, (d - mean_hi) * scale + shift)
         e += 4 * threads
-    while e < stop:
-        a = gpu.load_group(x, spot(at + n * sn, base, lanes, v))
-        gpu.store_group(y, spot(to + n * yn, base_y, lanes, v), (a - near) * scale + shift)
-        n, v = onwards(n, v, step_n, step_v, slots)
+    while e < chunk:
+        a = gpu.load_group(x, slot_at(at + n * sn, base, lanes, v))
+        gpu.store_group(y, slot_at(to + n * yn, base_y, lanes, v), (a - mean_hi) * scale + shift)
+        n, v = next_slot(n, v, step_n, step_v, slots)
         e += threads
     e = thread
-    while e < last:
-        value = (gpu.load(x, outside(e, at, sn, base, lanes, S, rest)) - gpu.take(x, 0)) * gpu.take(x, 1) + gpu.take(
-            x, 2
-        )
-        gpu.store(y, outside(e, to, yn, base_y, lanes, S, rest), value)
+    while e < chunk_rest:
+        value = gpu.load(x, rest_at(e, at, sn, base, lanes, S, rest))
+        value = (value - gpu.take(x, 0)) * gpu.take(x, 1) + gpu.take(x, 2)
+        gpu.store(y, rest_at(e, to, yn, base_y, lanes, S, rest), value)
         e += threads
 
 
-@kernel("x x x t t f f f w i4 i4 i4 i4 i8 i8 i8 i8 i8 i8 i4 i4 i4 i4 i4 i4 i4 i8 i8 w")
+@kernel(**SHORT)
 def backward_rows(
     x, dy, dx, mean, m2, count, eps, values, gamma, affine, N, C, S, sn, sc, dn, dc, yn, yc, base, base_dy, base_y,
-    slots, rest, step_n,
-    step_v, stop, last, grads,
+    slots, rest, step_n, step_v, chunk, chunk_rest, grads,
 ):  # fmt: skip
     """Sums of dy and dy * xhat into `grads` (2, C), and dx, statistics as in `finish.finish_backward`.
 
@@ -129,61 +109,55 @@ def backward_rows(
     channel, thread, threads, lanes = gpu.block(), gpu.thread(), gpu.threads(), gpu.lanes(x)
     at, of, to = channel * sc, channel * dc, channel * yc
     middle = gpu.scalar(x, gpu.load(mean, channel))
-    a, b = row_sums(x, dy, S, at, sn, base, of, dn, base_dy, slots, rest, step_n, step_v, 0, stop, 0, last, middle)
+    a, b = row_sums(
+        x, dy, S, at, sn, base, of, dn, base_dy, slots, rest, step_n, step_v, 0, chunk, 0, chunk_rest, middle
+    )
     gpu.sync()
     if thread == 0:
         spread = gpu.load(m2, channel)
-        total, product = settled_sums(x, dy, at, of, N, S, sn, dn, middle, a, b)
+        total, product = final_sums(x, dy, at, of, N, S, sn, dn, middle, a, b)
         rstd = 1.0 / sqrt(spread / count + eps) if count else spread
-        dgamma = slope_of(x, gpu.load(mean, channel), rstd, total, product)
+        dgamma = dgamma_of(x, gpu.load(mean, channel), rstd, total, product)
         gpu.store(grads, channel, gpu.scalar(grads, total))
         gpu.store(grads, C + channel, gpu.scalar(grads, dgamma))
-        near, slope, level, scale = sloped(
+        mean_hi, projection, mean_dy, scale = gradient_coefs_of(
             x, gpu.load(mean, channel), rstd, gamma, affine, channel, total, dgamma, values
         )
-        gpu.put(x, 0, near)
-        gpu.put(x, 1, slope)
-        gpu.put(x, 2, level)
+        gpu.put(x, 0, mean_hi)
+        gpu.put(x, 1, projection)
+        gpu.put(x, 2, mean_dy)
         gpu.put(x, 3, scale)
     gpu.sync()
-    near, slope, level, scale = everywhere(x, 0), everywhere(x, 1), everywhere(x, 2), everywhere(x, 3)
+    coefs = take_broadcast(x, 0), take_broadcast(x, 1), take_broadcast(x, 2), take_broadcast(x, 3)
     e = thread
     n, v = e // slots, e % slots
-    while e + threads < stop:  # two loads of each array on their way at once
-        n1, v1 = onwards(n, v, step_n, step_v, slots)
-        p, dp = (
-            gpu.load_group(x, spot(at + n * sn, base, lanes, v)),
-            gpu.load_group(dy, spot(of + n * dn, base_dy, lanes, v)),
-        )
-        q, dq = (
-            gpu.load_group(x, spot(at + n1 * sn, base, lanes, v1)),
-            gpu.load_group(dy, spot(of + n1 * dn, base_dy, lanes, v1)),
-        )
-        gpu.store_group(dx, spot(to + n * yn, base_y, lanes, v), slant(p, dp, near, slope, level, scale))
-        gpu.store_group(dx, spot(to + n1 * yn, base_y, lanes, v1), slant(q, dq, near, slope, level, scale))
-        n, v = onwards(n1, v1, step_n, step_v, slots)
+    while e + threads < chunk:  # two loads of each array on their way at once
+        n1, v1 = next_slot(n, v, step_n, step_v, slots)
+        p = gpu.load_group(x, slot_at(at + n * sn, base, lanes, v))
+        dp = gpu.load_group(dy, slot_at(of + n * dn, base_dy, lanes, v))
+        q = gpu.load_group(x, slot_at(at + n1 * sn, base, lanes, v1))
+        dq = gpu.load_group(dy, slot_at(of + n1 * dn, base_dy, lanes, v1))
+        gpu.store_group(dx, slot_at(to + n * yn, base_y, lanes, v), gradient_group(p, dp, *coefs))
+        gpu.store_group(dx, slot_at(to + n1 * yn, base_y, lanes, v1), gradient_group(q, dq, *coefs))
+        n, v = next_slot(n1, v1, step_n, step_v, slots)
         e += 2 * threads
-    while e < stop:
-        p, dp = (
-            gpu.load_group(x, spot(at + n * sn, base, lanes, v)),
-            gpu.load_group(dy, spot(of + n * dn, base_dy, lanes, v)),
-        )
-        gpu.store_group(dx, spot(to + n * yn, base_y, lanes, v), slant(p, dp, near, slope, level, scale))
-        n, v = onwards(n, v, step_n, step_v, slots)
+    while e < chunk:
+        p = gpu.load_group(x, slot_at(at + n * sn, base, lanes, v))
+        dp = gpu.load_group(dy, slot_at(of + n * dn, base_dy, lanes, v))
+        gpu.store_group(dx, slot_at(to + n * yn, base_y, lanes, v), gradient_group(p, dp, *coefs))
+        n, v = next_slot(n, v, step_n, step_v, slots)
         e += threads
     e = thread
-    while e < last:
-        value, steep = (
-            gpu.load(x, outside(e, at, sn, base, lanes, S, rest)),
-            gpu.load(dy, outside(e, of, dn, base_dy, lanes, S, rest)),
-        )
-        found = slant(value, steep, gpu.take(x, 0), gpu.take(x, 1), gpu.take(x, 2), gpu.take(x, 3))
-        gpu.store(dx, outside(e, to, yn, base_y, lanes, S, rest), found)
+    while e < chunk_rest:
+        p = gpu.load(x, rest_at(e, at, sn, base, lanes, S, rest))
+        dp = gpu.load(dy, rest_at(e, of, dn, base_dy, lanes, S, rest))
+        value = gradient_group(p, dp, gpu.take(x, 0), gpu.take(x, 1), gpu.take(x, 2), gpu.take(x, 3))
+        gpu.store(dx, rest_at(e, to, yn, base_y, lanes, S, rest), value)
         e += threads
 
 
 @gpu.device
-def place(y, i, count, aligned, group):
+def store_columns(y, i, count, aligned, group):
     """A group of columns to where it belongs: in one store, or as many of its lanes as there are."""
     if aligned:
         gpu.store_group(y, i, group)
@@ -192,45 +166,45 @@ def place(y, i, count, aligned, group):
 
 
 @gpu.device
-def normalize_columns(x, y, column, step, step_y, r, R, every, wide, aligned, near, scale, shift):
+def normalize_columns(x, y, column, step, step_y, r, R, every, wide, aligned, mean_hi, scale, shift):
     """y of the columns of a thread, rows r, r + every, ... below R."""
     i, j, apart, apart_y = column + r * step, column + r * step_y, every * step, every * step_y
     while r + 3 * every < R:  # four loads on their way at once
-        a, b = fetch(x, i, wide, aligned), fetch(x, i + apart, wide, aligned)
-        c, d = fetch(x, i + 2 * apart, wide, aligned), fetch(x, i + 3 * apart, wide, aligned)
-        place(y, j, wide, aligned, (a - near) * scale + shift)
-        place(y, j + apart_y, wide, aligned, (b - near) * scale + shift)
-        place(y, j + 2 * apart_y, wide, aligned, (c - near) * scale + shift)
-        place(y, j + 3 * apart_y, wide, aligned, (d - near) * scale + shift)
+        a, b = load_columns(x, i, wide, aligned), load_columns(x, i + apart, wide, aligned)
+        c, d = load_columns(x, i + 2 * apart, wide, aligned), load_columns(x, i + 3 * apart, wide, aligned)
+        store_columns(y, j, wide, aligned, (a - mean_hi) * scale + shift)
+        store_columns(y, j + apart_y, wide, aligned, (b - mean_hi) * scale + shift)
+        store_columns(y, j + 2 * apart_y, wide, aligned, (c - mean_hi) * scale + shift)
+        store_columns(y, j + 3 * apart_y, wide, aligned, (d - mean_hi) * scale + shift)
         r += 4 * every
         i += 4 * apart
         j += 4 * apart_y
     while r < R:
-        place(y, j, wide, aligned, (fetch(x, i, wide, aligned) - near) * scale + shift)
+        store_columns(y, j, wide, aligned, (load_columns(x, i, wide, aligned) - mean_hi) * scale + shift)
         r += every
         i += apart
         j += apart_y
 
 
 @gpu.device
-def slant_columns(x, dy, dx, column, step, step_dy, step_y, r, R, every, wide, aligned, near, slope, level, scale):
+def gradient_columns(x, dy, dx, column, step, step_dy, step_y, r, R, every, wide, aligned, coefs):
     """dx of the columns of a thread likewise."""
     i, k, j = column + r * step, column + r * step_dy, column + r * step_y
     while r + every < R:  # two loads of each array on their way at once
-        a, da = fetch(x, i, wide, aligned), fetch(dy, k, wide, aligned)
-        b, db = fetch(x, i + every * step, wide, aligned), fetch(dy, k + every * step_dy, wide, aligned)
-        place(dx, j, wide, aligned, slant(a, da, near, slope, level, scale))
-        place(dx, j + every * step_y, wide, aligned, slant(b, db, near, slope, level, scale))
+        a, da = load_columns(x, i, wide, aligned), load_columns(dy, k, wide, aligned)
+        b, db = load_columns(x, i + every * step, wide, aligned), load_columns(dy, k + every * step_dy, wide, aligned)
+        store_columns(dx, j, wide, aligned, gradient_group(a, da, *coefs))
+        store_columns(dx, j + every * step_y, wide, aligned, gradient_group(b, db, *coefs))
         r += 2 * every
         i += 2 * every * step
         k += 2 * every * step_dy
         j += 2 * every * step_y
     if r < R:
-        found = slant(fetch(x, i, wide, aligned), fetch(dy, k, wide, aligned), near, slope, level, scale)
-        place(dx, j, wide, aligned, found)
+        found = gradient_group(load_columns(x, i, wide, aligned), load_columns(dy, k, wide, aligned), *coefs)
+        store_columns(dx, j, wide, aligned, found)
 
 
-@kernel("x x w w i4 f i8 i4 i8 i8 i4 i4 s")
+@kernel()
 def forward_columns(x, y, gamma, beta, affine, eps, R, C, step, step_y, across, aligned, stats):
     """The same on (R, C): `columns.moments_columns` with one part."""
     thread, threads, lanes = gpu.thread(), gpu.threads(), gpu.lanes(x)
@@ -239,11 +213,11 @@ def forward_columns(x, y, gamma, beta, affine, eps, R, C, step, step_y, across, 
     c = thread
     while c < channels:
         channel, found = begin + c, kept_lane(x, c)
-        count, mean, m2 = settled(x, channel, R, 1, step, *found)
+        count, mean, m2 = final_moments(x, channel, R, 1, step, *found)
         gpu.store(stats, channel, mean)
         gpu.store(stats, C + channel, m2)
-        near, scale, shift = scaled(x, mean, 1.0 / sqrt(m2 / count + eps), gamma, beta, affine, channel)
-        gpu.put_lane(x, c, near)
+        mean_hi, scale, shift = normalize_coefs_of(x, mean, 1.0 / sqrt(m2 / count + eps), gamma, beta, affine, channel)
+        gpu.put_lane(x, c, mean_hi)
         gpu.put_lane(x, gpu.many(x) + c, scale)
         gpu.put_lane(x, 2 * gpu.many(x) + c, shift)
         c += threads
@@ -253,15 +227,15 @@ def forward_columns(x, y, gamma, beta, affine, eps, R, C, step, step_y, across, 
     beside = (thread - r * across) * lanes
     column, wide = begin + beside, min(lanes, channels - beside)
     if wide > 0 and r < every:
-        near, scale = gpu.take_group(x, beside), gpu.take_group(x, gpu.many(x) + beside)
+        mean_hi, scale = gpu.take_group(x, beside), gpu.take_group(x, gpu.many(x) + beside)
         shift = gpu.take_group(x, 2 * gpu.many(x) + beside)
         if aligned:
-            normalize_columns(x, y, column, step, step_y, r, R, every, wide, True, near, scale, shift)
+            normalize_columns(x, y, column, step, step_y, r, R, every, wide, True, mean_hi, scale, shift)
         else:
-            normalize_columns(x, y, column, step, step_y, r, R, every, wide, False, near, scale, shift)
+            normalize_columns(x, y, column, step, step_y, r, R, every, wide, False, mean_hi, scale, shift)
 
 
-@kernel("x x x t t f f f w i4 i8 i4 i8 i8 i8 i4 i4 w")
+@kernel()
 def backward_columns(
     x, dy, dx, mean, m2, count, eps, values, gamma, affine, R, C, step, step_dy, step_y, across, aligned, grads
 ):
@@ -275,15 +249,17 @@ def backward_columns(
     while c < channels:
         channel, found = begin + c, kept_lane_sums(x, c)
         spread, middle = gpu.load(m2, channel), gpu.load(mean, channel)
-        total, product = settled_sums(x, dy, channel, channel, R, 1, step, step_dy, gpu.scalar(x, middle), *found)
+        total, product = final_sums(x, dy, channel, channel, R, 1, step, step_dy, gpu.scalar(x, middle), *found)
         rstd = 1.0 / sqrt(spread / count + eps) if count else spread
-        dgamma = slope_of(x, middle, rstd, total, product)
+        dgamma = dgamma_of(x, middle, rstd, total, product)
         gpu.store(grads, channel, gpu.scalar(grads, total))
         gpu.store(grads, C + channel, gpu.scalar(grads, dgamma))
-        near, slope, level, scale = sloped(x, middle, rstd, gamma, affine, channel, total, dgamma, values)
-        gpu.put_lane(x, c, near)
-        gpu.put_lane(x, gpu.many(x) + c, slope)
-        gpu.put_lane(x, 2 * gpu.many(x) + c, level)
+        mean_hi, projection, mean_dy, scale = gradient_coefs_of(
+            x, middle, rstd, gamma, affine, channel, total, dgamma, values
+        )
+        gpu.put_lane(x, c, mean_hi)
+        gpu.put_lane(x, gpu.many(x) + c, projection)
+        gpu.put_lane(x, 2 * gpu.many(x) + c, mean_dy)
         gpu.put_lane(x, 3 * gpu.many(x) + c, scale)
         c += threads
     gpu.sync()
@@ -292,9 +268,10 @@ def backward_columns(
     beside = (thread - r * across) * lanes
     column, wide = begin + beside, min(lanes, channels - beside)
     if wide > 0 and r < every:
-        near, slope = gpu.take_group(x, beside), gpu.take_group(x, gpu.many(x) + beside)
-        level, scale = gpu.take_group(x, 2 * gpu.many(x) + beside), gpu.take_group(x, 3 * gpu.many(x) + beside)
+        mean_hi, projection = gpu.take_group(x, beside), gpu.take_group(x, gpu.many(x) + beside)
+        mean_dy, scale = gpu.take_group(x, 2 * gpu.many(x) + beside), gpu.take_group(x, 3 * gpu.many(x) + beside)
+        coefs = mean_hi, projection, mean_dy, scale
         if aligned:
-            slant_columns(x, dy, dx, column, step, step_dy, step_y, r, R, every, wide, True, near, slope, level, scale)
+            gradient_columns(x, dy, dx, column, step, step_dy, step_y, r, R, every, wide, True, coefs)
         else:
-            slant_columns(x, dy, dx, column, step, step_dy, step_y, r, R, every, wide, False, near, slope, level, scale)
+            gradient_columns(x, dy, dx, column, step, step_dy, step_y, r, R, every, wide, False, coefs)

@@ -29,7 +29,7 @@ device, block, blocks, thread, threads, sync = (
     _form.threads,
     _form.sync,
 )
-lanes, scalar, spread, quotient = _form.lanes, _form.scalar, _form.spread, _form.quotient
+lanes, scalar, broadcast, quotient = _form.lanes, _form.scalar, _form.broadcast, _form.quotient
 load, load_group, load_any, load_table, gather = (
     _form.load,
     _form.load_group,

@@ -16,6 +16,7 @@ from numba import cuda
 
 from fastbn.cpu import interrupts
 from fastbn.cuda.kernels import disk, gpu, simulated
+from fastbn.cuda.kernels.arguments import described
 
 __all__ = ["KERNELS", "Kernel", "current", "device_of", "empty", "kernel", "on", "pointer", "put", "raw", "wait"]
 
@@ -37,8 +38,7 @@ class Kernel:
     body : function
         The kernel, in terms of `_gpu`.
     arguments : str
-        A token per argument. Pointers: x as kept in memory, w to x's arithmetic (float32 for half precision), s to
-        float64, t to statistics of a dtype of their own. Numbers: i4 and i8 integers, f float64.
+        A type per argument, as `fastbn.cuda.kernels.arguments` has them.
     name : str, optional
         What errors call it; the body's name if None.
 
@@ -335,11 +335,14 @@ def _asked(function: str, *arguments: Any) -> Any:
 KERNELS: list[Kernel] = []
 
 
-def kernel(arguments: str, name: str | None = None) -> Callable[[Callable[..., Any]], Kernel]:
-    """Decorate a kernel's body; see `Kernel` for the tokens, and for a name of its own where a body is two kernels."""
+def kernel(name: str | None = None, **lines: str) -> Callable[[Callable[..., Any]], Kernel]:
+    """Decorate a kernel's body; lines say what its arguments are that `arguments.ARGUMENTS` does not, or otherwise.
+
+    A name of its own is for a body that is two kernels.
+    """
 
     def decorate(body: Callable[..., Any]) -> Kernel:
-        made = Kernel(body, arguments, name)
+        made = Kernel(body, " ".join(line.split()[0] for line in described(body, lines).values()), name)
         KERNELS.append(made)
         return made
 

@@ -21,7 +21,7 @@ LEAF = 16
 
 
 @gpu.device
-def add(total, lost, term):
+def add_kahan(total, lost, term):
     """`total` and its rounding error so far, after one more term (Kahan 1965)."""
     term = term - lost
     added = total + term
@@ -29,33 +29,33 @@ def add(total, lost, term):
 
 
 @gpu.device
-def weights(count, terms):
+def leaf_weights(count, terms):
     """1 / terms, terms / (count + terms), and count times that: of `count` values and `terms` more."""
     weight = terms * gpu.inverse(count + terms)
     return gpu.inverse(terms), weight, count * weight
 
 
 @gpu.device
-def grow(total, squares, inverse, weight, both, base, rest, m2, lost):
+def add_leaf(total, squares, inverse, weight, both, base, rest, m2, lost):
     """(base, rest, m2, lost) after a leaf, the sums of whose deviations from `base` and of their squares are given.
 
-    With its `weights`.
+    With its `leaf_weights`.
     """
     offset = total * inverse
     apart = offset - rest
-    m2, lost = add(m2, lost, squares - offset * total + apart * apart * both)
+    m2, lost = add_kahan(m2, lost, squares - offset * total + apart * apart * both)
     rest = rest + apart * weight
     moved = base + rest
     return moved, rest - (moved - base), m2, lost
 
 
 @gpu.device
-def level(x, count, base, rest, m2):
+def join_group(x, count, base, rest, m2):
     """(count, base, rest, m2) of all lanes together, each of `count` values."""
     origin = gpu.first(base)
-    means = (base - gpu.spread(x, origin)) + rest
+    means = (base - gpu.broadcast(x, origin)) + rest
     middle = gpu.total(means) * gpu.scalar(x, 1.0 / gpu.lanes(x))
-    apart = means - gpu.spread(x, middle)
+    apart = means - gpu.broadcast(x, middle)
     moved = origin + middle
     return (
         count * gpu.scalar(x, gpu.lanes(x)),
@@ -178,7 +178,7 @@ def store_sums(partial, entry, channel, C, a, b):
 
 
 @gpu.device
-def doubtful(x, count, mean, m2):
+def out_of_range(x, count, mean, m2):
     """Whether float32 had too little range for a channel.
 
     Squares that overflow, or that are subnormal beside what they are summed to.

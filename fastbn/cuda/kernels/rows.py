@@ -10,24 +10,24 @@ from fastbn.cuda.kernels import gpu
 from fastbn.cuda.kernels.jit import kernel
 from fastbn.cuda.kernels.merging import (
     LEAF,
-    add,
-    grow,
+    add_kahan,
+    add_leaf,
     join,
+    join_group,
     join_slots,
     keep,
     keep_sums,
     kept,
     kept_sums,
-    level,
+    leaf_weights,
     store_moments,
     store_sums,
     sum_slots,
-    weights,
 )
 
 
 @gpu.device
-def spot(at, base, lanes, v):
+def slot_at(at, base, lanes, v):
     """Where slot `v` of a row lies that begins at `at`.
 
     `base` elements lie between the array's begin and the boundary before it.
@@ -36,28 +36,28 @@ def spot(at, base, lanes, v):
 
 
 @gpu.device
-def onwards(n, v, step_n, step_v, slots):
+def next_slot(n, v, step_n, step_v, slots):
     """The (row, slot) one step further."""
     n, v = n + step_n, v + step_v
     return (n + 1, v - slots) if v >= slots else (n, v)
 
 
 @gpu.device
-def four(n, v, at, sn, base, lanes, step_n, step_v, slots):
+def four_slots(n, v, at, sn, base, lanes, step_n, step_v, slots):
     """Where this slot and the next three of a thread lie, and the (row, slot) behind them."""
-    i = spot(at + n * sn, base, lanes, v)
-    n, v = onwards(n, v, step_n, step_v, slots)
-    j = spot(at + n * sn, base, lanes, v)
-    n, v = onwards(n, v, step_n, step_v, slots)
-    k = spot(at + n * sn, base, lanes, v)
-    n, v = onwards(n, v, step_n, step_v, slots)
-    m = spot(at + n * sn, base, lanes, v)
-    n, v = onwards(n, v, step_n, step_v, slots)
+    i = slot_at(at + n * sn, base, lanes, v)
+    n, v = next_slot(n, v, step_n, step_v, slots)
+    j = slot_at(at + n * sn, base, lanes, v)
+    n, v = next_slot(n, v, step_n, step_v, slots)
+    k = slot_at(at + n * sn, base, lanes, v)
+    n, v = next_slot(n, v, step_n, step_v, slots)
+    m = slot_at(at + n * sn, base, lanes, v)
+    n, v = next_slot(n, v, step_n, step_v, slots)
     return i, j, k, m, n, v
 
 
 @gpu.device
-def outside(e, at, sn, base, lanes, S, rest):
+def rest_at(e, at, sn, base, lanes, S, rest):
     """Where the e-th element lies that is in no slot."""
     row, k = at + e // rest * sn, e % rest
     return row + k if k < -(row + base) & (lanes - 1) else row + k + (S - rest)
@@ -71,18 +71,18 @@ def read_moments(x, S, at, sn, base, slots, rest, step_n, step_v, start, stop, f
     """
     lanes, threads, thread = gpu.lanes(x), gpu.threads(), gpu.thread()
     zero, one = gpu.scalar(x, 0.0), gpu.scalar(x, 1.0)
-    nil = gpu.spread(x, zero)
+    nil = gpu.broadcast(x, zero)
     count, origin, beside, m2, lost = zero, nil, nil, nil, nil
     e = start + thread
     n, v = e // slots, e % slots
     if e < stop:
-        origin = gpu.load_group(x, spot(at + n * sn, base, lanes, v))
+        origin = gpu.load_group(x, slot_at(at + n * sn, base, lanes, v))
     until = e + 4 * threads  # the first leaf is short: one value may be far from all others
     while e < stop:
         terms, total, squares = zero, nil, nil
         until = min(until, stop)
         while e + 3 * threads < until:  # four loads on their way at once
-            i, j, k, m, n, v = four(n, v, at, sn, base, lanes, step_n, step_v, slots)
+            i, j, k, m, n, v = four_slots(n, v, at, sn, base, lanes, step_n, step_v, slots)
             a, b, c, d = gpu.load_group(x, i), gpu.load_group(x, j), gpu.load_group(x, k), gpu.load_group(x, m)
             a, b, c, d = a - origin, b - origin, c - origin, d - origin
             total = total + ((a + b) + (c + d))
@@ -90,35 +90,35 @@ def read_moments(x, S, at, sn, base, slots, rest, step_n, step_v, start, stop, f
             terms += one + one + one + one
             e += 4 * threads
         while e < until:
-            a = gpu.load_group(x, spot(at + n * sn, base, lanes, v)) - origin
+            a = gpu.load_group(x, slot_at(at + n * sn, base, lanes, v)) - origin
             total, squares = total + a, squares + a * a
-            n, v = onwards(n, v, step_n, step_v, slots)
+            n, v = next_slot(n, v, step_n, step_v, slots)
             terms += one
             e += threads
-        inverse, weight, both = weights(count, terms)
-        inverse, weight, both = gpu.spread(x, inverse), gpu.spread(x, weight), gpu.spread(x, both)
-        origin, beside, m2, lost = grow(total, squares, inverse, weight, both, origin, beside, m2, lost)
+        inverse, weight, both = leaf_weights(count, terms)
+        inverse, weight, both = gpu.broadcast(x, inverse), gpu.broadcast(x, weight), gpu.broadcast(x, both)
+        origin, beside, m2, lost = add_leaf(total, squares, inverse, weight, both, origin, beside, m2, lost)
         count += terms
         until = e + LEAF * threads
-    found = level(x, count, origin, beside, m2)
-    single, alone, more, spread, missing = zero, zero, zero, zero, zero
+    found = join_group(x, count, origin, beside, m2)
+    n1, base1, rest1, m21, lost1 = zero, zero, zero, zero, zero
     e = first + thread
     if e < last:
-        alone = gpu.load(x, outside(e, at, sn, base, lanes, S, rest))
+        base1 = gpu.load(x, rest_at(e, at, sn, base, lanes, S, rest))
     until = e + 4 * threads
     while e < last:
         terms, total, squares = zero, zero, zero
         until = min(until, last)
         while e < until:
-            a = gpu.load(x, outside(e, at, sn, base, lanes, S, rest)) - alone
+            a = gpu.load(x, rest_at(e, at, sn, base, lanes, S, rest)) - base1
             total, squares = total + a, squares + a * a
             terms += one
             e += threads
-        inverse, weight, both = weights(single, terms)
-        alone, more, spread, missing = grow(total, squares, inverse, weight, both, alone, more, spread, missing)
-        single += terms
+        inverse, weight, both = leaf_weights(n1, terms)
+        base1, rest1, m21, lost1 = add_leaf(total, squares, inverse, weight, both, base1, rest1, m21, lost1)
+        n1 += terms
         until = e + LEAF * threads
-    return join(*found, single, alone, more, spread)
+    return join(*found, n1, base1, rest1, m21)
 
 
 @gpu.device
@@ -130,8 +130,8 @@ def read_sums(
     Rows of both begin alike to a boundary.
     """
     lanes, threads, thread = gpu.lanes(x), gpu.threads(), gpu.thread()
-    means, zero = gpu.spread(x, mean), gpu.scalar(x, 0.0)
-    nil = gpu.spread(x, zero)
+    means, zero = gpu.broadcast(x, mean), gpu.scalar(x, 0.0)
+    nil = gpu.broadcast(x, zero)
     total, lost, product, missing = nil, nil, nil, nil
     e = start + thread
     n, v = e // slots, e % slots
@@ -139,28 +139,28 @@ def read_sums(
         some, products = nil, nil
         until = min(e + LEAF * threads, stop)
         while e + threads < until:  # two loads of each array on their way at once
-            i, j = spot(at + n * sn, base, lanes, v), spot(at_dy + n * sn_dy, base_dy, lanes, v)
-            n, v = onwards(n, v, step_n, step_v, slots)
-            k, m = spot(at + n * sn, base, lanes, v), spot(at_dy + n * sn_dy, base_dy, lanes, v)
-            n, v = onwards(n, v, step_n, step_v, slots)
+            i, j = slot_at(at + n * sn, base, lanes, v), slot_at(at_dy + n * sn_dy, base_dy, lanes, v)
+            n, v = next_slot(n, v, step_n, step_v, slots)
+            k, m = slot_at(at + n * sn, base, lanes, v), slot_at(at_dy + n * sn_dy, base_dy, lanes, v)
+            n, v = next_slot(n, v, step_n, step_v, slots)
             a, da, b, db = gpu.load_group(x, i), gpu.load_group(dy, j), gpu.load_group(x, k), gpu.load_group(dy, m)
             some = some + (da + db)
             products = products + da * (a - means) + db * (b - means)
             e += 2 * threads
         while e < until:
-            da = gpu.load_group(dy, spot(at_dy + n * sn_dy, base_dy, lanes, v))
+            da = gpu.load_group(dy, slot_at(at_dy + n * sn_dy, base_dy, lanes, v))
             some = some + da
-            products = products + da * (gpu.load_group(x, spot(at + n * sn, base, lanes, v)) - means)
-            n, v = onwards(n, v, step_n, step_v, slots)
+            products = products + da * (gpu.load_group(x, slot_at(at + n * sn, base, lanes, v)) - means)
+            n, v = next_slot(n, v, step_n, step_v, slots)
             e += threads
-        total, lost = add(total, lost, some)
-        product, missing = add(product, missing, products)
+        total, lost = add_kahan(total, lost, some)
+        product, missing = add_kahan(product, missing, products)
     a, b, la, lb = gpu.total(total), gpu.total(product), zero, zero
     e = first + thread
     while e < last:
-        value = gpu.load(dy, outside(e, at_dy, sn_dy, base_dy, lanes, S, rest))
-        a, la = add(a, la, value)
-        b, lb = add(b, lb, value * (gpu.load(x, outside(e, at, sn, base, lanes, S, rest)) - mean))
+        value = gpu.load(dy, rest_at(e, at_dy, sn_dy, base_dy, lanes, S, rest))
+        a, la = add_kahan(a, la, value)
+        b, lb = add_kahan(b, lb, value * (gpu.load(x, rest_at(e, at, sn, base, lanes, S, rest)) - mean))
         e += threads
     return a, b
 
@@ -187,7 +187,7 @@ def row_sums(
     return kept_sums(x, 0)
 
 
-@kernel("x i8 i4 i8 i8 i8 i4 i8 i8 i4 i4 i8 i8 s")
+@kernel()
 def moments_rows(x, N, C, S, sn, sc, base, slots, rest, step_n, step_v, chunk, chunk_rest, partial):
     """(count, mean, m2) of each part of each channel into `partial` (parts, 3, C).
 
@@ -203,11 +203,11 @@ def moments_rows(x, N, C, S, sn, sc, base, slots, rest, step_n, step_v, chunk, c
         store_moments(partial, part, channel, C, *found)
 
 
-@kernel("x x t i8 i4 i8 i8 i8 i8 i8 i4 i4 i8 i8 i4 i4 i8 i8 s")
+@kernel(mean="t (C,), rounded as x is computed in")
 def sums_rows(
     x, dy, mean, N, C, S, sn, sc, dn, dc, base, base_dy, slots, rest, step_n, step_v, chunk, chunk_rest, partial
 ):
-    """(sum of dy, sum of dy * (x - mean)) of each part of each channel into `partial` (parts, 2, C), `mean` as x is."""
+    """(sum of dy, sum of dy * (x - mean)) of each part of each channel into `partial` (parts, 2, C)."""
     part = gpu.quotient(gpu.block(), C)
     channel = gpu.block() - part * C
     start, first = part * chunk, part * chunk_rest

@@ -115,7 +115,7 @@ def scalar(x: Memory, value: float) -> Any:
     return x.kind(value)
 
 
-def spread(x: Memory, value: float) -> Array:
+def broadcast(x: Memory, value: float) -> Array:
     """A number in every lane of a group of x."""
     return np.full(lanes(x), value, x.kind)
 
@@ -142,7 +142,7 @@ def store_group(x: Memory, index: int, group: Array) -> None:
 
 def load_any(x: Memory, index: int, count: int) -> Array:
     """The first `count` lanes of a group from x[index] on, wherever it lies; zeros behind them."""
-    group, count = spread(x, 0.0), min(count, lanes(x))
+    group, count = broadcast(x, 0.0), min(count, lanes(x))
     group[:count] = _widen(x.span(index, count, aligned=False))
     return group
 

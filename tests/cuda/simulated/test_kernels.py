@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from fastbn.cuda.kernels import apply, gpu, jit, rows
+from fastbn.cuda.kernels.arguments import ARGUMENTS, described
 
 
 def test_no_two_kernels_have_one_name_in_errors() -> None:
@@ -29,3 +30,24 @@ def test_sizes_and_positions_of_a_row_take_64_bits() -> None:
         assert {given[name] for name in ("N", "S", "sn", "sc", "slots", "rest", "chunk", "chunk_rest")} == {"i8"}, (
             kernel.name
         )
+
+
+def test_every_argument_of_a_kernel_is_described() -> None:
+    """A parameter without a line, or with a type alone, and a line without a parameter are refused at import."""
+
+    def body(x: object, S: object, mine: object) -> None: ...
+
+    assert described(body, {"S": "i4", "mine": "f its own"}) == {
+        "x": ARGUMENTS["x"],
+        "S": "i4 values of a channel in an image",
+        "mine": "f its own",
+    }
+    for lines in ({}, {"mine": "f"}):
+        with pytest.raises(TypeError, match=r"^kernel body: no line says what mine is$"):
+            described(body, lines)
+    with pytest.raises(TypeError, match=r"^kernel body: lines for other, y, which are no parameters$"):
+        described(body, {"mine": "f its own", "other": "f of another", "y": "x"})
+    with pytest.raises(TypeError, match="mine"):
+        jit.kernel()(body)
+    named = {name for kernel in jit.KERNELS for name in kernel.body.__code__.co_varnames[: len(kernel.arguments)]}
+    assert set(ARGUMENTS) <= named  # none that no kernel has
