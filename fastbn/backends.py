@@ -277,21 +277,21 @@ def explain(
     backend, channels_last = scalars.check_backend(backend), scalars.flag(channels_last, "channels_last")
     shape = checks.check_shape(shape)
     axis = checks.check_axis(shape, axis)
-    kind = checks.check_dtype(dtype)
-    plan = layout.plan_for(shape, kind, axis, channels_last)
+    x_dtype = checks.check_dtype(dtype)
+    plan = layout.plan_for(shape, x_dtype, axis, channels_last)
     name = config.BACKEND or "cpu" if backend is None else backend
     if name == "cuda":  # which needs no GPU to be explained
         from fastbn.cuda import cost
 
         home = "requested" if (reason := _cuda_declines()) is None else f"requested; not served here: {reason}"
-        schedule = cost.describe(plan.dims, kind) if plan.count else ""
+        schedule = cost.describe(plan.dims, x_dtype) if plan.count else ""
     else:
         served = select(backend)
         home = "requested" if backend or config.BACKEND else "the array lives on the host"
-        schedule = served.describe(plan.dims, kind) if plan.count else ""
+        schedule = served.describe(plan.dims, x_dtype) if plan.count else ""
     dims = " x ".join(str(n) for n in plan.dims)
     lines = [
-        f"shape {shape}, {kind}, channel axis {axis}: {plan.channels} channels of {plan.count} values",
+        f"shape {shape}, {x_dtype}, channel axis {axis}: {plan.channels} channels of {plan.count} values",
         f"canonical view: {plan.kind} ({'R x C' if len(plan.dims) == 2 else 'N x C x S'} = {dims}), no copy",
         f"backend: {name} ({home})",
         schedule or "schedule: nothing to do, the array is empty",

@@ -45,19 +45,19 @@ class Decided:
         by_rows, by_columns, storage, S = route.by_rows, route.by_columns, route.storage, route.columns_per_channel
 
         def run(x: Array) -> Moments:
-            z, stats = route.view(x), np.empty((2, C))
+            x_view, stats = route.view(x), np.empty((2, C))
             if by_rows is not None:
                 group = schedule.group_of_statistics(by_rows, C)
                 tasks = schedule.tasks(C * by_rows.parts, by_rows.parallel)
                 kernel, partial = rows.moments.form(storage, tasks > 1), np.empty((by_rows.parts, 3, C))
                 block_rows, splits, blocks, parts = by_rows[:4]
-                kernel(z, block_rows, splits, blocks, parts, group, tasks, partial, stats)
+                kernel(x_view, block_rows, splits, blocks, parts, group, tasks, partial, stats)
             elif by_columns is not None:
                 c = by_columns
                 tasks = schedule.tasks(c.parts * c.blocks, c.parallel)
                 work, totals = np.empty(tasks * c.work + 64, route.arithmetic), np.empty((c.parts + 1, 2, c.fold * C))
                 columns.moments.form(storage, tasks > 1)(
-                    *schedule.folded(c, z), C, S, c.fold, c.rest, c.parts, c.block * c.fold, tasks, c.pad, c.along,
+                    *schedule.folded(c, x_view), C, S, c.fold, c.rest, c.parts, c.block * c.fold, tasks, c.pad, c.along,
                     work, totals, stats,
                 )  # fmt: skip
             return made(count, stats[0], stats[1])
@@ -73,17 +73,16 @@ class Decided:
         stream = schedule.streams(self.dims, self.dtype, 2)
 
         def run(x: Array, mean: Wide, rstd: Wide, gamma: Array | None, beta: Array | None, out: Array) -> Array:
-            z, y = (x, out) if as_is else (route.view(x), route.view(out))
+            x_view, y_view = (x, out) if as_is else (route.view(x), route.view(out))
             gamma, beta = absent if gamma is None else gamma, absent if beta is None else beta
             if by_rows is not None:
                 tasks = schedule.tasks(N * C * by_rows.pieces, by_rows.parallel)
                 kernel, work = rows.normalize.form(storage, tasks > 1), np.empty((3, C + 7 & -8), arithmetic)
-                kernel(z, mean, rstd, gamma, beta, by_rows.pieces, tasks, stream, work, y)
+                kernel(x_view, mean, rstd, gamma, beta, by_rows.pieces, tasks, stream, work, y_view)
             elif by_columns is not None:
                 c = by_columns
-                (whole, rest), (whole_y, rest_y) = (
-                    ((z, z), (y, y)) if c.fold == 1 else (schedule.folded(c, z), schedule.folded(c, y))
-                )
+                whole, rest = (x_view, x_view) if c.fold == 1 else schedule.folded(c, x_view)
+                whole_y, rest_y = (y_view, y_view) if c.fold == 1 else schedule.folded(c, y_view)
                 tasks = schedule.tasks(c.runs * c.blocks, True) if c.parallel else 1
                 columns_apply.normalize.form(storage, tasks > 1)(
                     whole, rest, mean, rstd, gamma, beta, S, c.fold, c.rest, c.runs, c.block, tasks, c.pad, stream,
@@ -100,14 +99,16 @@ class Decided:
         by_rows, by_columns, storage, S = route.by_rows, route.by_columns, route.storage, route.columns_per_channel
 
         def run(dy: Array, x: Array, mean: Wide, rstd: Wide) -> Wide:
-            z, dz, sums = route.view(x), route.view(dy), np.empty((2, C))
+            x_view, dy_view, sums = route.view(x), route.view(dy), np.empty((2, C))
             if by_rows is not None:
                 group = schedule.group_of_statistics(by_rows, C)
                 tasks = schedule.tasks(C * by_rows.parts, by_rows.parallel)
                 work = np.empty((tasks, 3, group + 7 & -8), route.arithmetic)
                 kernel, partial = rows_backward.grad_reduce.form(storage, tasks > 1), np.empty((by_rows.parts, 2, C))
                 block_rows, splits, blocks, parts = by_rows[:4]
-                kernel(dz, z, mean, rstd, block_rows, splits, blocks, parts, group, tasks, work, partial, sums)
+                kernel(
+                    dy_view, x_view, mean, rstd, block_rows, splits, blocks, parts, group, tasks, work, partial, sums
+                )
             elif by_columns is not None:
                 c = by_columns
                 tasks = schedule.tasks(c.parts * c.blocks, c.parallel)
@@ -116,8 +117,8 @@ class Decided:
                     np.empty((c.parts + 1, 2, c.fold * C)),
                 )
                 columns_backward.grad_reduce.form(storage, tasks > 1)(
-                    *schedule.folded(c, dz), *schedule.folded(c, z), mean, rstd, S, c.fold, c.rest, c.parts, c.block,
-                    tasks, c.pad, c.back_along, scratch, totals, sums,
+                    *schedule.folded(c, dy_view), *schedule.folded(c, x_view), mean, rstd, S, c.fold, c.rest, c.parts,
+                    c.block, tasks, c.pad, c.back_along, scratch, totals, sums,
                 )  # fmt: skip
             return sums
 
@@ -134,20 +135,23 @@ class Decided:
             dy: Array, x: Array, mean: Wide, rstd: Wide, gamma: Array | None, sums: Any, count: int, out: Array
         ) -> Array:
             training, both = sums is not None, np.zeros((2, C)) if sums is None else np.stack(sums)
-            z, dz, dx = route.view(x), route.view(dy), route.view(out)
+            x_view, dy_view, dx_view = route.view(x), route.view(dy), route.view(out)
             gamma = route.absent if gamma is None else gamma
             if by_rows is not None:
                 tasks = schedule.tasks(N * C * by_rows.pieces, by_rows.parallel)
                 kernel = rows_backward.grad_input.form(storage, tasks > 1)
                 work = np.empty((5, C + 7 & -8), route.arithmetic)
-                kernel(dz, z, mean, rstd, gamma, both, count, training, by_rows.pieces, tasks, stream, work, dx)
+                kernel(
+                    dy_view, x_view, mean, rstd, gamma, both, count, training, by_rows.pieces, tasks, stream,
+                    work, dx_view,
+                )  # fmt: skip
             elif by_columns is not None:
                 c = by_columns
                 tasks = schedule.tasks(c.runs * c.blocks, c.parallel)
                 columns_backward.grad_input.form(storage, tasks > 1)(
-                    *schedule.folded(c, dz), *schedule.folded(c, z), mean, rstd, gamma, both, count, training,
+                    *schedule.folded(c, dy_view), *schedule.folded(c, x_view), mean, rstd, gamma, both, count, training,
                     S, c.fold, c.rest, c.runs, c.block, tasks, c.pad, stream,
-                    np.empty(tasks * c.work + 64, route.arithmetic), *schedule.folded(c, dx),
+                    np.empty(tasks * c.work + 64, route.arithmetic), *schedule.folded(c, dx_view),
                 )  # fmt: skip
             return out
 
@@ -164,7 +168,7 @@ class Decided:
         stream = schedule.streams(self.dims, self.dtype, 2)
 
         def run(x: Array, gamma: Array | None, beta: Array | None, eps: float, out: Array) -> tuple[Array, Moments]:
-            z, y = (x, out) if as_is else (route.view(x), route.view(out))
+            x_view, y_view = (x, out) if as_is else (route.view(x), route.view(out))
             gamma, beta = absent if gamma is None else gamma, absent if beta is None else beta
             stats = np.empty((2, C))
             if by_rows is not None:
@@ -172,15 +176,15 @@ class Decided:
                 tasks = schedule.tasks(-(-C // r.group), r.parallel)
                 kernel, work = rows.forward.form(storage, tasks > 1), np.empty((tasks, 3, 8), arithmetic)
                 kernel(
-                    z, gamma, beta, eps, r.block_rows, r.splits, r.blocks, r.group, tasks, r.prefetch, stream,
-                    work, y, stats,
+                    x_view, gamma, beta, eps, r.block_rows, r.splits, r.blocks, r.group, tasks, r.prefetch, stream,
+                    work, y_view, stats,
                 )  # fmt: skip
             elif by_columns is not None:
                 c = by_columns
                 tasks = schedule.tasks(c.blocks, True) if c.parallel else 1
                 kernel = columns_apply.forward.form(storage, tasks > 1)
                 scratch = np.empty(tasks * c.work + 64, arithmetic)
-                kernel(z, gamma, beta, eps, S, c.block, tasks, c.pad, stream, scratch, y, stats)
+                kernel(x_view, gamma, beta, eps, S, c.block, tasks, c.pad, stream, scratch, y_view, stats)
             return out, made(count, stats[0], stats[1])
 
         return run
@@ -204,7 +208,7 @@ class Decided:
         def run(
             dy: Array, x: Array, mean: Wide, rstd: Wide, gamma: Array | None, out: Array, training: bool, grads: Any
         ) -> tuple[Array, Wide, Wide]:
-            z, dz, dx = (x, dy, out) if as_is else (route.view(x), route.view(dy), route.view(out))
+            x_view, dy_view, dx_view = (x, dy, out) if as_is else (route.view(x), route.view(dy), route.view(out))
             gamma = absent if gamma is None else gamma
             sums, grads = np.empty((2, C)), np.empty((2, C), arithmetic) if grads is None else grads
             if by_rows is not None:
@@ -212,15 +216,15 @@ class Decided:
                 tasks = schedule.tasks(-(-C // r.back_group), r.parallel)
                 kernel, work = rows_backward.backward.form(storage, tasks > 1), np.empty((tasks, 5, 8), arithmetic)
                 kernel(
-                    dz, z, mean, rstd, gamma, training, r.block_rows, r.splits, r.blocks, r.back_group, tasks,
-                    r.back_prefetch, stream, work, dx, sums, grads,
+                    dy_view, x_view, mean, rstd, gamma, training, r.block_rows, r.splits, r.blocks, r.back_group, tasks,
+                    r.back_prefetch, stream, work, dx_view, sums, grads,
                 )  # fmt: skip
             elif by_columns is not None:
                 c = by_columns
                 tasks = schedule.tasks(c.blocks, True) if c.parallel else 1
                 columns_backward.backward.form(storage, tasks > 1)(
-                    dz, z, mean, rstd, gamma, training, S, c.block, tasks, c.pad, stream,
-                    np.empty(tasks * c.work + 64, arithmetic), dx, sums, grads,
+                    dy_view, x_view, mean, rstd, gamma, training, S, c.block, tasks, c.pad, stream,
+                    np.empty(tasks * c.work + 64, arithmetic), dx_view, sums, grads,
                 )  # fmt: skip
             return out, sums[1], sums[0]
 

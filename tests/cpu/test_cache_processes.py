@@ -247,7 +247,7 @@ def test_an_installation_without_source_files(tmp_path: Path, how: str) -> None:
 WARMUP = """
 import sys
 from fastbn import cli
-from fastbn.cpu import backend
+from fastbn.cpu import passes
 from fastbn.cpu.kernels import jit
 import tiny, unprivileged
 unprivileged.drop()
