@@ -58,7 +58,7 @@ def inference(
     coefs = call.take(3 * flat.table[2], kind)
     mean, var = launches.alike(call, mean, var)
     call.launch(
-        finish.normalize_coefs, kind, launches.threads(x.C), pointer(mean), pointer(var), 1.0, eps,
+        finish.normalize_coefs, kind, launches.threads(x.C), pointer(mean), pointer(var), eps,
         *_parameters(x, gamma, beta), x.C, *flat.table, coefs, statistic=mean.dtype,
     )  # fmt: skip
     launches.elementwise(call, NORMALIZE, flat, coefs, x, out)
@@ -144,7 +144,7 @@ def grad_input(
     sums = launches.wide(call, sums[0]), launches.wide(call, sums[1])
     weight, _, affine = _parameters(x, gamma)
     call.launch(
-        finish.gradient_coefs, kind, launches.threads(x.C), pointer(mean), pointer(var), 1.0, eps, *map(pointer, sums),
+        finish.gradient_coefs, kind, launches.threads(x.C), pointer(mean), pointer(var), eps, *map(pointer, sums),
         values, weight, affine,
         x.C, *flat.table, coefs, statistic=mean.dtype,
     )  # fmt: skip

@@ -10,17 +10,17 @@ from fastbn.cuda.kernels import gpu
 from fastbn.cuda.kernels.jit import kernel
 from fastbn.cuda.kernels.merging import (
     LEAF,
+    add_four,
+    add_group_leaf,
     add_kahan,
-    add_leaf,
     join,
     join_lanes,
     keep_lane,
     keep_lane_sums,
     kept_lane,
     kept_lane_sums,
-    leaf_weights,
     store_moments,
-    store_sums,
+    store_pair,
     sum_lanes,
 )
 
@@ -52,9 +52,7 @@ def column_moments(x, at, step, start, stop, every, wide, aligned):
         while r + 3 * every < until:  # four loads on their way at once
             a, b = load_columns(x, i, wide, aligned), load_columns(x, i + apart, wide, aligned)
             c, d = load_columns(x, i + 2 * apart, wide, aligned), load_columns(x, i + 3 * apart, wide, aligned)
-            a, b, c, d = a - origin, b - origin, c - origin, d - origin
-            total = total + ((a + b) + (c + d))
-            squares = squares + a * a + b * b + c * c + d * d
+            total, squares = add_four(a, b, c, d, origin, total, squares)
             terms += one + one + one + one
             r += 4 * every
             i += 4 * apart
@@ -64,9 +62,7 @@ def column_moments(x, at, step, start, stop, every, wide, aligned):
             terms += one
             r += every
             i += apart
-        inverse, weight, both = leaf_weights(count, terms)
-        inverse, weight, both = gpu.broadcast(x, inverse), gpu.broadcast(x, weight), gpu.broadcast(x, both)
-        origin, beside, m2, lost = add_leaf(total, squares, inverse, weight, both, origin, beside, m2, lost)
+        origin, beside, m2, lost = add_group_leaf(x, count, terms, total, squares, origin, beside, m2, lost)
         count += terms
         until = r + LEAF * every
     return count, origin, beside, m2
@@ -112,6 +108,14 @@ def columns_of(x, R, W, across, unit, part, chunk):
     wide = min(lanes, W - column) if below < every else 0  # threads that no row is for, and columns beyond the last
     start = part * chunk + below
     return first, column, wide, start, min(part * chunk + chunk, R) if wide > 0 else start, every
+
+
+@gpu.device
+def kept_group(x, slot):
+    """The four numbers of as many slots of shared memory as a group has lanes."""
+    plane = gpu.many(x)
+    first, second = gpu.take_group(x, slot), gpu.take_group(x, plane + slot)
+    return first, second, gpu.take_group(x, 2 * plane + slot), gpu.take_group(x, 3 * plane + slot)
 
 
 @gpu.device
@@ -215,5 +219,5 @@ def sums_columns(x, dy, mean, R, W, C, S, step, step_dy, rest, across, units, ch
     i = gpu.thread()
     while i < channels:
         copy = gpu.quotient(first + i, C)
-        store_sums(partial, part * copies + copy, first + i - copy * C, C, *kept_lane_sums(x, i * S))
+        store_pair(partial, part * copies + copy, first + i - copy * C, C, *kept_lane_sums(x, i * S))
         i += gpu.threads()

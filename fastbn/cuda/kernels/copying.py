@@ -2,6 +2,7 @@
 
 from fastbn.cuda.kernels import gpu
 from fastbn.cuda.kernels.jit import kernel
+from fastbn.cuda.kernels.merging import grid_index
 
 RANK = 6
 
@@ -18,7 +19,7 @@ SIZES, X_STRIDES, Y_STRIDES = "abcdef", ("xa", "xb", "xc", "xd", "xe", "xf"), ("
 )
 def move(x, y, a, b, c, d, e, f, xa, xb, xc, xd, xe, xf, ya, yb, yc, yd, ye, yf):
     """y = x, element by element of shape (a, b, c, d, e, f), with the strides of both; a float is kept as it is."""
-    left = gpu.block() * gpu.threads() + gpu.thread()
+    left = grid_index()
     if left >= a * b * c * d * e * f:
         return
     left, k = gpu.quotient(left, f), left

@@ -10,6 +10,7 @@ from math import sqrt
 from fastbn.cuda.kernels import gpu
 from fastbn.cuda.kernels.jit import kernel
 from fastbn.cuda.kernels.merging import (
+    grid_index,
     join,
     join_slots,
     keep,
@@ -19,6 +20,7 @@ from fastbn.cuda.kernels.merging import (
     out_of_range,
     reread,
     reread_sums,
+    store_pair,
     sum_slots,
 )
 
@@ -55,6 +57,12 @@ def moments_of(partial, entries, C, across, x, N, S, sn, sc, stats):
     join_slots(stats, every, across, 1, 0)
     count, base, rest, m2 = kept(stats, beside)
     return channel, channel < C and below == 0, count, base + rest, m2
+
+
+@gpu.device
+def rstd_of(m2, channel, count, eps):
+    """1 / sqrt(variance + eps) of a channel, from statistics (C,)."""
+    return 1.0 / sqrt(gpu.load(m2, channel) / count + eps)
 
 
 @gpu.device
@@ -122,8 +130,7 @@ def finish_moments(partial, entries, C, across, x, N, S, sn, sc, stats):
     """Mean and m2 of each channel into `stats` (2, C), from partial results (entries, 3, C) of x (N, C, S)."""
     channel, mine, _, mean, m2 = moments_of(partial, entries, C, across, x, N, S, sn, sc, stats)
     if mine:
-        gpu.store(stats, channel, mean)
-        gpu.store(stats, C + channel, m2)
+        store_pair(stats, 0, channel, C, mean, m2)
 
 
 @kernel(across="i4 channels of a block")
@@ -133,20 +140,18 @@ def finish_forward(
     """The same, and coefficients (3, pad) for `apply.normalize`."""
     channel, mine, count, mean, m2 = moments_of(partial, entries, C, across, x, N, S, sn, sc, stats)
     if mine:
-        gpu.store(stats, channel, mean)
-        gpu.store(stats, C + channel, m2)
+        store_pair(stats, 0, channel, C, mean, m2)
         store_normalize_coefs(
             mean, 1.0 / sqrt(m2 / count + eps), gamma, beta, affine, channel, C, columns, copies, pad, coefs
         )
 
 
 @kernel()
-def normalize_coefs(mean, m2, count, eps, gamma, beta, affine, C, columns, copies, pad, coefs):
+def normalize_coefs(mean, var, eps, gamma, beta, affine, C, columns, copies, pad, coefs):
     """Coefficients (3, pad) for `apply.normalize` from given statistics (C,)."""
-    channel = gpu.block() * gpu.threads() + gpu.thread()
+    channel = grid_index()
     if channel < C:
-        spread = gpu.load(m2, channel)
-        rstd = 1.0 / sqrt(spread / count + eps) if count else spread
+        rstd = rstd_of(var, channel, 1.0, eps)
         store_normalize_coefs(
             gpu.load(mean, channel), rstd, gamma, beta, affine, channel, C, columns, copies, pad, coefs
         )
@@ -190,13 +195,10 @@ def finish_backward(
     zero = gpu.scalar(sums, 0.0)
     channel, mine, a, b = sums_of(partial, entries, C, across, x, dy, mean, N, S, sn, sc, dn, dc, sums)
     if mine:
-        spread, middle = gpu.load(m2, channel), gpu.load(mean, channel)
-        rstd = 1.0 / sqrt(spread / count + eps) if count else spread
+        rstd, middle = rstd_of(m2, channel, count, eps), gpu.load(mean, channel)
         dgamma = dgamma_of(coefs, middle, rstd, a, b)
-        gpu.store(sums, channel, a)
-        gpu.store(sums, C + channel, dgamma)
-        gpu.store(grads, channel, gpu.scalar(grads, a))
-        gpu.store(grads, C + channel, gpu.scalar(grads, dgamma))
+        store_pair(sums, 0, channel, C, a, dgamma)
+        store_pair(grads, 0, channel, C, a, dgamma)
         if training:
             store_gradient_coefs(
                 middle, rstd, gamma, affine, channel, a, dgamma, values, C, columns, copies, pad, coefs
@@ -208,12 +210,11 @@ def finish_backward(
 
 
 @kernel(sum_dy="s (C,), sum of dy", sum_dy_xhat="s (C,), sum of dy * xhat")
-def gradient_coefs(mean, m2, count, eps, sum_dy, sum_dy_xhat, values, gamma, affine, C, columns, copies, pad, coefs):
+def gradient_coefs(mean, var, eps, sum_dy, sum_dy_xhat, values, gamma, affine, C, columns, copies, pad, coefs):
     """Coefficients (4, pad) for `apply.gradient` from given statistics and sums (C,)."""
-    channel = gpu.block() * gpu.threads() + gpu.thread()
+    channel = grid_index()
     if channel < C:
-        spread = gpu.load(m2, channel)
-        rstd = 1.0 / sqrt(spread / count + eps) if count else spread
+        rstd = rstd_of(var, channel, 1.0, eps)
         a, dgamma = gpu.load(sum_dy, channel), gpu.load(sum_dy_xhat, channel)
         middle = gpu.scalar(sum_dy, gpu.load(mean, channel))
         store_gradient_coefs(middle, rstd, gamma, affine, channel, a, dgamma, values, C, columns, copies, pad, coefs)
@@ -229,7 +230,7 @@ def gradient_coefs(mean, m2, count, eps, sum_dy, sum_dy_xhat, values, gamma, aff
 )
 def track(mean, m2, freedom, weight, C, running_mean, running_var):
     """Running statistics (C,) move towards mean and m2 / freedom by `weight`."""
-    channel = gpu.block() * gpu.threads() + gpu.thread()
+    channel = grid_index()
     if channel < C:
         kept, var = 1.0 - weight, gpu.load(m2, channel) / freedom
         moved = kept * gpu.load(running_mean, channel) + weight * gpu.load(mean, channel)
@@ -240,15 +241,15 @@ def track(mean, m2, freedom, weight, C, running_mean, running_var):
 @kernel()
 def rstd(m2, count, eps, C, result):
     """`result` = 1 / sqrt(m2 / count + eps), all (C,)."""
-    channel = gpu.block() * gpu.threads() + gpu.thread()
+    channel = grid_index()
     if channel < C:
-        gpu.store(result, channel, 1.0 / sqrt(gpu.load(m2, channel) / count + eps))
+        gpu.store(result, channel, rstd_of(m2, channel, count, eps))
 
 
 @kernel(m2="s (C,)", freedom="f what m2 is divided by", root="i4 whether to take the square root")
 def var_or_std(m2, freedom, root, C, result):
     """`result` = m2 / freedom, or its square root, all (C,)."""
-    channel = gpu.block() * gpu.threads() + gpu.thread()
+    channel = grid_index()
     if channel < C:
         var = gpu.load(m2, channel) / freedom
         gpu.store(result, channel, sqrt(var) if root else var)
@@ -265,7 +266,7 @@ def var_or_std(m2, freedom, root, C, result):
 )
 def join_moments(count, mean, m2, other_count, other_mean, other_m2, C, result, result_m2):
     """Moments of both groups of values, all (C,)."""
-    channel = gpu.block() * gpu.threads() + gpu.thread()
+    channel = grid_index()
     if channel < C:
         here = gpu.load(mean, channel), 0.0, gpu.load(m2, channel)
         _, middle, rest, q = join(
@@ -278,7 +279,7 @@ def join_moments(count, mean, m2, other_count, other_mean, other_m2, C, result, 
 @kernel(values="t (C,)")
 def widen(values, C, result):
     """`result` = values in float64, both (C,)."""
-    channel = gpu.block() * gpu.threads() + gpu.thread()
+    channel = grid_index()
     if channel < C:
         gpu.store(result, channel, gpu.scalar(result, gpu.load(values, channel)))
 
@@ -286,6 +287,6 @@ def widen(values, C, result):
 @kernel(result="w (size,)", size="i4 elements")
 def clear(result, size):
     """Zeros."""
-    i = gpu.block() * gpu.threads() + gpu.thread()
+    i = grid_index()
     if i < size:
         gpu.store(result, i, gpu.scalar(result, 0.0))

@@ -11,17 +11,21 @@ from numpy import float64
 
 from fastbn.cuda.kernels import gpu
 from fastbn.cuda.kernels.apply import gradient_group
-from fastbn.cuda.kernels.columns import load_columns, part_moments, part_sums
-from fastbn.cuda.kernels.finish import dgamma_of, gradient_coefs_of, normalize_coefs_of
+from fastbn.cuda.kernels.columns import columns_of, kept_group, load_columns, part_moments, part_sums
+from fastbn.cuda.kernels.finish import dgamma_of, gradient_coefs_of, normalize_coefs_of, rstd_of
 from fastbn.cuda.kernels.jit import kernel
-from fastbn.cuda.kernels.merging import kept_lane, kept_lane_sums, out_of_range, reread, reread_sums
+from fastbn.cuda.kernels.merging import (
+    keep,
+    keep_lane,
+    kept,
+    kept_lane,
+    kept_lane_sums,
+    out_of_range,
+    reread,
+    reread_sums,
+    store_pair,
+)
 from fastbn.cuda.kernels.rows import four_slots, next_slot, rest_at, row_moments, row_sums, slot_at
-
-
-@gpu.device
-def take_broadcast(x, i):
-    """A number of the block's, in every lane."""
-    return gpu.broadcast(x, gpu.take(x, i))
 
 
 @gpu.device
@@ -46,6 +50,15 @@ def final_sums(x, dy, at, of, N, S, sn, dn, mean, a, b):
     return a, b
 
 
+@gpu.device
+def finish_gradients(x, mean, m2, count, eps, values, gamma, affine, channel, C, total, product, grads):
+    """The sums of a channel into `grads`, and its coefficients of `apply.gradient_group`."""
+    middle, rstd = gpu.load(mean, channel), rstd_of(m2, channel, count, eps)
+    dgamma = dgamma_of(x, middle, rstd, total, product)
+    store_pair(grads, 0, channel, C, total, dgamma)
+    return gradient_coefs_of(x, middle, rstd, gamma, affine, channel, total, dgamma, values)
+
+
 SHORT = dict.fromkeys(("N", "S", "slots", "rest"), "i4")  # where a block takes all of a channel
 
 
@@ -63,16 +76,13 @@ def forward_rows(
     found = row_moments(x, S, at, sn, base, slots, rest, step_n, step_v, 0, chunk, 0, chunk_rest)
     gpu.sync()
     if thread == 0:
-        count, middle, spread = final_moments(x, at, N, S, sn, *found)
-        gpu.store(stats, channel, middle)
-        gpu.store(stats, C + channel, spread)
-        rstd = 1.0 / sqrt(spread / count + eps)
-        mean_hi, scale, shift = normalize_coefs_of(x, middle, rstd, gamma, beta, affine, channel)
-        gpu.put(x, 0, mean_hi)
-        gpu.put(x, 1, scale)
-        gpu.put(x, 2, shift)
+        count, mean, m2 = final_moments(x, at, N, S, sn, *found)
+        store_pair(stats, 0, channel, C, mean, m2)
+        coefs = normalize_coefs_of(x, mean, 1.0 / sqrt(m2 / count + eps), gamma, beta, affine, channel)
+        keep(x, 0, *coefs, gpu.scalar(x, 0.0))
     gpu.sync()
-    mean_hi, scale, shift = take_broadcast(x, 0), take_broadcast(x, 1), take_broadcast(x, 2)
+    one_mean_hi, one_scale, one_shift, _ = kept(x, 0)
+    mean_hi, scale, shift = gpu.broadcast(x, one_mean_hi), gpu.broadcast(x, one_scale), gpu.broadcast(x, one_shift)
     e = thread
     n, v = e // slots, e % slots
     while e + 3 * threads < chunk:  # four loads on their way at once
@@ -92,7 +102,7 @@ def forward_rows(
     e = thread
     while e < chunk_rest:
         value = gpu.load(x, rest_at(e, at, sn, base, lanes, S, rest))
-        value = (value - gpu.take(x, 0)) * gpu.take(x, 1) + gpu.take(x, 2)
+        value = (value - one_mean_hi) * one_scale + one_shift
         gpu.store(y, rest_at(e, to, yn, base_y, lanes, S, rest), value)
         e += threads
 
@@ -114,21 +124,11 @@ def backward_rows(
     )
     gpu.sync()
     if thread == 0:
-        spread = gpu.load(m2, channel)
         total, product = final_sums(x, dy, at, of, N, S, sn, dn, middle, a, b)
-        rstd = 1.0 / sqrt(spread / count + eps) if count else spread
-        dgamma = dgamma_of(x, gpu.load(mean, channel), rstd, total, product)
-        gpu.store(grads, channel, gpu.scalar(grads, total))
-        gpu.store(grads, C + channel, gpu.scalar(grads, dgamma))
-        mean_hi, projection, mean_dy, scale = gradient_coefs_of(
-            x, gpu.load(mean, channel), rstd, gamma, affine, channel, total, dgamma, values
-        )
-        gpu.put(x, 0, mean_hi)
-        gpu.put(x, 1, projection)
-        gpu.put(x, 2, mean_dy)
-        gpu.put(x, 3, scale)
+        keep(x, 0, *finish_gradients(x, mean, m2, count, eps, values, gamma, affine, channel, C, total, product, grads))
     gpu.sync()
-    coefs = take_broadcast(x, 0), take_broadcast(x, 1), take_broadcast(x, 2), take_broadcast(x, 3)
+    one = kept(x, 0)
+    coefs = gpu.broadcast(x, one[0]), gpu.broadcast(x, one[1]), gpu.broadcast(x, one[2]), gpu.broadcast(x, one[3])
     e = thread
     n, v = e // slots, e % slots
     while e + threads < chunk:  # two loads of each array on their way at once
@@ -151,7 +151,7 @@ def backward_rows(
     while e < chunk_rest:
         p = gpu.load(x, rest_at(e, at, sn, base, lanes, S, rest))
         dp = gpu.load(dy, rest_at(e, of, dn, base_dy, lanes, S, rest))
-        value = gradient_group(p, dp, gpu.take(x, 0), gpu.take(x, 1), gpu.take(x, 2), gpu.take(x, 3))
+        value = gradient_group(p, dp, *one)
         gpu.store(dx, rest_at(e, to, yn, base_y, lanes, S, rest), value)
         e += threads
 
@@ -207,32 +207,25 @@ def gradient_columns(x, dy, dx, column, step, step_dy, step_y, r, R, every, wide
 @kernel()
 def forward_columns(x, y, gamma, beta, affine, eps, R, C, step, step_y, across, aligned, stats):
     """The same on (R, C): `columns.moments_columns` with one part."""
-    thread, threads, lanes = gpu.thread(), gpu.threads(), gpu.lanes(x)
+    threads = gpu.threads()
     channels, begin = part_moments(x, R, C, C, 1, step, 0, across, gpu.blocks(), gpu.block(), 0, R, aligned)
     gpu.sync()
-    c = thread
+    c = gpu.thread()
     while c < channels:
         channel, found = begin + c, kept_lane(x, c)
         count, mean, m2 = final_moments(x, channel, R, 1, step, *found)
-        gpu.store(stats, channel, mean)
-        gpu.store(stats, C + channel, m2)
-        mean_hi, scale, shift = normalize_coefs_of(x, mean, 1.0 / sqrt(m2 / count + eps), gamma, beta, affine, channel)
-        gpu.put_lane(x, c, mean_hi)
-        gpu.put_lane(x, gpu.many(x) + c, scale)
-        gpu.put_lane(x, 2 * gpu.many(x) + c, shift)
+        store_pair(stats, 0, channel, C, mean, m2)
+        coefs = normalize_coefs_of(x, mean, 1.0 / sqrt(m2 / count + eps), gamma, beta, affine, channel)
+        keep_lane(x, c, *coefs, gpu.scalar(x, 0.0))
         c += threads
     gpu.sync()
-    every = threads // across
-    r = gpu.quotient(thread, across)
-    beside = (thread - r * across) * lanes
-    column, wide = begin + beside, min(lanes, channels - beside)
-    if wide > 0 and r < every:
-        mean_hi, scale = gpu.take_group(x, beside), gpu.take_group(x, gpu.many(x) + beside)
-        shift = gpu.take_group(x, 2 * gpu.many(x) + beside)
+    _, column, wide, r, stop, every = columns_of(x, R, C, across, gpu.block(), 0, R)
+    if wide > 0:
+        mean_hi, scale, shift, _ = kept_group(x, column - begin)
         if aligned:
-            normalize_columns(x, y, column, step, step_y, r, R, every, wide, True, mean_hi, scale, shift)
+            normalize_columns(x, y, column, step, step_y, r, stop, every, wide, True, mean_hi, scale, shift)
         else:
-            normalize_columns(x, y, column, step, step_y, r, R, every, wide, False, mean_hi, scale, shift)
+            normalize_columns(x, y, column, step, step_y, r, stop, every, wide, False, mean_hi, scale, shift)
 
 
 @kernel()
@@ -240,38 +233,24 @@ def backward_columns(
     x, dy, dx, mean, m2, count, eps, values, gamma, affine, R, C, step, step_dy, step_y, across, aligned, grads
 ):
     """The same on (R, C): `columns.sums_columns` with one part."""
-    thread, threads, lanes = gpu.thread(), gpu.threads(), gpu.lanes(x)
+    threads = gpu.threads()
     channels, begin = part_sums(
         x, dy, mean, R, C, C, 1, step, step_dy, 0, across, gpu.blocks(), gpu.block(), 0, R, aligned
     )
     gpu.sync()
-    c = thread
+    c = gpu.thread()
     while c < channels:
         channel, found = begin + c, kept_lane_sums(x, c)
-        spread, middle = gpu.load(m2, channel), gpu.load(mean, channel)
-        total, product = final_sums(x, dy, channel, channel, R, 1, step, step_dy, gpu.scalar(x, middle), *found)
-        rstd = 1.0 / sqrt(spread / count + eps) if count else spread
-        dgamma = dgamma_of(x, middle, rstd, total, product)
-        gpu.store(grads, channel, gpu.scalar(grads, total))
-        gpu.store(grads, C + channel, gpu.scalar(grads, dgamma))
-        mean_hi, projection, mean_dy, scale = gradient_coefs_of(
-            x, middle, rstd, gamma, affine, channel, total, dgamma, values
-        )
-        gpu.put_lane(x, c, mean_hi)
-        gpu.put_lane(x, gpu.many(x) + c, projection)
-        gpu.put_lane(x, 2 * gpu.many(x) + c, mean_dy)
-        gpu.put_lane(x, 3 * gpu.many(x) + c, scale)
+        middle = gpu.scalar(x, gpu.load(mean, channel))
+        sums = final_sums(x, dy, channel, channel, R, 1, step, step_dy, middle, *found)
+        coefs = finish_gradients(x, mean, m2, count, eps, values, gamma, affine, channel, C, *sums, grads)
+        keep_lane(x, c, *coefs)
         c += threads
     gpu.sync()
-    every = threads // across
-    r = gpu.quotient(thread, across)
-    beside = (thread - r * across) * lanes
-    column, wide = begin + beside, min(lanes, channels - beside)
-    if wide > 0 and r < every:
-        mean_hi, projection = gpu.take_group(x, beside), gpu.take_group(x, gpu.many(x) + beside)
-        mean_dy, scale = gpu.take_group(x, 2 * gpu.many(x) + beside), gpu.take_group(x, 3 * gpu.many(x) + beside)
-        coefs = mean_hi, projection, mean_dy, scale
+    _, column, wide, r, stop, every = columns_of(x, R, C, across, gpu.block(), 0, R)
+    if wide > 0:
+        coefs = kept_group(x, column - begin)
         if aligned:
-            gradient_columns(x, dy, dx, column, step, step_dy, step_y, r, R, every, wide, True, coefs)
+            gradient_columns(x, dy, dx, column, step, step_dy, step_y, r, stop, every, wide, True, coefs)
         else:
-            gradient_columns(x, dy, dx, column, step, step_dy, step_y, r, R, every, wide, False, coefs)
+            gradient_columns(x, dy, dx, column, step, step_dy, step_y, r, stop, every, wide, False, coefs)

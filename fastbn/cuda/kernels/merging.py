@@ -21,6 +21,12 @@ LEAF = 16
 
 
 @gpu.device
+def grid_index():
+    """Which of all threads this one is."""
+    return gpu.block() * gpu.threads() + gpu.thread()
+
+
+@gpu.device
 def add_kahan(total, lost, term):
     """`total` and its rounding error so far, after one more term (Kahan 1965)."""
     term = term - lost
@@ -29,10 +35,25 @@ def add_kahan(total, lost, term):
 
 
 @gpu.device
+def add_four(a, b, c, d, base, total, squares):
+    """Sums of deviations from `base` and of their squares after four more groups."""
+    a, b, c, d = a - base, b - base, c - base, d - base
+    return total + ((a + b) + (c + d)), squares + a * a + b * b + c * c + d * d
+
+
+@gpu.device
 def leaf_weights(count, terms):
     """1 / terms, terms / (count + terms), and count times that: of `count` values and `terms` more."""
     weight = terms * gpu.inverse(count + terms)
     return gpu.inverse(terms), weight, count * weight
+
+
+@gpu.device
+def add_group_leaf(x, count, terms, total, squares, base, rest, m2, lost):
+    """`add_leaf` for the lanes of a group, of `count` values each and `terms` more."""
+    inverse, weight, both = leaf_weights(count, terms)
+    inverse, weight, both = gpu.broadcast(x, inverse), gpu.broadcast(x, weight), gpu.broadcast(x, both)
+    return add_leaf(total, squares, inverse, weight, both, base, rest, m2, lost)
 
 
 @gpu.device
@@ -83,6 +104,33 @@ def join(count, base, rest, m2, other_count, other_base, other_rest, other_m2):
     return both, moved, rest - (moved - base), m2
 
 
+def _merging(merge_two: Any) -> Any:
+    """What merges slots of shared memory, two by two."""
+
+    @gpu.device
+    def merge_slots(x, n, width, pieces, apart):
+        """Merge n slots, each `width` from the last, into the first.
+
+        For `width` slots of each of `pieces` that begin `apart` slots apart.
+        The order, and so every bit, is the same in every run. All of the block come here, and see each other's slots
+        behind it.
+        """
+        gpu.sync()
+        while n > 1:
+            half = (n + 1) // 2
+            each = int32((n - half) * width)
+            i = gpu.thread()
+            while i < each * pieces:
+                piece = gpu.quotient(i, each)
+                slot = piece * apart + (i - piece * each)
+                merge_two(x, slot, slot + half * width)
+                i += gpu.threads()
+            gpu.sync()
+            n = half
+
+    return merge_slots
+
+
 def _slots(put: Any, take: Any, plane: Any) -> Any:
     """What keeps, reads and merges slots of one array of shared memory, the numbers of a slot `plane` apart."""
 
@@ -113,45 +161,16 @@ def _slots(put: Any, take: Any, plane: Any) -> Any:
         return take(x, slot), take(x, plane(x) + slot)
 
     @gpu.device
-    def join_slots(x, n, width, pieces, apart):
-        """Merge n slots, each `width` from the last, into the first.
-
-        For `width` slots of each of `pieces` that begin `apart` slots apart.
-        The order, and so every bit, is the same in every run. All of the block come here, and see each other's slots
-        behind it.
-        """
-        gpu.sync()
-        while n > 1:
-            half = (n + 1) // 2
-            each = int32((n - half) * width)
-            i = gpu.thread()
-            while i < each * pieces:
-                piece = gpu.quotient(i, each)
-                slot = piece * apart + (i - piece * each)
-                keep(x, slot, *join(*kept(x, slot), *kept(x, slot + half * width)))
-                i += gpu.threads()
-            gpu.sync()
-            n = half
+    def join_two(x, slot, other):
+        keep(x, slot, *join(*kept(x, slot), *kept(x, other)))
 
     @gpu.device
-    def sum_slots(x, n, width, pieces, apart):
-        """The same for two sums."""
-        gpu.sync()
-        while n > 1:
-            half = (n + 1) // 2
-            each = int32((n - half) * width)
-            i = gpu.thread()
-            while i < each * pieces:
-                piece = gpu.quotient(i, each)
-                slot = piece * apart + (i - piece * each)
-                a, b = kept_sums(x, slot)
-                more, most = kept_sums(x, slot + half * width)
-                keep_sums(x, slot, a + more, b + most)
-                i += gpu.threads()
-            gpu.sync()
-            n = half
+    def add_two(x, slot, other):
+        a, b = kept_sums(x, slot)
+        more, most = kept_sums(x, other)
+        keep_sums(x, slot, a + more, b + most)
 
-    return keep, kept, join_slots, keep_sums, kept_sums, sum_slots
+    return keep, kept, _merging(join_two), keep_sums, kept_sums, _merging(add_two)
 
 
 keep, kept, join_slots, keep_sums, kept_sums, sum_slots = _slots(gpu.put, gpu.take, gpu.few)  # a slot a thread
@@ -171,10 +190,10 @@ def store_moments(partial, entry, channel, C, count, base, rest, m2):
 
 
 @gpu.device
-def store_sums(partial, entry, channel, C, a, b):
-    """A block's sums of a channel into `partial` (entries, 2, C), in float64."""
-    gpu.store(partial, entry * 2 * C + channel, gpu.scalar(partial, a))
-    gpu.store(partial, (entry * 2 + 1) * C + channel, gpu.scalar(partial, b))
+def store_pair(rows, entry, channel, C, a, b):
+    """Two numbers of a channel into `rows` (entries, 2, C)."""
+    gpu.store(rows, entry * 2 * C + channel, gpu.scalar(rows, a))
+    gpu.store(rows, (entry * 2 + 1) * C + channel, gpu.scalar(rows, b))
 
 
 @gpu.device

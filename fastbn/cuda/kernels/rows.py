@@ -10,6 +10,8 @@ from fastbn.cuda.kernels import gpu
 from fastbn.cuda.kernels.jit import kernel
 from fastbn.cuda.kernels.merging import (
     LEAF,
+    add_four,
+    add_group_leaf,
     add_kahan,
     add_leaf,
     join,
@@ -21,7 +23,7 @@ from fastbn.cuda.kernels.merging import (
     kept_sums,
     leaf_weights,
     store_moments,
-    store_sums,
+    store_pair,
     sum_slots,
 )
 
@@ -84,9 +86,7 @@ def read_moments(x, S, at, sn, base, slots, rest, step_n, step_v, start, stop, f
         while e + 3 * threads < until:  # four loads on their way at once
             i, j, k, m, n, v = four_slots(n, v, at, sn, base, lanes, step_n, step_v, slots)
             a, b, c, d = gpu.load_group(x, i), gpu.load_group(x, j), gpu.load_group(x, k), gpu.load_group(x, m)
-            a, b, c, d = a - origin, b - origin, c - origin, d - origin
-            total = total + ((a + b) + (c + d))
-            squares = squares + a * a + b * b + c * c + d * d
+            total, squares = add_four(a, b, c, d, origin, total, squares)
             terms += one + one + one + one
             e += 4 * threads
         while e < until:
@@ -95,9 +95,7 @@ def read_moments(x, S, at, sn, base, slots, rest, step_n, step_v, start, stop, f
             n, v = next_slot(n, v, step_n, step_v, slots)
             terms += one
             e += threads
-        inverse, weight, both = leaf_weights(count, terms)
-        inverse, weight, both = gpu.broadcast(x, inverse), gpu.broadcast(x, weight), gpu.broadcast(x, both)
-        origin, beside, m2, lost = add_leaf(total, squares, inverse, weight, both, origin, beside, m2, lost)
+        origin, beside, m2, lost = add_group_leaf(x, count, terms, total, squares, origin, beside, m2, lost)
         count += terms
         until = e + LEAF * threads
     found = join_group(x, count, origin, beside, m2)
@@ -218,4 +216,4 @@ def sums_rows(
         last, middle
     )  # fmt: skip
     if gpu.thread() == 0:
-        store_sums(partial, part, channel, C, a, b)
+        store_pair(partial, part, channel, C, a, b)
