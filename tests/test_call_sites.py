@@ -99,9 +99,9 @@ NO_ARRAY = {
     "arguments.layout.Plan.empty": "memory of its own",
     "arguments.overlap.same_memory": "compares addresses",
     "torch.allocator._fresh": "memory of its own",
-    "torch.inference_cache._way": "a function of a shape",
-    "torch.inference_cache.keep": "keeps the addresses of what torch.eligibility.declines let through",
-    "torch.inference_cache.known": "compares addresses",
+    "torch.inference_cache._call_plan": "a function of a shape",
+    "torch.inference_cache.store": "keeps the addresses of what torch.eligibility.declines let through",
+    "torch.inference_cache.lookup": "compares addresses",
     "torch.eligibility.apart": "compares addresses",
     "torch.eligibility.plain": "asks whether there is one",
 }
@@ -180,9 +180,9 @@ CHECKED: dict[str, tuple[int, dict[str, str]]] = {
     "torch.inference_cache.inference": (
         3,
         {
-            "x": "torch.inference_cache._way in torch.inference_cache.inference before torch.allocator.like",
+            "x": "torch.inference_cache._call_plan in torch.inference_cache.inference before torch.allocator.like",
             "mean, var, gamma, beta": "torch.eligibility.declines in torch.modules.Served.forward before "
-            "torch.inference_cache.keep",
+            "torch.inference_cache.store",
         },
     ),
 }

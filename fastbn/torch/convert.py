@@ -6,9 +6,9 @@ import warnings
 from typing import TypeVar
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from fastbn.torch.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, Served
+from fastbn.torch.modules import BatchNorm1d, BatchNorm2d, BatchNorm3d, Served, check_module
+from fastbn.torch.private import AnyBatchNorm
 from fastbn.torch.sync import SyncBatchNorm
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -122,24 +122,21 @@ def left_alone(model: nn.Module) -> dict[str, type[nn.Module]]:
     TypeError
         `model` is no Module.
     """
-    _check(model)
+    check_module(model, "model")
     return {name: type(m) for name, m in model.named_modules() if type(m) not in SERVED and _is_batch_norm(m)}
 
 
-def _listed(found: dict[str, type[nn.Module]]) -> str:
+def _listed(classes: dict[str, type[nn.Module]]) -> str:
     return ", ".join(
-        f"{name or 'the model itself'} ({kind.__module__}.{kind.__qualname__})" for name, kind in found.items()
+        f"{name or 'the model itself'} ({cls.__module__}.{cls.__qualname__})" for name, cls in classes.items()
     )
 
 
 def _is_batch_norm(module: nn.Module) -> bool:
-    """Also a scripted one, and by its name one that holds no other.
-
-    What holds one is a block, but a frozen one may hold its activation.
-    """
+    """Also a scripted one, and by its name one that holds no other: a block does, a frozen one holds its activation."""
     _, *below = module.modules()
-    return isinstance(module, _BatchNorm) or (
-        _so_named(module) and not any(isinstance(m, _BatchNorm) or _so_named(m) for m in below)
+    return isinstance(module, AnyBatchNorm) or (
+        _so_named(module) and not any(isinstance(m, AnyBatchNorm) or _so_named(m) for m in below)
     )
 
 
@@ -149,13 +146,8 @@ def _so_named(module: nn.Module) -> bool:
 
 
 def _swap(model: nn.Module, table: dict[type[nn.Module], type[nn.Module]]) -> None:
-    _check(model)
+    check_module(model, "model")
     for module in model.modules():
         if (new := table.get(type(module))) is not None:
             module.__class__ = new  # as PyTorch's own lazy modules do it
             vars(module).pop("_exchange", None)  # of a SyncBatchNorm, with the other ranks
-
-
-def _check(model: object) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: given {type(model).__name__}, want a torch.nn.Module")

@@ -1,6 +1,5 @@
-"""The operators as torch.library knows them.
+"""The operators as torch.library knows them, for torch.compile, torch.export and all that looks at PyTorch programs.
 
-For torch.compile, torch.export and whatever else looks at PyTorch programs.
     torch.ops.fastbn.moments(x) -> (mean, m2)
     torch.ops.fastbn.batch_norm(x, gamma, beta, eps) -> (y, mean, m2)
     torch.ops.fastbn.batch_norm_inference(x, mean, var, gamma, beta, eps) -> y
@@ -22,8 +21,9 @@ from torch import Tensor
 
 from fastbn.arguments import checks
 from fastbn.statistics import Moments
-from fastbn.torch import tensors as kernels
-from fastbn.torch.derivatives import leaf, second
+from fastbn.torch import tensors
+from fastbn.torch.derivatives import leaf, second_order
+from fastbn.torch.eligibility import parameter_dtype
 
 Three = tuple[Tensor, Tensor, Tensor]
 
@@ -37,8 +37,8 @@ _Library: Any = torch.library.Library  # whose methods are untyped
 _LIBRARY = _Library("fastbn", "FRAGMENT")
 # Flexible: in the memory order that the compiler chose for x, where else it would restore that of the eager program.
 _LIBRARY.define("moments(Tensor x) -> (Tensor, Tensor)", tags=(torch.Tag.flexible_layout, torch.Tag.pt2_compliant_tag))
-_LIBRARY.impl("moments", kernels.moments, "CPU")
-_LIBRARY.impl("moments", kernels.moments, "CUDA")
+_LIBRARY.impl("moments", tensors.moments, "CPU")
+_LIBRARY.impl("moments", tensors.moments, "CUDA")
 moments: Callable[[Tensor], tuple[Tensor, Tensor]] = torch.ops.fastbn.moments.default
 
 
@@ -52,8 +52,8 @@ torch.library.register_fake("fastbn::moments", _statistics, lib=_LIBRARY)
 @torch.library.custom_op("fastbn::batch_norm", mutates_args=())
 def batch_norm(x: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float) -> Three:
     """Training forward: (y, mean, m2)."""
-    y, found = kernels.forward(x, gamma, beta, eps)
-    return y, kernels.tensor(found.mean), kernels.tensor(found.m2)
+    y, m = tensors.forward(x, gamma, beta, eps)
+    return y, tensors.tensor(m.mean), tensors.tensor(m.m2)
 
 
 @torch.library.custom_op("fastbn::batch_norm_inference", mutates_args=())
@@ -61,14 +61,14 @@ def batch_norm_inference(
     x: Tensor, mean: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float
 ) -> Tensor:
     """Forward with constant statistics: y."""
-    return kernels.inference(x, kernels.array(mean), kernels.array(var), gamma, beta, eps)
+    return tensors.inference(x, tensors.array(mean), tensors.array(var), gamma, beta, eps)
 
 
 @torch.library.custom_op("fastbn::batch_norm_backward", mutates_args=())
 def batch_norm_backward(dy: Tensor, x: Tensor, mean: Tensor, m2: Tensor, gamma: Tensor | None, eps: float) -> Three:
     """Gradients of `batch_norm`: (dx, dgamma, dbeta)."""
     checks.check_axis(tuple(x.shape), 1)
-    return kernels.backward(dy, x, Moments(count(x), kernels.array(mean), kernels.array(m2)), gamma, eps)
+    return tensors.backward(dy, x, Moments(count(x), tensors.array(mean), tensors.array(m2)), gamma, eps)
 
 
 @torch.library.custom_op("fastbn::batch_norm_inference_backward", mutates_args=())
@@ -76,18 +76,15 @@ def batch_norm_inference_backward(
     dy: Tensor, x: Tensor, mean: Tensor, var: Tensor, gamma: Tensor | None, eps: float
 ) -> Three:
     """Gradients of `batch_norm_inference`: (dx, dgamma, dbeta)."""
-    return kernels.backward(dy, x, (kernels.array(mean), kernels.array(var)), gamma, eps)
+    return tensors.backward(dy, x, (tensors.array(mean), tensors.array(var)), gamma, eps)
 
 
 def _like(x: Tensor) -> Tensor:
-    return kernels.formatted(torch.empty_like(x))
+    return tensors.formatted(torch.empty_like(x))
 
 
 def _together(x: Tensor, **others: Tensor | None) -> None:
-    """Refuse what lies elsewhere.
-
-    With one tensor on meta the dispatcher asks for no kernel, and what is empty would go for the result.
-    """
+    """Refuse what lies elsewhere: with one tensor on meta the dispatcher would take what is empty for the result."""
     for name, value in others.items():
         if value is not None and value.device != x.device:
             raise RuntimeError(f"{name}: given a tensor on {value.device}, want all of them on {x.device}, where x is")
@@ -105,28 +102,25 @@ def _(x: Tensor, mean: Tensor, var: Tensor, gamma: Tensor | None, beta: Tensor |
     return _like(x)
 
 
-def _fake_gradients(
-    dy: Tensor, x: Tensor, mean: Tensor, spread: Tensor, gamma: Tensor | None, spread_name: str
-) -> Three:
-    _together(x, dy=dy, mean=mean, gamma=gamma, **{spread_name: spread})
-    kind = torch.float64 if x.dtype == torch.float64 else torch.float32
-    dgamma, dbeta = (x.new_empty(x.shape[1], dtype=kind) for _ in range(2))
+def _fake_gradients(dy: Tensor, x: Tensor, mean: Tensor, gamma: Tensor | None, **var_or_m2: Tensor) -> Three:
+    _together(x, dy=dy, mean=mean, gamma=gamma, **var_or_m2)
+    dgamma, dbeta = (x.new_empty(x.shape[1], dtype=parameter_dtype(x)) for _ in range(2))
     return _like(x), dgamma, dbeta
 
 
 @batch_norm_backward.register_fake
 def _(dy: Tensor, x: Tensor, mean: Tensor, m2: Tensor, gamma: Tensor | None, eps: float) -> Three:
-    return _fake_gradients(dy, x, mean, m2, gamma, "m2")
+    return _fake_gradients(dy, x, mean, gamma, m2=m2)
 
 
 @batch_norm_inference_backward.register_fake
 def _(dy: Tensor, x: Tensor, mean: Tensor, var: Tensor, gamma: Tensor | None, eps: float) -> Three:
-    return _fake_gradients(dy, x, mean, var, gamma, "var")
+    return _fake_gradients(dy, x, mean, gamma, var=var)
 
 
-def _needed(ctx: Any, *found: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The gradients that somebody asks for."""
-    return tuple(grad if need else None for grad, need in zip(found, ctx.needs_input_grad, strict=True))
+def _needed(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Those that somebody asks for."""
+    return tuple(grad if need else None for grad, need in zip(gradients, ctx.needs_input_grad, strict=True))
 
 
 def _save_nothing(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
@@ -155,7 +149,7 @@ def _training_gradients(ctx: Any, dy: Tensor, dmean: Tensor, dm2: Tensor) -> tup
 def _save_inference(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, mean, var, gamma, _, ctx.eps = inputs
     ctx.sums = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
-    ctx.format = kernels.memory_format(output)
+    ctx.format = tensors.memory_format(output)
     ctx.save_for_backward(x if ctx.sums else None, mean, var, gamma)
 
 
@@ -175,19 +169,19 @@ batch_norm_inference.register_autograd(_inference_gradients, setup_context=_save
 
 
 def _save_gradients(ctx: Any, inputs: tuple[Any, ...], output: Three) -> None:
-    *tensors, ctx.eps = inputs
-    ctx.save_for_backward(*tensors)
+    ctx.save_for_backward(*inputs[:-1])
+    ctx.eps = inputs[-1]
 
 
-def _second_training(ctx: Any, *above: Tensor) -> tuple[Tensor | None, ...]:
+def _second_training(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     dy, x, mean, _, gamma = ctx.saved_tensors
-    grad_dy, grad_x, grad_gamma = second(above, dy, x, mean, None, gamma, ctx.eps)
+    grad_dy, grad_x, grad_gamma = second_order(grads, dy, x, mean, None, gamma, ctx.eps)
     return _needed(ctx, grad_dy, grad_x, None, None, grad_gamma, None)
 
 
-def _second_inference(ctx: Any, *above: Tensor) -> tuple[Tensor | None, ...]:
+def _second_inference(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
     dy, x, mean, var, gamma = ctx.saved_tensors
-    grad_dy, grad_x, grad_gamma = second(above, dy, x, mean, var, gamma, ctx.eps)
+    grad_dy, grad_x, grad_gamma = second_order(grads, dy, x, mean, var, gamma, ctx.eps)
     return _needed(ctx, grad_dy, grad_x, None, None, grad_gamma, None)
 
 

@@ -1,6 +1,5 @@
-"""Derivatives of batch normalization and of its gradients, of ordinary PyTorch operations.
+"""Derivatives of batch normalization and of its gradients, of ordinary PyTorch operations: all further ones follow.
 
-So that all further ones follow from them.
 With E the mean of a channel's values, h = xhat, r = rstd, and P(v) = v - E[v] - h E[v h], which is its own transpose,
 in training
 
@@ -22,12 +21,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fastbn.torch.eligibility import parameter_dtype
+
 Map = Callable[[Tensor], Tensor]
-
-
-def _kind(x: Tensor) -> torch.dtype:
-    """In which all is calculated."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _others(x: Tensor) -> list[int]:
@@ -36,19 +32,19 @@ def _others(x: Tensor) -> list[int]:
 
 def _beside(values: Tensor, x: Tensor) -> Tensor:
     """Values per channel, as x multiplies with them."""
-    return values.to(_kind(x)).view(1, -1, *[1] * (x.dim() - 2))
+    return values.to(parameter_dtype(x)).view(1, -1, *[1] * (x.dim() - 2))
 
 
 def _average(values: Tensor) -> Tensor:
     return values.mean(_others(values), keepdim=True)
 
 
-def _seen(x: Tensor, mean: Tensor, var: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Map]:
+def _xhat_rstd_projection(x: Tensor, mean: Tensor, var: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Map]:
     """h, r and P."""
     # The mean in two parts keeps float32's digits. In training it is but a shift by a constant, to which all below is
     # blind.
-    high = mean.detach().to(_kind(x))
-    d = x.to(_kind(x)) - _beside(high, x) - _beside(mean.detach() - high, x)
+    high = mean.detach().to(parameter_dtype(x))
+    d = x.to(parameter_dtype(x)) - _beside(high, x) - _beside(mean.detach() - high, x)
     if var is not None:
         r = _beside((var.detach().double() + eps).rsqrt(), x)
         return d * r, r, lambda v: v
@@ -59,34 +55,31 @@ def _seen(x: Tensor, mean: Tensor, var: Tensor | None, eps: float) -> tuple[Tens
 
 
 def leaf(dy: Tensor) -> Tensor:
-    """dy, so that dx is recorded as PyTorch has it, also where nothing depends on it.
-
-    A penalty on it is 0. vmap has no detach().
-    """
+    """dy, so that dx is recorded as PyTorch has it, also where nothing depends on it: a penalty on it is 0."""
+    # not dy.detach().requires_grad_(): vmap has no detach()
     return dy + torch.zeros((), dtype=dy.dtype, device=dy.device, requires_grad=True)
 
 
-def first(
+def first_order(
     dy: Tensor, x: Tensor, mean: Tensor, var: Tensor | None, gamma: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients with respect to (x, gamma, beta), of any tensor dy that PyTorch can calculate with.
 
-    Arguments as `second`.
-    dgamma and dbeta are of float32, or of float64 beside x of float64.
+    Arguments as `second_order`. dgamma and dbeta are of float32, or of float64 beside x of float64.
     """
-    h, r, P = _seen(x, mean, var, eps)
-    steep, g = dy.to(_kind(x)), 1.0 if gamma is None else _beside(gamma, x)
-    return (g * r * P(steep)).to(x.dtype), (steep * h).sum(_others(x)), steep.sum(_others(x))
+    h, r, P = _xhat_rstd_projection(x, mean, var, eps)
+    dy, g = dy.to(parameter_dtype(x)), 1.0 if gamma is None else _beside(gamma, x)
+    return (g * r * P(dy)).to(x.dtype), (dy * h).sum(_others(x)), dy.sum(_others(x))
 
 
-def second(
-    above: tuple[Tensor, ...], dy: Tensor, x: Tensor, mean: Tensor, var: Tensor | None, gamma: Tensor | None, eps: float
+def second_order(
+    grads: tuple[Tensor, ...], dy: Tensor, x: Tensor, mean: Tensor, var: Tensor | None, gamma: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Gradients for (dy, x, gamma) of a scalar whose gradients with respect to (dx, dgamma, dbeta) are (A, B, D).
 
     Parameters
     ----------
-    above : tuple of Tensor
+    grads : tuple of Tensor
         A, of the shape of x, and B and D, of shape (C,).
     dy, x : Tensor, shape (N, C, ...)
     mean : Tensor, shape (C,), float32 or float64
@@ -101,14 +94,15 @@ def second(
     tuple of Tensor
         In the dtypes of dy, x and gamma; None beside a gamma of None.
     """
-    h, r, P = _seen(x, mean, var, eps)
-    A, steep, g = above[0].to(_kind(x)), dy.to(_kind(x)), 1.0 if gamma is None else _beside(gamma, x)
-    B, D = _beside(above[1], x), _beside(above[2], x)
-    P_A, P_dy = P(A), P(steep)
+    h, r, P = _xhat_rstd_projection(x, mean, var, eps)
+    A, wide_dy = grads[0].to(parameter_dtype(x)), dy.to(parameter_dtype(x))
+    g = 1.0 if gamma is None else _beside(gamma, x)
+    B, D = _beside(grads[1], x), _beside(grads[2], x)
+    P_A, P_dy = P(A), P(wide_dy)
     grad_x = B * r * P_dy
     if var is None:
-        curved = h * _average(A * P_dy) + _average(steep * h) * P_A + _average(A * h) * P_dy
-        grad_x = grad_x - g * r.square() * curved
+        through_h = h * _average(A * P_dy) + _average(wide_dy * h) * P_A + _average(A * h) * P_dy
+        grad_x = grad_x - g * r.square() * through_h
     grad_dy = g * r * P_A + B * h + D
     grad_gamma = None if gamma is None else (A * r * P_dy).sum(_others(x)).to(gamma.dtype)
     return grad_dy.to(dy.dtype), grad_x.to(x.dtype), grad_gamma

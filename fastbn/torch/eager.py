@@ -1,6 +1,6 @@
-"""The operator for eager PyTorch.
+"""The operator for eager PyTorch: the same kernels and derivatives, without the dispatcher.
 
-The same kernels and derivatives, without the dispatcher, which takes longer than a small layer.
+That takes longer than a small layer.
 """
 
 from __future__ import annotations
@@ -10,32 +10,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._dynamo import eval_frame
-from torch.autograd import profiler
 
 from fastbn.statistics import Moments
 from fastbn.torch import eligibility, tensors
-from fastbn.torch.derivatives import first, leaf, second
+from fastbn.torch.derivatives import first_order, leaf, second_order
+from fastbn.torch.private import dynamo_callback, profiled, shown_as
 from fastbn.torch.tensors import Statistics
-
-followed = eval_frame.get_eval_frame_callback  # None but where Dynamo follows eager code: around its graph breaks
 
 Running = tuple[float, Tensor, Tensor]  # weight of the new value, running mean and variance
 
 
-def alone(run: Callable[..., Any], *arguments: Any) -> Any:
+def without_dynamo(run: Callable[..., Any], *arguments: Any) -> Any:
     """A call that Dynamo does not follow into: it would take NumPy's functions on memory for PyTorch's on tensors."""
     disable: Callable[..., Any] = torch.compiler.disable
     return disable(run)(*arguments)
-
-
-def named(name: str, run: Callable[..., Any], *arguments: Any) -> Any:
-    """A call that torch.profiler shows as fastbn::name. Ask `profiler._is_profiler_enabled` before.
-
-    That takes 10 ns where none runs.
-    """
-    with profiler.record_function(f"fastbn::{name}"):
-        return run(*arguments)
 
 
 def normalize(
@@ -45,32 +33,19 @@ def normalize(
     eps: float,
     constants: tuple[Any, Any] | None,
     running: Running | None,
+    shown: bool = False,
 ) -> tuple[Tensor, Statistics]:
-    """Forward: (y, statistics), with constant statistics where given.
-
-    Else those of the batch, which move the running ones.
-    """
-    if profiler._is_profiler_enabled:
+    """Forward: (y, statistics), of the constants where given, else of the batch, which move the running ones."""
+    if profiled() and not shown:
         name = "batch_norm" if constants is None else "batch_norm_inference"
-        shown: tuple[Tensor, Statistics] = named(name, _normalize, x, gamma, beta, eps, constants, running)
-        return shown
-    return _normalize(x, gamma, beta, eps, constants, running)
-
-
-def _normalize(
-    x: Tensor,
-    gamma: Tensor | None,
-    beta: Tensor | None,
-    eps: float,
-    constants: tuple[Any, Any] | None,
-    running: Running | None,
-) -> tuple[Tensor, Statistics]:
+        result: tuple[Tensor, Statistics] = shown_as(name, normalize, x, gamma, beta, eps, constants, running, True)
+        return result
     if constants is not None:
         return tensors.inference(x, *constants, gamma, beta, eps), constants
-    y, found = tensors.forward(x, gamma, beta, eps)
+    y, m = tensors.forward(x, gamma, beta, eps)
     if running is not None:
-        tensors.track(found, *running)
-    return y, found
+        tensors.track(m, *running)
+    return y, m
 
 
 class Normalize(torch.autograd.Function):
@@ -87,7 +62,7 @@ class Normalize(torch.autograd.Function):
         running: Running | None,
     ) -> Tensor:
         """y."""
-        y, ctx.found = normalize(x, gamma, beta, eps, constants, running)
+        y, ctx.statistics = normalize(x, gamma, beta, eps, constants, running)
         ctx.eps, needs = eps, ctx.needs_input_grad
         ctx.frozen = constants is not None and not (needs[1] or needs[2])
         ctx.format = tensors.memory_format(y)
@@ -97,22 +72,18 @@ class Normalize(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, gamma and beta."""
-        if torch.compiler.is_compiling() or followed() is not None:
-            found: tuple[Tensor | None, ...] = alone(_backward, ctx, dy)
-            return found
+        if torch.compiler.is_compiling() or dynamo_callback() is not None:
+            result: tuple[Tensor | None, ...] = without_dynamo(_backward, ctx, dy)
+            return result
         return _backward(ctx, dy)
 
 
-def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, dy: Tensor, shown: bool = False) -> tuple[Tensor | None, ...]:
     """Of `Normalize`; recorded in turn under create_graph."""
-    if profiler._is_profiler_enabled:
-        name = "batch_norm_backward" if isinstance(ctx.found, Moments) else "batch_norm_inference_backward"
-        shown: tuple[Tensor | None, ...] = named(name, _derived, ctx, dy)
-        return shown
-    return _derived(ctx, dy)
-
-
-def _derived(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    if profiled() and not shown:
+        name = "batch_norm_backward" if isinstance(ctx.statistics, Moments) else "batch_norm_inference_backward"
+        result: tuple[Tensor | None, ...] = shown_as(name, _backward, ctx, dy, True)
+        return result
     # the imaginary part of a conjugate is negated
     (x, gamma), dy, recorded = ctx.saved_tensors, dy.resolve_neg(), torch.is_grad_enabled()
     if ctx.frozen and recorded and not dy.requires_grad:
@@ -122,41 +93,41 @@ def _derived(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     ):
         # dy of vmap, as is_grads_batched has it, or zeros without memory; x and gamma as a hook of saved tensors gives
         # them back
-        dx, dgamma, dbeta = first(dy, dy if ctx.frozen else x, *_tensors(ctx.found), gamma, ctx.eps)
+        dx, dgamma, dbeta = first_order(dy, dy if ctx.frozen else x, *_mean_var(ctx.statistics), gamma, ctx.eps)
     elif ctx.frozen:  # dx = gamma * dy * rstd is a normalization of dy, and x is not needed
-        dy, (mean, var) = dy.contiguous(memory_format=ctx.format), ctx.found
+        dy, (mean, var) = dy.contiguous(memory_format=ctx.format), ctx.statistics
         dx = normalized(dy, gamma, None, ctx.eps, (tensors.zeros(mean), var), None)
         return dx, None, None, None, None, None
     else:
         run = gradients if recorded else tensors.backward
-        dx, dgamma, dbeta = run(dy, x, ctx.found, gamma, ctx.eps)
+        dx, dgamma, dbeta = run(dy, x, ctx.statistics, gamma, ctx.eps)
     needs = ctx.needs_input_grad
     return dx if needs[0] else None, dgamma if needs[1] else None, dbeta if needs[2] else None, None, None, None
 
 
-def _tensors(found: Statistics) -> tuple[Tensor, Tensor | None]:
-    """Mean, and the variance where that is a constant."""
-    mean, var = (found.mean, None) if isinstance(found, Moments) else found
+def _mean_var(statistics: Statistics) -> tuple[Tensor, Tensor | None]:
+    """As tensors; no variance but where it is a constant."""
+    mean, var = (statistics.mean, None) if isinstance(statistics, Moments) else statistics
     return tensors.tensor(mean), None if var is None else tensors.tensor(var)
 
 
 class Gradients(torch.autograd.Function):
-    """`kernels.backward`, recorded."""
+    """`tensors.backward`, recorded."""
 
     @staticmethod
     def forward(
-        ctx: Any, dy: Tensor, x: Tensor, found: Statistics, gamma: Tensor | None, eps: float
+        ctx: Any, dy: Tensor, x: Tensor, statistics: Statistics, gamma: Tensor | None, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(dx, dgamma, dbeta)."""
         ctx.save_for_backward(dy, x, gamma)
-        ctx.found, ctx.eps = found, eps
-        return tensors.backward(dy, x, found, gamma, eps)
+        ctx.statistics, ctx.eps = statistics, eps
+        return tensors.backward(dy, x, statistics, gamma, eps)
 
     @staticmethod
-    def backward(ctx: Any, *above: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of dy, x and gamma."""
         dy, x, gamma = ctx.saved_tensors
-        grad_dy, grad_x, grad_gamma = second(above, dy, x, *_tensors(ctx.found), gamma, ctx.eps)
+        grad_dy, grad_x, grad_gamma = second_order(grads, dy, x, *_mean_var(ctx.statistics), gamma, ctx.eps)
         return grad_dy, grad_x, None, grad_gamma, None
 
 

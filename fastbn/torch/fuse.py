@@ -18,6 +18,7 @@ from torch import fx, nn
 from torch.nn.utils import parametrize
 
 from fastbn.fold import fold
+from fastbn.torch.modules import check_module
 from fastbn.torch.sync import SyncBatchNorm
 
 __all__ = ["fuse"]
@@ -67,8 +68,7 @@ def fuse(model: nn.Module) -> nn.Module:
     RuntimeError
         A model in training mode.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: given {type(model).__name__}, want a torch.nn.Module")
+    check_module(model, "model")
     if model.training:
         raise RuntimeError(
             "model: given in training mode, where batch norms use their batch's statistics: call model.eval() first"
@@ -82,10 +82,7 @@ def fuse(model: nn.Module) -> nn.Module:
 
 
 class Folded(nn.Module):
-    """Where a batch norm of several ranks was.
-
-    x as it is, of the one for which the channels of both layers are the same axis.
-    """
+    """Where a batch norm of any rank was: x as it is, of the rank in which both layers share a channel axis."""
 
     def __init__(self, rank: int) -> None:
         super().__init__()
@@ -105,10 +102,7 @@ class Folded(nn.Module):
 
 
 def _folded(layer: nn.Module, norm: nn.Module) -> tuple[nn.Module, nn.Module]:
-    """What stands in their places. New modules.
-
-    The old ones may be known by other references, and then still belong together.
-    """
+    """What stands in their places: new modules, for the old ones may be known by other references."""
     new = copy.deepcopy(layer)
     groups = getattr(layer, "groups", 1)
     weight, bias = fold(norm, layer.weight, layer.bias, transposed=isinstance(layer, TRANSPOSED), groups=groups)
@@ -125,27 +119,25 @@ def _put(model: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def _pairs(model: nn.Module) -> list[Pair]:
-    """All that can be folded. Traced is a copy that shares all parameters.
-
-    What forward leaves behind on `self` stays there.
-    """
+    """All that can be folded."""
+    # traced is a copy, on which stays what forward leaves behind on `self`; it shares the parameters
     shadow = copy.deepcopy(
         model, {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
     )
     names = Counter(id(module) for _, module in shadow.named_modules(remove_duplicate=False))
-    found = []
+    pairs = []
     for before, after in _search(shadow, ""):
         layer, norm = shadow.get_submodule(before), shadow.get_submodule(after)
         if names[id(layer)] == names[id(norm)] == 1 and _together(layer, norm):
-            found.append((before, after))
-    return found
+            pairs.append((before, after))
+    return pairs
 
 
 def _search(module: nn.Module, prefix: str) -> Iterator[Pair]:
     """Neighbours in a module, traced as a whole or else part by part."""
-    found = _traced(module)
-    if found is not None:
-        yield from ((prefix + before, prefix + after) for before, after in found)
+    pairs = _traced(module)
+    if pairs is not None:
+        yield from ((prefix + before, prefix + after) for before, after in pairs)
         return
     children = [(prefix + name, child) for name, child in module.named_children()]
     if type(module).forward is nn.Sequential.forward:
@@ -163,21 +155,18 @@ class _Tracer(fx.Tracer):
 
 
 def _traced(module: nn.Module) -> set[Pair] | None:
-    """Neighbours in every way of calling a module, or None where it can't be traced.
-
-    With its optional arguments, and without.
-    """
-    found: list[set[Pair]] = []
+    """Neighbours with a module's optional arguments and without; None where it can't be traced."""
+    pairs: list[set[Pair]] = []
     try:
         parameters = inspect.signature(module.forward).parameters.values()
         optional = {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
         for constants in ({}, optional) if optional else ({},):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                found.append(set(_neighbours(_Tracer().trace(module, constants or None))))
+                pairs.append(set(_neighbours(_Tracer().trace(module, constants or None))))
     except Exception:  # whatever the model's code raises when it is given no tensor
         return None
-    return set.intersection(*found)
+    return set.intersection(*pairs)
 
 
 def _neighbours(graph: fx.Graph) -> Iterator[Pair]:
@@ -201,11 +190,11 @@ def _together(layer: nn.Module, norm: nn.Module) -> bool:
         return False
     if any(getattr(module, hooks) for module in (layer, norm) for hooks in HOOKS) or parametrize.is_parametrized(layer):
         return False
-    kind = next(norms for layers, norms in NORMS.items() if isinstance(layer, layers))
+    norm_class = next(norms for layers, norms in NORMS.items() if isinstance(layer, layers))
     outputs = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
     # not pruned, normalized or quantized
     plain = type(layer.weight) is nn.Parameter and layer.weight.is_floating_point()
-    return plain and isinstance(norm, (kind, *SYNCHRONIZED)) and outputs == norm.num_features
+    return plain and isinstance(norm, (norm_class, *SYNCHRONIZED)) and outputs == norm.num_features
 
 
 def _is_layer(module: nn.Module) -> bool:
@@ -229,4 +218,4 @@ def _home(module: nn.Module, method: str) -> str:
     """The package and file that a method comes from; "" where the object has its own."""
     if method in vars(module):
         return ""
-    return next(kind.__module__ for kind in type(module).__mro__ if method in vars(kind))
+    return next(cls.__module__ for cls in type(module).__mro__ if method in vars(cls))

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 from functools import lru_cache
-from pathlib import Path
-
-import torch
 
 from fastbn.cpu import threads
 from fastbn.cpu.team import Runtime
+from fastbn.torch.private import openmp_addresses
 
 __all__ = ["of_pytorch", "runtime"]
 
@@ -19,15 +16,8 @@ _process = os.getpid()  # a forked child's copy of the threads is not whole, and
 
 @lru_cache(maxsize=1)
 def _runtime() -> Runtime | None:
-    """The GNU OpenMP that PyTorch is linked with; None where it has another, or none."""
-    if "ATen parallel backend: OpenMP" not in torch.__config__.parallel_info():
-        return None
-    try:
-        # loaded already; its names, and those it needs
-        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
-        return Runtime(*(ctypes.cast(getattr(library, name), ctypes.c_void_p).value or 0 for name in Runtime._fields))
-    except (OSError, AttributeError):
-        return None
+    addresses = openmp_addresses(Runtime._fields)
+    return None if addresses is None else Runtime(*addresses)
 
 
 def runtime() -> Runtime | None:

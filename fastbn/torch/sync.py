@@ -8,25 +8,25 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
-from torch.autograd import profiler
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from fastbn.arguments import dtypes, scalars
+from fastbn.arguments import scalars
 from fastbn.arguments.errors import BackendUnavailable
 from fastbn.backends import backend_for, check_device
 from fastbn.distributed import Exchange
 from fastbn.functional import batch_norm_backward_reduce
 from fastbn.statistics import Moments
-from fastbn.torch import eager, eligibility
-from fastbn.torch.modules import Served
+from fastbn.torch import eligibility, tensors
+from fastbn.torch.eligibility import parameter_dtype
+from fastbn.torch.modules import Served, check_module
+from fastbn.torch.private import AnyBatchNorm, is_functional, is_zero_tensor, profiled, shown_as
 
 HALF = (torch.float16, torch.bfloat16)
 
 
-class SyncBatchNorm(Served, _BatchNorm):
+class SyncBatchNorm(Served, AnyBatchNorm):
     """`torch.nn.SyncBatchNorm` with fastbn's kernels.
 
     In training, the statistics are those of the batches of all ranks together.
@@ -162,9 +162,9 @@ class SyncBatchNorm(Served, _BatchNorm):
 
     def _let_pytorch_refuse(self, input: Tensor) -> None:
         """Raise PyTorch's error, in its words, for input that does not go with this module."""
-        kind = torch.float64 if input.dtype == torch.float64 else torch.float32
-        own = [value for value in (self.weight, self.bias, self.running_mean, self.running_var) if value is not None]
-        alike = all(value.dtype in (kind, input.dtype) and value.shape == (self.num_features,) for value in own)
+        kept = [value for value in (self.weight, self.bias, self.running_mean, self.running_var) if value is not None]
+        wanted = (parameter_dtype(input), input.dtype)
+        alike = all(value.dtype in wanted and value.shape == (self.num_features,) for value in kept)
         if not (alike and input.is_floating_point() and input.size(1) == self.num_features):
             mean, var = (
                 None if running is None else running.clone() for running in (self.running_mean, self.running_var)
@@ -237,14 +237,14 @@ class _Synchronized(torch.autograd.Function):
             run, (dy_view, x_view, gamma, out) = exchange.backward, views
             _, dweight, dbias = _named("sync_batch_norm_backward", run, served, dy_view, x_view, m, gamma, 1, eps, out)
         grads = (
-            torch.as_tensor(grad).to(dy.dtype if dy.dtype not in HALF else torch.float32) if needed else None
+            torch.as_tensor(grad).to(parameter_dtype(dy)) if needed else None
             for grad, needed in zip((dweight, dbias), ctx.needs_input_grad[1:3], strict=True)
         )
         return dx, *grads, None, None, None
 
 
 def _named(name: str, run: Callable[..., Any], *arguments: Any) -> Any:
-    return eager.named(name, run, *arguments) if profiler._is_profiler_enabled else run(*arguments)
+    return shown_as(name, run, *arguments) if profiled() else run(*arguments)
 
 
 def convert_sync_batchnorm(module: nn.Module, process_group: Any = None) -> nn.Module:
@@ -272,8 +272,7 @@ def convert_sync_batchnorm(module: nn.Module, process_group: Any = None) -> nn.M
     ValueError
         A lazy batch norm that has not seen its channels yet.
     """
-    if not isinstance(module, nn.Module):
-        raise TypeError(f"module: given {type(module).__name__}, want a torch.nn.Module")
+    check_module(module, "module")
     return _converted(SyncBatchNorm, module, process_group, {})
 
 
@@ -283,7 +282,7 @@ def _converted(
     if module in done:
         return done[module]
     found = done[module] = module
-    if isinstance(module, _BatchNorm):
+    if isinstance(module, AnyBatchNorm):
         if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
             raise ValueError(
                 f"given {type(module).__name__} without channels yet; want one that has seen a batch: "
@@ -296,7 +295,7 @@ def _converted(
     return found
 
 
-def _counterpart(cls: type[SyncBatchNorm], module: _BatchNorm, process_group: Any) -> SyncBatchNorm:
+def _counterpart(cls: type[SyncBatchNorm], module: AnyBatchNorm, process_group: Any) -> SyncBatchNorm:
     new = cls(module.num_features, module.eps, module.momentum, False, module.track_running_stats, process_group)
     new.affine, new.weight, new.bias = module.affine, module.weight, module.bias
     new.running_mean, new.running_var = module.running_mean, module.running_var
@@ -318,19 +317,13 @@ def _served(tensor: Tensor) -> bool:
 
 
 def _array(tensor: Tensor | None) -> Any:
-    """The memory of a tensor as fastbn takes it: an array on the host, the tensor itself on a GPU."""
+    """What fastbn's functions take for a tensor of any kind."""
     if tensor is None:
         return None
     tensor = tensor.detach().resolve_neg()
     # the next two have no memory, in place of which NumPy takes any, or refuses
-    if torch._is_functional_tensor(tensor):
+    if is_functional(tensor):
         raise TypeError(
             "given a functional tensor, which has no memory; want a plain one: torch._from_functional_tensor(x)"
         )
-    if tensor._is_zerotensor():
-        tensor = tensor.clone()
-    if tensor.is_cuda:
-        return tensor
-    if tensor.dtype == torch.bfloat16:  # which NumPy doesn't know by itself
-        return tensor.view(torch.int16).numpy().view(dtypes.bfloat16())
-    return tensor.numpy()
+    return tensors.array(tensor.clone() if is_zero_tensor(tensor) else tensor)

@@ -39,16 +39,13 @@ def _optional(tensor: Tensor | None) -> Any:
     return None if tensor is None else array(tensor)
 
 
-def tensor(found: Any) -> Tensor:
-    """A tensor of fastbn's result: its memory. Results on a GPU are tensors.
-
-    Those of (C,) are views of one, which nobody need know.
-    """
-    if isinstance(found, Tensor):
-        return found.clone() if found.dim() == 1 else found
-    if found.dtype.kind == "V":  # bfloat16, whose name takes 2 us to ask for
-        return torch.from_numpy(found.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(found)
+def tensor(result: Any) -> Tensor:
+    """A tensor of fastbn's result: its memory."""
+    if isinstance(result, Tensor):  # on a GPU, where those of (C,) are views of one, which nobody need know
+        return result.clone() if result.dim() == 1 else result
+    if result.dtype.kind == "V":  # bfloat16, whose name takes 2 us to ask for
+        return torch.from_numpy(result.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(result)
 
 
 def copied(values: Tensor) -> Any:
@@ -62,10 +59,7 @@ def zeros(values: Any) -> Any:
 
 
 def memory_format(y: Tensor) -> torch.memory_format:
-    """Which of PyTorch's memory formats a dense tensor has.
-
-    Channels last where it is that, else contiguous, as PyTorch's own kernels.
-    """
+    """Of a dense tensor: channels last where it is that, else contiguous, as PyTorch's own kernels have it."""
     if y.is_contiguous():
         return torch.contiguous_format
     if y.dim() == 4 and y.is_contiguous(memory_format=torch.channels_last):
@@ -95,17 +89,17 @@ def dense(x: Tensor) -> bool:
 def _result(x: Tensor) -> tuple[Tensor | None, Any]:
     """Memory for a result in the memory order of x, and what fastbn's functions take for it: `out=`.
 
-    None where x has gaps or is not in one of PyTorch's memory formats, and on a GPU: there fastbn allocates, and
-    `formatted` puts in order. Memory of our own from LARGE on: malloc's is fresh in each step.
+    None where x has gaps or another order than PyTorch's, and on a GPU: there fastbn allocates, `formatted` arranges.
     """
     if not x.is_cpu or not dense(x):
         return None, None
+    # memory of our own from LARGE on: malloc's is fresh in each step
     y = torch.empty_like(x) if x.nbytes < LARGE else allocator.like(x)
     return y, array(y)
 
 
-def _given(y: Tensor | None, found: Any) -> Tensor:
-    return formatted(tensor(found)) if y is None else y
+def _in_format(y: Tensor | None, result: Any) -> Tensor:
+    return formatted(tensor(result)) if y is None else y
 
 
 def forward(x: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float) -> tuple[Tensor, Moments]:
@@ -113,7 +107,7 @@ def forward(x: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float) ->
     y, out = _result(x)
     with of_pytorch():
         found, m = functional.batch_norm(array(x), _optional(gamma), _optional(beta), 1, eps, out, **_options(x))
-    return _given(y, found), m
+    return _in_format(y, found), m
 
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -130,7 +124,7 @@ def inference(x: Tensor, mean: Any, var: Any, gamma: Tensor | None, beta: Tensor
         found = functional.batch_norm_inference(
             array(x), mean, var, _optional(gamma), _optional(beta), 1, eps, out, **_options(x)
         )
-    return _given(y, found)
+    return _in_format(y, found)
 
 
 def backward(
@@ -148,7 +142,7 @@ def backward(
             )
         else:
             found, dgamma, dbeta = functional.batch_norm_backward(*arrays, statistics, weight, 1, eps, out, **options)
-    return _given(dx, found), tensor(dgamma), tensor(dbeta)
+    return _in_format(dx, found), tensor(dgamma), tensor(dbeta)
 
 
 def track(found: Moments, weight: float, running_mean: Tensor, running_var: Tensor) -> None:

@@ -163,7 +163,7 @@ def test_a_gpu_is_served_by_fastbn_or_by_pytorch_as_its_backend_says(monkeypatch
         def numel(self) -> int:
             return 90
 
-    given = eligibility.Call(None, None, None, None, True)
+    given = eligibility.Operands(None, None, None, None, True)
     monkeypatch.setattr("fastbn.cuda.buffers.declines", lambda: "no GPU here")
     told = eligibility.declines(given, OnGpu(), (4,), 1e-5, 0.1)
     assert told is not None

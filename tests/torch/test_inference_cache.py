@@ -16,8 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 from torch_pairs import CHANNELS, LAYOUTS, draw  # noqa: E402
 
 from fastbn.arguments import config  # noqa: E402
-from fastbn.torch import BatchNorm1d, BatchNorm2d, inference_cache  # noqa: E402
-from fastbn.torch import tensors as kernels  # noqa: E402
+from fastbn.torch import BatchNorm1d, BatchNorm2d, inference_cache, tensors  # noqa: E402
 
 pytestmark = pytest.mark.peers
 
@@ -45,8 +44,8 @@ def called(cls: Any = BatchNorm2d, dtype: Any = torch.float32, shape: Any = SHAP
 
 def again(module: Any, x: Any) -> Any:
     """y as the call before found it; None where x is looked over."""
-    before, tensors = inference_cache.known(module, x)
-    return None if before is None or not before.channels else inference_cache.inference(module, x, before, tensors)
+    entry, state = inference_cache.lookup(module, x)
+    return None if entry is None or not entry.channels else inference_cache.inference(module, x, entry, state)
 
 
 def fresh(module: Any, x: Any) -> Any:
@@ -62,9 +61,9 @@ def test_the_second_call_is_prepared_and_has_the_same_bits(
 ) -> None:
     module, x = called(dtype=dtype, affine=affine)
     x = LAYOUTS[layout](x)
-    for large in (kernels.LARGE, 1):
-        monkeypatch.setattr(kernels, "LARGE", large)
-        inference_cache._way.cache_clear()
+    for large in (tensors.LARGE, 1):
+        monkeypatch.setattr(tensors, "LARGE", large)
+        inference_cache._call_plan.cache_clear()
         y = again(module, x)
         assert y is not None
         assert torch.equal(module(x), y)
@@ -73,7 +72,7 @@ def test_the_second_call_is_prepared_and_has_the_same_bits(
         assert y.data_ptr() % 64 == 0
         assert y._base is None
         torch.relu_(y)
-    inference_cache._way.cache_clear()
+    inference_cache._call_plan.cache_clear()
 
 
 @pytest.mark.parametrize("shape", [(32, CHANNELS), (3, CHANNELS, 1), (2, CHANNELS, 4001)])
@@ -238,7 +237,7 @@ def test_modes_and_transforms_see_pytorchs_operators() -> None:
 
 def test_nothing_of_it_stays_with_the_module() -> None:
     module, x = called()
-    assert module in inference_cache._known
+    assert module in inference_cache._entries
     keys = set(vars(module))
     assert keys == set(vars(BatchNorm2d(CHANNELS)))
     assert torch.equal(pickle.loads(pickle.dumps(module))(x), module(x))
@@ -246,7 +245,7 @@ def test_nothing_of_it_stays_with_the_module() -> None:
     del module
     gc.collect()
     assert gone() is None
-    assert len([key for key in inference_cache._known if key.num_features == CHANNELS]) == 0
+    assert len([key for key in inference_cache._entries if key.num_features == CHANNELS]) == 0
 
 
 @pytest.mark.parametrize("training", [True, False])

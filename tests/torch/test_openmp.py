@@ -19,7 +19,7 @@ from numba import njit, prange  # noqa: E402
 import fastbn  # noqa: E402
 from fastbn.cpu import pool, team, threads  # noqa: E402
 from fastbn.cpu.kernels import jit  # noqa: E402
-from fastbn.torch import BatchNorm2d, explain, openmp  # noqa: E402
+from fastbn.torch import BatchNorm2d, explain, openmp, private  # noqa: E402
 
 pytestmark = pytest.mark.peers
 
@@ -183,5 +183,5 @@ def test_without_a_known_runtime_numbas_threads_run(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch.__config__, "parallel_info", lambda: "ATen parallel backend: native thread pool")
     assert openmp._runtime.__wrapped__() is None
     monkeypatch.undo()
-    monkeypatch.setattr(openmp.ctypes, "CDLL", lambda path: (_ for _ in ()).throw(OSError("no such file")))
+    monkeypatch.setattr(private.ctypes, "CDLL", lambda path: (_ for _ in ()).throw(OSError("no such file")))
     assert openmp._runtime.__wrapped__() is None
