@@ -31,8 +31,8 @@ class IncompatibleKeys(NamedTuple):
     unexpected_keys: list[str]
 
 
-# PyTorch's names
-KEPT = {"gamma": "weight", "beta": "bias", "running_mean": "running_mean", "running_var": "running_var"}
+# PyTorch's names of a layer's arrays
+STATE_KEYS = {"gamma": "weight", "beta": "bias", "running_mean": "running_mean", "running_var": "running_var"}
 # What an option may be, and becomes: of the constructor, or assigned later. A call looks at those that its functions
 # would not.
 OPTIONS: dict[str, Callable[[Any], Any]] = {
@@ -427,46 +427,40 @@ class BatchNorm:
 
         Evaluation is y = scale * x + shift. ValueError without running statistics.
         """
-        kept = self._kept()
+        arrays = self._arrays()
         if self.running_mean is None:
             raise ValueError("folded_affine: this layer keeps no running statistics, and so has no fixed map")
-        host = {name: placement.to_host(array) for name, array in kept.items()}
+        host = {name: placement.to_host(array) for name, array in arrays.items()}
         eps = checks.check_eps(self.eps, training=False)
         return affine_of(host["running_mean"], host["running_var"], host.get("gamma"), host.get("beta"), eps)
 
     def __getstate__(self) -> Any:
         """All but the last forward, whose x is a call's: pickles and copies of a layer would carry a batch of data."""
-        kept = self.__dict__ | {"_saved": None}
+        state = self.__dict__ | {"_saved": None}
         # of subclasses, as object.__getstate__ of Python 3.11
         names = copyreg._slotnames(type(self))  # type: ignore[attr-defined]
         slots = {name: getattr(self, name) for name in names if hasattr(self, name)}
-        return (kept, slots) if slots else kept
+        return (state, slots) if slots else state
 
     def __setstate__(self, state: Any) -> None:
-        kept, slots = state if isinstance(state, tuple) else (state, {})
-        self.__dict__.update(kept, _saved=None)  # an older pickle has its last forward
+        attributes, slots = state if isinstance(state, tuple) else (state, {})
+        self.__dict__.update(attributes, _saved=None)  # an older pickle has its last forward
         for name, value in slots.items():
             setattr(self, name, value)
 
-    def _kept(self, written: bool = False) -> dict[str, Any]:
-        """Parameters and running statistics, those that there are.
-
-        TypeError or ValueError for one that no call would take.
-        """
+    def _arrays(self, written: bool = False) -> dict[str, Any]:
+        """Parameters and running statistics that there are; TypeError or ValueError for one that no call would take."""
         checks.check_running(self.running_mean, self.running_var)
-        found = {name: array for name in KEPT if (array := getattr(self, name)) is not None}
-        placement.check_kept(found, self.num_features, self.dtype, written)
-        return found
+        arrays = {name: array for name in STATE_KEYS if (array := getattr(self, name)) is not None}
+        placement.check_kept(arrays, self.num_features, self.dtype, written)
+        return arrays
 
     def _settle(self, **instead: Any) -> None:
-        """Make every option what it should be, or these instead.
-
-        TypeError or ValueError, and no option changed, where one can't be.
-        """
-        settled = {
+        """Make every option, or these instead, what it should be; TypeError or ValueError, and none changed, if not."""
+        options = {
             name: check(instead[name] if name in instead else getattr(self, name)) for name, check in OPTIONS.items()
         }
-        for name, value in settled.items():
+        for name, value in options.items():
             setattr(self, name, value)
 
     def to(self: Layer, device: str, kind: str | None = None) -> Layer:
@@ -490,7 +484,7 @@ class BatchNorm:
             No CUDA here. A layer that holds no arrays, which has nothing to move, is taken as it is, as PyTorch's.
         """
         index, library = placement.parsed(device), placement.chosen(kind)
-        self._kept()
+        self._arrays()
         names = ("gamma", "beta", "dgamma", "dbeta", "running_mean", "running_var")
         moved = {name: placement.to_host(array) for name in names if (array := getattr(self, name)) is not None}
         if index is not None:
@@ -502,13 +496,13 @@ class BatchNorm:
 
     def state_dict(self) -> dict[str, Array]:
         """Copies on the host under PyTorch's keys: weight, bias, running_mean, running_var, num_batches_tracked."""
-        return self._copies(self._kept(), self.num_batches_tracked)
+        return self._copies(self._arrays(), self.num_batches_tracked)
 
-    def _copies(self, kept: Mapping[str, Any], batches: Any) -> dict[str, Array]:
-        found = {KEPT[name]: placement.to_host(array) for name, array in kept.items()}
+    def _copies(self, arrays: Mapping[str, Any], batches: Any) -> dict[str, Array]:
+        state = {STATE_KEYS[name]: placement.to_host(array) for name, array in arrays.items()}
         if self.running_mean is not None:
-            found["num_batches_tracked"] = np.array(OPTIONS["num_batches_tracked"](batches), np.int64)
-        return found
+            state["num_batches_tracked"] = np.array(OPTIONS["num_batches_tracked"](batches), np.int64)
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> IncompatibleKeys:
         """Take over parameters and statistics, all or none of them.
@@ -533,15 +527,14 @@ class BatchNorm:
         TypeError
             No mapping, or values that are not numbers; an array of this layer of another dtype than its own.
         """
-        targets = self._kept(written=True)
-        # then a bad count of this layer's is no matter
-        replaced = isinstance(state, Mapping) and "num_batches_tracked" in state
+        targets = self._arrays(written=True)
+        replaced = isinstance(state, Mapping) and "num_batches_tracked" in state  # then this layer's may be a bad one
         own = self._copies(targets, 0 if replaced else self.num_batches_tracked)
         checked, missing, unexpected = checks.check_state(state, own, scalars.flag(strict, "strict"))
         for key, value in checked.items():
             own[key][...] = value
         for name, target in targets.items():
-            placement.overwrite(target, own[KEPT[name]])
+            placement.overwrite(target, own[STATE_KEYS[name]])
         if "num_batches_tracked" in own:
             self.num_batches_tracked = int(own["num_batches_tracked"])
         return IncompatibleKeys(missing, unexpected)

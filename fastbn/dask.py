@@ -124,9 +124,9 @@ def normalize(
     """
     channel = _checked(array, axis)
     channels = array.shape[channel]
-    kind = dtypes.of_parameters(array.dtype)
+    dtype = dtypes.of_parameters(array.dtype)
     parameters = [
-        checks.as_parameter(value, channels, kind, name) for value, name in ((gamma, "gamma"), (beta, "beta"))
+        checks.as_parameter(value, channels, dtype, name) for value, name in ((gamma, "gamma"), (beta, "beta"))
     ]
     eps = checks.check_eps(eps, training=False)
     if isinstance(moments, Delayed):
@@ -136,8 +136,7 @@ def normalize(
         except NotImplementedError:  # of dask 2026.8
             raise NotImplementedError(
                 "moments: given lazy ones, which dask can't join to arrays while its query planning is on; compute "
-                "them first, "
-                "normalize(array, moments.compute()), or turn it off, DASK_ARRAY__QUERY_PLANNING=False"
+                "them first, normalize(array, moments.compute()), or turn it off, DASK_ARRAY__QUERY_PLANNING=False"
             ) from None
     else:
         statistics = list(_statistics(moments, channels, array.size > 0))
@@ -168,8 +167,7 @@ def _checked(array: Any, axis: Any, integers: bool = False) -> int:
             raise TypeError(f"array: given {type(array).__name__}, want a dask array: its .data is one")
         raise TypeError(
             f"array: given {type(array).__name__}, want a dask array, e.g. dask.array.from_array(x, chunks); "
-            f"fastbn.moments and "
-            "fastbn.batch_norm_inference take arrays in memory"
+            "fastbn.moments and fastbn.batch_norm_inference take arrays in memory"
         )
     _check_plain(array._meta)
     checks.as_input(array._meta, "array", integers)
@@ -181,12 +179,9 @@ def _checked(array: Any, axis: Any, integers: bool = False) -> int:
     return checks.check_axis(array.shape, axis, "array")
 
 
-def _check_plain(values: Any) -> None:
-    """Of an array's meta, and of each block.
-
-    A function mapped over blocks may mask them, of which their meta says nothing.
-    """
-    if isinstance(values, np.ma.MaskedArray):
+def _check_plain(block: Any) -> None:
+    """Of an array's meta, and of each block: a function that is mapped over them may mask what their meta does not."""
+    if isinstance(block, np.ma.MaskedArray):
         raise TypeError(
             "array: given a masked array, whose mask would be ignored; want a plain one, for example "
             "dask.array.ma.filled(array, 0)"
@@ -217,17 +212,13 @@ def _of_block(block: Array, axis: tuple[int, ...], keepdims: bool, computing_met
     pieces = (
         block[(slice(None),) * split + (slice(start, start + step),)] for start in range(0, block.shape[split], step)
     )
-    found = (functional.moments(_shifted(piece, shift), channel, num_threads=1) for piece in pieces)
-    return _Part(shift.ravel(), functools.reduce(Moments.merge, found))
+    parts = (functional.moments(_shifted(piece, shift), channel, num_threads=1) for piece in pieces)
+    return _Part(shift.ravel(), functools.reduce(Moments.merge, parts))
 
 
 def _shifted(x: Array, shift: Array) -> Array:
-    """In float64: float32 would differ by 1e-8 from one chunking to the next.
-
-    np.subtract(dtype=) in one step takes 3 times as long.
-    """
-    wide = x.astype(np.float64)
-    wide -= shift
+    wide = x.astype(np.float64)  # float32 would differ by 1e-8 from one chunking to the next
+    wide -= shift  # np.subtract(dtype=) in one step takes 3 times as long
     return wide
 
 
@@ -251,16 +242,14 @@ def _joined(parts: list[_Part]) -> Moments:
     return Moments(parts[0].moments.count, mean, np.concatenate([part.moments.m2 for part in parts]))
 
 
-def _statistics(moments: Any, channels: int, needed: bool) -> tuple[Array, Array]:
+def _statistics(moments: Any, channels: int, with_values: bool) -> tuple[Array, Array]:
     """(mean, var) of moments that go with an array."""
     if not isinstance(moments, Moments) or not isinstance(moments.mean, np.ndarray):
-        raise TypeError(
-            f"moments: given {type(moments).__name__}, want what fastbn.dask.moments gives, or a "
-            f"fastbn.Moments of the host"
-        )
+        given = type(moments).__name__
+        raise TypeError(f"moments: given {given}, want what fastbn.dask.moments gives, or a fastbn.Moments of the host")
     if moments.mean.shape != (channels,):
         raise ValueError(f"moments: given {moments.mean.size} channels, want {channels}, as the array has")
-    if needed and not moments.count:
+    if with_values and not moments.count:
         raise ValueError("moments: given statistics of no values, want those of some")
     return moments.mean, moments.var()
 

@@ -280,9 +280,9 @@ def _library(comm: Any) -> str | None:
 
 def _named(ranks: NDArray[np.bool_]) -> str:
     """Rank 2; ranks 0, 1, 3; no more of them than a person reads."""
-    found = np.flatnonzero(ranks).tolist()
-    more = f" and {len(found) - 8} more" if len(found) > 8 else ""
-    return f"rank{'s' if len(found) > 1 else ''} {', '.join(map(str, found[:8]))}{more}"
+    numbers = np.flatnonzero(ranks).tolist()
+    more = f" and {len(numbers) - 8} more" if len(numbers) > 8 else ""
+    return f"rank{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers[:8]))}{more}"
 
 
 def _beside(x: Any, *arrays: Array) -> tuple[Any, ...]:

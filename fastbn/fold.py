@@ -30,9 +30,8 @@ def fold(bn: Any, weight: Any, bias: Any = None, transposed: bool = False, group
     ----------
     bn : fastbn.BatchNorm, torch.nn.BatchNorm1d, 2d, 3d or SyncBatchNorm
         The batch norm, of C channels.
-    weight : array_like or torch.Tensor, shape (C, in), (C, in / groups, *kernel), or transposed (in, C / groups,
-    *kernel)
-        Of float16, bfloat16, float32 or float64.
+    weight : array_like or torch.Tensor, shape (C, in) or (C, in / groups, *kernel)
+        Of float16, bfloat16, float32 or float64. If transposed, of shape (in, C / groups, *kernel).
     bias : array_like or torch.Tensor, shape (C,), optional
         0 where absent.
     transposed : bool
@@ -54,19 +53,19 @@ def fold(bn: Any, weight: Any, bias: Any = None, transposed: bool = False, group
     ValueError
         A shape that does not go with the channels of `bn`, or with groups; a batch norm without running statistics.
     """
-    layer = _layer(bn)
-    wide = _wide(weight, "weight")
-    along = _along(wide.shape, layer.mean.size, scalars.flag(transposed, "transposed"), groups)
-    offset = None if bias is None else _wide(bias, "bias")
-    if offset is not None and offset.shape != layer.mean.shape:
-        raise ValueError(f"bias: given shape {offset.shape}, want {layer.mean.shape}, one value per channel of bn")
-    scale, shift = affine_of(*layer, offset)
+    norm = _norm(bn)
+    wide = _float64(weight, "weight")
+    shapes = _shapes(wide.shape, norm.mean.size, scalars.flag(transposed, "transposed"), groups)
+    offset = None if bias is None else _float64(bias, "bias")
+    if offset is not None and offset.shape != norm.mean.shape:
+        raise ValueError(f"bias: given shape {offset.shape}, want {norm.mean.shape}, one value per channel of bn")
+    scale, shift = affine_of(*norm, offset)
     with np.errstate(all="ignore"):  # NaN and Inf propagate without a warning
-        folded = wide.reshape(along.weight) * scale.reshape(along.scale)
+        folded = wide.reshape(shapes.weight) * scale.reshape(shapes.scale)
     return _like(folded.reshape(wide.shape), weight), _like(shift, weight)
 
 
-class _Layer(NamedTuple):
+class _Norm(NamedTuple):
     """What a batch norm does in evaluation: each (C,) and float64."""
 
     mean: Array
@@ -76,7 +75,7 @@ class _Layer(NamedTuple):
     eps: float
 
 
-def _layer(bn: Any) -> _Layer:
+def _norm(bn: Any) -> _Norm:
     """TypeError for what is no batch norm, ValueError for one without running statistics."""
     torch = sys.modules.get("torch")
     if isinstance(bn, BatchNorm):
@@ -88,13 +87,13 @@ def _layer(bn: Any) -> _Layer:
             f"bn: given {type(bn).__name__}, want a fastbn.BatchNorm or a torch.nn.BatchNorm1d, "
             f"BatchNorm2d or BatchNorm3d"
         )
-    found = [state.get(key) for key in ("running_mean", "running_var", "weight", "bias")]
-    mean, var, gamma, beta = (None if value is None else _wide(value, "bn") for value in found)
+    arrays = (state.get(key) for key in ("running_mean", "running_var", "weight", "bias"))
+    mean, var, gamma, beta = (None if array is None else _float64(array, "bn") for array in arrays)
     if mean is None or var is None:
         raise ValueError(
             "bn: given one without running statistics (track_running_stats=False), which has no fixed map to fold"
         )
-    return _Layer(mean, var, gamma, beta, eps)
+    return _Norm(mean, var, gamma, beta, eps)
 
 
 def _is_tensor(value: Any) -> bool:
@@ -102,7 +101,7 @@ def _is_tensor(value: Any) -> bool:
     return torch is not None and isinstance(value, torch.Tensor)
 
 
-def _wide(value: Any, name: str) -> Array:
+def _float64(value: Any, name: str) -> Array:
     """A float64 array on the host."""
     if not _is_tensor(value):
         return checks.as_input(value, name).astype(np.float64)
@@ -116,32 +115,32 @@ def _wide(value: Any, name: str) -> Array:
     return wide
 
 
-def _like(values: Array, given: Any) -> Any:
-    """Values of the dtype and kind of what was given, in its memory order where the shape is the same."""
-    if not _is_tensor(given):
-        array = checks.as_input(given)
+def _like(values: Array, weight: Any) -> Any:
+    """An array or tensor as weight is, of its dtype, and in its memory order where the shape is the same."""
+    if not _is_tensor(weight):
+        array = checks.as_input(weight)
         rounded = np.empty_like(array, shape=values.shape, subok=False)
         with np.errstate(over="ignore", invalid="ignore"):
             rounded[...] = values
         return rounded
     import torch
 
-    if given.dtype == torch.float16:  # PyTorch would round twice, to float32 first
+    if weight.dtype == torch.float16:  # PyTorch would round twice, to float32 first
         with np.errstate(over="ignore", invalid="ignore"):
             values = values.astype(np.float16)
-    plain = given.detach()
+    plain = weight.detach()
     tensor = torch.empty_like(plain) if plain.shape == values.shape else plain.new_empty(values.shape)
     return tensor.copy_(torch.from_numpy(values))
 
 
-class _Along(NamedTuple):
+class _Shapes(NamedTuple):
     """The shapes in which weight and scale meet."""
 
     weight: tuple[int, ...]
     scale: tuple[int, ...]
 
 
-def _along(shape: tuple[int, ...], channels: int, transposed: bool, groups: Any) -> _Along:
+def _shapes(shape: tuple[int, ...], channels: int, transposed: bool, groups: Any) -> _Shapes:
     """ValueError for a weight that does not go with the channels and groups."""
     groups = scalars.whole(groups, "groups", "a positive integer")
     if groups < 1 or channels % groups:
@@ -156,9 +155,9 @@ def _along(shape: tuple[int, ...], channels: int, transposed: bool, groups: Any)
         )
     ones = (1,) * (len(shape) - 2)
     if not transposed:
-        return _Along(shape, (channels, 1, *ones))
+        return _Shapes(shape, (channels, 1, *ones))
     if shape[0] % groups:
         raise ValueError(
             f"weight: given shape {shape}, with {shape[0]} inputs along axis 0, want a multiple of {groups}, the groups"
         )
-    return _Along((groups, shape[0] // groups, *shape[1:]), (groups, 1, channels // groups, *ones))
+    return _Shapes((groups, shape[0] // groups, *shape[1:]), (groups, 1, channels // groups, *ones))

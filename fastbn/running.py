@@ -61,8 +61,8 @@ class RunningMoments:
         TypeError, ValueError
             As `fastbn.moments`; also another number of channels.
         """
-        found = functional.moments(chunk, self.axis, backend=self.backend, num_threads=self.num_threads)
-        return self._take(found, "chunk")
+        m = functional.moments(chunk, self.axis, backend=self.backend, num_threads=self.num_threads)
+        return self._take(m, "chunk")
 
     def merge(self, other: RunningMoments | Moments) -> RunningMoments:
         """Take in what another one, or a Moments, has seen; the other is left as it is. Returns self.
@@ -99,16 +99,17 @@ class RunningMoments:
         whole.moments = distributed.Exchange(comm, self.num_features).merged("reduce", self.moments)
         return whole
 
-    def _take(self, found: Moments, name: str) -> RunningMoments:
-        found = settled(found) if isinstance(found, Moments) else found
-        if isinstance(found, Moments) and found.mean.size != checks.check_channels(self.num_features):
-            raise ValueError(
-                f"{name}: given {found.mean.size} channels along axis {self.axis}, want {self.num_features}"
-            )
-        if isinstance(found, Moments) and not self.count and buffers.on_device(found.mean):
-            self.moments = found  # the first that is seen lies on a GPU: the rest is merged there
-        else:
-            self.moments = self.moments.merge(found)
+    def _take(self, m: Moments, name: str) -> RunningMoments:
+        if isinstance(m, Moments):  # else merge refuses it
+            m = settled(m)
+            if m.mean.size != checks.check_channels(self.num_features):
+                raise ValueError(
+                    f"{name}: given {m.mean.size} channels along axis {self.axis}, want {self.num_features}"
+                )
+            if not self.count and buffers.on_device(m.mean):
+                self.moments = m  # the first that is seen lies on a GPU: the rest is merged there
+                return self
+        self.moments = self.moments.merge(m)
         return self
 
     @property
@@ -122,33 +123,11 @@ class RunningMoments:
         return self.moments.mean
 
     def var(self, ddof: float = 0) -> Statistics:
-        """Variance of each channel.
-
-        Parameters
-        ----------
-        ddof : number
-            0 for the biased variance, 1 for the unbiased one.
-
-        Returns
-        -------
-        ndarray, shape (C,), float64
-            NaN where count does not exceed ddof.
-        """
+        """Variance of each channel: see `Moments.var`."""
         return self.moments.var(ddof)
 
     def std(self, ddof: float = 0) -> Statistics:
-        """Standard deviation of each channel: the root of `var`.
-
-        Parameters
-        ----------
-        ddof : number
-            0 for the biased variance, 1 for the unbiased one.
-
-        Returns
-        -------
-        ndarray, shape (C,), float64
-            NaN where count does not exceed ddof.
-        """
+        """Standard deviation of each channel: the root of `var`."""
         return self.moments.std(ddof)
 
 
@@ -172,31 +151,31 @@ def recalibrate(layer: Any, batches: Any, progress: bool) -> None:
         raise TypeError("batches: given a tuple, one (input, target) of a loader? want the loader, or [batch]")
     if not isinstance(batches, Iterable) and not hasattr(batches, "__getitem__"):
         raise TypeError(f"batches: given {type(batches).__name__}, want an iterable of arrays")
-    seen = RunningMoments(layer.num_features, layer.axis, layer.backend, num_threads=layer.num_threads)
-    tracked = 0
+    total = RunningMoments(layer.num_features, layer.axis, layer.backend, num_threads=layer.num_threads)
+    num_batches = 0
     with screen.tracked(batches, "recalibrate") if progress else nullcontext(batches) as shown:
         for n, batch in enumerate(shown):
-            before = seen.count
+            before = total.count
             try:
-                seen.update(_checked(layer, _input(batch)))
+                total.update(_checked(layer, _input(batch)))
             except (TypeError, ValueError) as error:
                 raise (TypeError if isinstance(error, TypeError) else ValueError)(
                     f"batches: batch {n}: {error}"
                 ) from error
-            tracked += seen.count > before
-    freedom = seen.count - 1 if layer.unbiased_running_var else seen.count
-    if not seen.count:
+            num_batches += total.count > before
+    freedom = total.count - 1 if layer.unbiased_running_var else total.count
+    if not total.count:
         raise ValueError(
             "batches: given no values, want at least one batch that has some (an iterator gives its batches only once)"
         )
     if not freedom:
         raise ValueError("batches: given one value per channel in all, want two or more: one has no unbiased variance")
     with np.errstate(over="ignore", invalid="ignore"):  # beyond float32 it is infinite, as in training
-        mean = placement.to_host(seen.moments.mean).astype(layer.dtype)
-        var = (placement.to_host(seen.moments.m2) / freedom).astype(layer.dtype)
+        mean = placement.to_host(total.moments.mean).astype(layer.dtype)
+        var = (placement.to_host(total.moments.m2) / freedom).astype(layer.dtype)
     placement.overwrite(running_mean, mean)
     placement.overwrite(running_var, var)
-    layer.num_batches_tracked = tracked
+    layer.num_batches_tracked = num_batches
 
 
 def _input(batch: Any) -> Any:
@@ -206,8 +185,7 @@ def _input(batch: Any) -> Any:
         if isinstance(first, list) and len(first) > 2 and _alike(first):
             raise TypeError(
                 f"given a list of {len(first)} arrays of shape {tuple(first[0].shape)}, which forward would join to "
-                f"one, want an array: "
-                "numpy.stack(batch), or batch[0] for the first alone"
+                "one, want an array: numpy.stack(batch), or batch[0] for the first alone"
             )
         first = first[0]
     if isinstance(first, Mapping):
@@ -218,14 +196,14 @@ def _input(batch: Any) -> Any:
     return first if getattr(first, "ndim", 0) or buffers.on_device(first) else batch
 
 
-def _alike(given: list[Any]) -> bool:
+def _alike(arrays: list[Any]) -> bool:
     """Whether they may be samples: arrays of one shape and dtype."""
-    kinds = [(tuple(getattr(item, "shape", ())), str(getattr(item, "dtype", ""))) for item in given]
-    return kinds[0][0] != () and kinds.count(kinds[0]) == len(kinds)
+    forms = [(tuple(getattr(array, "shape", ())), str(getattr(array, "dtype", ""))) for array in arrays]
+    return forms[0][0] != () and forms.count(forms[0]) == len(forms)
 
 
-def _keys(given: Mapping[Any, Any]) -> str:
-    return f"{type(given).__name__} with keys {', '.join(map(repr, list(given)[:5]))}"
+def _keys(mapping: Mapping[Any, Any]) -> str:
+    return f"{type(mapping).__name__} with keys {', '.join(map(repr, list(mapping)[:5]))}"
 
 
 def _checked(layer: Any, x: Any) -> Any:

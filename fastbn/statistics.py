@@ -115,23 +115,7 @@ class Moments:
         return m.m2 / (m.count - ddof)
 
     def std(self, ddof: float = 0) -> Statistics:
-        """Standard deviation of each channel: the root of `var`.
-
-        Parameters
-        ----------
-        ddof : number
-            0 for the biased variance, 1 for the unbiased one.
-
-        Returns
-        -------
-        ndarray, shape (C,), float64
-            NaN where count does not exceed ddof.
-
-        Raises
-        ------
-        TypeError, ValueError
-            ddof is no number.
-        """
+        """Standard deviation of each channel: the root of `var`."""
         return np.sqrt(self.var(ddof))
 
     def rstd(self, eps: float) -> Statistics:
