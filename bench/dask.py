@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bench import command
-from bench.memory import peak
+from bench.machine import peak
 from fastbn.cli import info
 from fastbn.cli.files import replacing
 

@@ -12,10 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import command, gpu_checks, gpu_host, gpu_timing
+from bench import command, gpu_checks, gpu_timing, plot
 from bench.command import RESULTS, relative, replace_block, rounded, write_result
-from bench.gpu_problem import SHAPES, Problem
-from bench.plot import LOOK, OFFSET, ROW_INCHES
+from bench.gpu_timing import SHAPES, Problem
 from bench.problem import PASSES
 from fastbn import progress
 from fastbn.arguments.errors import MissingExtra
@@ -199,39 +198,6 @@ def paragraphs(result: Mapping[str, Any], data: str) -> list[str]:
     return [listed, command.markdown(*table(result["records"])), picture, written]
 
 
-def draw(result: Mapping[str, Any], path: Path) -> None:
-    """Write the plot as PNG: each shape's ratio to PyTorch's best, and its share of the copy's bandwidth, by pass."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
-
-    names = list(dict.fromkeys(f"{r['shape']} {r['dtype']}" for r in result["records"]))
-    figure = Figure(figsize=(11, ROW_INCHES * len(names) + 2.4), layout="constrained")
-    FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2, sharey=True)
-    for r in result["records"]:
-        y = names.index(f"{r['shape']} {r['dtype']}") + OFFSET[r["pass"]]
-        marker, colour = LOOK[r["pass"]]
-        for axes, value in ((left, r["ratio"]), (right, r["of_copy"])):
-            if value is not None:
-                axes.plot(value, y, marker, color=colour, markersize=4)
-    for axes, target, label in (
-        (left, RATIO, "PyTorch's best time / fastbn's: larger is better"),
-        (right, OF_COPY, "share of the copy's bandwidth: larger is better"),
-    ):
-        axes.axvline(target, color="black", linewidth=0.8)
-        axes.grid(linewidth=0.4, alpha=0.6)
-        axes.set_xlabel(label)
-    left.set_xscale("log")
-    right.set_xlim(left=0)
-    left.set_yticks(range(len(names)), names, fontsize=8)
-    left.set_ylim(len(names) - 0.5, -0.5)
-    handles = [Line2D([], [], marker=m, color=c, linestyle="none", label=what) for what, (m, c) in LOOK.items()]
-    title = f"{result['machine']['device']}, {result['machine']['date']}"
-    figure.legend(handles=handles, ncols=len(handles), loc="outside upper center", frameon=False, title=title)
-    figure.savefig(path, format="png", dpi=110)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=COMMAND, description="Check fastbn on this machine's GPU, then time it beside PyTorch."
@@ -274,7 +240,7 @@ def plotted(result: Mapping[str, Any], path: Path) -> None:
         print(f"{error}; then {COMMAND} --from {path.with_suffix('.json')} draws it")
         return
     if result["records"]:
-        draw(result, path)
+        plot.draw_gpu(result, path, RATIO, OF_COPY)
         print(f"wrote {path}")
 
 
@@ -282,7 +248,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the command; 1 where a check fails."""
     if args.host:
         print("What Python takes of a call, its launches faked: arguments packed for the driver, and no more.")
-        print(*gpu_host.report(), sep="\n")
+        print(*gpu_timing.host_report(), sep="\n")
         return 0
     if args.readme:
         replace_block(args.readme, "gpu")

@@ -1,21 +1,121 @@
-"""How `bench.gpu` times: CUDA events around several calls, contestants by turns, medians of paired ratios."""
+"""How `bench.gpu` times: tensors that outgrow the cache, everyone's calls on them, CUDA events around several by turns.
+
+And what Python takes of a call, without a GPU: its launches faked, their arguments packed for the driver and no more.
+"""
 
 from __future__ import annotations
 
 import gc
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
-from bench.gpu_problem import Call, Problem
+import numpy as np
+
+import fastbn
+from bench.suite.cases import CASES, Case, name_of
+from fastbn.cuda import buffers, cost
+
+EPS = 1e-5
+CACHED_BYTES = 256 * 2**20  # of all sets of x: several times the cache of any GPU
+SETS = 512  # at most: smaller arrays are bound by the host, wherever they lie
+LARGE: tuple[tuple[int, ...], ...] = (
+    (256, 64, 112, 112),
+    (256, 256, 56, 56),
+    (64, 64, 224, 224),
+    (16, 32, 64, 128, 128),
+)
+SHAPES: dict[str, Case] = {
+    **CASES,
+    **{name_of(shape): Case(shape, "first") for shape in LARGE},
+    **{f"{name_of(shape)} last": Case(shape, "last", True) for shape in LARGE},
+}
+Call = Callable[[int], Any]
 
 ROUNDS = 5
 BATCH_SECONDS = 2e-3  # of calls between two events
-HOST_CALLS = 300
 
 PEERS = ("PyTorch cuDNN", "PyTorch native", "torch.compile")
+HOST_SHAPES = (32, 64), (32, 64, 56, 56)  # in one launch, and in three
+HOST_ROUNDS, HOST_CALLS = 25, 100
+
+
+def dims(case: Case) -> tuple[int, ...]:
+    """(N, C, S) or (R, C) of a case, as the backend sees it."""
+    N, C, *rest = case.shape
+    S = math.prod(rest)
+    return (N * S, C) if case.last or not rest else (N, C, S)
+
+
+class Problem:
+    """Tensors of a case and dtype, in as many sets as outgrow the cache, and the calls on a set."""
+
+    def __init__(self, name: str, dtype: str, sets: int = SETS) -> None:
+        import torch
+
+        self.torch, self.case, self.dtype = torch, SHAPES[name], dtype
+        shape, kind = self.case.shape, getattr(torch, dtype)
+        self.bytes = math.prod(shape) * kind.itemsize
+        self.sets = max(2, min(sets, -(-CACHED_BYTES // self.bytes)))
+        self.parameter = torch.float64 if dtype == "float64" else torch.float32
+        self.x, self.dy, self.y = (
+            [self._drawn(shape, kind, seed + i) for i in range(self.sets)] for seed in (0, 1000, 2000)
+        )
+        C = shape[1]
+        self.gamma = torch.linspace(0.5, 2, C, dtype=self.parameter, device="cuda")
+        self.beta = torch.linspace(-1, 1, C, dtype=self.parameter, device="cuda")
+        self.mean, self.var = torch.full_like(self.beta, 3.0), torch.full_like(self.beta, 4.0)
+
+    def _drawn(self, shape: tuple[int, ...], kind: Any, seed: int) -> Any:
+        """Normal values, mean 3 and standard deviation 2, in the case's memory order."""
+        torch = self.torch
+        memory = self.case.memory
+        generator = torch.Generator("cuda").manual_seed(seed)
+        made = torch.empty([shape[a] for a in memory], dtype=kind, device="cuda").normal_(3, 2, generator=generator)
+        return made.permute([memory.index(a) for a in range(len(shape))])
+
+    def moved(self, what: str) -> int:
+        """Bytes that a pass must move by the schedule."""
+        return cost.moved(what, dims(self.case), self.dtype)
+
+    def copy(self, k: int) -> Any:
+        """The device's own copy of x."""
+        return self.y[k].copy_(self.x[k])
+
+    def fastbn(self, what: str) -> Call:
+        """fastbn's pass."""
+        moments = [fastbn.moments(x) for x in self.x] if what == "backward" else []
+        return {
+            "forward": lambda k: fastbn.batch_norm(self.x[k], self.gamma, self.beta, out=self.y[k]),
+            "backward": lambda k: fastbn.batch_norm_backward(
+                self.dy[k], self.x[k], moments[k], self.gamma, out=self.y[k]
+            ),
+            "inference": lambda k: fastbn.batch_norm_inference(
+                self.x[k], self.mean, self.var, self.gamma, self.beta, out=self.y[k]
+            ),
+            "moments": lambda k: fastbn.moments(self.x[k]),
+        }[what]
+
+    def pytorch(self, what: str, function: Callable[..., Any]) -> Call:
+        """PyTorch's pass, by F.batch_norm or a compiled one."""
+        torch = self.torch
+        if what == "moments":
+            axes = [a for a in range(len(self.case.shape)) if a != 1]
+            return lambda k: torch.var_mean(self.x[k], axes)
+        if what == "inference":
+            return lambda k: function(self.x[k], self.mean, self.var, self.gamma, self.beta, False, 0.1, EPS)
+        if what == "forward":
+            return lambda k: function(self.x[k], None, None, self.gamma, self.beta, True, 0.1, EPS)
+        leaves = [x.detach().requires_grad_() for x in self.x]
+        gamma, beta = self.gamma.detach().requires_grad_(), self.beta.detach().requires_grad_()
+        with torch.enable_grad():
+            results = [function(x, None, None, gamma, beta, True, 0.1, EPS) for x in leaves]
+        return lambda k: torch.autograd.grad(results[k], (leaves[k], gamma, beta), self.dy[k], retain_graph=True)
 
 
 def contestants(problem: Problem, what: str, compiled: bool) -> dict[str, Callable[[], Call]]:
@@ -168,8 +268,108 @@ def host_microseconds(call: Call, torch: Any) -> float:
     samples = []
     for _ in range(5):
         start = time.perf_counter()
-        for k in range(HOST_CALLS // 5):
+        for k in range(HOST_CALLS):
             call(k % 2)
-        samples.append((time.perf_counter() - start) / (HOST_CALLS // 5))
+        samples.append((time.perf_counter() - start) / HOST_CALLS)
         torch.cuda.synchronize()
     return statistics.median(samples) * 1e6
+
+
+class _Array:
+    """An array with the interface of a GPU's, in memory of the host."""
+
+    def __init__(self, array: Any) -> None:
+        self._array = array
+        self.__cuda_array_interface__ = array.__array_interface__ | {"version": 3, "stream": None}
+        self._rows = [_Array(row) for row in array] if array.ndim == 2 and len(array) == 2 else []
+
+    def __getitem__(self, k: int) -> _Array:
+        return self._rows[k]
+
+
+class _Driver:
+    """In the place of the driver: counts launches, and has the results at hand, as a pool of memory would."""
+
+    def __init__(self) -> None:
+        from cuda.core._kernel_arg_handler import ParamHolder
+
+        self.launches, self._pack = 0, ParamHolder
+        self._made: dict[Any, _Array] = {}
+        self._work = np.empty(2**24, np.uint8)
+        self._place = self._work, -(-self._work.ctypes.data // 256) * 256
+
+    def launch(self, stream: Any, config: Any, kernel: Any, *arguments: Any) -> None:
+        """Pack the arguments."""
+        self.launches += 1
+        self._pack(arguments)
+
+    def empty(self, sizes: tuple[int, ...], strides: tuple[int, ...], dtype: Any) -> _Array:
+        """A result."""
+        if (sizes, strides, dtype) not in self._made:
+            self._made[sizes, strides, dtype] = _Array(np.empty(sizes, dtype))
+        return self._made[sizes, strides, dtype]
+
+    def within(self) -> ExitStack:
+        """A context in which fastbn asks this driver."""
+        from fastbn.cuda.kernels import jit
+
+        core = jit._core()
+        fakes = {
+            "_core": lambda: SimpleNamespace(Stream=core.Stream, LaunchConfig=core.LaunchConfig, launch=self.launch),
+            "current": lambda: 0,
+            "device_of": lambda address: 0,
+            "empty": self.empty,
+            "raw": lambda nbytes, stream, device: self._place,
+        }
+        stack = ExitStack()
+        stack.enter_context(mock.patch.multiple(jit, **fakes))
+        stack.enter_context(mock.patch.object(jit.Kernel, "compiled", lambda *given: "the kernel"))
+        for kernel in jit.KERNELS:
+            stack.enter_context(mock.patch.object(kernel, "_on", {}))
+        stack.enter_context(mock.patch.object(buffers, "declines", lambda: None))
+        return stack
+
+
+def _faked(shape: tuple[int, ...]) -> dict[str, Callable[[], Any]]:
+    """Each pass on arrays of a shape."""
+    x, dy, out = (_Array(np.ones(shape, np.float32)) for _ in range(3))
+    gamma, beta, mean, var = (_Array(np.ones(shape[1], np.float32)) for _ in range(4))
+    moments = fastbn.moments(x)
+    return {
+        "forward": lambda: fastbn.batch_norm(x, gamma, beta, out=out),
+        "backward": lambda: fastbn.batch_norm_backward(dy, x, moments, gamma, out=out),
+        "inference": lambda: fastbn.batch_norm_inference(x, mean, var, gamma, beta, out=out),
+        "moments": lambda: fastbn.moments(x),
+    }
+
+
+def _microseconds(call: Callable[[], Any], rounds: int) -> tuple[float, float]:
+    """(least, median) of the rounds: the least is what the call takes, the median what else the machine was at."""
+    call()
+    samples = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        for _ in range(HOST_CALLS):
+            call()
+        samples.append((time.perf_counter() - start) / HOST_CALLS * 1e6)
+    return min(samples), statistics.median(samples)
+
+
+def host_report(rounds: int = HOST_ROUNDS) -> list[str]:
+    """A line for each call: its launches, what it takes, and what of that a launch takes."""
+    from fastbn.cuda.kernels import apply
+
+    lines, driver = [], _Driver()
+    with driver.within():
+        for shape in HOST_SHAPES:
+            for what, call in _faked(shape).items():
+                call()
+                driver.launches = 0
+                call()
+                number, (least, median) = driver.launches, _microseconds(call, rounds)
+                lines.append(f"{name_of(shape)} {what}: {number} launches, {least:.1f} us (median {median:.1f})")
+        kernel, kinds = apply.normalize, (np.dtype(np.float32), np.dtype(np.float64))
+        arguments = kernel.prepared([1] * len(kernel.arguments))
+        least, median = _microseconds(lambda: kernel.launch(*kinds, 100, 256, 1, 0, arguments), rounds)
+        lines.append(f"a launch with {len(arguments)} arguments: {least:.1f} us (median {median:.1f})")
+    return lines

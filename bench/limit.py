@@ -74,13 +74,14 @@ def _read(x, vectors, parts, sums):  # type: ignore[no-untyped-def]  # typed by 
 def flat(array: Array, p: Problem) -> NDArray[np.float32]:
     """An array's memory as float32, whole vectors of it: up to 63 bytes at its end are left out.
 
-    Of another dtype: as many bytes of other memory, since its own would be NaN and denormal numbers, which add slowly.
+    Of another dtype, or of less than a vector, as many bytes of other memory.
     """
     octets = p.rows(array).reshape(-1).view(np.uint8)
     found = octets[: octets.size // 64 * 64].view(np.float32)
-    if p.dtype == "float32":
+    if p.dtype == "float32" and found.size:
         return found
-    other = cases.aligned(found.nbytes).view(np.float32)
+    # halves and doubles read as float32 would be NaN and denormal numbers, which add slowly
+    other = cases.aligned(max(64, found.nbytes)).view(np.float32)
     other[...] = 1
     return other
 

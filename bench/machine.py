@@ -1,4 +1,4 @@
-"""The machine as the numbers depend on it: facts, threads for everyone, and memory that stays with the process."""
+"""The machine as the numbers depend on it: facts, threads for everyone, and memory."""
 
 from __future__ import annotations
 
@@ -79,3 +79,24 @@ def sentence(machine: dict[str, Any]) -> str:
     """One line on the machine."""
     peers = ", ".join(f"{name} {machine[name]}" for name in ("jax", "onnxruntime"))
     return f"{info.sentence(machine)}; {machine['cores']} cores, {machine['cache'] / 2**20:.0f} MB of cache; {peers}"
+
+
+def peak() -> int:
+    """Bytes that this process has held at most."""
+    # Not ru_maxrss on Linux: that begins with what the process that started this one held.
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def available() -> int | None:
+    """Bytes that a process may still take; None where the system does not tell."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import textwrap
 import time
@@ -16,14 +17,18 @@ from typing import Any
 from bench import command, machine, measure, plot, pytorch, report, small
 from bench.command import RESULTS, relative, replace_block, rounded, write_result
 from bench.contestants import PEERS, TOLERANCE
-from bench.problem import PASSES
+from bench.problem import PASSES, case, named
 from bench.suite import cases
 from fastbn import progress
+from fastbn.arguments import checks
 from fastbn.cli.files import check_output
 
 SECONDS, QUICK_SECONDS = 4.0, 0.3  # of rounds for each shape and pass
 SMALL_SECONDS = 10.0
 QUICK = ("32x64x56x56", "32x512x7x7", "32x64x56x56 last", "4096x256", "32x64")  # one of each kind
+# x, dy, y, the result that others are held against, and what the peer that takes most makes on its way; half precision
+# stands beside float32
+ARRAYS = 10
 AUTO = Path()  # a file in bench/results, named after the machine
 
 
@@ -39,7 +44,8 @@ def _parser() -> argparse.ArgumentParser:
         "--shapes",
         nargs="+",
         metavar="SHAPE",
-        help=f"shapes of the table, like 32x64x56x56 or '32x64x56x56 last', or: {listed}",
+        help="any, like 32x64x56x56, or '32x64x56x56 last' for channels last in memory; or groups of the table: "
+        f"{listed} (default: the whole table)",
     )
     parser.add_argument(
         "--passes", nargs="+", choices=PASSES, default=list(PASSES), metavar="PASS", help=", ".join(PASSES)
@@ -81,15 +87,22 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def chosen(shapes: Sequence[str] | None, quick: bool) -> list[str]:
-    """The cases asked for, in the table's order; ValueError for a name that is neither a case nor a group."""
+    """The names of the shapes asked for, a group's in the table's order; ValueError for what is neither."""
     if shapes is None:
         return list(QUICK) if quick else list(cases.CASES)
-    unknown = [name for name in shapes if name not in cases.CASES and name not in cases.GROUPS]
-    if unknown:
-        raise ValueError(
-            f"--shapes: given {unknown[0]!r}, want one of {', '.join((*cases.GROUPS, *map(repr, cases.CASES)))}"
-        )
-    return [name for name, case in cases.CASES.items() if name in shapes or case.group in shapes]
+    return list(dict.fromkeys(name for text in shapes for name in cases.names(text) or [named(text)]))
+
+
+def check_memory(names: Sequence[str], dtype: str) -> None:
+    """ValueError where a shape's arrays will not fit, before any of them is made."""
+    free = machine.available()
+    for name in names:
+        need = ARRAYS * math.prod(case(name).shape) * max(4, checks.check_dtype(dtype).itemsize)
+        if free is not None and need > free:
+            raise ValueError(
+                f"--shapes: given {name!r}, its arrays and the peers' take about {need / 2**30:,.1f} GiB, and "
+                f"{free / 2**30:,.1f} are free: want a smaller shape"
+            )
 
 
 @contextmanager
@@ -122,7 +135,7 @@ def measured(
     crowd = measure.Crowd()
     records: list[dict[str, Any]] = []
     little: list[dict[str, Any]] = []
-    tiny = [name for name in shapes if cases.CASES[name].group == "small"]
+    tiny = [name for name in shapes if case(name).group == "small"]
     tiny = [] if args.scaling or args.dtype != "float32" else tiny
     result = {
         "kind": "scaling" if args.scaling else "peers",
@@ -197,6 +210,8 @@ def run(args: argparse.Namespace) -> int:
     if args.readme:
         replace_block(args.readme, report.block(kind))
     shapes = chosen(args.shapes, args.quick)
+    if result is None:
+        check_memory(shapes, args.dtype)
     data, picture = _paths(args, kind)
     if result is None:
         result = rounded(measured(args, shapes, kept, partial(write_result, data)))

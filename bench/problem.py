@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,12 +10,37 @@ from numpy.typing import NDArray
 
 import fastbn
 from bench.suite import cases
-from fastbn.arguments import config
+from fastbn.arguments import checks, config
+from fastbn.cli import explain
 
 Array = NDArray[Any]
 
 PASSES = ("forward", "backward", "inference", "moments")
 EPS = config.EPS
+OWN = "own"  # the group of what is not in the table
+
+
+def case(name: str) -> cases.Case:
+    """What a name of the table stands for, or one like it."""
+    if name in cases.CASES:
+        return cases.CASES[name]
+    shape, last = explain.parsed(name)
+    return cases.Case(shape, OWN, last)
+
+
+def named(text: str) -> str:
+    """The name of a shape, however it is typed: that of the table where it is there.
+
+    Raises
+    ------
+    ValueError
+        It is no shape, has fewer than two axes, or fewer than two values a channel.
+    """
+    shape, last = explain.parsed(text, "--shapes", f"; or {', '.join(cases.GROUPS)}, of the table")
+    checks.check_axis(shape, 1, f"--shapes {text!r}")
+    if math.prod(shape) < 2 * shape[1]:
+        raise ValueError(f"--shapes: given {text!r}, want two values or more a channel: a variance needs two")
+    return cases.name_of(shape) + (" last" if last and len(shape) > 2 else "")  # rows of channels have them last anyway
 
 
 class Refused(Exception):
@@ -35,13 +61,13 @@ class Problem:
     """One array and all that goes with it: the same memory for every contestant, results too."""
 
     def __init__(self, name: str, dtype: str) -> None:
-        self.name, self.dtype, self.case = name, dtype, cases.CASES[name]
-        self.x, self.dy = cases.array(name, dtype), cases.array(name, dtype, seed=1)
-        self.gamma, self.beta = cases.parameters(name, dtype)
+        self.name, self.dtype, self.case = name, dtype, case(name)
+        self.x, self.dy = cases.array(self.case, dtype), cases.array(self.case, dtype, seed=1)
+        self.gamma, self.beta = cases.parameters(self.case, dtype)
         self.moments = fastbn.moments(self.x)
         self.mean, self.var = (a.astype(self.gamma.dtype) for a in (self.moments.mean, self.moments.var()))
         self.rstd = self.moments.rstd(EPS).astype(self.gamma.dtype)
-        self.out = cases.empty(name, dtype)
+        self.out = cases.empty(self.case, dtype)
         self.out[...] = 0  # its pages exist before anybody is timed
 
     @property

@@ -1,19 +1,62 @@
-"""The tables of a result, for the terminal and for a page: every number comes from the JSON."""
+"""What is asked of the ratios, on two cores, and the tables of a result: every number comes from the JSON."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-from bench import command, machine, small, targets
-from bench.problem import PASSES
+from bench import command, machine, small
+from bench.problem import OWN, PASSES
 
 Result = Mapping[str, Any]
 Record = Mapping[str, Any]
 Table = tuple[list[str], list[list[str]]]
 
 COMMAND = "python -m bench.peers"
+
+
+class Target(NamedTuple):
+    """Least ratios of the fastest peer's time to fastbn's."""
+
+    label: str
+    groups: tuple[str, ...]
+    passes: tuple[str, ...]
+    every: float | None  # shape
+    geomean: float | None
+
+    def holds(self, cell: Mapping[str, Any]) -> bool:
+        """Whether it is about this shape and pass."""
+        return cell["group"] in self.groups and cell["pass"] in self.passes
+
+
+LARGE = ("first", "last", "flat")
+TARGETS = (
+    Target("channels first, forward", ("first",), ("forward",), 1.2, 3.0),
+    Target("channels first, backward", ("first",), ("backward",), 1.1, 1.8),
+    Target("channels last and flat, forward and backward", ("last", "flat"), ("forward", "backward"), 1.0, 1.4),
+    Target("inference", LARGE, ("inference",), 1.0, 1.1),
+    Target("moments", LARGE, ("moments",), None, None),
+)
+LIMIT_BYTES = 4 * 2**20  # of the array, above which the limit is a target
+HALF = 1.5  # times the speed of float32, on arrays over the cache
+
+
+def peer_target(cell: Mapping[str, Any]) -> float | None:
+    """The least ratio to the fastest peer wanted of a shape and pass."""
+    return next((target.every for target in TARGETS if target.holds(cell)), None)
+
+
+def limit_target(cell: Mapping[str, Any], cache: int) -> float | None:
+    """The largest multiple of the limit's time wanted; None for small arrays, for moments, and off the table."""
+    if cell["bytes"] <= LIMIT_BYTES or cell["pass"] == "moments" or cell["group"] == OWN:
+        return None
+    if cell["pass"] == "inference":
+        return 1.1
+    if cell["group"] == "first":
+        short = cell["shape"].endswith("x7x7")
+        return 1.5 if cell["pass"] == "backward" else 1.7 if short else 1.35
+    return 2.0 if cell["bytes"] > cache else 1.6
 
 
 def block(result: Result) -> str:
@@ -44,7 +87,7 @@ def _least(found: Sequence[Record], target: float | None) -> str:
 
 def _most(found: Sequence[Record], cache: int) -> str:
     """The large array on which fastbn is farthest from the limit, in units of what is wanted there."""
-    bounded = [(r, bound) for r in found if (bound := targets.limit_target(r, cache)) is not None]
+    bounded = [(r, bound) for r in found if (bound := limit_target(r, cache)) is not None]
     if not bounded:
         return "-"
     worst, bound = max(bounded, key=lambda pair: pair[0]["times_limit"] / pair[1])
@@ -58,7 +101,7 @@ def _most(found: Sequence[Record], cache: int) -> str:
 def summary(result: Result) -> Table:
     """Each target beside what was measured."""
     lines = []
-    for target in targets.TARGETS:
+    for target in TARGETS:
         found = [r for r in result["records"] if target.holds(r) and r["ratio"] is not None]
         if found:
             mean = statistics.geometric_mean(r["ratio"] for r in found)
@@ -139,7 +182,7 @@ NOTES = {
     "paired within a round.",
     "half": "A cell: fastbn's time in {dtype}; its float32 time and the fastest peer's as multiples of it; and as a "
     "multiple of "
-    f"the limit's, the best copy, triad or read of the same bytes. Target: {targets.HALF:g}x float32 on arrays over "
+    f"the limit's, the best copy, triad or read of the same bytes. Target: {HALF:g}x float32 on arrays over "
     f"the cache.",
     "scaling": "A cell: fastbn's time at {counts} threads, and how many times as fast as one thread the last is. "
     "{dtype}.",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import copy
 import itertools
 import json
 import statistics
@@ -13,10 +12,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench import command, machine, memory, resnet_plot
+from bench import command, machine, plot
 from bench.command import RESULTS, relative, replace_block, rounded, write_result
+from bench.measure import paired, rounds
 from bench.report import milliseconds
-from bench.rounds import paired, rounds
 from fastbn import progress
 from fastbn.cli import info
 
@@ -134,7 +133,7 @@ def peak(name: str, norms: str, layout: str, images: int, side: int) -> float:
     step = stepper(network(name, norms, layout).train(), RATE)
     for seed in range(3):
         step(*batch(layout, images, side, seed))
-    return memory.peak() / 1e6
+    return machine.peak() / 1e6
 
 
 def peaks(name: str, layout: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -250,7 +249,7 @@ def run(args: argparse.Namespace) -> int:
         result = rounded(measured(args))
         path = args.json or RESULTS / f"resnet-{machine.slug(result['machine'])}.json"
         write_result(path, result)
-        resnet_plot.draw(copy.deepcopy(result), path.with_suffix(".png"))
+        plot.draw_networks(result, path.with_suffix(".png"))
         print(f"wrote {path} and {path.with_suffix('.png')}")
     progress.table(*table(result))
     print(note(result))

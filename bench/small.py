@@ -15,8 +15,8 @@ import numpy as np
 import fastbn
 from bench import pytorch
 from bench.contestants import TOLERANCE, apart
+from bench.measure import paired, rounds
 from bench.problem import EPS, Problem
-from bench.rounds import paired, rounds
 
 Run = Callable[[], Any]
 

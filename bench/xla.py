@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from bench.problem import EPS, Call, Maker, Problem, Refused
+from fastbn.cli.bench import numpy_backward
 
 
 def set_threads(number: int) -> None:
@@ -32,32 +33,25 @@ def _call(p: Problem, what: str, squares: bool) -> Call:
         mean = x.mean(axes)
         return mean, ((x * x).mean(axes) - mean * mean if squares else x.var(axes))
 
+    def normalized(x: Any, mean: Any, var: Any, gamma: Any, beta: Any) -> Any:
+        scale = gamma * jax.lax.rsqrt(var + EPS)
+        return ((x - mean.reshape(shape)) * scale.reshape(shape) + beta.reshape(shape)).astype(p.x.dtype)
+
     def forward(x: Any, gamma: Any, beta: Any) -> Any:
         x = x.astype(single)
         mean, var = statistics(x)
-        y = (x - mean.reshape(shape)) * (gamma * jax.lax.rsqrt(var + EPS)).reshape(shape) + beta.reshape(shape)
-        return y.astype(p.x.dtype), mean, var
+        return normalized(x, mean, var, gamma, beta), mean, var
 
-    def backward(dy: Any, x: Any, gamma: Any, mean: Any, rstd: Any) -> Any:
-        dy = dy.astype(single)
-        xhat = (x.astype(single) - mean.reshape(shape)) * rstd.reshape(shape)
-        dbeta, dgamma = dy.sum(axes), (dy * xhat).sum(axes)
-        dx = (gamma * rstd).reshape(shape) * (
-            dy - (dbeta / p.count).reshape(shape) - xhat * (dgamma / p.count).reshape(shape)
-        )
-        return dx.astype(p.x.dtype), dgamma, dbeta
-
-    def inference(x: Any, mean: Any, var: Any, gamma: Any, beta: Any) -> Any:
-        y = (x.astype(single) - mean.reshape(shape)) * (gamma * jax.lax.rsqrt(var + EPS)).reshape(shape) + beta.reshape(
-            shape
-        )
-        return (y.astype(p.x.dtype),)
+    def backward(dy: Any, x: Any, *given: Any) -> Any:
+        mean, var, gamma = (values.reshape(shape) for values in given)
+        dx, *sums = numpy_backward(dy.astype(single), x.astype(single), mean, var, gamma, axes)
+        return dx.astype(p.x.dtype), *(values.reshape(-1) for values in sums)
 
     x, dy = p.rows(p.x), p.rows(p.dy)
     choices: dict[str, tuple[Any, tuple[Any, ...]]] = {
         "forward": (forward, (x, p.gamma, p.beta)),
-        "backward": (backward, (dy, x, p.gamma, p.mean, p.rstd)),
-        "inference": (inference, (x, p.mean, p.var, p.gamma, p.beta)),
+        "backward": (backward, (dy, x, p.mean, p.var, p.gamma)),
+        "inference": (lambda x, *given: (normalized(x.astype(single), *given),), (x, p.mean, p.var, p.gamma, p.beta)),
         "moments": (lambda x: statistics(x.astype(single)), (x,)),
     }
     function, given = choices[what]

@@ -1,4 +1,4 @@
-"""The one table of shapes, for the asv suite and for `python -m bench.peers`, and arrays of them."""
+"""The one table of shapes, for the asv suite and for `python -m bench.peers`, and arrays of any shape."""
 
 from __future__ import annotations
 
@@ -46,15 +46,11 @@ SMALL_SHAPES: tuple[tuple[int, ...], ...] = ((32, 64), (16, 256), (2, 16, 8, 8),
 
 
 class Case(NamedTuple):
-    """A shape with its channel axis 1; `last` for channels innermost in memory."""
+    """A shape with its channel axis 1."""
 
     shape: tuple[int, ...]
-    group: str  # "first", "last", "flat" or "small"
-
-    @property
-    def last(self) -> bool:
-        """Whether the channels are innermost in memory, in a transposed view."""
-        return self.group == "last"
+    group: str  # one of GROUPS, in the table
+    last: bool = False  # the channels are innermost in memory, in a transposed view
 
     @property
     def memory(self) -> tuple[int, ...]:
@@ -70,7 +66,7 @@ def name_of(shape: tuple[int, ...]) -> str:
 
 CASES = {
     **{name_of(shape): Case(shape, "first") for shape in IMAGES},
-    **{f"{name_of(shape)} last": Case(shape, "last") for shape in IMAGES},
+    **{f"{name_of(shape)} last": Case(shape, "last", True) for shape in IMAGES},
     **{name_of(shape): Case(shape, "flat") for shape in FLAT},
     **{name_of(shape): Case(shape, "small") for shape in SMALL_SHAPES},
 }
@@ -81,11 +77,6 @@ DTYPES = ("float32", "float64", "float16", "bfloat16")
 def names(*groups: str) -> list[str]:
     """The cases of some groups, in the table's order."""
     return [name for name, case in CASES.items() if case.group in groups]
-
-
-def smallest(wanted: list[str]) -> str:
-    """The case with the fewest values."""
-    return min(wanted, key=lambda name: math.prod(CASES[name].shape))
 
 
 def dtype_of(name: str) -> np.dtype[Any]:
@@ -102,33 +93,29 @@ def aligned(size: int) -> NDArray[np.uint8]:
     return raw[start : start + size]
 
 
-def empty(name: str, dtype: str) -> Array:
+def empty(case: Case, dtype: str) -> Array:
     """An array of a case's shape and memory order that begins on a cache line."""
-    case, kind = CASES[name], dtype_of(dtype)
-    size = math.prod(case.shape) * kind.itemsize
-    made: Array = (
-        aligned(size).view(kind).reshape([case.shape[axis] for axis in case.memory]).transpose(np.argsort(case.memory))
-    )
+    kind = dtype_of(dtype)
+    flat = aligned(math.prod(case.shape) * kind.itemsize).view(kind)
+    made: Array = flat.reshape([case.shape[axis] for axis in case.memory]).transpose(np.argsort(case.memory))
     return made
 
 
-def array(name: str, dtype: str, seed: int = 0) -> Array:
+def array(case: Case, dtype: str, seed: int = 0) -> Array:
     """Normal data of a case, mean 3 and standard deviation 2; the same values in either memory order."""
-    made = empty(name, dtype)
-    values = np.random.default_rng(seed).standard_normal(
-        CASES[name].shape, np.float64 if dtype == "float64" else np.float32
-    )
+    made = empty(case, dtype)
+    values = np.random.default_rng(seed).standard_normal(made.shape, np.float64 if dtype == "float64" else np.float32)
     values *= 2
     values += 3
     made[...] = values
     return made
 
 
-def parameters(name: str, dtype: str) -> tuple[Array, Array]:
+def parameters(case: Case, dtype: str) -> tuple[Array, Array]:
     """(gamma, beta) of a case's channels: float32, or float64 beside float64 data."""
     kind = np.float64 if dtype == "float64" else np.float32
     rng = np.random.default_rng(7)
-    channels = CASES[name].shape[1]
+    channels = case.shape[1]
     return rng.uniform(0.5, 2.0, channels).astype(kind), rng.standard_normal(channels).astype(kind)
 
 

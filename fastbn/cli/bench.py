@@ -47,8 +47,8 @@ def numpy_forward(x: Array, gamma: Array, beta: Array, y: Array, axes: tuple[int
 def numpy_backward(
     dy: Array, x: Array, mean: Array, var: Array, gamma: Array, axes: tuple[int, ...]
 ) -> tuple[Array, Array, Array]:
-    """Backward as plain NumPy writes it; mean, var and gamma broadcast against x."""
-    rstd = 1 / np.sqrt(var + np.float32(EPS))
+    """Backward as plain NumPy, and JAX, write it; mean, var and gamma broadcast against x."""
+    rstd = (var + np.float32(EPS)) ** -0.5
     xhat = (x - mean) * rstd
     m = np.float32(x.size // mean.size)
     dbeta, dgamma = dy.sum(axes, keepdims=True), (dy * xhat).sum(axes, keepdims=True)

@@ -11,19 +11,19 @@ from fastbn.arguments import dtypes
 SHAPE = re.compile(r"[(\[]?\s*(\d+(?:\s*[x,]\s*\d+)*)\s*,?\s*[)\]]?(\s+last)?", re.ASCII)
 
 
-def parsed(text: str, name: str = "SHAPE") -> tuple[tuple[int, ...], bool]:
+def parsed(text: str, name: str = "SHAPE", also: str = "") -> tuple[tuple[int, ...], bool]:
     """(shape, whether the channels are innermost in memory) of text like 32,64,56,56 or '32x64x56x56 last'.
 
     Raises
     ------
     ValueError
-        It is not such a text; `name` says whose it is.
+        It is not such a text; `name` says whose it is, `also` what else it may be.
     """
     found = SHAPE.fullmatch(text.strip())
     if found is None:
         raise ValueError(
             f"{name}: given {text!r}, want whole numbers with commas between them, like 32,64,56,56, or with x, "
-            f"like 32x64x56x56, and ' last' behind them where the channels are last in memory"
+            f"like 32x64x56x56, and ' last' behind them where the channels are last in memory{also}"
         )
     return tuple(map(int, re.findall(r"\d+", found[1]))), found[2] is not None
 
