@@ -11,14 +11,17 @@ import threading
 import traceback
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest import mock
 
+import numba
 import numpy as np
-from child import WANT, beside, call, how, in_child, right
+from child import WANT, at_once, beside, call, how, in_child, right
 
 import fastbn
 from fastbn.cpu import pool
+from fastbn.cpu.kernels import jit
+from fastbn.cpu.threads import limited
 
 HOW = os.environ.get("HOW", "")  # what `how` should say
 LAYER = HOW.partition(" ")[0]
@@ -306,7 +309,6 @@ def an_interrupt_leaves_no_library_half_imported() -> None:
 @scene("user", 0, 1)  # the warning may be what is interrupted
 def an_interrupt_leaves_all_as_it_was() -> None:
     """While kernels run, on all threads and on fewer, and while they are loaded, where numba can't take one."""
-    import numba
 
     def interrupted(limit: int | None) -> tuple[bool, int, int]:
         fastbn.set_num_threads(limit)
@@ -332,7 +334,81 @@ def the_user_or_fastbn_first() -> None:
 @scene("user", 1, forks=False)
 def the_user_first() -> None:
     """Their parallel functions get TBB too, where fastbn is imported."""
-    import numba
     import user_code
 
     expect((user_code.total(1000), numba.threading_layer(), *said()), (1000.0, LAYER, True, HOW))
+
+
+# Four threads, and limits of them
+
+
+Form = Callable[..., None]
+
+
+def replaced(work: Callable[[], object], change: Callable[[str, Form], Form]) -> object:
+    """What some work returns with each compiled form replaced."""
+    kept = {kernel: kernel._compiled for kernel in jit.KERNELS if kernel.parallel}  # the others know no limit
+    try:
+        for kernel, forms in kept.items():
+            kernel._compiled = {key: change("parallel" if key[-1] else "serial", run) for key, run in forms.items()}
+        return work()
+    finally:
+        for kernel, forms in kept.items():
+            kernel._compiled = forms
+
+
+def ran() -> tuple[object, set[tuple[str, int]], int]:
+    """Whether calls are right; in which forms, and on how many threads, kernels ran; numba's own number after it."""
+    found: set[tuple[str, int]] = set()
+
+    def spied(name: str, run: Form) -> Form:
+        def spy(*arguments: Any) -> None:
+            found.add((name, numba.get_num_threads()))
+            run(*arguments)
+
+        return spy
+
+    right(1)  # which loads what it needs
+    return replaced(lambda: right(2), spied), found, numba.get_num_threads()
+
+
+@scene("four threads", forks=False)
+def a_limit_takes_effect_and_leaves_numbas_number() -> None:
+    expect(ran(), (True, {("parallel", 4)}, 4))
+    for limit, want in ((1, ("serial", 4)), (2, ("parallel", 2)), (3, ("parallel", 3)), (None, ("parallel", 4))):
+        with limited(limit):
+            expect((limit, *ran()), (limit, True, {want}, 4))
+    for mask, limit, want in ((3, None, "parallel"), (3, 2, "parallel"), (3, 4, "parallel"), (1, None, "serial")):
+        numba.set_num_threads(mask)
+        with limited(limit):
+            count = fastbn.get_num_threads()
+            expect((count, *ran()), (limit or mask, True, {(want, count)}, mask))
+    numba.set_num_threads(4)
+
+
+@scene("four threads", forks=False)
+def numbas_number_is_restored_after_an_error_in_a_kernel() -> None:
+    def broken(*arguments: Any) -> None:
+        raise MemoryError(numba.get_num_threads())
+
+    def failed() -> object:
+        try:
+            return call()
+        except MemoryError as error:
+            return error.args
+
+    with limited(3):
+        said = replaced(failed, lambda name, run: broken)
+        expect((said, numba.get_num_threads(), fastbn.get_num_threads()), ((3,), 4, 3))
+
+
+@scene("four threads", forks=False)
+def limits_in_several_threads_at_once() -> None:
+    results: list[tuple[bool, bool, int]] = []
+
+    def work(limit: int) -> None:
+        fastbn.set_num_threads(limit)
+        results.extend((call() == WANT, fastbn.get_num_threads() == limit, numba.get_num_threads()) for _ in range(20))
+
+    at_once([lambda limit=limit: work(limit) for limit in (1, 2, 3, 4)])
+    expect((set(results), len(results), fastbn.get_num_threads()), ({(True, True, 4)}, 80, 4))
