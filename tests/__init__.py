@@ -7,4 +7,6 @@ Python looks, for `torch` and `bench` are names of folders here.
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent / "shared"))
+ROOT = Path(__file__).resolve().parents[1]
+
+sys.path.insert(0, str(ROOT / "tests" / "shared"))

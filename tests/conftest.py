@@ -25,9 +25,11 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from fastbn.cpu.kernels import cache
+from tests import ROOT
 
 for _helper in (
     "absurd",
+    "launch",
     "processes",
     "published",
     "rank_checks",
@@ -42,7 +44,6 @@ from shapes import BACKENDS  # noqa: E402 # asserts of the modules above hold un
 if TYPE_CHECKING:
     import processes
 
-ROOT = Path(__file__).parents[1]
 
 # Kernels are kept between runs in a directory of their sources' stamp, which processes that tests start find too.
 # Functions of the tests' own that are cached and compiled together with fastbn's lie there as well: numba alone would

@@ -2,14 +2,12 @@
 
 import inspect
 import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import published
 import pytest
+from launch import python
 from shapes import DTYPES, every_dtype_and_backend, parameter_dtype
 from tolerances import check, scales
 
@@ -203,30 +201,8 @@ def test_describe_is_a_text_for_both_kinds(backend: str) -> None:
 @pytest.mark.process
 def test_the_contract_holds_with_streaming_stores_too() -> None:
     """The same tests with every store past the cache; in a process of their own, since a wrong alignment ends it."""
-    run = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            "-n",
-            "0",
-            "-m",
-            "",
-            "-k",
-            "cpu and out_",
-            "-p",
-            "no:cacheprovider",
-            "tests/test_contract.py",
-        ],
-        env=os.environ | {"FASTBN_STREAM_BYTES": "0", "PYTEST_ADDOPTS": ""},
-        cwd=Path(__file__).parents[1],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
-    assert " passed" in run.stdout
+    words = ("-m", "pytest", "-qn0", "-m", "", "-k", "cpu and out_", "-p", "no:cacheprovider", "tests/test_contract.py")
+    assert " passed" in python(*words, FASTBN_STREAM_BYTES="0", PYTEST_ADDOPTS="")
 
 
 # The registry

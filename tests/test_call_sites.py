@@ -9,13 +9,14 @@ each. Who is new fails until listed.
 import ast
 from collections.abc import Callable, Iterator
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-PACKAGE = Path(__file__).parents[1] / "fastbn"
+from tests import ROOT
+
+PACKAGE = ROOT / "fastbn"
 
 # What makes a function a call site: an attribute of this name, whatever it is an attribute of, a call, or a function of
 # CONTRACT.

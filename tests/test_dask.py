@@ -6,7 +6,6 @@ import os
 import re
 import weakref
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,7 +28,6 @@ import fastbn.dask as bridge
 
 pytestmark = pytest.mark.peers
 
-ROOT = Path(__file__).parents[1]
 SHAPE = (26, 6, 11, 9)
 CHUNKS = {
     "whole": SHAPE,

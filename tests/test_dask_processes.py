@@ -1,20 +1,18 @@
 """fastbn.dask in processes of its own: with dask's query planning, without dask, its benchmark."""
 
-import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from launch import python
 
 pytest.importorskip("dask.array", reason="a bridge to dask: pip install 'fastbn[dask]'")
 pytest.importorskip("distributed", reason="a bridge to dask: pip install 'fastbn[dask]'")
 import bench.dask
+from tests import ROOT
 
 pytestmark = pytest.mark.peers
-
-ROOT = Path(__file__).parents[1]
 
 PLANNING = """
 import dask.array as da, numpy as np
@@ -35,17 +33,14 @@ print(hasattr(array, "expr"), m.count, (y.compute() == want).all())
 
 @pytest.mark.process
 def test_query_planning_works_or_its_remedies_do() -> None:
-    said = []
-    for planning in ("True", "False"):  # read when dask's arrays are imported
-        environment = {**os.environ, "DASK_ARRAY__QUERY_PLANNING": planning}
-        run = subprocess.run(
-            [sys.executable, "-c", PLANNING], cwd=ROOT, capture_output=True, text=True, check=True, env=environment
-        )
-        said.append(run.stdout.splitlines())
-    assert said[1] == ["False 8 True"]
-    if said[0][-1] != "False 8 True":  # this dask has it
-        assert said[0][-1] == "True 8 True"
-        assert [line.partition(",")[0] for line in said[0][:-1]] in ([], ["moments: given lazy ones"])
+    # read when dask's arrays are imported
+    on, off = (
+        python("-c", PLANNING, DASK_ARRAY__QUERY_PLANNING=planning).splitlines() for planning in ("True", "False")
+    )
+    assert off == ["False 8 True"]
+    if on[-1] != "False 8 True":  # this dask has it
+        assert on[-1] == "True 8 True"
+        assert [line.partition(",")[0] for line in on[:-1]] in ([], ["moments: given lazy ones"])
 
 
 def test_without_dask_the_extra_is_named() -> None:
@@ -58,8 +53,7 @@ def test_without_dask_the_extra_is_named() -> None:
             except ImportError as error:
                 print(type(error).__name__, error)
         """
-    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert run.stdout == 2 * "MissingExtra fastbn.dask needs dask with its arrays: pip install 'fastbn[dask]'\n"
+    assert python("-c", code) == 2 * "MissingExtra fastbn.dask needs dask with its arrays: pip install 'fastbn[dask]'\n"
 
 
 @pytest.mark.bench

@@ -5,16 +5,13 @@ or separate calls.
 import hashlib
 import itertools
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numba
 import numpy as np
 import pytest
+from launch import python
 from shapes import COMPACT, CPU_DTYPES, HALF, every_dtype_and_backend, parameter_dtype
 
 import fastbn
@@ -144,17 +141,8 @@ def one_thread() -> dict[str, dict[str, str]]:
 )
 def test_other_processes(environment: dict[str, str], one_thread: dict[str, dict[str, str]]) -> None:
     """More threads than cores, another threading layer, every store past the cache or none: never another bit."""
-    places = [str(Path(fastbn.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     code = "import json, numba, tests.test_determinism as t; print(json.dumps([numba.get_num_threads(), t.digests()]))"
-    run = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(places)} | environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr
-    threads, found = json.loads(run.stdout)
+    threads, found = json.loads(python("-c", code, **environment))
     assert threads == int(environment["NUMBA_NUM_THREADS"])
     assert found.keys() == one_thread.keys()
     assert {case for case in found if found[case] != one_thread[case]} == set()

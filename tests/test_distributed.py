@@ -4,8 +4,6 @@ rank_checks.py.
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +15,8 @@ import rank_checks
 
 import fastbn
 from fastbn.distributed import Exchange
+from tests import ROOT
 
-ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "processes.md").read_text(encoding="utf-8")
 SCRIPT = str(ROOT / "tests" / "shared" / "ranks.py")
 ENGINES = {"mpi": ("mpi4py", 4), "gloo": ("torch", 3)}
@@ -127,6 +125,4 @@ def test_without_mpi4py_its_extra_is_named_and_pytorch_is_not_imported() -> None
         except TypeError as error:
             print("pip install 'fastbn[mpi]'" in str(error), "torch" in sys.modules)
         """
-    run = [sys.executable, "-c", code]
-    done = subprocess.run(run, env=launch.environment(), capture_output=True, text=True, check=True)
-    assert done.stdout == "True False\n"
+    assert launch.python("-c", code) == "True False\n"

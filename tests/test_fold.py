@@ -3,14 +3,13 @@ test_fold_torch.py.
 """
 
 import re
-import subprocess
-import sys
 from types import SimpleNamespace
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
+from launch import python
 
 import fastbn
 from fastbn.fold import fold
@@ -139,4 +138,4 @@ def test_numpy_needs_no_torch() -> None:
         "numpy.eye(2))\n"
         "assert (w == numpy.eye(2)).all() and not b.any(); print('torch' in sys.modules)"
     )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+    assert python("-c", code) == "False\n"

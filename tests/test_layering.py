@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).parents[1]
+from tests import ROOT
+
 PACKAGE = ROOT / "fastbn"
 
 # Folders and files, from the ground up: each imports from its own floor and from lower ones, and nothing in a circle.

@@ -1,13 +1,13 @@
 """BatchNorm.recalibrate: running statistics that are those of all batches, and nothing half-written."""
 
 import re
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
+from launch import python
 from tolerances import check
 
 import fastbn
@@ -220,7 +220,7 @@ def test_rich_is_not_imported_without_a_bar() -> None:
         "import sys, numpy, fastbn; fastbn.BatchNorm(2).recalibrate([numpy.eye(2, dtype='float32')], progress=False); "
         "print('rich' in sys.modules)"
     )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+    assert python("-c", code) == "False\n"
 
 
 def test_items_come_through_the_bar_as_they_are() -> None:

@@ -6,7 +6,6 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,8 +14,8 @@ import pytest
 from bench import contestants, limit, machine, measure, onnx_runtime, peers, pytorch, rounds, xla
 from bench.problem import PASSES, Call, Problem, Refused, own
 from fastbn.cli import bench, timing
+from tests import ROOT
 
-ROOT = Path(__file__).parents[2]
 SHAPES = ("2x16x8x8", "1x256x24x26 last", "8x256x1120 last", "32x64")  # both orders, and rank 3
 
 

@@ -7,15 +7,14 @@ import json
 import math
 import pkgutil
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 import fastbn
 from bench.suite import calls, cases, passes
+from tests import ROOT
 
-ROOT = Path(__file__).parents[2]
 PASSES = (passes.Forward, passes.Backward, passes.Inference, passes.Statistics)
 REST = (passes.OtherForward, passes.OtherBackward, passes.PeakMemory, calls.ColdStart)  # halves, large, processes
 SLOW = [pytest.param(cls, marks=pytest.mark.bench) for cls in REST]

@@ -11,6 +11,7 @@ import time
 
 import numpy as np
 import pytest
+from launch import python
 
 import fastbn
 from fastbn import cli
@@ -81,7 +82,7 @@ def test_starting_imports_nothing_heavy():
         "heavy = {'numba', 'rich', 'matplotlib', 'sklearn', 'torch', 'scipy'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL, timeout=120)
+    python("-c", code)
 
 
 @pytest.mark.parametrize("text", ["32,64,56,56", "32x64x56x56", "(32, 64, 56, 56)"])

@@ -2,8 +2,6 @@
 
 import io
 import math
-import os
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -12,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from launch import python
 from shapes import every_half_backend
 
 import fastbn
@@ -213,12 +212,10 @@ def test_memory_is_bounded_by_the_chunk(npy, tmp_path, axis):
     with (tmp_path / "big.npy").open("wb") as file:
         np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": shape})
         file.truncate(file.tell() + 4 * math.prod(shape))
-    command = [sys.executable, "-c", MEASURE, str(npy), str(tmp_path / "big.npy"), str(axis)]
-    environment = {**os.environ, "NUMBA_DISABLE_JIT": "0"}
-    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, timeout=300)
-    assert "75,000,000 bytes" not in done.stdout
-    assert "300,000,000 bytes" in done.stdout
-    assert int(done.stdout.split("grown")[1]) < 40e6
+    said = python("-c", MEASURE, str(npy), str(tmp_path / "big.npy"), str(axis), NUMBA_DISABLE_JIT="0")
+    assert "75,000,000 bytes" not in said
+    assert "300,000,000 bytes" in said
+    assert int(said.split("grown")[1]) < 40e6
 
 
 def _bytes(array, **options):

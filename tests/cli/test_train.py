@@ -2,7 +2,6 @@
 
 import argparse
 import re
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import numba
 import numpy as np
 import pytest
+from launch import python
 
 from fastbn.arguments.errors import DataError, MissingExtra
 from fastbn.cli import train as demo
@@ -311,6 +311,6 @@ def test_the_options_need_none_of_the_extra() -> None:
         "demo.add_arguments(parser := argparse.ArgumentParser())\n"
         "print(parser.format_help())"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    shown = python("-c", code)
     options = ("optimizer", "activation", "batch", "steps", "lr", "hidden", "seed", "plot", "data")
-    assert all(f"  --{option} " in done.stdout for option in options)
+    assert all(f"  --{option} " in shown for option in options)

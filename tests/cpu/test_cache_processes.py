@@ -18,6 +18,7 @@ import pytest
 
 import fastbn
 from fastbn.cpu.kernels import cache
+from tests import ROOT
 
 pytestmark = [
     pytest.mark.process,
@@ -25,7 +26,7 @@ pytestmark = [
     pytest.mark.skipif(sys.platform == "win32", reason="a directory can't be sealed by its mode on Windows"),
 ]
 
-SHARED = Path(__file__).parents[1] / "shared"
+SHARED = ROOT / "tests" / "shared"
 PACKAGE = Path(fastbn.__file__).parent
 
 

@@ -4,13 +4,13 @@ serves them.
 
 import importlib
 import importlib.util
-import subprocess
 import sys
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from launch import python
 
 import fastbn
 from fastbn.arguments import config
@@ -215,7 +215,7 @@ def test_importing_fastbn_touches_no_cuda() -> None:
         "import sys, fastbn; assert not [name for name in sys.modules if name.startswith(('numba.cuda', 'cuda', "
         "'fastbn.cuda.kernels'))]"
     )
-    subprocess.run([sys.executable, "-c", code], check=True)
+    python("-c", code)
 
 
 class Tensor:

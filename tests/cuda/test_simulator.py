@@ -2,21 +2,13 @@
 compiler can't share one.
 """
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
-
-HERE = Path(__file__).parent
+from launch import python
 
 
 @pytest.mark.simulator
 def test_the_simulated_gpu_holds_the_contract() -> None:
-    environment = os.environ | {"NUMBA_ENABLE_CUDASIM": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", str(HERE / "simulated")]
-    found = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=HERE.parents[1], timeout=900)
-    assert found.returncode == 0, found.stdout[-5000:] + found.stderr[-2000:]
-    assert " passed" in found.stdout
-    assert "skipped" not in found.stdout
+    words = ("-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", "tests/cuda/simulated")
+    said = python(*words, NUMBA_ENABLE_CUDASIM="1")
+    assert " passed" in said
+    assert "skipped" not in said

@@ -6,10 +6,10 @@ import os
 import random
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from launch import PLACES
 
 import fastbn
 
@@ -18,7 +18,6 @@ from .judge import Finding, Judge, Truth, near
 from .kinds import MEANING, ODD, RIGHT, UNKNOWN, WRONG, Given, Maker, vector
 from .layer import Layer
 
-ROOT = Path(__file__).parents[2]
 KERNELS = "float32,float64"  # those that other tests have compiled
 
 pytestmark = pytest.mark.skipif(
@@ -27,8 +26,7 @@ pytestmark = pytest.mark.skipif(
 
 
 def run(script: str, *words: str) -> subprocess.CompletedProcess[str]:
-    places = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(places), "NUMBA_NUM_THREADS": "2"}
+    environment = os.environ | PLACES | {"NUMBA_NUM_THREADS": "2"}
     return subprocess.run(
         [sys.executable, "-c", script, *words], env=environment, capture_output=True, text=True, check=False
     )

@@ -12,7 +12,8 @@ from itertools import islice, pairwise, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests import ROOT
+
 # what compiles, and what a kernel is made of
 HOSTS = ("__init__", "cache", "half", "jit", "memory", "plain", "simd", "vector")
 KERNELS = [

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 import hidden  # noqa: F401 # before fastbn
 import numpy as np
+from launch import at_once
 
 import fastbn
 from fastbn.cpu import pool, threads
@@ -50,16 +51,6 @@ def right(times: int = 3, threads: int = 0) -> bool:
 def how() -> str:
     """The layer, and which kernels run."""
     return f"{pool.layer()} {'parallel' if threads.parallel() else 'serial'}"
-
-
-def at_once(works: list[Callable[[], None]]) -> None:
-    """Each in a thread of its own; they begin together."""
-    barrier = threading.Barrier(len(works))
-    workers = [threading.Thread(target=lambda work=work: (barrier.wait(), work())) for work in works]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
 
 
 @contextmanager

@@ -1,15 +1,20 @@
-"""Real ranks: processes under mpiexec, and processes of torch.distributed, which end by themselves or are ended."""
+"""Threads and processes that tests start: Pythons, and real ranks, which end by themselves or are ended."""
 
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import fastbn
+from tests import ROOT
 
-HERE = Path(__file__).parent
 SECONDS = 600  # for all, even beside others; in half of it each rank reports where it hangs
+
+# Where a process finds the tests' own modules, and fastbn as it is here.
+PLACES = {
+    "PYTHONPATH": os.pathsep.join([str(ROOT / "tests" / "shared"), str(ROOT), os.environ.get("PYTHONPATH", "")]),
+}
 
 # Open MPI's mpiexec wants to be asked for what MPICH's does as it is: to start as root, and more ranks than cores.
 _OPEN_MPI = {
@@ -19,14 +24,37 @@ _OPEN_MPI = {
 }
 
 
+def at_once(works: Sequence[Callable[[], object]]) -> None:
+    """Each in a thread of its own; they begin together."""
+    barrier = threading.Barrier(len(works))
+    workers = [threading.Thread(target=lambda work=work: (barrier.wait(), work())) for work in works]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+
+
+def python(*words: str, **environment: str) -> str:
+    """What a Python prints that is started with these words, in the project's folder."""
+    done = subprocess.run(
+        [sys.executable, *words],
+        cwd=ROOT,
+        env=os.environ | PLACES | environment,
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+    )
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
+    return done.stdout
+
+
 def environment() -> dict[str, str]:
-    """The commands of this Python's environment first, fastbn as it is here, and the tests' own modules."""
+    """That of ranks: the commands of this Python's environment first."""
     clean = {
         name: value for name, value in os.environ.items() if not name.startswith(("FASTBN_", "OMPI_", "PMI", "PMIX_"))
     }
-    places = [str(HERE), str(Path(fastbn.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    return clean | _OPEN_MPI | {"PATH": path, "PYTHONPATH": os.pathsep.join(places)}
+    return clean | _OPEN_MPI | {"PATH": path} | PLACES
 
 
 def together(commands: Sequence[Sequence[str]], folder: Path) -> tuple[list[int], str]:

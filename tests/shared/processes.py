@@ -10,13 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import launch
 import numba
 import pytest
 import scenes
 
-import fastbn
-
-HERE = Path(__file__).parent
 PATIENCE = 600  # seconds that a script may take: five, and tenfold on a machine that is busy
 
 compiled = pytest.mark.skipif(bool(numba.config.DISABLE_JIT), reason="without the JIT there are no threads")
@@ -48,8 +46,7 @@ def run(script: Path, code: str, environment: dict[str, str]) -> tuple[str, str]
     body = textwrap.indent(textwrap.dedent(code), "    ")
     script.write_text(f"import child\nfrom child import *\nif __name__ == '__main__':\n{body}")
     clean = {key: value for key, value in os.environ.items() if not key.startswith(("FASTBN_", "NUMBA_THREADING"))}
-    places = [str(HERE), str(Path(fastbn.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    clean |= {"NUMBA_NUM_THREADS": "2", "PYTHONPATH": os.pathsep.join(places), "PYTHONFAULTHANDLER": "1"}
+    clean |= launch.PLACES | {"NUMBA_NUM_THREADS": "2", "PYTHONFAULTHANDLER": "1"}
     said = script.with_suffix(".out"), script.with_suffix(".err")  # a pipe would wait for children of one that hangs
     with said[0].open("w") as out, said[1].open("w") as err:
         command = [sys.executable, "-W", "always::RuntimeWarning", str(script)]

@@ -2,10 +2,11 @@
 
 import gc
 import mmap
-import threading
+from functools import partial
 from typing import Any
 
 import pytest
+from launch import at_once
 from processes import Run, compiled, forks
 
 torch = pytest.importorskip("torch", reason="the bridge to PyTorch: pip install 'fastbn[torch]'")
@@ -166,11 +167,7 @@ def test_threads_never_get_the_same_memory() -> None:
             if not bool((y[::1024] == number).all()):
                 wrong.append((number, k))
 
-    workers = [threading.Thread(target=work, args=(k,)) for k in range(4)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
+    at_once([partial(work, k) for k in range(4)])
     assert not wrong
     gc.collect()
     assert not set(allocator._lent) - before

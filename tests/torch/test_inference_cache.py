@@ -3,12 +3,13 @@
 import copy
 import gc
 import pickle
-import threading
 import warnings
 import weakref
+from functools import partial
 from typing import Any
 
 import pytest
+from launch import at_once
 
 torch = pytest.importorskip("torch", reason="the bridge to PyTorch: pip install 'fastbn[torch]'")
 
@@ -278,10 +279,6 @@ def test_python_threads_beside_each_other() -> None:
         with torch.no_grad():
             found[k].extend(module(x) for _ in range(20))
 
-    workers = [threading.Thread(target=work, args=(k,)) for k in range(3)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(120)
+    at_once([partial(work, k) for k in range(3)])
     assert [len(ys) for ys in found] == [20] * 3
     assert all(torch.equal(y, want) for ys in found for y in ys)

@@ -3,13 +3,11 @@ forked child.
 """
 
 import os
-import subprocess
-import sys
-import threading
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import pytest
+from launch import at_once, python
 
 torch = pytest.importorskip("torch", reason="its threads")
 
@@ -109,11 +107,7 @@ def test_python_threads_have_teams_of_their_own(runtime: team.Runtime) -> None:
         for _ in range(20):
             found[k] = bn(x)
 
-    workers = [threading.Thread(target=work, args=(k,)) for k in range(3)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(120)
+    at_once([partial(work, k) for k in range(3)])
     assert all(torch.equal(y, want) for y in found)
 
 
@@ -140,9 +134,7 @@ def test_from_the_disk_cache_and_in_a_forked_child(runtime: team.Runtime) -> Non
     torch.manual_seed(0)
     x, bn = torch.randn(SHAPE), BatchNorm2d(24)
     want = abs(bn(x).detach().numpy().astype("f8")).sum().hex()
-    root = Path(__file__).parents[2]
-    done = subprocess.run([sys.executable, "-c", FORKS], cwd=root, capture_output=True, text=True, timeout=600)
-    assert (done.returncode, done.stdout) == (0, f"{want}\n"), done.stderr
+    assert python("-c", FORKS) == f"{want}\n"
 
 
 LAYERS = """
@@ -169,14 +161,8 @@ print(names, "OpenMP team" in explain(bn, torch.randn(8, 8, 16, 16, 16)))
 @pytest.mark.process
 def test_after_warmup_layers_compile_nothing(runtime: team.Runtime) -> None:
     """In another process, on PyTorch's threads; of one dtype, for two minutes where nothing is kept yet."""
-    root, said = Path(__file__).parents[2], []
-    for words in (["-m", "fastbn", "warmup", "float32"], ["-c", LAYERS]):
-        done = subprocess.run(
-            [sys.executable, *words], cwd=root, capture_output=True, text=True, timeout=600, check=True
-        )
-        said.append(done.stdout)
-    assert "inference.columns float32 team" in said[0]
-    assert said[1] == "[] True\n"
+    assert "inference.columns float32 team" in python("-m", "fastbn", "warmup", "float32")
+    assert python("-c", LAYERS) == "[] True\n"
 
 
 def test_without_a_known_runtime_numbas_threads_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,17 +2,13 @@
 
 import copy
 import io
-import os
 import pickle
-import subprocess
-import sys
-import threading
 import tracemalloc
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from launch import at_once, python
 
 torch = pytest.importorskip("torch", reason="the bridge to PyTorch: pip install 'fastbn[torch]'")
 
@@ -140,14 +136,10 @@ def test_two_python_threads_at_once() -> None:
         return [*found, module.weight.grad, *module.state_dict().values()]
 
     want = run()
-    got: dict[int, Any] = {}
-    threads = [threading.Thread(target=lambda k=k: got.update({k: run()})) for k in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for k in range(2):
-        assert all(map(torch.equal, got[k], want))
+    got: list[list[Any]] = []
+    at_once([lambda: got.append(run())] * 2)
+    assert len(got) == 2
+    assert all(map(torch.equal, got[0] + got[1], want + want))
 
 
 class _Normalized(torch.utils.data.Dataset):  # type: ignore[misc,type-arg]
@@ -179,10 +171,7 @@ def workers_of_a_dataloader() -> None:
 @pytest.mark.process
 def test_workers_of_a_dataloader_that_are_forked_after_use() -> None:
     """In a process of its own: other libraries of this one, such as JAX, warn of any fork."""
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    code = "from tests.torch import test_use; test_use.workers_of_a_dataloader()"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, env=environment)
-    assert done.returncode == 0, done.stderr
+    python("-c", "from tests.torch import test_use; test_use.workers_of_a_dataloader()")
 
 
 def test_copies_pickles_and_files() -> None:

@@ -4,10 +4,12 @@ the purpose.
 
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
+from launch import at_once
 
 import fastbn
 from fastbn import distributed
@@ -47,11 +49,7 @@ class Threads:
             except Exception as error:
                 found[number] = error
 
-        ranks = [threading.Thread(target=rank, args=(number,)) for number in range(2)]
-        for thread in ranks:
-            thread.start()
-        for thread in ranks:
-            thread.join()
+        at_once([partial(rank, number) for number in range(2)])
         return [found[0], found[1]]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from launch import at_once
 from numba import cuda as numba_cuda
 from shapes import Case
 
@@ -190,14 +191,7 @@ def test_threads_at_once_on_a_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     x = np.random.default_rng(8).standard_normal((4, 2, 6, 6)).astype(np.float32)
     want = gpu.batch_norm(x, None, None, 1, 1e-5, None, backend="cuda")[0]
     found: list[np.ndarray] = []
-    work = [
-        threading.Thread(target=lambda: found.append(gpu.batch_norm(x, None, None, 1, 1e-5, None, backend="cuda")[0]))
-        for _ in "abc"
-    ]
-    for thread in work:
-        thread.start()
-    for thread in work:
-        thread.join(30)
+    at_once([lambda: found.append(gpu.batch_norm(x, None, None, 1, 1e-5, None, backend="cuda")[0])] * 3)
     for array in found:
         np.testing.assert_array_equal(array, want)
     assert len(found) == 3
