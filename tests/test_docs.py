@@ -262,6 +262,6 @@ def test_methods_name_their_parameters_or_where_they_are_explained(name: str, me
     text = inspect.getdoc(value) or ""
     assert text
     for parameter in _parameters(value):
-        assert re.search(rf"\b{parameter}\b", text) or re.search(r"`\w+`", text), (
+        assert re.search(rf"\b{parameter}\b", text) or re.search(r"`[\w.]+`", text), (
             f"{name}.{method}: {parameter} is not explained"
         )
