@@ -235,7 +235,7 @@ class Bench:
 
     def check(self) -> None:
         """A function as it is passes, and one that raises is caught: it is the copy that tests import."""
-        function = next(function for function in functions("checks.py") if function.name == "as_input")
+        function = next(function for function in functions("arguments/checks.py") if function.name == "as_input")
         right = function.mutant(*function.errors[0])._replace(new=function.old, operator="none")
         wrong = right._replace(new="def as_input(*_: Any, **__: Any) -> Any:\n    raise RuntimeError", operator="all")
         found = {mutant.operator: caught for mutant, caught, _ in self.judged([right, wrong])}
