@@ -9,7 +9,8 @@ on one.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial, reduce
 from typing import Any
 
@@ -89,6 +90,15 @@ class Exchange:
         row[:2] = OPERATIONS.index(operation), 1.0
         self._gather()
 
+    @contextmanager
+    def declining(self, operation: str) -> Iterator[None]:
+        """A context in which an error of this rank declines the operation."""
+        try:
+            yield
+        except Exception:
+            self.decline(operation)
+            raise
+
     def _swap(self, operation: str, count: int, first: Any, second: Any) -> Wide:
         """Every rank's (2, C) numbers, and what else is in its row.
 
@@ -150,12 +160,9 @@ class Exchange:
         RuntimeError
             Another rank failed, or is at another operation.
         """
-        try:
+        with self.declining("forward"):
             self._check(served, axis, eps, out, (x,), {"gamma": gamma, "beta": beta}, {})
             local = served.moments(x, axis)
-        except Exception:
-            self.decline("forward")
-            raise
         m = self.merged("forward", local)
         if m.count == 1:
             here = f"got input size {np.shape(x)} on rank {self.rank} of {self.size}"
@@ -191,15 +198,12 @@ class Exchange:
         RuntimeError
             Another rank failed, or is at another operation.
         """
-        try:
+        with self.declining("backward"):
             mean, var = moments.mean, moments.var()
             statistics = {"moments.mean": mean, "moments.m2": moments.m2}
             dtype = self._check(served, axis, eps, out, (x, dy), {"gamma": gamma}, statistics)
             dbeta, dgamma = served.grad_reduce(dy, x, mean, var, axis, eps)
             sums = np.stack((placement.to_host(dbeta), placement.to_host(dgamma)))
-        except Exception:
-            self.decline("backward")
-            raise
         rows = self._swap("backward", moments.count, *sums)
         with np.errstate(all="ignore"):  # NaN and Inf propagate without a warning; a float32 gradient may overflow
             total = reduce(np.add, rows[:, HEAD:]).reshape(2, self.channels)
@@ -289,6 +293,7 @@ def _beside(x: Any, *arrays: Array) -> tuple[Any, ...]:
     """Arrays of the host where x is: themselves, or copies on its GPU of its library's kind."""
     if not buffers.on_device(x):
         return arrays
-    root = buffers.library(x)
-    index, kind = buffers.device_of(buffers.view(x, "x")), root if root in placement.KINDS else "numba"
-    return tuple(placement.to_device(array, index, kind) for array in arrays)
+    index, library = buffers.device_of(buffers.view(x, "x")), buffers.library(x)
+    if library not in placement.KINDS:
+        library = "numba"
+    return tuple(placement.to_device(array, index, library) for array in arrays)

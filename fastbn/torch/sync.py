@@ -13,8 +13,7 @@ from torch.nn import functional
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from fastbn.arguments import scalars
-from fastbn.arguments.errors import BackendUnavailable
-from fastbn.backends import backend_for, check_device
+from fastbn.backends import backend_for
 from fastbn.distributed import Exchange
 from fastbn.functional import batch_norm_backward_reduce
 from fastbn.statistics import Moments
@@ -125,8 +124,8 @@ class SyncBatchNorm(Served, AnyBatchNorm):
         eligibility.refuse_proxy(self, input)
         group = self._group() if self.training else None
         if group is not None and _served(input):
-            found: Tensor = self._synchronized(input, group)
-            return found
+            y: Tensor = self._synchronized(input, group)
+            return y
         if group is not None:
             # it asks for no more of self than is here
             return nn.SyncBatchNorm.forward(self, input)  # type: ignore[arg-type]
@@ -146,7 +145,7 @@ class SyncBatchNorm(Served, AnyBatchNorm):
         if self._exchange is None or self._exchange.comm is not group:
             self._exchange = Exchange(group, self.num_features)
         parameters: list[Tensor | None] = [self.weight, self.bias]
-        try:
+        with self._exchange.declining("forward"):
             self._check_input_dim(input)
             self._check_non_zero_input_channels(input)
             self._let_pytorch_refuse(input)
@@ -154,21 +153,18 @@ class SyncBatchNorm(Served, AnyBatchNorm):
                 scalars.number(self.momentum, "momentum")
             if input.dtype in HALF:  # a converted model's half parameters: fastbn takes float32 beside half input
                 parameters = [p.float() if p is not None and p.dtype in HALF else p for p in parameters]
-        except Exception:
-            self._exchange.decline("forward")
-            raise
         # as above
         return _Synchronized.apply(input, *parameters, self.eps, self._exchange, self._track)  # type: ignore[no-untyped-call]
 
     def _let_pytorch_refuse(self, input: Tensor) -> None:
         """Raise PyTorch's error, in its words, for input that does not go with this module."""
-        kept = [value for value in (self.weight, self.bias, self.running_mean, self.running_var) if value is not None]
-        wanted = (parameter_dtype(input), input.dtype)
-        alike = all(value.dtype in wanted and value.shape == (self.num_features,) for value in kept)
+        dtypes = (parameter_dtype(input), input.dtype)
+        alike = all(
+            value is None or (value.dtype in dtypes and value.shape == (self.num_features,))
+            for value in (self.weight, self.bias, self.running_mean, self.running_var)
+        )
         if not (alike and input.is_floating_point() and input.size(1) == self.num_features):
-            mean, var = (
-                None if running is None else running.clone() for running in (self.running_mean, self.running_var)
-            )
+            mean, var = (None if value is None else value.clone() for value in (self.running_mean, self.running_var))
             functional.batch_norm(input.detach(), mean, var, self.weight, self.bias, True, 0.0, self.eps)
 
     def _track(self, m: Moments) -> None:
@@ -203,14 +199,11 @@ class _Synchronized(torch.autograd.Function):
         exchange: Exchange,
         track: Callable[[Moments], None],
     ) -> Tensor:
-        try:
+        with exchange.declining("forward"):
             y = torch.empty_like(x)  # in the memory format of x
-            views = [_array(tensor) for tensor in (x, weight, bias, y)]
-            served = backend_for(views[0])
-        except Exception:
-            exchange.decline("forward")
-            raise
-        _, m = _named("sync_batch_norm", exchange.forward, served, *views[:3], 1, eps, views[3])
+            *inputs, out = map(_array, (x, weight, bias, y))
+            served = backend_for(out)
+        _, m = _shown("sync_batch_norm", exchange.forward, served, *inputs, 1, eps, out)
         track(m)
         ctx.save_for_backward(x, weight)
         ctx.moments, ctx.eps, ctx.exchange = m, eps, exchange
@@ -224,18 +217,15 @@ class _Synchronized(torch.autograd.Function):
         if not ctx.needs_input_grad[0]:  # the first layer: nobody waits for it
             x, _ = map(_array, ctx.saved_tensors)
             reduce = batch_norm_backward_reduce
-            dbias, dweight = _named("sync_batch_norm_backward", reduce, _array(dy), x, m.mean, m.var(), 1, eps)
+            dbias, dweight = _shown("sync_batch_norm_backward", reduce, _array(dy), x, m.mean, m.var(), 1, eps)
         else:
-            try:
+            with exchange.declining("backward"):
                 x, weight = ctx.saved_tensors
                 dx = torch.empty_like(x)
-                views = [_array(tensor) for tensor in (dy, x, weight, dx)]
-                served = backend_for(views[0])
-            except Exception:
-                exchange.decline("backward")
-                raise
-            run, (dy_view, x_view, gamma, out) = exchange.backward, views
-            _, dweight, dbias = _named("sync_batch_norm_backward", run, served, dy_view, x_view, m, gamma, 1, eps, out)
+                *inputs, gamma, out = map(_array, (dy, x, weight, dx))
+                served = backend_for(out)
+            run = exchange.backward
+            _, dweight, dbias = _shown("sync_batch_norm_backward", run, served, *inputs, m, gamma, 1, eps, out)
         grads = (
             torch.as_tensor(grad).to(parameter_dtype(dy)) if needed else None
             for grad, needed in zip((dweight, dbias), ctx.needs_input_grad[1:3], strict=True)
@@ -243,7 +233,7 @@ class _Synchronized(torch.autograd.Function):
         return dx, *grads, None, None, None
 
 
-def _named(name: str, run: Callable[..., Any], *arguments: Any) -> Any:
+def _shown(name: str, run: Callable[..., Any], *arguments: Any) -> Any:
     return shown_as(name, run, *arguments) if profiled() else run(*arguments)
 
 
@@ -281,18 +271,16 @@ def _converted(
 ) -> nn.Module:
     if module in done:
         return done[module]
-    found = done[module] = module
+    converted = done[module] = module
     if isinstance(module, AnyBatchNorm):
         if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
-            raise ValueError(
-                f"given {type(module).__name__} without channels yet; want one that has seen a batch: "
-                f"run the model once"
-            )
-        found = done[module] = _counterpart(cls, module, process_group)
+            given = f"given {type(module).__name__} without channels yet"
+            raise ValueError(f"{given}; want one that has seen a batch: run the model once")
+        converted = done[module] = _counterpart(cls, module, process_group)
     for name, child in list(module._modules.items()):
         if child is not None:
-            found.add_module(name, _converted(cls, child, process_group, done))
-    return found
+            converted.add_module(name, _converted(cls, child, process_group, done))
+    return converted
 
 
 def _counterpart(cls: type[SyncBatchNorm], module: AnyBatchNorm, process_group: Any) -> SyncBatchNorm:
@@ -307,13 +295,7 @@ def _counterpart(cls: type[SyncBatchNorm], module: AnyBatchNorm, process_group: 
 
 def _served(tensor: Tensor) -> bool:
     """Whether fastbn takes tensors on this device."""
-    if tensor.is_cuda:
-        try:
-            check_device()
-        except BackendUnavailable:
-            return False
-        return True
-    return tensor.device.type == "cpu"
+    return eligibility.gpu_declines() is None if tensor.is_cuda else tensor.is_cpu
 
 
 def _array(tensor: Tensor | None) -> Any:
