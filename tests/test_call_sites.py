@@ -99,7 +99,7 @@ NO_ARRAY = {
     "distributed._beside": "asks on which GPU x is",
     "arguments.layout.Plan.empty": "memory of its own",
     "arguments.overlap.same_memory": "compares addresses",
-    "torch.allocator._fresh": "memory of its own",
+    "torch.allocator._allocated": "memory of its own",
     "torch.inference_cache._call_plan": "a function of a shape",
     "torch.inference_cache.store": "keeps the addresses of what torch.eligibility.declines let through",
     "torch.inference_cache.lookup": "compares addresses",

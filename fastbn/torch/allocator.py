@@ -1,11 +1,6 @@
 """Memory for large results, taken again from results that are gone.
 
-Fresh pages cost more than a norm: 33 MB take 16 ms from malloc, 3.6 in huge pages, nothing where they are held already;
-to normalize them takes 1.6. What is held is the system's to take whenever it runs short of memory (MADV_FREE), so that
-no process ends for it.
-
-No locks: a tensor may go at any bytecode of any thread, and a fork may come while one is held. Each step here is one
-operation of a dict or a deque.
+What is held is the system's to take whenever it runs short of memory (MADV_FREE), so that no process ends for it.
 """
 
 from __future__ import annotations
@@ -23,10 +18,12 @@ from torch import Tensor
 
 from fastbn.arguments import config
 
+# Fresh pages cost more than a norm: 33 MB take 16 ms from malloc, 3.6 in huge pages, nothing where they are held
+# already; to normalize them takes 1.6.
 HUGE = 2**21  # bytes of a huge page
 
 
-class Room(NamedTuple):
+class Block(NamedTuple):
     """A mapping, larger by a huge page than its size, and its bytes from the first boundary of a huge page on."""
 
     size: int
@@ -34,8 +31,10 @@ class Room(NamedTuple):
     bytes: Any
 
 
-_free: deque[Room] = deque()  # the longest unused first
-_lent: dict[int, tuple[weakref.ref[Any], Room]] = {}  # by the identity of the reference
+# No locks: a tensor may go at any bytecode of any thread, and a fork may come while one is held. Each step below is one
+# operation of a dict or a deque.
+_free: deque[Block] = deque()  # the longest unused first
+_lent: dict[int, tuple[weakref.ref[Any], Block]] = {}  # by the identity of the reference
 
 
 def like(x: Tensor) -> Tensor:
@@ -64,36 +63,29 @@ if hasattr(os, "register_at_fork"):
 
 def kept() -> int:
     """Bytes of memory that is held for the next results."""
-    return sum(room.size for room in list(_free))
+    return sum(block.size for block in list(_free))
 
 
 def _bytes(nbytes: int) -> Any:
     size = -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
-    room = _again(size) or _fresh(size)
-    view = room.bytes[:nbytes]  # an array of its own, which goes with the tensor
-    reference = weakref.ref(view, _back)
-    _lent[id(reference)] = reference, room
+    block = _reused(size) or _allocated(size)
+    view = block.bytes[:nbytes]  # an array of its own, which goes with the tensor
+    reference = weakref.ref(view, _release)
+    _lent[id(reference)] = reference, block
     return view
 
 
-def _again(size: int) -> Room | None:
-    """The room of that size that was used last, taken."""
-    for room in list(_free)[::-1]:
-        if room.size == size and _taken(room):
-            return room
+def _reused(size: int) -> Block | None:
+    """The block of that size that was used last, taken."""
+    for block in list(_free)[::-1]:
+        if block.size == size:
+            with suppress(ValueError):  # another thread was first
+                _free.remove(block)
+                return block
     return None
 
 
-def _taken(room: Room) -> bool:
-    """Whether no other thread was first."""
-    try:
-        _free.remove(room)
-    except ValueError:
-        return False
-    return True
-
-
-def _fresh(size: int) -> Room:
+def _allocated(size: int) -> Block:
     try:
         mapped = _mapped(size)
     except OSError:
@@ -105,7 +97,7 @@ def _fresh(size: int) -> Room:
     memory = np.frombuffer(mapped, np.uint8)
     start = -memory.ctypes.data % HUGE
     _advise(mapped, "MADV_HUGEPAGE", start, size // HUGE * HUGE)  # whole ones: no result takes more memory for it
-    return Room(size, mapped, memory[start : start + size])
+    return Block(size, mapped, memory[start : start + size])
 
 
 def _mapped(size: int) -> mmap.mmap:
@@ -123,14 +115,11 @@ def _advise(mapped: mmap.mmap, name: str, *place: int) -> bool:
     return True
 
 
-def _back(reference: weakref.ref[Any]) -> None:
-    """Keep the room of a result that is gone, if the system can take it when it must.
-
-    Others go for it, the longest unused first.
-    """
-    room = _lent.pop(id(reference))[1]
-    if room.size <= config.KEEP_BYTES and _advise(room.mapped, "MADV_FREE"):
-        _free.append(room)
+def _release(reference: weakref.ref[Any]) -> None:
+    """Keep the block of a result that is gone, if the system can take it; the longest unused ones go for it."""
+    block = _lent.pop(id(reference))[1]
+    if block.size <= config.KEEP_BYTES and _advise(block.mapped, "MADV_FREE"):
+        _free.append(block)
         excess = kept() - config.KEEP_BYTES
         with suppress(IndexError):  # another thread was first
             while excess > 0:

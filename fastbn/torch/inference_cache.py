@@ -1,8 +1,4 @@
-"""What the call before found: where a module and its tensors are the same, inference is but its kernel.
-
-The 20 or 52 norms of a network are called behind convolutions that empty the caches, where each step of Python takes
-ten times as long as otherwise: a call took 120 to 250 us without its kernel, all of PyTorch's 50 with it.
-"""
+"""What the call before found: where a module and its tensors are the same, inference is but its kernel."""
 
 from __future__ import annotations
 
@@ -43,6 +39,8 @@ class CallPlan(NamedTuple):
     large: bool
 
 
+# The 20 or 52 norms of a network are called behind convolutions that empty the caches, where each step of Python takes
+# ten times as long as otherwise: a call took 120 to 250 us without its kernel, all of PyTorch's 50 with it.
 _entries: WeakKeyDictionary[torch.nn.Module, Entry] = WeakKeyDictionary()
 State = tuple[Tensor, ...]  # running mean and variance, weight and bias
 # in place of None: at the address 0. The guards let no two be the same
