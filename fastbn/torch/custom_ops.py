@@ -127,11 +127,9 @@ def _save_nothing(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]
     ctx.mark_non_differentiable(*output)
 
 
-def _no_gradient(ctx: Any, dmean: Tensor, dm2: Tensor) -> None:
-    return None
-
-
-torch.library.register_autograd("fastbn::moments", _no_gradient, setup_context=_save_nothing, lib=_LIBRARY)
+torch.library.register_autograd(
+    "fastbn::moments", lambda ctx, dmean, dm2: None, setup_context=_save_nothing, lib=_LIBRARY
+)
 
 
 def _save_training(ctx: Any, inputs: tuple[Any, ...], output: Three) -> None:

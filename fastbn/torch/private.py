@@ -15,22 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch.autograd import forward_ad, profiler
-from torch.nn.modules.batchnorm import _BatchNorm as AnyBatchNorm
-
-__all__ = [
-    "RESTS",
-    "AnyBatchNorm",
-    "TensorGuards",
-    "constant_when_compiled",
-    "dynamo_callback",
-    "gone",
-    "is_functional",
-    "is_zero_tensor",
-    "openmp_addresses",
-    "profiled",
-    "shown_as",
-    "watched",
-]
+from torch.nn.modules.batchnorm import _BatchNorm
 
 _tracing: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defined]
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -56,6 +41,7 @@ _interface(
     "convert.py, sync.py, eligibility.py and fastbn/fold.py rest on it: the base of all batch norms. Without: a tuple "
     "of the public classes",
 )
+AnyBatchNorm = _BatchNorm  # imported by name, for the type checker
 TensorGuards = _interface(
     "torch._C._dynamo.guards.TensorGuards",
     "inference_cache.py rests on it: whether five tensors are what they were, in 0.2 us. Without: ask each, in 1 us",
