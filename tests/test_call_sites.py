@@ -54,22 +54,9 @@ CONTRACT = {
     *("cpu.backend.Host.track", "cuda.backend.Device.track"),  # rows that a layer, or torch.tensors.track, checks
     "cpu.passes.warmup",  # compiles, without an array
     *(f"cuda.passes.{name}" for name in ("moments", "forward", "inference", "backward", "grad_reduce", "grad_input")),
-    *(f"cuda.passes.{name}" for name in ("_parameters", "_finish_sums", "_whole_forward", "_whole_backward")),
-    *(
-        f"cuda.launches.{name}"
-        for name in (
-            "pointer",
-            "fresh",
-            "Call.launch",
-            "Queue._launch",
-            "clear",
-            "copy",
-            "alike",
-            "wide",
-            "elementwise",
-        )
-    ),
-    *(f"cuda.launches.{name}" for name in ("partial_moments", "partial_sums")),
+    *(f"cuda.passes.{name}" for name in ("_arrays", "_sums", "_affine")),
+    *(f"cuda.passes.{name}" for name in ("_reduce", "_fused", "_elementwise", "_alike", "_wide")),
+    *(f"cuda.launches.{name}" for name in ("pointer", "fresh", "Call.launch", "Queue._launch", "clear", "copy")),
     # that a library gives, with shape and strides beside it
     *(f"cuda.buffers.{name}" for name in ("view", "_tensor", "address")),
     "cuda.buffers.pair",
@@ -80,7 +67,8 @@ CONTRACT = {
 # Addresses that nothing is read from or written to, and backends that are asked for words or for functions of a shape.
 NO_ARRAY = {
     **{
-        f"cuda.buffers.{name}": "arithmetic on an address" for name in ("Buffer", "Buffer.span", "Buffer.lies", "lying")
+        f"cuda.buffers.{name}": "arithmetic on an address"
+        for name in ("Buffer", "Buffer.span", "Buffer.geometry", "stand_in")
     },
     "cuda.launches.Queue.run": "its workspace is memory of its own; its arrays are those of the program, whose call "
     "sites are listed",

@@ -17,9 +17,10 @@ Dtype = np.dtype[Any]
 
 FLOAT32: Dtype = np.dtype(np.float32)
 FLOAT64: Dtype = np.dtype(np.float64)
-# Half precision reaches the kernels as its bits, in the integer type that tells them which one it is.
-HALF_STORAGE: dict[str, Dtype] = {"float16": np.dtype(np.uint16), "bfloat16": np.dtype(np.int16)}
 WANTED = "float16, bfloat16, float32 or float64"
+
+# What kernels see half precision as: its bits, in the integer dtype that tells them which of the two it is.
+HALF_STORAGE: dict[str, Dtype] = {"float16": np.dtype(np.uint16), "bfloat16": np.dtype(np.int16)}
 
 # Of x, in native byte order; looked up at every call. bfloat16 joins when `supported` first meets it.
 NATIVE: set[Dtype] = {np.dtype(np.float16), FLOAT32, FLOAT64}

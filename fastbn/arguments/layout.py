@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -113,8 +114,9 @@ class Plan:
         return moved
 
 
-def compact(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
-    """Strides of a C-contiguous array, as NumPy gives them."""
+@lru_cache(maxsize=4096)
+def compact(shape: tuple[int, ...], itemsize: int = 1) -> tuple[int, ...]:
+    """Strides of a C-contiguous array, as NumPy gives them; in elements for an itemsize of 1."""
     return tuple(itemsize * math.prod(shape[a + 1 :]) for a in range(len(shape)))
 
 

@@ -5,7 +5,6 @@ What depends on shapes, strides, dtypes and alignments alone is looked at once, 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
@@ -16,7 +15,7 @@ import numpy as np
 from fastbn.arguments import checks, dtypes, layout
 from fastbn.cuda import buffers, cost, launches, passes, views
 from fastbn.cuda import moments as device_moments
-from fastbn.cuda.buffers import Buffer, lies, pair
+from fastbn.cuda.buffers import Buffer, geometries, pair
 from fastbn.cuda.checks import (
     as_input,
     check_features,
@@ -28,7 +27,6 @@ from fastbn.cuda.checks import (
     optional,
     same_memory,
 )
-from fastbn.cuda.checks import parameters as parameter_dtype
 from fastbn.cuda.launches import Call, Queue, fresh
 from fastbn.cuda.moments import DeviceMoments
 from fastbn.statistics import Moments, check_moments, made
@@ -51,8 +49,8 @@ class Device:
     def moments(self, x: Any, axis: int) -> Moments:
         """Count, mean and m2 of each channel."""
         x = as_input(x)
-        program = launches.program(_moments, lies(x, None), axis_key(x, axis))
-        plan = program.found
+        program = launches.program(_moments, geometries(x, None), axis_key(x, axis))
+        plan = program.plan
         with Queue(x, self.stream) as queue:
             address, mean, m2 = pair(plan.channels, "float64", x)
             queue.run(program, (x, address))
@@ -61,8 +59,8 @@ class Device:
     def forward(self, x: Any, gamma: Any, beta: Any, axis: int, eps: float, out: Any) -> tuple[Any, Moments]:
         """(y, moments), normalized by the statistics of x."""
         x, gamma, beta, target = as_input(x), optional(gamma, "gamma"), optional(beta, "beta"), optional(out, "out")
-        program = launches.program(_forward, lies(x, gamma, beta, target, None), axis_key(x, axis))
-        plan, eps = program.found, checks.check_eps(eps, training=True)
+        program = launches.program(_forward, geometries(x, gamma, beta, target, None), axis_key(x, axis))
+        plan, eps = program.plan, checks.check_eps(eps, training=True)
         check_out(target, (x,), gamma=gamma, beta=beta)
         with Queue(x, self.stream, gamma=gamma, beta=beta, out=target) as queue:
             y, place = fresh_like(plan, x) if target is None else (out, target)
@@ -75,8 +73,8 @@ class Device:
         checks.check_running(mean, var)
         x, mean, var = as_input(x), as_input(mean, "mean"), as_input(var, "var")
         gamma, beta, target = optional(gamma, "gamma"), optional(beta, "beta"), optional(out, "out")
-        program = launches.program(_inference, lies(x, mean, var, gamma, beta, target), axis_key(x, axis))
-        plan, eps = program.found, checks.check_eps(eps, training=False)
+        program = launches.program(_inference, geometries(x, mean, var, gamma, beta, target), axis_key(x, axis))
+        plan, eps = program.plan, checks.check_eps(eps, training=False)
         check_out(target, (x,), mean=mean, var=var, gamma=gamma, beta=beta)
         with Queue(x, self.stream, mean=mean, var=var, gamma=gamma, beta=beta, out=target) as queue:
             y, place = fresh_like(plan, x) if target is None else (out, target)
@@ -108,12 +106,14 @@ class Device:
             check_moments(moments, plan.channels, plan.count)
             constant = moments.mean, moments.m2
         mean, var_or_m2 = (as_input(value, name) for value, name in zip(constant, names, strict=True))
-        program = launches.program(_backward, lies(x, dy, mean, var_or_m2, gamma, target, None), axis, names, training)
-        plan, eps = program.found, checks.check_eps(eps, training=training)
+        program = launches.program(
+            _backward, geometries(x, dy, mean, var_or_m2, gamma, target, None), axis, names, training
+        )
+        plan, eps = program.plan, checks.check_eps(eps, training=training)
         check_out(target, (x, dy), gamma=gamma, **{names[0]: mean, names[1]: var_or_m2})
         with Queue(x, self.stream, dy=dy, mean=mean, var=var_or_m2, gamma=gamma, out=target) as queue:
             dx, place = fresh_like(plan, x) if target is None else (out, target)
-            address, dbeta, dgamma = pair(plan.channels, parameter_dtype(x), x)
+            address, dbeta, dgamma = pair(plan.channels, x.computed.name, x)
             queue.run(program, (x, dy, mean, var_or_m2, gamma, place, address), eps)
         return dx, dgamma, dbeta
 
@@ -123,10 +123,10 @@ class Device:
         check_pair(dy, x)
         checks.check_running(mean, var)
         mean, var = as_input(mean, "mean"), as_input(var, "var")
-        program = launches.program(_grad_reduce, lies(x, dy, mean, var, None), axis_key(x, axis))
+        program = launches.program(_grad_reduce, geometries(x, dy, mean, var, None), axis_key(x, axis))
         eps = checks.check_eps(eps, training=True)
         with Queue(x, self.stream, dy=dy, mean=mean, var=var) as queue:
-            address, sum_dy, sum_dy_xhat = pair(program.found.channels, "float64", x)
+            address, sum_dy, sum_dy_xhat = pair(program.plan.channels, "float64", x)
             queue.run(program, (x, dy, mean, var, address), eps)
         return sum_dy, sum_dy_xhat
 
@@ -141,8 +141,8 @@ class Device:
         mean, var = as_input(mean, "mean"), as_input(var, "var")
         sums = as_input(sum_dy, "sum_dy"), as_input(sum_dy_xhat, "sum_dy_xhat")
         gamma, target = optional(gamma, "gamma"), optional(out, "out")
-        program = launches.program(_grad_input, lies(x, dy, mean, var, *sums, gamma, target), axis_key(x, axis))
-        plan = program.found
+        program = launches.program(_grad_input, geometries(x, dy, mean, var, *sums, gamma, target), axis_key(x, axis))
+        plan = program.plan
         count = checks.check_whole(count, plan.count)
         checks.check_count(x, count)
         eps = checks.check_eps(eps, training=True)
@@ -168,7 +168,7 @@ class Device:
     ) -> tuple[int, dtypes.Dtype]:
         """What a call on one part of a batch would refuse, refused; else (channels, dtype of parameters)."""
         x = as_input(x)
-        channels, dtype = x.shape[checks.check_axis(x.shape, axis)], parameter_dtype(x)
+        channels, dtype = x.shape[checks.check_axis(x.shape, axis)], x.computed.name
         for name, value in parameters.items():
             check_parameter(optional(value, name), channels, dtype, name)
         if out is not None:
@@ -216,8 +216,7 @@ def _planned(shape: tuple[int, ...], strides: tuple[int, ...], itemsize: int, ax
     if not plan.count or views.view(Buffer(0, shape, strides, "", False, None, None), plan) is not None:
         return plan
     order = sorted(range(len(shape)), key=lambda a: -abs(strides[a]))
-    steps = [itemsize * math.prod(shape[b] for b in order[order.index(a) + 1 :]) for a in range(len(shape))]
-    return layout.planned(shape, tuple(steps), axis, itemsize)
+    return layout.planned(shape, tuple(s * itemsize for s in buffers.strides_of(shape, tuple(order))), axis, itemsize)
 
 
 def fresh_like(plan: layout.Plan, x: Buffer) -> tuple[Any, int]:
@@ -250,7 +249,7 @@ def result_view(call: Call, plan: layout.Plan, x: Buffer, out: Buffer | None, nu
     Copied to `out` behind it where two strides can't describe that.
     """
     if out is None:
-        out = buffers.lying((x.shape, buffers.strides_of(x.shape, plan.memory), x.dtype, 0), number)
+        out = buffers.stand_in((x.shape, buffers.strides_of(x.shape, plan.memory), x.dtype, 0), number)
     found = views.view(out, plan)
     if found is not None:
         yield found
@@ -273,7 +272,7 @@ def _moments(call: Call, x: Buffer, stats: None, axis: int) -> layout.Plan:
 def _forward(
     call: Call, x: Buffer, gamma: Buffer | None, beta: Buffer | None, out: Buffer | None, stats: None, axis: int
 ) -> layout.Plan:
-    plan, dtype = planned(x, axis), parameter_dtype(x)
+    plan, dtype = planned(x, axis), x.computed.name
     check_parameter(gamma, plan.channels, dtype, "gamma")
     check_parameter(beta, plan.channels, dtype, "beta")
     checks.check_count(x, plan.count)
@@ -292,7 +291,7 @@ def _inference(
     call: Call, x: Buffer, mean: Buffer, var: Buffer, gamma: Buffer | None, beta: Buffer | None, out: Buffer | None,
     axis: int,
 ) -> layout.Plan:  # fmt: skip
-    plan, dtype = planned(x, axis), parameter_dtype(x)
+    plan, dtype = planned(x, axis), x.computed.name
     check_statistic(mean, plan.channels, "mean")
     check_statistic(var, plan.channels, "var")
     check_parameter(gamma, plan.channels, dtype, "gamma")
@@ -309,7 +308,7 @@ def _backward(
     call: Call, x: Buffer, dy: Buffer, mean: Buffer, var_or_m2: Buffer, gamma: Buffer | None, out: Buffer | None,
     grads: None, axis: int, names: tuple[str, str], training: bool,
 ) -> layout.Plan:  # fmt: skip
-    plan, dtype = planned(x, axis), parameter_dtype(x)
+    plan, dtype = planned(x, axis), x.computed.name
     C, count = plan.channels, float(plan.count) if training else 1.0
     check_parameter(gamma, C, dtype, "gamma")
     if training:
@@ -346,7 +345,7 @@ def _grad_input(
     plan = planned(x, axis)
     for name, row in (("mean", mean), ("var", var), ("sum_dy", sum_dy), ("sum_dy_xhat", sum_dy_xhat)):
         check_statistic(row, plan.channels, name)
-    check_parameter(gamma, plan.channels, parameter_dtype(x), "gamma")
+    check_parameter(gamma, plan.channels, x.computed.name, "gamma")
     check_room(out, x)
     if plan.count:
         x_view, dy_view = canonical(call, plan, x), canonical(call, plan, dy)

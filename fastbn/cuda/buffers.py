@@ -14,27 +14,21 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from fastbn.arguments import dtypes
+from fastbn.arguments import dtypes, layout
 from fastbn.arguments.errors import BackendUnavailable
 from fastbn.arguments.foreign import is_simulated
 from fastbn.arguments.foreign import on_device as on_device
 
 Ints = tuple[int, ...]
 # shape, strides in elements, dtype, bytes from a 16-byte boundary: what launches depend on
-Lies = tuple[Ints, Ints, str, int]
+Geometry = tuple[Ints, Ints, str, int]
 
 # the legacy default stream, whatever handle 0 is to the driver's bindings (another one in each thread, where so asked
 # for)
 LEGACY = 1
 
-# What memory of each dtype is to the kernels: half precision is its bits, in the integer type that tells which one it
-# is.
-STORED: dict[str, np.dtype[Any]] = {
-    "float32": np.dtype(np.float32),
-    "float64": np.dtype(np.float64),
-    "float16": np.dtype(np.uint16),
-    "bfloat16": np.dtype(np.int16),
-}
+# What memory of each dtype is to the kernels.
+STORAGE = {"float32": dtypes.FLOAT32, "float64": dtypes.FLOAT64} | dtypes.HALF_STORAGE
 _TYPES = {"<f4": "float32", "<f8": "float64", "<f2": "float16"}
 
 
@@ -52,10 +46,20 @@ class Buffer(NamedTuple):
     @property
     def itemsize(self) -> int:
         """Bytes of an element."""
-        return STORED[self.dtype].itemsize
+        return STORAGE[self.dtype].itemsize
 
     @property
-    def lies(self) -> Lies:
+    def storage(self) -> np.dtype[Any]:
+        """What its memory is to the kernels."""
+        return STORAGE[self.dtype]
+
+    @property
+    def computed(self) -> np.dtype[Any]:
+        """What it is computed in, and its parameters are kept in."""
+        return dtypes.of_parameters(STORAGE[self.dtype])
+
+    @property
+    def geometry(self) -> Geometry:
         """How it lies in memory, wherever that is."""
         return self.shape, self.strides, self.dtype, self.address & 15
 
@@ -79,15 +83,15 @@ def _reach(shape: Ints, strides: Ints) -> tuple[int, int]:
     return sum(min(0, step) for step in steps), sum(max(0, step) for step in steps) + 1
 
 
-def lying(lies: Lies, number: int) -> Buffer:
+def stand_in(geometry: Geometry, number: int) -> Buffer:
     """A buffer like those that lie so, at its place from a 16-byte boundary; a number for its owner."""
-    shape, strides, dtype, address = lies
+    shape, strides, dtype, address = geometry
     return Buffer(address, shape, strides, dtype, False, None, number)
 
 
-def lies(*buffers: Buffer | None) -> tuple[Lies | None, ...]:
+def geometries(*buffers: Buffer | None) -> tuple[Geometry | None, ...]:
     """How the arrays of a call lie; None for one that is absent, or is made for the result."""
-    return tuple([None if buffer is None else buffer.lies for buffer in buffers])
+    return tuple([None if buffer is None else buffer.geometry for buffer in buffers])
 
 
 def library(value: Any) -> str:
@@ -160,9 +164,9 @@ def view(given: Any, name: str) -> Buffer:
         raise TypeError(f"{name}: its __cuda_array_interface__ is of version {version}, want 2 or 3")
     if interface.get("mask") is not None:
         raise TypeError(f"{name}: given a masked array, whose mask would be ignored; want a plain array")
-    itemsize, steps, stream = STORED[dtype].itemsize, interface.get("strides"), interface.get("stream")
+    itemsize, steps, stream = STORAGE[dtype].itemsize, interface.get("strides"), interface.get("stream")
     address, steps = _ints((address or 0,), name)[0], None if steps is None else _ints(steps, name)
-    strides = compact(shape) if steps is None else tuple(step // itemsize for step in steps)
+    strides = layout.compact(shape) if steps is None else tuple(step // itemsize for step in steps)
     if len(strides) != len(shape):
         raise ValueError(f"{name}: its __cuda_array_interface__ has strides {steps} for shape {shape}")
     if address % itemsize or (steps is not None and any(step % itemsize for step in steps)):
@@ -186,12 +190,6 @@ def _ints(given: Any, name: str) -> Ints:
         raise TypeError(
             f"{name}: its __cuda_array_interface__ has {given!r} where it should have whole numbers"
         ) from None
-
-
-@lru_cache(maxsize=4096)
-def compact(shape: Ints) -> Ints:
-    """Strides of an array without gaps."""
-    return tuple(math.prod(shape[a + 1 :]) for a in range(len(shape)))
 
 
 def _tensor(given: Any, name: str) -> Buffer:
@@ -227,7 +225,7 @@ def _tensor(given: Any, name: str) -> Buffer:
 def _of_torch(dtype: Any) -> str | None:
     """The name of PyTorch's dtype; None where kernels have none of it."""
     name = str(dtype).rpartition(".")[2]
-    return name if name in STORED else None
+    return name if name in STORAGE else None
 
 
 def address(array: Any) -> int:
@@ -284,7 +282,7 @@ def empty(shape: Ints, order: Ints, dtype: str, like: Buffer) -> Any:
             f"x: given bfloat16 in a {type(like.owner).__name__}; want a PyTorch tensor or a CuPy array "
             f"for it, or give out="
         )
-    itemsize = STORED[dtype].itemsize
+    itemsize = STORAGE[dtype].itemsize
     return memory().empty(shape, tuple(step * itemsize for step in steps), np.dtype(dtype))
 
 
@@ -298,7 +296,7 @@ def pair(C: int, dtype: str, like: Buffer) -> tuple[int, Any, Any]:
 def _laid(shape: Ints, order: Ints) -> tuple[Ints, Ints | None, Ints]:
     """Sizes from the outermost axis in memory, each axis' place among them (None where it is its own), and strides."""
     sizes, back = tuple(shape[a] for a in order), tuple(order.index(a) for a in range(len(order)))
-    steps = compact(sizes)
+    steps = layout.compact(sizes)
     return sizes, None if back == tuple(range(len(back))) else back, tuple(steps[k] for k in back)
 
 

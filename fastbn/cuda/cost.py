@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fastbn.arguments import layout
 from fastbn.cuda import grids, views
-from fastbn.cuda.buffers import STORED, Buffer
+from fastbn.cuda.buffers import Buffer
 
 BANDWIDTH = 3350.0  # GB/s, the memory of an H100 SXM as its data sheet has it: an example to multiply
 
@@ -26,7 +27,7 @@ class Launch(NamedTuple):
 
 def _compact(dims: tuple[int, ...], dtype: str) -> views.View:
     N, C, S = (*dims, 1)[:3]
-    buffer = Buffer(0, (N, C, S), (C * S, S, 1), dtype, False, None, None)
+    buffer = Buffer(0, (N, C, S), layout.compact((N, C, S)), dtype, False, None, None)
     return views.View(buffer, N, C, S, C * S, S)
 
 
@@ -48,25 +49,28 @@ def launches(name: str, dims: tuple[int, ...], dtype: str) -> list[Launch]:
         In their order.
     """
     x = _compact(dims, dtype)
-    size = x.buffer.size * STORED[dtype].itemsize
-    plan, whole = views.sized(x), {"forward": views.sized_for(x, x).whole, "backward": views.sized_for(x, x, x).whole}
-    walked = "columns" if plan.columns is not None else "rows"
-    if plan.columns is not None:
-        blocks = plan.columns.blocks
+    size = x.buffer.size * x.buffer.itemsize
+    reduction, whole = (
+        views.reduction(x),
+        {"forward": views.fused_reduction(x, x).whole, "backward": views.fused_reduction(x, x, x).whole},
+    )
+    walked = "columns" if reduction.columns is not None else "rows"
+    if reduction.columns is not None:
+        blocks = reduction.columns.blocks
     else:
-        assert plan.rows is not None
-        blocks = plan.rows.blocks(x.C)
+        assert reduction.rows is not None
+        blocks = reduction.rows.blocks(x.C)
     if whole.get(name):
         return [Launch(f"fused.{name}_{walked}", blocks, size if name == "forward" else 2 * size, size)]
     flat = grids.runs(x.N, x.C, x.S, 16 // x.buffer.itemsize, [(x.outer, x.inner)]).blocks(grids.THREADS)
     wide = "_long" if x.buffer.size >= grids.LONG else ""
-    merging = -(-x.C // grids.finish(plan.entries, x.C))
+    merging = -(-x.C // grids.finish(reduction.entries, x.C))
     statistics = Launch(f"{walked}.moments_{walked}", blocks, size, 0)
     normalize = Launch(f"apply.normalize{wide}", flat, size, size)
     return {
         "moments": [statistics, Launch("finish.finish_moments", merging, 0, 0)],
         "forward": [statistics, Launch("finish.finish_forward", merging, 0, 0), normalize],
-        "inference": [Launch("finish.normalize_coefs", -(-x.C // grids.THREADS), 0, 0), normalize],
+        "inference": [Launch("finish.normalize_coefs", grids.blocks(x.C), 0, 0), normalize],
         "backward": [
             Launch(f"{walked}.sums_{walked}", blocks, 2 * size, 0),
             Launch("finish.finish_backward", merging, 0, 0),

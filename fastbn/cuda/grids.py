@@ -88,6 +88,11 @@ class Runs(NamedTuple):
         return -(-(-(-self.runs * self.groups // (EACH * self.apart)) * self.apart) // threads)
 
 
+def blocks(count: int) -> int:
+    """Blocks of a kernel with a thread to each of so many."""
+    return -(-count // THREADS)
+
+
 def parts_of(units: int, groups: int, values: int) -> int:
     """Parts of each of `units` pieces of work, of so many groups and values each."""
     parts = max(1, min(groups // (DEEP * THREADS), -(-BLOCKS // units)))

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from contextlib import ExitStack
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from fastbn.arguments import layout
 from fastbn.cuda import buffers, grids, streams
-from fastbn.cuda.buffers import STORED, Buffer, Lies
-from fastbn.cuda.kernels import columns, copying, finish, gpu, jit, rows
-from fastbn.cuda.views import DOUBLE, Flat, Sized, View
+from fastbn.cuda.buffers import STORAGE, Buffer, Geometry
+from fastbn.cuda.kernels import copying, finish, gpu, jit
 
 ALIGNED = 256  # bytes
 PROGRAMS = 1024  # kept; of the arrays of a network there are some hundred
@@ -49,7 +49,7 @@ class Program(NamedTuple):
 
     steps: list[Step]
     work: int  # bytes of workspace
-    found: Any  # what else was found for arrays that lie so
+    plan: layout.Plan  # of x
 
 
 class Call:
@@ -72,46 +72,51 @@ class Call:
 
     def take_like(self, buffer: Buffer, dtype: str, strides: tuple[int, ...]) -> Buffer:
         """Room in the workspace for the values of an array."""
-        place = self.take(buffer.size, STORED[dtype])
+        place = self.take(buffer.size, STORAGE[dtype])
         return buffer._replace(address=place.offset, strides=strides, dtype=dtype, owner=WORK)
 
     def launch(
-        self, kernel: jit.Kernel, dtype: np.dtype[Any], blocks: int, *arguments: Any, statistic: str = "float64"
+        self,
+        kernel: jit.Kernel,
+        dtype: np.dtype[Any],
+        blocks: int,
+        given: Mapping[str, Any],
+        statistic: str = "float64",
     ) -> None:
-        """Launch a kernel for memory of a dtype, and given statistics of another.
+        """Launch a kernel for memory of a dtype, and statistics of another, with what it takes of `given`, by name.
 
         Raises
         ------
         ValueError
             A number that the kernel has no room for.
         """
-        prepared = kernel.prepared(arguments)
+        arguments = [given[name] for name in kernel.names]
         places = [(k, value.number, value.offset) for k, value in enumerate(arguments) if isinstance(value, Place)]
         memory = [value for value in arguments if isinstance(value, Place)]
-        self.steps.append(Step(kernel, dtype, STORED[statistic], blocks, prepared, places, memory))
+        prepared = kernel.prepared(arguments)
+        self.steps.append(Step(kernel, dtype, STORAGE[statistic], blocks, prepared, places, memory))
 
 
 def pointer(buffer: Buffer) -> Place:
     """What a kernel takes for a buffer."""
-    return Place(buffer.owner, buffer.address, buffer.span(), STORED[buffer.dtype])
+    return Place(buffer.owner, buffer.address, buffer.span(), buffer.storage)
 
 
 @lru_cache(maxsize=PROGRAMS)
-def program(write: Callable[..., Any], arrays: tuple[Lies | None, ...], *options: Hashable) -> Program:
+def program(write: Callable[..., Any], arrays: tuple[Geometry | None, ...], *options: Hashable) -> Program:
     """What `write` launches for arrays that lie so, each None where it is absent.
 
     It gets buffers, whose owner is their number.
     """
     call = Call(len(arrays))
-    found = write(
-        call, *(None if lies is None else buffers.lying(lies, k) for k, lies in enumerate(arrays, 1)), *options
-    )
-    return Program(call.steps, call.work, found)
+    given = (None if geometry is None else buffers.stand_in(geometry, k) for k, geometry in enumerate(arrays, 1))
+    plan = write(call, *given, *options)
+    return Program(call.steps, call.work, plan)
 
 
 def fresh(number: int, shape: tuple[int, ...], dtype: str) -> Place:
     """Where a compact result is that each call makes."""
-    buffer = Buffer(0, shape, buffers.compact(shape), dtype, False, None, number)
+    buffer = Buffer(0, shape, layout.compact(shape), dtype, False, None, number)
     return pointer(buffer)
 
 
@@ -211,7 +216,7 @@ class Queue:
 
 def clear(call: Call, rows: Place, C: int, dtype: str) -> None:
     """Zeros in (2, C)."""
-    call.launch(finish.clear, STORED[dtype], threads(2 * C), rows, 2 * C)
+    call.launch(finish.clear, STORAGE[dtype], grids.blocks(2 * C), {"result": rows, "size": 2 * C})
 
 
 def copy(call: Call, source: Buffer, target: Buffer) -> None:
@@ -236,81 +241,7 @@ def copy(call: Call, source: Buffer, target: Buffer) -> None:
             f"x: given strides {source.strides} for shape {source.shape}: copy it to contiguous memory first"
         )
     joined = [(1, 0, 0)] * (copying.RANK - len(joined)) + joined
-    sizes, first, second = zip(*joined, strict=True)
-    kind = STORED[source.dtype]
-    blocks = -(-source.size // grids.THREADS)
-    call.launch(copying.move, kind, blocks, pointer(source), pointer(target), *sizes, *first, *second)
-
-
-def alike(call: Call, mean: Buffer, var: Buffer) -> tuple[Buffer, Buffer]:
-    """Given statistics in one dtype: float64 where they are of two."""
-    if mean.dtype == var.dtype:
-        return mean, var
-    return wide(call, mean), wide(call, var)
-
-
-def wide(call: Call, values: Buffer) -> Buffer:
-    """Statistics in float64."""
-    if values.dtype == "float64":
-        return values
-    wide = call.take_like(values, "float64", (1,))
-    call.launch(
-        finish.widen, DOUBLE, threads(values.size), pointer(values), values.size, pointer(wide), statistic=values.dtype
-    )
-    return wide
-
-
-def partial_moments(call: Call, x: View, plan: Sized) -> Any:
-    """(count, mean, m2) of each part of each channel, (entries, 3, C) in float64: what `finish` merges to moments."""
-    stored, partial = STORED[x.buffer.dtype], call.take(3 * plan.entries * x.C, DOUBLE)
-    if (grid := plan.rows) is not None:
-        call.launch(
-            rows.moments_rows, stored, grid.blocks(x.C), pointer(x.buffer), x.N, x.C, x.S, x.outer, x.inner, x.base,
-            grid.slots, grid.rest,
-            grid.step_n, grid.step_v, grid.chunk, grid.chunk_rest, partial,
-        )  # fmt: skip
-    elif (cut := plan.columns) is not None:
-        call.launch(
-            columns.moments_columns, stored, cut.blocks, pointer(x.buffer), cut.R, cut.W, x.C, x.S, cut.fold * x.outer,
-            cut.rest,
-            cut.across, cut.units, cut.chunk, cut.copies, plan.even, partial,
-        )  # fmt: skip
-    return partial
-
-
-def partial_sums(call: Call, dy: View, x: View, mean: Buffer, plan: Sized) -> Any:
-    """What `finish_backward` merges to the sums of dy and dy * (x - mean): (entries, 2, C) in float64."""
-    stored, partial = STORED[x.buffer.dtype], call.take(2 * plan.entries * x.C, DOUBLE)
-    if (grid := plan.rows) is not None:
-        call.launch(
-            rows.sums_rows, stored, grid.blocks(x.C), pointer(x.buffer), pointer(dy.buffer), pointer(mean), x.N, x.C,
-            x.S, x.outer, x.inner,
-            dy.outer, dy.inner, x.base, dy.base, grid.slots, grid.rest, grid.step_n, grid.step_v, grid.chunk,
-            grid.chunk_rest,
-            partial, statistic=mean.dtype,
-        )  # fmt: skip
-    elif (cut := plan.columns) is not None:
-        call.launch(
-            columns.sums_columns, stored, cut.blocks, pointer(x.buffer), pointer(dy.buffer), pointer(mean), cut.R,
-            cut.W,
-            x.C, x.S, cut.fold * x.outer, cut.fold * dy.outer, cut.rest, cut.across, cut.units, cut.chunk, cut.copies,
-            plan.even,
-            partial, statistic=mean.dtype,
-        )  # fmt: skip
-    return partial
-
-
-def threads(C: int) -> int:
-    """Blocks of a kernel that takes a channel per thread."""
-    return -(-C // grids.THREADS)
-
-
-def elementwise(call: Call, kernels: tuple[jit.Kernel, jit.Kernel], flat: Flat, coefs: Any, *views: View) -> None:
-    """An elementwise pass over inputs and, last, the result; `kernels` for positions of 32 and of 64 bits."""
-    x, grid = views[0], flat.grid
-    call.launch(
-        kernels[x.N * x.C * x.S >= grids.LONG], STORED[x.buffer.dtype], grid.blocks(grids.THREADS),
-        *(pointer(v.buffer) for v in views), coefs, flat.table[2], grid.C, grid.S, grid.runs, grid.length,
-        grid.per_run, grid.inner,
-        *flat.steps, grid.groups, grid.mode, flat.aligned, grid.apart, *grid.steps,
-    )  # fmt: skip
+    given: dict[str, Any] = {"x": pointer(source), "y": pointer(target)}
+    for axis, (size, x_stride, y_stride) in zip("abcdef", joined, strict=True):
+        given |= {axis: size, f"x{axis}": x_stride, f"y{axis}": y_stride}
+    call.launch(copying.move, source.storage, grids.blocks(source.size), given)

@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
-
-from fastbn.arguments import layout
+from fastbn.arguments import dtypes, layout
 from fastbn.cuda import grids
-from fastbn.cuda.buffers import STORED, Buffer
+from fastbn.cuda.buffers import Buffer
 
-DOUBLE = STORED["float64"]
+DOUBLE = dtypes.FLOAT64
 Ints = tuple[int, ...]
 
 
@@ -67,7 +65,7 @@ def _joined(shape: Ints, strides: Ints, axes: list[int]) -> tuple[int, int] | No
     return math.prod(shape[a] for a in axes), strides[axes[-1]] if axes else 1
 
 
-class Sized(NamedTuple):
+class Reduction(NamedTuple):
     """What a call on arrays of one canonical shape needs: which kernels, on which grid, with how much workspace."""
 
     rows: grids.Rows | None
@@ -77,21 +75,21 @@ class Sized(NamedTuple):
     whole: bool = False  # whether a block takes all of a channel, so that statistics and result are one launch
 
 
-def sized(*views: View) -> Sized:
+def reduction(*views: View) -> Reduction:
     """The grids for statistics of arrays that are read together."""
-    return _sized(views[0][1:4], tuple((v.base, v.outer, v.inner) for v in views), 16 // views[0].buffer.itemsize)
+    return _reduction(views[0][1:4], tuple((v.base, v.outer, v.inner) for v in views), 16 // views[0].buffer.itemsize)
 
 
-def sized_for(out: View, *views: View) -> Sized:
+def fused_reduction(out: View, *views: View) -> Reduction:
     """The same for a pass that also writes."""
     arrays = tuple((v.base, v.outer, v.inner) for v in views)
-    return _sized_for((out.base, out.outer, out.inner), views[0][1:4], arrays, 16 // views[0].buffer.itemsize)
+    return _fused_reduction((out.base, out.outer, out.inner), views[0][1:4], arrays, 16 // views[0].buffer.itemsize)
 
 
-def _sized_for(
+def _fused_reduction(
     out: tuple[int, int, int], dims: tuple[int, int, int], arrays: tuple[tuple[int, int, int], ...], lanes: int
-) -> Sized:
-    plan, (N, C, S) = _sized(dims, arrays, lanes), dims
+) -> Reduction:
+    plan, (N, C, S) = _reduction(dims, arrays, lanes), dims
     if plan.rows is not None:
         alike = plan.rows.chunk == 0 or not any(
             (one - first) % lanes for one, first in zip(out, arrays[0], strict=True)
@@ -107,18 +105,18 @@ def _sized_for(
     return plan._replace(whole=True, even=even) if plan.columns.fold == S == inner == 1 else plan
 
 
-def _sized(dims: tuple[int, int, int], arrays: tuple[tuple[int, int, int], ...], lanes: int) -> Sized:
+def _reduction(dims: tuple[int, int, int], arrays: tuple[tuple[int, int, int], ...], lanes: int) -> Reduction:
     """For (N, C, S), and (base, outer, inner) of each array."""
     N, C, S = dims
     if S <= grids.SHORT and all(inner == S for _, _, inner in arrays) and (S == 1 or N * C * S > grids.SMALL):
         cut = grids.columns(N, C, S, lanes, all(outer == C * S for _, outer, _ in arrays))
         even = cut.W % lanes == 0 and all(grids.even_rows(base, [cut.fold * outer], lanes) for base, outer, _ in arrays)
-        return Sized(None, cut, cut.parts * cut.copies, even)
+        return Reduction(None, cut, cut.parts * cut.copies, even)
     even = S % lanes == 0 and all(grids.even_rows(base, (outer, inner), lanes) for base, outer, inner in arrays)
     plan = grids.rows(N, C, S, lanes, even)
     if any((one - first) % lanes for array in arrays for one, first in zip(array, arrays[0], strict=True)):
         plan = grids.rows(N, C, S, S + 1, False)  # none of them lies alike: element by element
-    return Sized(plan, None, plan.parts, even)
+    return Reduction(plan, None, plan.parts, even)
 
 
 class Flat(NamedTuple):
@@ -150,11 +148,6 @@ def _flat(dims: tuple[int, int, int], arrays: tuple[tuple[int, int, int], ...], 
     return Flat(
         grid, tuple(n for step in apart for n in step), aligned and (grid.runs == 1 or grid.length % lanes == 0)
     )
-
-
-def kind_of(x: View) -> np.dtype[Any]:
-    """What x is computed in."""
-    return DOUBLE if x.buffer.dtype == "float64" else STORED["float32"]
 
 
 def pad_of(C: int) -> int:

@@ -219,8 +219,8 @@ def test_one_launch_where_two_parts_would_only_fill_idle_multiprocessors() -> No
     for C, whole in ((grids.ENOUGH, True), (grids.ENOUGH - 1, False)):
         buffer = buffers.Buffer(0, (8, C, 1120), (C * 1120, 1120, 1), "float32", False, None, None)
         x = views.View(buffer, 8, C, 1120, C * 1120, 1120)
-        assert views.sized(x).entries > 1
-        plan = views.sized_for(x, x)
+        assert views.reduction(x).entries > 1
+        plan = views.fused_reduction(x, x)
         assert (plan.whole, plan.entries == 1) == (whole, whole)
         assert plan.rows is not None
         assert plan.rows.parts * plan.rows.chunk >= 8 * 280

@@ -7,15 +7,12 @@ from fastbn.cuda.kernels.merging import grid_index
 RANK = 6
 
 
-SIZES, X_STRIDES, Y_STRIDES = "abcdef", ("xa", "xb", "xc", "xd", "xe", "xf"), ("ya", "yb", "yc", "yd", "ye", "yf")
-
-
 @kernel(
     x="x input, of any strides",
     y="x result, of any strides",
-    **dict.fromkeys(SIZES, "i8 length of an axis"),
-    **dict.fromkeys(X_STRIDES, "i8 stride of x, in elements"),
-    **dict.fromkeys(Y_STRIDES, "i8 stride of y, in elements"),
+    **dict.fromkeys("abcdef", "i8 length of an axis"),
+    **dict.fromkeys(("xa", "xb", "xc", "xd", "xe", "xf"), "i8 stride of x, in elements"),
+    **dict.fromkeys(("ya", "yb", "yc", "yd", "ye", "yf"), "i8 stride of y, in elements"),
 )
 def move(x, y, a, b, c, d, e, f, xa, xb, xc, xd, xe, xf, ya, yb, yc, yd, ye, yf):
     """y = x, element by element of shape (a, b, c, d, e, f), with the strides of both; a float is kept as it is."""

@@ -55,6 +55,7 @@ class Kernel:
 
     def __init__(self, body: Callable[..., Any], arguments: str, name: str | None = None) -> None:
         self.body, self.arguments = body, arguments.split()
+        self.names = body.__code__.co_varnames[: body.__code__.co_argcount]
         self.name = f"{body.__module__.rpartition('.')[2]}.{name or body.__name__}"
         self._made: dict[tuple[np.dtype[Any], np.dtype[Any], Target], Any] = {}
         self._on: dict[tuple[np.dtype[Any], np.dtype[Any], int], Any] = {}  # the same by device, for launches

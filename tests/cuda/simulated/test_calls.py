@@ -339,7 +339,7 @@ def test_one_launch_gives_the_bits_of_three(call: str, dtype: str, monkeypatch: 
         found, fused = WRITING[call](i, "cuda"), seen.copy()
         seen.clear()
         with monkeypatch.context() as patch:
-            patch.setattr(views, "sized_for", lambda out, *arrays: views.sized(*arrays))
+            patch.setattr(views, "fused_reduction", lambda out, *arrays: views.reduction(*arrays))
             launches.program.cache_clear()
             want, apart = WRITING[call](i, "cuda"), seen.copy()
         seen.clear()
