@@ -113,7 +113,7 @@ class Device:
         check_out(target, (x, dy), gamma=gamma, **{names[0]: mean, names[1]: var_or_m2})
         with Queue(x, self.stream, dy=dy, mean=mean, var=var_or_m2, gamma=gamma, out=target) as queue:
             dx, place = fresh_like(plan, x) if target is None else (out, target)
-            address, dbeta, dgamma = pair(plan.channels, x.computed.name, x)
+            address, dbeta, dgamma = pair(plan.channels, x.parameters, x)
             queue.run(program, (x, dy, mean, var_or_m2, gamma, place, address), eps)
         return dx, dgamma, dbeta
 
@@ -272,7 +272,7 @@ def _moments(call: Call, x: Buffer, stats: None, axis: int) -> layout.Plan:
 def _forward(
     call: Call, x: Buffer, gamma: Buffer | None, beta: Buffer | None, out: Buffer | None, stats: None, axis: int
 ) -> layout.Plan:
-    plan, dtype = planned(x, axis), x.computed.name
+    plan, dtype = planned(x, axis), x.parameters
     check_parameter(gamma, plan.channels, dtype, "gamma")
     check_parameter(beta, plan.channels, dtype, "beta")
     checks.check_count(x, plan.count)
@@ -291,7 +291,7 @@ def _inference(
     call: Call, x: Buffer, mean: Buffer, var: Buffer, gamma: Buffer | None, beta: Buffer | None, out: Buffer | None,
     axis: int,
 ) -> layout.Plan:  # fmt: skip
-    plan, dtype = planned(x, axis), x.computed.name
+    plan, dtype = planned(x, axis), x.parameters
     check_statistic(mean, plan.channels, "mean")
     check_statistic(var, plan.channels, "var")
     check_parameter(gamma, plan.channels, dtype, "gamma")
@@ -308,7 +308,7 @@ def _backward(
     call: Call, x: Buffer, dy: Buffer, mean: Buffer, var_or_m2: Buffer, gamma: Buffer | None, out: Buffer | None,
     grads: None, axis: int, names: tuple[str, str], training: bool,
 ) -> layout.Plan:  # fmt: skip
-    plan, dtype = planned(x, axis), x.computed.name
+    plan, dtype = planned(x, axis), x.parameters
     C, count = plan.channels, float(plan.count) if training else 1.0
     check_parameter(gamma, C, dtype, "gamma")
     if training:
@@ -345,7 +345,7 @@ def _grad_input(
     plan = planned(x, axis)
     for name, row in (("mean", mean), ("var", var), ("sum_dy", sum_dy), ("sum_dy_xhat", sum_dy_xhat)):
         check_statistic(row, plan.channels, name)
-    check_parameter(gamma, plan.channels, x.computed.name, "gamma")
+    check_parameter(gamma, plan.channels, x.parameters, "gamma")
     check_room(out, x)
     if plan.count:
         x_view, dy_view = canonical(call, plan, x), canonical(call, plan, dy)

@@ -29,6 +29,8 @@ LEGACY = 1
 
 # What memory of each dtype is to the kernels.
 STORAGE = {"float32": dtypes.FLOAT32, "float64": dtypes.FLOAT64} | dtypes.HALF_STORAGE
+# by name: NumPy takes 2 us for a dtype's
+PARAMETERS: dict[str, str] = {name: dtypes.of_parameters(storage).name for name, storage in STORAGE.items()}
 _TYPES = {"<f4": "float32", "<f8": "float64", "<f2": "float16"}
 
 
@@ -54,9 +56,14 @@ class Buffer(NamedTuple):
         return STORAGE[self.dtype]
 
     @property
+    def parameters(self) -> str:
+        """The dtype of parameters beside it."""
+        return PARAMETERS[self.dtype]
+
+    @property
     def computed(self) -> np.dtype[Any]:
-        """What it is computed in, and its parameters are kept in."""
-        return dtypes.of_parameters(STORAGE[self.dtype])
+        """What it is computed in."""
+        return STORAGE[PARAMETERS[self.dtype]]
 
     @property
     def geometry(self) -> Geometry:
@@ -140,7 +147,7 @@ def view(given: Any, name: str) -> Buffer:
         A null pointer, strides that are no whole number of elements, another number of strides than of axes.
     """
     if is_simulated(given):
-        array = given._ary
+        array = _private().simulated_array(given)
         strides = tuple(s // array.itemsize for s in array.strides)
         return Buffer(
             array.ctypes.data,
@@ -316,16 +323,16 @@ def declines() -> str | None:
         return f"NVIDIA's numba-cuda is not installed: {INSTALL}"
     if _simulating():
         return None
-    cuda = _numba_cuda()
-    if getattr(cuda, "implementation", "") != "NVIDIA":
+    cuda, private = _numba_cuda(), _private()
+    if not private.is_nvidias(cuda):
         return (
             "numba's built-in CUDA target is in the place of NVIDIA's numba-cuda, whose .pth file did not run (pip "
             "install --target?): "
             "import _numba_cuda_redirector before numba, or install into an environment"
         )
     if not cuda.is_available():
-        error = getattr(cuda.cudadrv.driver.driver, "initialization_error", None)
-        if error is None and not cuda.cudadrv.nvvm.is_available():
+        error = private.driver_error(cuda)
+        if error is None and not private.has_compiler(cuda):
             return (
                 f"libNVVM, which compiles the kernels, is not installed: {INSTALL}, or a CUDA toolkit, and "
                 f"CUDA_HOME says where it is"
@@ -359,6 +366,12 @@ def _simulating() -> bool:
     from numba import config
 
     return bool(config.ENABLE_CUDASIM)
+
+
+def _private() -> Any:
+    from fastbn.cuda.kernels import private
+
+    return private
 
 
 def _numba_cuda() -> Any:

@@ -153,7 +153,7 @@ def _shadows(arrays: Mapping[str, Any]) -> dict[str, Any]:
 
 def parameters(x: Buffer) -> str:
     """The dtype of parameters beside x."""
-    return str(x.computed.name)
+    return x.parameters
 
 
 def check_features(x: Any, axis: int, channels: int, dtype: str) -> None:
@@ -165,7 +165,7 @@ def check_features(x: Any, axis: int, channels: int, dtype: str) -> None:
             f"x: given {buffer.shape[axis]} channels along axis {axis} of shape {buffer.shape}, want {channels}, as "
             f"this layer has"
         )
-    if (wanted := buffer.computed.name) != dtype:
+    if (wanted := buffer.parameters) != dtype:
         raise TypeError(
             f"x: given dtype {buffer.dtype}, want {dtype}, this layer's: convert x, or make the layer "
             f"with dtype='{wanted}'"

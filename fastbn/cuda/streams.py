@@ -14,6 +14,7 @@ import numpy as np
 from fastbn.arguments import scalars
 from fastbn.cuda import buffers
 from fastbn.cuda.buffers import LEGACY, Buffer
+from fastbn.cuda.kernels import private
 
 
 def current_stream(buffer: Buffer, device: int) -> int:
@@ -23,9 +24,7 @@ def current_stream(buffer: Buffer, device: int) -> int:
     """
     root = buffers.library(buffer.owner)
     if root == "torch":
-        torch = sys.modules["torch"]
-        raw = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # without the object
-        return int(raw(device) if raw is not None else torch.cuda.current_stream(device).cuda_stream) or LEGACY
+        return private.raw_stream(sys.modules["torch"], device) or LEGACY
     if root == "cupy":
         return int(sys.modules["cupy"].cuda.get_current_stream(device).ptr) or LEGACY
     return buffer.stream or LEGACY

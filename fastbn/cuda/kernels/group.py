@@ -9,12 +9,16 @@ from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
-from numba.cuda import cgutils, types
-from numba.cuda.cudadecl import registry as typings
-from numba.cuda.cudaimpl import registry as lowerings
-from numba.cuda.datamodel import PrimitiveModel
-from numba.cuda.models import register_model
-from numba.cuda.typing.templates import AbstractTemplate, signature
+from numba.cuda import types
+
+from fastbn.cuda.kernels.private import interface
+
+typings, lowerings = interface("numba.cuda.cudadecl.registry"), interface("numba.cuda.cudaimpl.registry")
+PrimitiveModel: Any = interface("numba.cuda.datamodel.PrimitiveModel")
+register_model = interface("numba.cuda.models.register_model")
+AbstractTemplate: Any = interface("numba.cuda.typing.templates.AbstractTemplate")
+signature = interface("numba.cuda.typing.templates.signature")
+add_global_variable = interface("numba.cuda.cgutils.add_global_variable")
 
 GROUP_BYTES = 16
 BLOCK = 256  # threads, at most
@@ -161,9 +165,7 @@ def shared(builder: Any, place: tuple[str, Any, int], index: Any) -> Any:
     name, kind, count = place
     array = ir.ArrayType(kind, count)
     name = f"fastbn_{name}_{count}_{kind}"
-    found = builder.module.globals.get(name) or cgutils.add_global_variable(
-        builder.module, array, name, addrspace=SHARED
-    )
+    found = builder.module.globals.get(name) or add_global_variable(builder.module, array, name, addrspace=SHARED)
     # Each device function is a module of its own: with "internal" linkage what one puts is in another array than what
     # the next takes.
     found.linkage, found.initializer, found.align = "linkonce_odr", ir.Constant(array, ir.Undefined), GROUP_BYTES

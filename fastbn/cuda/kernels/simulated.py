@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fastbn.cuda.kernels.private import block_of
+
 PLANES = 4  # numbers of a slot in shared memory
 
 Array = NDArray[Any]
@@ -57,12 +59,12 @@ def thread() -> int:
 
 def threads() -> int:
     """Threads of a block."""
-    return int(_mine()._manager._block_dim[0])
+    return int(block_of(_mine())[1][0])
 
 
 def blocks() -> int:
     """Blocks of the grid."""
-    return int(_mine()._manager._grid_dim[0])
+    return int(block_of(_mine())[2][0])
 
 
 def sync() -> None:
@@ -72,7 +74,7 @@ def sync() -> None:
 
 def _slots(name: str) -> dict[int, Any]:
     """Shared memory of this block, of a name."""
-    found: dict[int, Any] = _mine()._manager.__dict__.setdefault(f"fastbn_{name}", {})
+    found: dict[int, Any] = block_of(_mine())[0].setdefault(f"fastbn_{name}", {})
     return found
 
 
