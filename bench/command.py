@@ -83,8 +83,8 @@ def replace_block(path: Path, name: str, *parts: str) -> None:
     after, found = block.subn(lambda match: match[1] + "\n\n".join(parts) + "\n" + match[2], before)
     if found != 1:
         raise ValueError(
-            f"{path}: has {found} blocks from <!-- {name}:begin --> to <!-- {name}:end -->, want one, "
-            f"markers on own lines"
+            f"{path}: has {found} blocks from <!-- {name}:begin --> to <!-- {name}:end -->, want one, markers on own "
+            "lines"
         )
     if parts:
         with replacing(path) as file:

@@ -117,8 +117,8 @@ def sentence(result: dict[str, Any]) -> str:
     )
     return (
         f"{size:.2f} GB of float32 in blocks of {result['chunk_bytes'] / 1e6:.1f} MB on {result['threads']} threads: "
-        f"{passes}, drawing the "
-        f"values included; peak memory {result['peak'] / GB:.2f} GB of {result['limit'] / GB:g} allowed"
+        f"{passes}, drawing the values included; peak memory {result['peak'] / GB:.2f} GB of {result['limit'] / GB:g} "
+        "allowed"
     )
 
 

@@ -182,10 +182,9 @@ def note(result: Mapping[str, Any]) -> str:
     calls = ", ".join(f"{what} {value:.0f} µs" for what, value in result["host"].items())
     return (
         "A cell: fastbn's time; PyTorch's best as a multiple of it, and which that is; fastbn's bandwidth on the "
-        "bytes that its schedule "
-        f"says must move, as a share of the device's own copy's. The host side of a call on {SMALL}: {calls}. "
-        f"{machine['device']}, CUDA "
-        f"{machine['cuda']}, cuDNN {machine['cudnn']}; {versions}; {machine['date']}."
+        "bytes that its schedule says must move, as a share of the device's own copy's. The host side of a call on "
+        f"{SMALL}: {calls}. {machine['device']}, CUDA {machine['cuda']}, cuDNN {machine['cudnn']}; {versions}; "
+        f"{machine['date']}."
     )
 
 

@@ -36,8 +36,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=report.COMMAND,
         description="Time fastbn beside its peers and the machine's own limit, by turns, on the same arrays. A "
-        "complete run writes "
-        "bench/results/KIND-DATE-PROCESSOR-CORES.json and its plot.",
+        "complete run writes bench/results/KIND-DATE-PROCESSOR-CORES.json and its plot.",
     )
     listed = ", ".join(cases.GROUPS)
     parser.add_argument(

@@ -94,7 +94,7 @@ def _most(found: Sequence[Record], cache: int) -> str:
     met = sum(r["times_limit"] <= limit for r, limit in bounded)
     return (
         f"{worst['times_limit']:.2f}, {worst['shape']} {worst['pass']} (target {bound:g}); {met} of {len(bounded)} "
-        f"within"
+        "within"
     )
 
 
@@ -177,13 +177,11 @@ def refusals(result: Result) -> list[str]:
 
 NOTES = {
     "peers": "A cell: fastbn's time; the fastest peer's as a multiple of it, and who that is; fastbn's as a multiple "
-    "of the limit's, the "
-    "best copy (forward, inference), triad (backward) or read (moments) of its bytes. {dtype}; medians of ratios "
-    "paired within a round.",
+    "of the limit's, the best copy (forward, inference), triad (backward) or read (moments) of its bytes. {dtype}; "
+    "medians of ratios paired within a round.",
     "half": "A cell: fastbn's time in {dtype}; its float32 time and the fastest peer's as multiples of it; and as a "
-    "multiple of "
-    f"the limit's, the best copy, triad or read of the same bytes. Target: {HALF:g}x float32 on arrays over "
-    f"the cache.",
+    f"multiple of the limit's, the best copy, triad or read of the same bytes. Target: {HALF:g}x float32 on arrays "
+    "over the cache.",
     "scaling": "A cell: fastbn's time at {counts} threads, and how many times as fast as one thread the last is. "
     "{dtype}.",
 }

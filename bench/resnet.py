@@ -201,12 +201,10 @@ def note(result: Mapping[str, Any]) -> str:
     steps = len(result["losses"][0]["losses"][PYTORCH])
     return (
         f"Batches of {result['images']} x 3 x {result['side']}², float32. A step is forward, backward and SGD; the "
-        f"norms' share is what "
-        f"the time shrinks by with none. fastbn is ahead in {sum(r >= 1 for r in ratios)} of {len(ratios)}, geometric "
-        f"mean "
-        f"{statistics.geometric_mean(ratios):.2f}x. Losses of {steps} steps differ by {apart:.1e} at most (target "
-        f"{LOSS_ERROR:g}). Peak "
-        f"memory of the process, PyTorch / fastbn: {held}. {info.sentence(result['machine'])}."
+        f"norms' share is what the time shrinks by with none. fastbn is ahead in {sum(r >= 1 for r in ratios)} of "
+        f"{len(ratios)}, geometric mean {statistics.geometric_mean(ratios):.2f}x. Losses of {steps} steps differ by "
+        f"{apart:.1e} at most (target {LOSS_ERROR:g}). Peak memory of the process, PyTorch / fastbn: {held}. "
+        f"{info.sentence(result['machine'])}."
     )
 
 

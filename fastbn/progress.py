@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from fastbn.arguments.errors import MissingExtra
 
@@ -33,25 +33,23 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         print("  ".join(cells).rstrip())
 
 
-@contextmanager
-def byte_progress() -> Iterator[Callable[[str, int], Callable[[int], object]]]:
-    """Progress bars in bytes on stderr, nothing where that is no terminal.
-
-    (what, total) -> (bytes done since) -> None.
-    """
-    need()
+def bars(*columns: Any) -> Any:
+    """rich's progress bars with these columns, on stderr, or nothing where that is no terminal."""
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import Progress
 
     console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description:>15}"),
-        BarColumn(20),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+    return Progress(*columns, console=console, disable=not console.is_terminal)
+
+
+@contextmanager
+def byte_progress() -> Iterator[Callable[[str, int], Callable[[int], object]]]:
+    """Progress in bytes: (what, total) -> (bytes done since) -> None."""
+    need()
+    from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    named = TextColumn("{task.description:>15}")
+    with bars(named, BarColumn(20), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()) as progress:
 
         def start(what: str, total: int) -> Callable[[int], object]:
             task = progress.add_task(what, total=total)
@@ -62,28 +60,12 @@ def byte_progress() -> Iterator[Callable[[str, int], Callable[[int], object]]]:
 
 @contextmanager
 def tracked(items: Iterable[T], what: str) -> Iterator[Iterable[T]]:
-    """The items, with a progress bar on stderr, nothing where that is no terminal or rich is not installed."""
+    """The items, with a progress bar; nothing where rich is not installed."""
     try:
-        from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     except ImportError:
         yield items
         return
-
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description:>15}"),
-        BarColumn(20),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+    named = TextColumn("{task.description:>15}")
+    with bars(named, BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()) as progress:
         yield progress.track(items, description=what)

@@ -69,8 +69,8 @@ COMMANDS = (
     ),
     Command(
         "check",
-        "hold every public function against the float64 reference on this machine, in seconds (at first some minutes: "
-        "it compiles)",
+        "hold every public function against the float64 reference on this machine, in seconds (at first some "
+        "minutes: it compiles)",
         ("check", "check --backend reference"),
         selftest.add_arguments,
         selftest.run,

@@ -114,8 +114,8 @@ def agree(calls: Contestants) -> None:
             apart = error(np.asarray(a), e.astype(np.float64), scale)
             if not apart <= AGREEMENT:
                 raise SystemExit(
-                    f"fastbn: result {i} of {name} and fastbn differ by {apart:.1e}, nothing is timed; "
-                    f"run: fastbn check"
+                    f"fastbn: result {i} of {name} and fastbn differ by {apart:.1e}, nothing is timed; run: fastbn "
+                    "check"
                 )
 
 
@@ -151,8 +151,8 @@ def table(rows: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]
 
 
 NOTE = (
-    "fastbn's time, and the others' as multiples of it: medians of interleaved calls on float32 data. A forward writes "
-    "into memory given to it, a backward allocates its result. Channels first or last in memory."
+    "fastbn's time, and the others' as multiples of it: medians of interleaved calls on float32 data. A forward "
+    "writes into memory given to it, a backward allocates its result. Channels first or last in memory."
 )
 
 

@@ -22,8 +22,8 @@ def parsed(text: str, name: str = "SHAPE", also: str = "") -> tuple[tuple[int, .
     found = SHAPE.fullmatch(text.strip())
     if found is None:
         raise ValueError(
-            f"{name}: given {text!r}, want whole numbers with commas between them, like 32,64,56,56, or with x, "
-            f"like 32x64x56x56, and ' last' behind them where the channels are last in memory{also}"
+            f"{name}: given {text!r}, want whole numbers with commas between them, like 32,64,56,56, or with x, like "
+            f"32x64x56x56, and ' last' behind them where the channels are last in memory{also}"
         )
     return tuple(map(int, re.findall(r"\d+", found[1]))), found[2] is not None
 

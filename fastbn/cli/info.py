@@ -60,8 +60,8 @@ def cache_directory() -> str:
     places = cache.directories()
     if not places:
         return (
-            "nowhere: this program's importer does not show fastbn's modules, so old kernels could not be told "
-            "from new ones"
+            "nowhere: this program's importer does not show fastbn's modules, so old kernels could not be told from "
+            "new ones"
         )
     partly = (
         "; most are compiled anew at each start, since NUMBA_OPT=0 leaves addresses in them" if config.OPT == 0 else ""

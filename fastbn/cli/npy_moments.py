@@ -105,7 +105,7 @@ def open_npy(path: Path, axis: int, bfloat16: bool = False, integers: bool = Fal
             )
         raise DataError(
             f"{path}: holds {dtype}, want {dtypes.WANTED}, or integers of 8 or 16 bits: convert it first, "
-            f"array.astype('float32')"
+            "array.astype('float32')"
         )
     missing = offset + math.prod(shape) * dtype.itemsize - path.stat().st_size
     if missing > 0 or min(shape, default=0) < 0:

@@ -78,6 +78,6 @@ def crowded(before: float | None, seconds: float, threads: int) -> str | None:
     if used + threads <= there + CROWD:
         return None
     return (
-        f"other processes used {used:.1f} of {there} processors meanwhile: these timings mean little, repeat them "
-        f"on a quiet machine"
+        f"other processes used {used:.1f} of {there} processors meanwhile: these timings mean little, repeat them on a "
+        "quiet machine"
     )

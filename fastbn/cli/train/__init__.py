@@ -1,8 +1,6 @@
-"""The `train` command: the paper's network on real handwritten digits.
+"""The `train` command: the paper's network on real handwritten digits, with batch normalization and without.
 
-With batch normalization and without, side by side.
-The network, its optimizers and the training loop are in `fastbn.cli.train.network`; here are the options and what is
-shown.
+Its options and what is shown; the network, its optimizers and the training loop are in `fastbn.cli.train.network`.
 """
 
 from __future__ import annotations
@@ -93,8 +91,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="DIR",
         help="MNIST-style IDX files, plain or .gz: train-images-idx3-ubyte, train-labels-idx1-ubyte, "
-        "t10k-images-idx3-ubyte and "
-        "t10k-labels-idx1-ubyte (default: the digits inside scikit-learn; nothing is downloaded)",
+        "t10k-images-idx3-ubyte and t10k-labels-idx1-ubyte (default: the digits inside scikit-learn; nothing is "
+        "downloaded)",
     )
 
 
@@ -124,8 +122,8 @@ def run(args: argparse.Namespace) -> int:
         data = load_digits() if args.data is None else load_idx(args.data)
         if not 2 <= args.batch <= len(data.images):
             raise DataError(
-                f"--batch: given {args.batch}, want 2 (a variance needs two images) to "
-                f"{len(data.images)}, the training images"
+                f"--batch: given {args.batch}, want 2 (a variance needs two images) to {len(data.images)}, the "
+                "training images"
             )
         # Matrices this small gain nothing from a second BLAS thread, and on a busy machine its waiting cost a factor of
         # 20.
@@ -184,8 +182,8 @@ def _open_plot(path: Path, stack: ExitStack) -> tuple[Path, IO[bytes]]:
 def _print_task(args: argparse.Namespace, data: Dataset, sizes: tuple[int, ...], rate: float) -> None:
     height, width = data.pixels
     print(
-        f"data:     {data.name}, {height} x {width} pixels: {len(data.images)} to train on, {len(data.test_images)} "
-        f"to test"
+        f"data:     {data.name}, {height} x {width} pixels: {len(data.images)} to train on, {len(data.test_images)} to "
+        "test"
     )
     print(
         f"network:  {'-'.join(map(str, sizes))} units, {args.activation}; same initial weights and batches for both "
@@ -193,7 +191,7 @@ def _print_task(args: argparse.Namespace, data: Dataset, sizes: tuple[int, ...],
     )
     print(
         f"training: {args.steps} steps of {args.batch} images, {args.optimizer} at rate {rate:g} (over the last "
-        f"quarter falling to 0)"
+        "quarter falling to 0)"
     )
 
 
@@ -214,13 +212,10 @@ def _prepare(data: Dataset, args: argparse.Namespace, sizes: tuple[int, ...]) ->
 @contextmanager
 def _progress(steps: int) -> Iterator[Callable[[str], Callable[[int, float], object]]]:
     """Bars on stderr, nothing where that is no terminal: name -> (steps so far, test accuracy) -> None."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 
-    console = Console(stderr=True)
-    accuracy = TextColumn("{task.fields[accuracy]:>6.1%} right")
-    columns = (TextColumn("{task.description:>24}"), BarColumn(20), MofNCompleteColumn(), accuracy, TimeElapsedColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+    named, accuracy = TextColumn("{task.description:>24}"), TextColumn("{task.fields[accuracy]:>6.1%} right")
+    with progress.bars(named, BarColumn(20), MofNCompleteColumn(), accuracy, TimeElapsedColumn()) as bars:
 
         def start(name: str) -> Callable[[int, float], object]:
             task = bars.add_task(name, total=steps, accuracy=0.0)

@@ -80,15 +80,15 @@ def load_idx(directory: Path) -> Dataset:
     """
     if not directory.is_dir():
         raise DataError(
-            f"--data: {directory} is {'not a directory' if directory.exists() else 'not there'}; want a "
-            f"directory of IDX files"
+            f"--data: {directory} is {'not a directory' if directory.exists() else 'not there'}; want a directory of "
+            "IDX files"
         )
     names = [f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
     found = {name: path for name in names if (path := _find(directory, name))}
     if missing := [name for name in names if name not in found]:
         raise DataError(
-            f"--data: no {', no '.join(missing)} in {directory}; each may be plain or .gz, with '.' for "
-            f"the last '-' too"
+            f"--data: no {', no '.join(missing)} in {directory}; each may be plain or .gz, with '.' for the last '-' "
+            "too"
         )
     images, labels = _labelled(found[names[0]], found[names[1]])
     test_images, test_labels = _labelled(found[names[2]], found[names[3]])

@@ -1,6 +1,5 @@
-"""A network with batch normalization, written out.
+"""A network with batch normalization, written out: layers, loss, optimizers and the loop of the `train` command.
 
-Layers, loss, optimizers and the training loop of the `train` command.
 Every layer is called forwards, ``y = layer(x)``, and then backwards, ``dx = layer.backward(dy)``, which leaves the
 gradients of its parameters beside them: `dweight` beside `weight`, `dgamma` beside `gamma`. `fastbn.BatchNorm` is such
 a layer already.
