@@ -64,41 +64,41 @@ def _blocks(array: Array) -> list[Array]:
     return [array[i : i + rows] for i in range(0, len(array), rows)]
 
 
-def apart(found: Array, expected: Array, least: float = 1.0) -> float:
+def apart(actual: Array, expected: Array, least: float = 1.0) -> float:
     """Largest difference in units of max(least, |expected|).
 
     NaN where a value is no number, infinite where the shapes differ.
     """
-    if found.shape != expected.shape:
+    if actual.shape != expected.shape:
         return float("inf")
     worst = []
-    for f, e in zip(_blocks(found), _blocks(expected), strict=True):
+    for a, e in zip(_blocks(actual), _blocks(expected), strict=True):
         wide = e.astype(np.float64)
-        worst.append(error(f.astype(np.float64), wide, np.maximum(least, np.abs(wide))))
+        worst.append(error(a.astype(np.float64), wide, np.maximum(least, np.abs(wide))))
     return float(np.max(worst))
 
 
 def disagreement(call: Call, expected: Sequence[Array], dtype: str, count: int) -> str | None:
     """Run a call; what is wrong with its result, None where it is fastbn's."""
-    found = call.read(call.run())
-    if len(found) != len(expected):
-        return f"wrong: {len(found)} results, want {len(expected)}"
-    for i, (f, e) in enumerate(zip(found, expected, strict=True)):
+    actual = call.read(call.run())
+    if len(actual) != len(expected):
+        return f"wrong: {len(actual)} results, want {len(expected)}"
+    for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
         a_sum = i > 0 and len(expected) == 3  # dgamma, dbeta
-        worst = apart(np.asarray(f), e, count if a_sum else 1.0)
+        worst = apart(np.asarray(a), e, count if a_sum else 1.0)
         if not worst <= TOLERANCE[dtype]:
             return f"wrong: result {i} is off by {worst:.1e}, want at most {TOLERANCE[dtype]:g}"
     return None
 
 
-def field(p: Problem, what: str, wanted: Sequence[str] = tuple(PEERS)) -> tuple[dict[str, Call], dict[str, str]]:
+def field(p: Problem, what: str, peers: Sequence[str] = tuple(PEERS)) -> tuple[dict[str, Call], dict[str, str]]:
     """Whoever can run a pass and is right, fastbn first; and why each of the others is not timed."""
     calls = {"fastbn": own(p, what)}
     result = calls["fastbn"].read(calls["fastbn"].run())
     expected = [np.array(a, order="K") for a in result]  # a copy: the others write over it
     refused: dict[str, str] = {}
     makers: dict[str, Maker] = {}
-    for peer in wanted:
+    for peer in peers:
         makers |= PEERS[peer](p, what)
     for name, make in makers.items():
         try:

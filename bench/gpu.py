@@ -60,12 +60,12 @@ def facts() -> dict[str, Any]:
 class Failures:
     """What went wrong, and whether the device still answers: after a fault of a kernel it refuses everything."""
 
-    def __init__(self, found: list[dict[str, Any]]) -> None:
-        self.found, self._row = found, 0
+    def __init__(self, failed: list[dict[str, Any]]) -> None:
+        self.failed, self._row = failed, 0
 
     def caught(self, what: str, error: Exception) -> None:
         """Keep an error with what was done."""
-        self.found.append({"what": what, "raised": gpu_timing.said(error)})
+        self.failed.append({"what": what, "raised": gpu_timing.said(error)})
         words = f"{type(error).__name__}: {error}"  # fastbn's own hold those of what was raised before
         full = "MemoryError" in words or "out of memory" in words.replace("_", " ").lower()
         self._row += not (full or isinstance(error, AssertionError))
@@ -80,24 +80,24 @@ class Failures:
         return self._row >= FAULTS
 
 
-def check(found: list[dict[str, Any]], quick: bool) -> None:
+def check(failed: list[dict[str, Any]], quick: bool) -> None:
     """Add every comparison that is out of its limit, and every case that raises."""
-    worst, failures, number = 0.0, Failures(found), 0
+    worst, failures, number = 0.0, Failures(failed), 0
     for what, run in gpu_checks.cases(quick):
         try:
             for name, off, limit in run():
                 number += 1
                 worst = max(worst, off / limit)
                 if not off <= limit:
-                    found.append({"what": f"{what}: {name}", "error": off, "limit": limit})
+                    failed.append({"what": f"{what}: {name}", "error": off, "limit": limit})
             failures.passed()
         except Exception as error:
             # an AssertionError too: the others are still looked at, and what there is gets written
             failures.caught(what, error)
         if failures.gone:
-            found.append({"what": "the checks behind that", "raised": f"not run: {FAULTS} cases in a row raised"})
+            failed.append({"what": "the checks behind that", "raised": f"not run: {FAULTS} cases in a row raised"})
             break
-    print(f"checks: of {number} comparisons the worst error is {worst:.2f} of its limit; {len(found)} failed")
+    print(f"checks: of {number} comparisons the worst error is {worst:.2f} of its limit; {len(failed)} failed")
 
 
 def timed(result: dict[str, Any], seconds: float, quick: bool) -> None:

@@ -6,6 +6,7 @@ Right values, the same bits on every run and by every way to a call.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -53,17 +54,17 @@ def cases(quick: bool) -> Iterator[tuple[str, Callable[[], Found]]]:
         for offset in (OFFSETS if LIMITS[dtype] < 1e-5 else OFFSETS[:1])
     ]
     for k, (what, case) in enumerate(found[:: THIN if quick else 1]):
-        yield what, lambda case=case, kind=k % 2: _compared(*case, ("float32", "float64")[kind])
+        yield what, partial(_compared, *case, ("float32", "float64")[k % 2])
     for what, run in (("arrays of numba", _of_numba), ("arrays of CuPy", _of_cupy), ("a captured graph", _captured)):
         yield what, run
 
 
 def _drawn(torch: Any, dtype: str, shape: tuple[int, ...], layout: str, offset: float) -> tuple[Any, Any, Any]:
     """x, dy and gamma."""
-    kind, parameter = getattr(torch, dtype), torch.float64 if dtype == "float64" else torch.float32
+    stored, parameter = getattr(torch, dtype), torch.float64 if dtype == "float64" else torch.float32
     generator = torch.Generator("cuda").manual_seed(1)
-    values = (torch.randn(shape, device="cuda", generator=generator, dtype=torch.float64) + offset).to(kind)
-    dy = torch.randn(shape, device="cuda", generator=generator, dtype=torch.float64).to(kind)
+    values = (torch.randn(shape, device="cuda", generator=generator, dtype=torch.float64) + offset).to(stored)
+    dy = torch.randn(shape, device="cuda", generator=generator, dtype=torch.float64).to(stored)
     return arranged(torch, values, layout), dy, torch.linspace(0.5, 2, shape[1], dtype=parameter, device="cuda")
 
 
@@ -127,9 +128,9 @@ def _of_statistics(torch: Any, dtype: str, x: Any, dy: Any, gamma: Any, m: Any, 
     )  # fmt: skip
 
 
-def _within(dtype: str, dy: Any, *found: tuple[str, Any, Any]) -> Found:
+def _within(dtype: str, dy: Any, *compared: tuple[str, Any, Any]) -> Found:
     size = np.abs(dy).sum() / dy.shape[1] + 1.0  # what sums of gradients are made of, about
-    for name, got, want in found:
+    for name, got, want in compared:
         scale = np.maximum(1e-30, want) if name == "var" else np.maximum(1.0, np.abs(want))
         scale = size if name.startswith(("dgamma", "dbeta", "sum")) else scale
         yield (

@@ -59,24 +59,24 @@ class Problem:
         import torch
 
         self.torch, self.case, self.dtype = torch, SHAPES[name], dtype
-        shape, kind = self.case.shape, getattr(torch, dtype)
-        self.bytes = math.prod(shape) * kind.itemsize
+        shape, stored = self.case.shape, getattr(torch, dtype)
+        self.bytes = math.prod(shape) * stored.itemsize
         self.sets = max(2, min(sets, -(-CACHED_BYTES // self.bytes)))
         self.parameter = torch.float64 if dtype == "float64" else torch.float32
         self.x, self.dy, self.y = (
-            [self._drawn(shape, kind, seed + i) for i in range(self.sets)] for seed in (0, 1000, 2000)
+            [self._drawn(shape, stored, seed + i) for i in range(self.sets)] for seed in (0, 1000, 2000)
         )
         C = shape[1]
         self.gamma = torch.linspace(0.5, 2, C, dtype=self.parameter, device="cuda")
         self.beta = torch.linspace(-1, 1, C, dtype=self.parameter, device="cuda")
         self.mean, self.var = torch.full_like(self.beta, 3.0), torch.full_like(self.beta, 4.0)
 
-    def _drawn(self, shape: tuple[int, ...], kind: Any, seed: int) -> Any:
+    def _drawn(self, shape: tuple[int, ...], stored: Any, seed: int) -> Any:
         """Normal values, mean 3 and standard deviation 2, in the case's memory order."""
         torch = self.torch
         memory = self.case.memory
         generator = torch.Generator("cuda").manual_seed(seed)
-        made = torch.empty([shape[a] for a in memory], dtype=kind, device="cuda").normal_(3, 2, generator=generator)
+        made = torch.empty([shape[a] for a in memory], dtype=stored, device="cuda").normal_(3, 2, generator=generator)
         return made.permute([memory.index(a) for a in range(len(shape))])
 
     def moved(self, what: str) -> int:

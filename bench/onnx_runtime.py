@@ -26,13 +26,13 @@ def _inference(p: Problem, what: str) -> Call:
     x, y = p.rows(p.x), p.rows(p.out)
     if p.case.last:
         x, y = x.reshape(-1, p.gamma.size), y.reshape(-1, p.gamma.size)
-    kind = helper.np_dtype_to_tensor_dtype(x.dtype)
+    element = helper.np_dtype_to_tensor_dtype(x.dtype)
     constants = {"gamma": p.gamma, "beta": p.beta, "mean": p.mean, "var": p.var}
     graph = helper.make_graph(
         [helper.make_node("BatchNormalization", ["x", *constants], ["y"], epsilon=EPS)],
         "batch_norm",
-        [helper.make_tensor_value_info("x", kind, x.shape)],
-        [helper.make_tensor_value_info("y", kind, y.shape)],
+        [helper.make_tensor_value_info("x", element, x.shape)],
+        [helper.make_tensor_value_info("y", element, y.shape)],
         [numpy_helper.from_array(value, name) for name, value in constants.items()],
     )
     model: Any = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 15)], ir_version=9)

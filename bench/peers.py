@@ -26,9 +26,8 @@ from fastbn.cli.files import check_output
 SECONDS, QUICK_SECONDS = 4.0, 0.3  # of rounds for each shape and pass
 SMALL_SECONDS = 10.0
 QUICK = ("32x64x56x56", "32x512x7x7", "32x64x56x56 last", "4096x256", "32x64")  # one of each kind
-# x, dy, y, the result that others are held against, and what the peer that takes most makes on its way; half precision
-# stands beside float32
-ARRAYS = 10
+# Of a shape, in memory at most, in float32: beside six peers the process held 27 of 64x64x112x112, 19 in float16.
+ARRAYS, PEER_ARRAYS = 5, 4
 AUTO = Path()  # a file in bench/results, named after the machine
 
 
@@ -92,15 +91,15 @@ def chosen(shapes: Sequence[str] | None, quick: bool) -> list[str]:
     return list(dict.fromkeys(name for text in shapes for name in cases.names(text) or [named(text)]))
 
 
-def check_memory(names: Sequence[str], dtype: str) -> None:
+def check_memory(names: Sequence[str], dtype: str, peers: int) -> None:
     """ValueError where a shape's arrays will not fit, before any of them is made."""
     free = machine.available()
     for name in names:
-        need = ARRAYS * math.prod(case(name).shape) * max(4, checks.check_dtype(dtype).itemsize)
+        need = (ARRAYS + PEER_ARRAYS * peers) * math.prod(case(name).shape) * max(4, checks.check_dtype(dtype).itemsize)
         if free is not None and need > free:
             raise ValueError(
                 f"--shapes: given {name!r}, its arrays and the peers' take about {need / 2**30:,.1f} GiB, and "
-                f"{free / 2**30:,.1f} are free: want a smaller shape"
+                f"{free / 2**30:,.1f} are free: want a smaller shape, or fewer --peers"
             )
 
 
@@ -168,9 +167,9 @@ def _complete(args: argparse.Namespace) -> bool:
     return args.source is None and not args.quick and args.shapes is None and everything
 
 
-def _paths(args: argparse.Namespace, kind: dict[str, Any]) -> tuple[Path | None, Path | None]:
+def _paths(args: argparse.Namespace, asked: dict[str, Any]) -> tuple[Path | None, Path | None]:
     """Where the JSON and the plot are written; None where not at all."""
-    name = kind["kind"] + ("" if kind["dtype"] == "float32" else f"-{kind['dtype']}")
+    name = asked["kind"] + ("" if asked["dtype"] == "float32" else f"-{asked['dtype']}")
     data, picture = args.json, args.plot
     if data == AUTO or (data is None and _complete(args)):
         facts = machine.facts(args.threads or 1, False)
@@ -201,17 +200,17 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"{name}: given {value}, want more than 0")
     kept = args.source is None and machine.keep_memory()  # before any library starts its threads
     result = None if args.source is None else load(args.source)
-    kind = result or {"kind": "scaling" if args.scaling else "peers", "dtype": args.dtype}
-    if kind["kind"] == "scaling" and args.plot:
+    asked = result or {"kind": "scaling" if args.scaling else "peers", "dtype": args.dtype}
+    if asked["kind"] == "scaling" and args.plot:
         raise ValueError("--plot: a scaling result has none, leave it out")
     if args.source and args.json:
         raise ValueError("--json: nothing is measured with --from, leave one of them out")
     if args.readme:
-        replace_block(args.readme, report.block(kind))
+        replace_block(args.readme, report.block(asked))
     shapes = chosen(args.shapes, args.quick)
     if result is None:
-        check_memory(shapes, args.dtype)
-    data, picture = _paths(args, kind)
+        check_memory(shapes, args.dtype, 0 if args.scaling else len(args.peers))
+    data, picture = _paths(args, asked)
     if result is None:
         result = rounded(measured(args, shapes, kept, partial(write_result, data)))
     show(result)

@@ -101,7 +101,7 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
         axes.axvline(1.0, color="black", linewidth=0.8, zorder=1)
         axes.set_xlabel(label)
     left.set_ylabel("shape, channels first or last in memory")
-    black = {"color": "black", "linestyle": "none"}
+    black: dict[str, Any] = {"color": "black", "linestyle": "none"}
     small = Line2D([], [], marker="o", markerfacecolor="none", label="arrays up to 4 MB", **black)
     wanted = Line2D([], [], marker="|", markersize=9, markeredgewidth=2, label="target of the pass", **black)
     title = f"{result['dtype']}, {facts['processor']}, {facts['threads']} threads, {facts['date']}"

@@ -77,17 +77,17 @@ def _wanted(target: float | None, form: str) -> str:
     return "" if target is None else f" (target {form.format(target)})"
 
 
-def _least(found: Sequence[Record], target: float | None) -> str:
+def _least(records: Sequence[Record], target: float | None) -> str:
     """The shape on which fastbn is least ahead."""
-    worst = min(found, key=lambda record: record["ratio"])
+    worst = min(records, key=lambda record: record["ratio"])
     where = f"{worst['ratio']:.2f}x, {worst['shape']} {worst['pass']}, {worst['fastest']}"
-    met = "" if target is None else f"; {sum(r['ratio'] >= target for r in found)} of {len(found)} at {target:g}x"
+    met = "" if target is None else f"; {sum(r['ratio'] >= target for r in records)} of {len(records)} at {target:g}x"
     return where + met
 
 
-def _most(found: Sequence[Record], cache: int) -> str:
+def _most(records: Sequence[Record], cache: int) -> str:
     """The large array on which fastbn is farthest from the limit, in units of what is wanted there."""
-    bounded = [(r, bound) for r in found if (bound := limit_target(r, cache)) is not None]
+    bounded = [(r, bound) for r in records if (bound := limit_target(r, cache)) is not None]
     if not bounded:
         return "-"
     worst, bound = max(bounded, key=lambda pair: pair[0]["times_limit"] / pair[1])

@@ -42,8 +42,8 @@ def _call(p: Problem, what: str, squares: bool) -> Call:
         mean, var = statistics(x)
         return normalized(x, mean, var, gamma, beta), mean, var
 
-    def backward(dy: Any, x: Any, *given: Any) -> Any:
-        mean, var, gamma = (values.reshape(shape) for values in given)
+    def backward(dy: Any, x: Any, *per_channel: Any) -> Any:
+        mean, var, gamma = (values.reshape(shape) for values in per_channel)
         dx, *sums = numpy_backward(dy.astype(single), x.astype(single), mean, var, gamma, axes)
         return dx.astype(p.x.dtype), *(values.reshape(-1) for values in sums)
 
@@ -51,7 +51,7 @@ def _call(p: Problem, what: str, squares: bool) -> Call:
     choices: dict[str, tuple[Any, tuple[Any, ...]]] = {
         "forward": (forward, (x, p.gamma, p.beta)),
         "backward": (backward, (dy, x, p.mean, p.var, p.gamma)),
-        "inference": (lambda x, *given: (normalized(x.astype(single), *given),), (x, p.mean, p.var, p.gamma, p.beta)),
+        "inference": (lambda x, *values: (normalized(x.astype(single), *values),), (x, p.mean, p.var, p.gamma, p.beta)),
         "moments": (lambda x: statistics(x.astype(single)), (x,)),
     }
     function, given = choices[what]

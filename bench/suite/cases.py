@@ -95,8 +95,8 @@ def aligned(size: int) -> NDArray[np.uint8]:
 
 def empty(case: Case, dtype: str) -> Array:
     """An array of a case's shape and memory order that begins on a cache line."""
-    kind = dtype_of(dtype)
-    flat = aligned(math.prod(case.shape) * kind.itemsize).view(kind)
+    stored = dtype_of(dtype)
+    flat = aligned(math.prod(case.shape) * stored.itemsize).view(stored)
     made: Array = flat.reshape([case.shape[axis] for axis in case.memory]).transpose(np.argsort(case.memory))
     return made
 
@@ -113,15 +113,15 @@ def array(case: Case, dtype: str, seed: int = 0) -> Array:
 
 def parameters(case: Case, dtype: str) -> tuple[Array, Array]:
     """(gamma, beta) of a case's channels: float32, or float64 beside float64 data."""
-    kind = np.float64 if dtype == "float64" else np.float32
+    parameter = np.float64 if dtype == "float64" else np.float32
     rng = np.random.default_rng(7)
     channels = case.shape[1]
-    return rng.uniform(0.5, 2.0, channels).astype(kind), rng.standard_normal(channels).astype(kind)
+    return rng.uniform(0.5, 2.0, channels).astype(parameter), rng.standard_normal(channels).astype(parameter)
 
 
-def check(found: Array, expected: Array, limit: float) -> None:
+def check(actual: Array, expected: Array, limit: float) -> None:
     """Raise where a result is not what it should be: a wrong kernel has no speed."""
-    wide, wanted = np.asarray(found, np.float64), np.asarray(expected, np.float64)
-    apart = float(np.max(np.abs(wide.reshape(wanted.shape) - wanted) / np.maximum(1.0, np.abs(wanted))))
+    wide, exact = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    apart = float(np.max(np.abs(wide.reshape(exact.shape) - exact) / np.maximum(1.0, np.abs(exact))))
     if not apart <= limit:
         raise AssertionError(f"off by {apart:.1e}, want at most {limit:.1e}")

@@ -38,7 +38,7 @@ Histories = dict[bool, nets.History]  # by whether the network has batch normali
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the `train` command."""
-    rates = ", ".join(f"{kind.rate:g} for {name}" for name, kind in nets.OPTIMIZERS.items())
+    rates = ", ".join(f"{optimizer.rate:g} for {name}" for name, optimizer in nets.OPTIMIZERS.items())
     add = parser.add_argument
     add(
         "--optimizer",
@@ -328,8 +328,8 @@ def _figure(histories: Histories, data: Dataset) -> Figure:
     return figure
 
 
-def _save(figure: Figure, file: IO[bytes], kind: str) -> None:
+def _save(figure: Figure, file: IO[bytes], suffix: str) -> None:
     with warnings.catch_warnings():
         # of the title's letters: the font's box stands for them
         warnings.filterwarnings("ignore", "Glyph .* missing from ")
-        figure.savefig(file, format=kind, dpi=150)
+        figure.savefig(file, format=suffix, dpi=150)

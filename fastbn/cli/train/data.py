@@ -83,7 +83,7 @@ def load_idx(directory: Path) -> Dataset:
             f"--data: {directory} is {'not a directory' if directory.exists() else 'not there'}; want a directory of "
             "IDX files"
         )
-    names = [f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
+    names = [f"{part}-{values}-ubyte" for part in ("train", "t10k") for values in ("images-idx3", "labels-idx1")]
     found = {name: path for name in names if (path := _find(directory, name))}
     if missing := [name for name in names if name not in found]:
         raise DataError(
