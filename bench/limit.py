@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 from bench import pytorch
 from bench.problem import Problem
 from bench.suite import cases
-from fastbn.cpu.kernels.memory import fence
-from fastbn.cpu.kernels.simd import load, load_far, store, store_stream, total
+from fastbn.cpu.kernels.simd import fence, load, load_far, store, store_stream, total
 
 Array = NDArray[Any]
 

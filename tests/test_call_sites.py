@@ -307,7 +307,7 @@ def test_its_arrays_come_from_the_named_checks(site: str) -> None:
 
 
 def _known(argument: Any, token: str, dtype: np.dtype[Any]) -> bool:
-    """Whether an argument is what its token in `kernels._jit` promises to compiled code."""
+    """Whether an argument is what the first word of its line in a kernel's table promises to compiled code."""
     kind, rank = token[0], int(token[1:] or 1)
     if kind in "ifb":
         return isinstance(argument, {"i": int | np.integer, "f": int | float | np.number, "b": bool}[kind])
@@ -334,7 +334,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     compiled = jit.Kernel.compiled
 
     def watching(self: jit.Kernel, dtype: np.dtype[Any], parallel: Any) -> Callable[..., Any]:
-        run, tokens = compiled(self, dtype, parallel), self._arguments
+        run, tokens = compiled(self, dtype, parallel), [line.split()[0] for line in self.arguments.values()]
 
         def watch(*arguments: Any) -> Any:
             seen.add(self.name)

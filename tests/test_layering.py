@@ -147,13 +147,13 @@ AT_IMPORT = {
     "dask": ["dask.py"],
     "numba": [
         "cpu/team.py",
-        *(f"cpu/kernels/{name}.py" for name in ("cache", "jit", "memory", "simd", "vector")),
+        *(f"cpu/kernels/{name}.py" for name in ("cache", "jit", "private", "simd", "vector")),
         *CUDA,
     ],
     "torch": [file for file in FILES if file.startswith("torch/")],  # the bridge to it
     "llvmlite": [
         "cpu/team.py",
-        *(f"cpu/kernels/{name}.py" for name in ("cache", "half", "memory", "simd", "vector")),
+        *(f"cpu/kernels/{name}.py" for name in ("cache", "half", "private", "simd", "vector")),
         *(f"cuda/kernels/{name}.py" for name in ("device", "group")),
     ],
 }

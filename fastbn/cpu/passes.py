@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from fastbn.arguments import dtypes, layout
 from fastbn.cpu import schedule, team, threads
 from fastbn.cpu.kernels import columns, columns_apply, columns_backward, inference, jit, rows, rows_backward
-from fastbn.cpu.kernels import statistics as per_channel
+from fastbn.cpu.kernels import elementwise as per_channel
 from fastbn.statistics import Moments, made
 
 Array = NDArray[Any]

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from fastbn.arguments import config, dtypes
 from fastbn.cpu import threads
-from fastbn.cpu.kernels.blocks import BLOCK, LINEAR, PANELS, WORK, cut
+from fastbn.cpu.kernels.welford import BLOCK, LINEAR, PANELS, WORK, cut
 
 Array = NDArray[Any]
 Ints = tuple[int, ...]

@@ -86,15 +86,15 @@ def get_num_threads() -> int:
 
 
 class _Limited:
-    def __init__(self, wanted: int | None) -> None:
-        self._wanted = wanted
+    def __init__(self, num_threads: int | None) -> None:
+        self._count = num_threads
 
     def __enter__(self) -> None:
         self._before = _limit.count
-        _limit.count = self._wanted
+        _limit.count = self._count
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self, exception: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         _limit.count = self._before
 
@@ -108,10 +108,7 @@ def limited(num_threads: int | None) -> AbstractContextManager[None]:
 
 
 class on_team:  # a context, entered at every call: a generator's would take 1 us
-    """Within it, parallel kernels of the calling Python thread run on another library's threads.
-
-    A `kernels._team.Runtime`, or None.
-    """
+    """Within it, parallel kernels of the calling Python thread run on another library's threads: a `team.Runtime`'s."""
 
     def __init__(self, runtime: Any) -> None:
         self._runtime = runtime
@@ -121,7 +118,7 @@ class on_team:  # a context, entered at every call: a generator's would take 1 u
         _limit.team = self._runtime
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self, exception: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         _limit.team = self._before
 
@@ -143,14 +140,14 @@ def count() -> int:
     return int(mask == 1) if wanted is None or wanted == mask else wanted
 
 
-def masked(run: Callable[..., Any], wanted: int) -> Callable[..., None]:
-    """`run` on `wanted` threads; numba's own number is restored after it."""
+def masked(run: Callable[..., Any], num_threads: int) -> Callable[..., None]:
+    """`run` on so many threads; numba's own number is restored after it."""
     get, put = pool.functions()
 
     def call(*arguments: Any) -> None:
         before = get()
         try:
-            put(wanted)
+            put(num_threads)
             run(*arguments)
         finally:
             put(before)

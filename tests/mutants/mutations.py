@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from tests import ROOT
 
 # what compiles, and what a kernel is made of
-HOSTS = ("__init__", "cache", "half", "jit", "memory", "plain", "simd", "vector")
+HOSTS = ("__init__", "cache", "half", "jit", "plain", "private", "simd", "vector")
 KERNELS = [
     f"cpu/kernels/{path.name}" for path in sorted((ROOT / "fastbn/cpu/kernels").glob("*.py")) if path.stem not in HOSTS
 ]
@@ -49,8 +49,9 @@ EQUIVALENT = {
     "left",
     r"affine_rest: dropped.*fill_affine": "task 0 has left them there",
     r"as_row:.*\(2, size\)|cpu/passes.py:.*inference.*\(3, C\)|serial.py:.*\+ 17": "more room than is used",
-    r"columns.*:(moments|backward):.*(block \+ 1\)|task \+ 2\))|tile_sums:.*4 \+ W": "units of nothing, or the same "
+    r"columns.py:(task_units|unit_of):.*(block \+ 1\)|task \+ 2\))|tile_sums:.*4 \+ W": "units of nothing, or the same "
     "ones twice",
+    r"workspace_of:.*& 64": "a boundary for speed",
     r"block_gradient:.*6 if training": "a row spread that is not read",
     r"group_rows: (?!lost)": "how many values share a sum: the last digits",
     r"Plan.__init__:.*>= abs": "axes of one stride: elements that share memory",

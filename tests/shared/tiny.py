@@ -13,7 +13,7 @@ def double(x, out):
 
 def kernel() -> jit.Kernel:
     """As a process has it that has not called it."""
-    return jit.Kernel(double, "x1 s1")
+    return jit.Kernel(double, {"x": "x1", "out": "s1"})
 
 
 def compiled(dtype: str = "float32") -> list[str]:

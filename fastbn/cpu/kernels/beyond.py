@@ -10,8 +10,20 @@ from __future__ import annotations
 import numpy as np
 
 from fastbn.cpu.kernels.jit import leaf, routine
-from fastbn.cpu.kernels.memory import address, at
-from fastbn.cpu.kernels.simd import choose, element, lanes, load_wide, muladd, quiet, store_wide, total, wide, within
+from fastbn.cpu.kernels.simd import (
+    address,
+    at,
+    choose,
+    element,
+    lanes,
+    load_wide,
+    muladd,
+    quiet,
+    store_wide,
+    total,
+    wide,
+    within,
+)
 
 MOST, LEAST = float(np.finfo(np.float32).max), float(np.finfo(np.float32).tiny)
 INF = float("inf")
@@ -48,9 +60,9 @@ def row(x, index, size):
 
 
 @leaf
-def rstd_of(spread, count, eps, c):
+def rstd_of(m2_or_rstd, count, eps, c):
     """1 / sqrt(var + eps) of channel c: from m2, or, where count is 0, as it stands."""
-    return spread[c] if count == 0.0 else 1.0 / np.sqrt(spread[c] / count + eps)
+    return m2_or_rstd[c] if count == 0.0 else 1.0 / np.sqrt(m2_or_rstd[c] / count + eps)
 
 
 @leaf
@@ -96,33 +108,9 @@ def wide_sums(dy, x, mean, rstd):
 
 
 @routine
-def affine_rows(x, c, mean, spread, count, eps, gamma, beta, y):
-    """y of all rows of channel c of (N, C, S)."""
-    N, S = x.shape[0], x.shape[2]
-    scale, shift = times(gamma, rstd_of(spread, count, eps, c), c), np.float64(beta[c]) if beta.size else 0.0
-    for n in range(N - 1, -1, -1):
-        wide_affine(row(x, (n, c, 0), S), mean[c], scale, shift, row(y, (n, c, 0), S))
-
-
-@routine
-def gradient_rows(dy, x, c, mean, rstd, gamma, sums, count, training, dx):
-    """dx of all rows of channel c of (N, C, S)."""
-    N, S = x.shape[0], x.shape[2]
-    scale = times(gamma, rstd[c], c)
-    for n in range(N - 1, -1, -1):
-        dz, out = row(dy, (n, c, 0), S), row(dx, (n, c, 0), S)
-        if training:
-            wide_gradient(
-                dz, row(x, (n, c, 0), S), mean[c], rstd[c], scale, sums[0, c] / count, sums[1, c] / count, out
-            )
-        else:
-            wide_affine(dz, 0.0, scale, 0.0, out)
-
-
-@routine
-def affine_columns(x, r0, r1, j, S, c, mean, spread, count, eps, gamma, beta, y):
-    """y of channel c, S columns from j, on rows r0 .. r1 of (R, F)."""
-    scale, shift = times(gamma, rstd_of(spread, count, eps, c), c), np.float64(beta[c]) if beta.size else 0.0
+def affine_columns(x, r0, r1, j, S, c, mean, m2_or_rstd, count, eps, gamma, beta, y):
+    """y of channel c, S columns from j, on rows r0 .. r1 of (R, F); x[:, c] is one of (N, C, S)."""
+    scale, shift = times(gamma, rstd_of(m2_or_rstd, count, eps, c), c), np.float64(beta[c]) if beta.size else 0.0
     for r in range(r0, r1):
         wide_affine(row(x, (r, j), S), mean[c], scale, shift, row(y, (r, j), S))
 

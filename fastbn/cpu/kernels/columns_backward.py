@@ -1,11 +1,10 @@
-"""Backward kernels on (R, F) arrays, F contiguous; strips, folds, units and tasks as in `channels_last`."""
+"""Backward kernels on (R, F) arrays, F contiguous; strips, folds, units and tasks as in `columns`."""
 
 from __future__ import annotations
 
 from fastbn.cpu.kernels.beyond import finite, gradient_columns, sum_columns
-from fastbn.cpu.kernels.blocks import PANELS
-from fastbn.cpu.kernels.columns import run_total, share
-from fastbn.cpu.kernels.columns_apply import affine_block, around, as_row, spread_columns, whole_rows
+from fastbn.cpu.kernels.columns import COLUMNS, run_total, task_units, unit_of, workspace_of
+from fastbn.cpu.kernels.columns_apply import affine_block, around, as_row, expand_columns, whole_rows
 from fastbn.cpu.kernels.elementwise import (
     fill_gradient,
     fill_standardize,
@@ -16,20 +15,22 @@ from fastbn.cpu.kernels.elementwise import (
     put_standardize,
 )
 from fastbn.cpu.kernels.jit import kernel, leaf, prange, routine
-from fastbn.cpu.kernels.memory import fence, prefetch
 from fastbn.cpu.kernels.simd import (
+    broadcast,
+    fence,
     lanes,
     load,
     load_far,
     load_some,
     load_wide,
     muladd,
-    spread,
+    prefetch,
     store,
     store_some,
     store_stream,
     store_wide,
 )
+from fastbn.cpu.kernels.welford import PANELS
 
 ROWS = 64  # of a tile: as many values as a lane's float32 sum may take within 1e-6
 T, Q = 10, 11  # rows of a workspace that sum dy and dy * xhat
@@ -43,7 +44,7 @@ def panel(dy, x, r0, r1, j, i, k, e):
     h0, h1, h2, h3 = load(k, (e, i)), load(k, (e, i1)), load(k, (e, i2)), load(k, (e, i3))
     s0, s1, s2, s3 = load(k, (e + 1, i)), load(k, (e + 1, i1)), load(k, (e + 1, i2)), load(k, (e + 1, i3))
     o0, o1, o2, o3 = load(k, (e + 2, i)), load(k, (e + 2, i1)), load(k, (e + 2, i2)), load(k, (e + 2, i3))
-    zero = spread(x, 0.0)
+    zero = broadcast(x, 0.0)
     t0, t1, t2, t3 = zero, zero, zero, zero
     q0, q1, q2, q3 = zero, zero, zero, zero
     for r in range(r0, r1):
@@ -69,7 +70,7 @@ def panel(dy, x, r0, r1, j, i, k, e):
 def single(dy, x, r0, r1, j, i, count, k, e):
     """The same for one vector, of which `count` lanes are columns."""
     h, s, o = load(k, (e, i)), load(k, (e + 1, i)), load(k, (e + 2, i))
-    zero = spread(x, 0.0)
+    zero = broadcast(x, 0.0)
     t0, t1, q0, q1 = zero, zero, zero, zero
     for r in range(r0, r1 - 1, 2):
         g = load_some(dy, (r, j), count, zero)
@@ -98,10 +99,10 @@ def tile_sums(dy, x, r0, r1, j, width, along, k, e):
     """Rows T, Q of k = sums of dy and of dy * xhat over rows r0 .. r1, for `width` columns from j.
 
     Narrow rows go panel by panel, sums in registers; wide ones two rows at a time; all of them row by row if `along`,
-    as in `tiles`.
+    as in `column_sums`.
     """
     W = lanes(x)
-    i, zero = 0, spread(x, 0.0)
+    i, zero = 0, broadcast(x, 0.0)
     if width <= PANELS and not along:
         while i + 4 * W <= width:
             panel(dy, x, r0, r1, j + i, i, k, e)
@@ -140,15 +141,24 @@ def part_sums(dy, x, r0, r1, first, last, S, along, k, e, sums):
         for i in range(2):
             if S == 1:
                 for c in range(0, strips, 8):
-                    lot = min(8, strips - c)
-                    found = load_wide(k, (T + i, c), lot)
+                    left = min(8, strips - c)
+                    found = load_wide(k, (T + i, c), left)
                     store_wide(
-                        sums, (i, first + c), lot, found + load_wide(sums, (i, first + c), lot) if row > r0 else found
+                        sums, (i, first + c), left, found + load_wide(sums, (i, first + c), left) if row > r0 else found
                     )
             else:
                 for c in range(strips):
                     found_c = run_total(k[T + i], c * S, S)
                     sums[i, first + c] = sums[i, first + c] + found_c if row > r0 else found_c
+
+
+@leaf
+def standardized_sums(dy, x, r0, r1, first, last, strips, C, S, fold, along, mean, rstd, k, sums):
+    """The same of strips first .. strips from channels first .. last, in float64 where that is needed."""
+    fit = fill_standardize(x, mean, rstd, first, last, k)
+    e = expand_columns(k, 3, last - first, fold, S)
+    part_sums(dy, x, r0, r1, first, strips, S, along, k, e, sums)
+    strip_sums(dy, x, r0, r1, first, strips, C, S, fit, mean, rstd, k, sums)
 
 
 @leaf
@@ -169,11 +179,10 @@ def gradient_some(dy, x, r, j, k, e, i, count, dx):
 
 
 @routine
-def gradient_block(dy, x, r0, r1, j, width, k, e, ahead, stream, dx):
-    """dx = ((dy - mean_dy) + ((x - high) * slope + offset)) * scale on rows r0 .. r1 of `width` columns from j.
+def gradient_block(dy, x, r0, r1, j, width, k, e, prefetch_distance, stream, dx):
+    """dx = ((dy - mean_dy_hi) + ((x - mean_hi) * slope + offset)) * scale on rows r0 .. r1 of `width` columns from j.
 
-    Rows e .. e + 5 of k.
-    `ahead` as in `affine_block`.
+    Coefficients in rows e .. e + 5 of k; `prefetch_distance` as in `affine_block`.
     """
     W = lanes(x)
     r = r0
@@ -192,9 +201,9 @@ def gradient_block(dy, x, r0, r1, j, width, k, e, ahead, stream, dx):
         if n > 0:
             gradient_some(dz, z, 0, 0, k, e, 0, n, out)
         while n + W <= size:
-            if ahead > 0:
-                prefetch(z, (0, n + ahead))
-                prefetch(dz, (0, n + ahead))
+            if prefetch_distance > 0:
+                prefetch(z, (0, n + prefetch_distance))
+                prefetch(dz, (0, n + prefetch_distance))
             store_stream(out, (0, n), gradient_at(dz, z, 0, n, k, e, i, False))
             n += W
             i = i + W if i + W < width else i + W - width
@@ -211,9 +220,9 @@ def gradient_block(dy, x, r0, r1, j, width, k, e, ahead, stream, dx):
                 i = first
             if first < W:
                 while i + W <= width:
-                    if ahead > 0:
-                        prefetch(x, (r, j + i + ahead))
-                        prefetch(dy, (r, j + i + ahead))
+                    if prefetch_distance > 0:
+                        prefetch(x, (r, j + i + prefetch_distance))
+                        prefetch(dy, (r, j + i + prefetch_distance))
                     store_stream(dx, (r, j + i), gradient_at(dy, x, r, j + i, k, e, i, False))
                     i += W
             while i < width:
@@ -234,13 +243,10 @@ def gradient_block(dy, x, r0, r1, j, width, k, e, ahead, stream, dx):
 
 @routine
 def gradient_channels(dy, x, r0, r1, first, last, mean, rstd, gamma, sums, count, training, S, fold, k, dx):
-    """dx of channels first .. last on rows r0 .. r1, `fold` times over, one by one.
-
-    Where the coefficients of some do not fit.
-    """
+    """dx of channels first .. last on rows r0 .. r1, `fold` times over, one by one: some coefficients do not fit."""
     for c in range(first, last):
         fit = put_gradient(x, mean, rstd, gamma, sums, count, training, c, 1, k, 0)
-        e = spread_columns(k, 5 if training else 3, 1, 1, S)
+        e = expand_columns(k, 5 if training else 3, 1, 1, S)
         for j in range(c * S, min(x.shape[1], (first + (last - first) * fold) * S), (last - first) * S):
             if not fit:
                 gradient_columns(dy, x, r0, r1, j, S, c, mean, rstd, gamma, sums, count, training, dx)
@@ -252,10 +258,7 @@ def gradient_channels(dy, x, r0, r1, first, last, mean, rstd, gamma, sums, count
 
 @leaf
 def strip_sums(dy, x, r0, r1, first, last, C, S, fit, mean, rstd, k, sums):
-    """sums (2, P) again in float64, of those strips first .
-
-    Last whose coefficients do not fit or whose sums are not finite.
-    """
+    """sums (2, P) of strips first .. last again in float64, where coefficients do not fit or a sum is not finite."""
     for s in range(first, last):
         own = fit or put_standardize(x, mean, rstd, s % C, 1, k, 0)
         if not (own and finite(x, sums[0, s]) and finite(x, sums[1, s])):
@@ -263,51 +266,42 @@ def strip_sums(dy, x, r0, r1, first, last, C, S, fit, mean, rstd, k, sums):
 
 
 @routine
-def block_gradient(dy, x, r0, r1, first, last, mean, rstd, gamma, sums, count, training, S, fold, ahead, stream, k, dx):
+def block_gradient(
+    dy, x, r0, r1, first, last, mean, rstd, gamma, sums, count, training, S, fold, prefetch_distance, stream, k, dx
+):
     """dx on rows r0 .. r1 of channels first .. last: coefficients, then `gradient_block`, or `affine_block` on dy."""
     if not fill_gradient(x, mean, rstd, gamma, sums, count, training, first, last, k):
         gradient_channels(dy, x, r0, r1, first, last, mean, rstd, gamma, sums, count, training, S, fold, k, dx)
         return
-    e = spread_columns(k, 5 if training else 3, last - first, fold, S)
+    e = expand_columns(k, 5 if training else 3, last - first, fold, S)
     width = min(x.shape[1] - first * S, (last - first) * fold * S)  # less in a row that is left over
     if training:
-        gradient_block(dy, x, r0, r1, first * S, width, k, e, ahead, stream, dx)
+        gradient_block(dy, x, r0, r1, first * S, width, k, e, prefetch_distance, stream, dx)
     else:
-        affine_block(dy, r0, r1, first * S, width, k, e, ahead, stream, dx)
+        affine_block(dy, r0, r1, first * S, width, k, e, prefetch_distance, stream, dx)
 
 
-@kernel("x2 x2 x2 x2 m1 m1 i i i i i i i b w1 s3 s2")
+@kernel(COLUMNS)
 def grad_reduce(
     dy, rest_dy, x, rest_x, mean, rstd, S, fold, rest, parts, block, tasks, columns, along, work, partial, sums
 ):
-    """sums (2, C): sum of dy, sum of dy * xhat.
-
-    Workspaces work (tasks * WORK * columns + 64) and partial (parts + 1, 2, P).
-    """
+    """Sums of dy and of dy * xhat of each channel."""
     R, C = x.shape[0], mean.size
-    blocks = (C + block - 1) // block
     for task in prange(tasks):
-        k = share(work, task, columns)
-        for unit in range(parts * blocks * task // tasks, parts * blocks * (task + 1) // tasks):
-            p, first = unit // blocks, unit % blocks * block
-            last = min(C, first + block)
-            r0, r1, strips = R * p // parts, R * (p + 1) // parts, fold * C if fold > 1 else last
-            fit = fill_standardize(x, mean, rstd, first, last, k)
-            e = spread_columns(k, 3, last - first, fold, S)
-            part_sums(dy, x, r0, r1, first, strips, S, along, k, e, partial[p])
-            strip_sums(dy, x, r0, r1, first, strips, C, S, fit, mean, rstd, k, partial[p])
+        k = workspace_of(work, task, columns)
+        for unit in task_units(task, tasks, parts, C, block):
+            p, r0, r1, first, last = unit_of(unit, R, parts, C, block)
+            strips = fold * C if fold > 1 else last
+            standardized_sums(dy, x, r0, r1, first, last, strips, C, S, fold, along, mean, rstd, k, partial[p])
     if rest > 0:
-        k = share(work, 0, columns)
-        fit = fill_standardize(x, mean, rstd, 0, C, k)
-        e = spread_columns(k, 3, C, fold, S)
-        part_sums(rest_dy, rest_x, 0, 1, 0, rest * C, S, False, k, e, partial[parts])
-        strip_sums(rest_dy, rest_x, 0, 1, 0, rest * C, C, S, fit, mean, rstd, k, partial[parts])
+        k = workspace_of(work, 0, columns)
+        standardized_sums(rest_dy, rest_x, 0, 1, 0, C, rest * C, C, S, fold, False, mean, rstd, k, partial[parts])
     for i in range(2):
         for p in range(1, parts):
             for s in range(0, fold * C, 8):
-                lot = min(8, fold * C - s)
+                left = min(8, fold * C - s)
                 store_wide(
-                    partial, (0, i, s), lot, load_wide(partial, (0, i, s), lot) + load_wide(partial, (p, i, s), lot)
+                    partial, (0, i, s), left, load_wide(partial, (0, i, s), left) + load_wide(partial, (p, i, s), left)
                 )
         for c in range(C):
             t = 0.0
@@ -318,84 +312,37 @@ def grad_reduce(
             sums[i, c] = t
 
 
-@kernel("x2 x2 x2 x2 m1 m1 p1 m2 f b i i i i i i i b w1 y2 y2")
+@kernel(COLUMNS, sums="m2 (2, C): those of grad_reduce")
 def grad_input(
-    dy,
-    rest_dy,
-    x,
-    rest_x,
-    mean,
-    rstd,
-    gamma,
-    sums,
-    count,
-    training,
-    S,
-    fold,
-    rest,
-    parts,
-    block,
-    tasks,
-    columns,
-    stream,
-    work,
-    dx,
-    rest_dx,
-):
-    """dx from the sums; `training` False for constant statistics; `work` (tasks * WORK * columns + 64)."""
+    dy, rest_dy, x, rest_x, mean, rstd, gamma, sums, count, training, S, fold, rest, parts, block, tasks, columns,
+    stream, work, dx, rest_dx
+):  # fmt: skip
+    """dx from the sums."""
     R, C = x.shape[0], mean.size
-    blocks = (C + block - 1) // block
     for task in prange(tasks):
-        k = share(work, task, columns)
-        for unit in range(parts * blocks * task // tasks, parts * blocks * (task + 1) // tasks):
-            p, first = unit // blocks, unit % blocks * block
-            last = min(C, first + block)
-            r0, r1 = R * p // parts, R * (p + 1) // parts
+        k = workspace_of(work, task, columns)
+        for unit in task_units(task, tasks, parts, C, block):
+            _, r0, r1, first, last = unit_of(unit, R, parts, C, block)
             block_gradient(
                 dy, x, r0, r1, first, last, mean, rstd, gamma, sums, count, training, S, fold, 0, stream, k, dx
             )
     if rest > 0:
-        k = share(work, 0, columns)
+        k = workspace_of(work, 0, columns)
         block_gradient(
             rest_dy, rest_x, 0, 1, 0, C, mean, rstd, gamma, sums, count, training, S, fold, 0, False, k, rest_dx
         )
 
 
-@kernel("x2 x2 m1 m1 p1 b i i i i b w1 y2 s2 w2")
+@kernel(COLUMNS)
 def backward(dy, x, mean, rstd, gamma, training, S, block, tasks, columns, stream, work, dx, sums, grads):
-    """grad_reduce and grad_input, a block of channels at a time.
-
-    Sums, grads (2, C), `work` (tasks * WORK * columns + 64).
-    """
-    R, C = x.shape[0], mean.size
-    blocks = (C + block - 1) // block
+    """grad_reduce and grad_input, a block of channels at a time, still in the cache."""
+    R, C, count = x.shape[0], mean.size, float(x.shape[0] * S)
     for task in prange(tasks):
-        k = share(work, task, columns)
-        for unit in range(blocks * task // tasks, blocks * (task + 1) // tasks):
-            first = unit * block
-            last = min(C, first + block)
-            fit = fill_standardize(x, mean, rstd, first, last, k)
-            e = spread_columns(k, 3, last - first, 1, S)
-            part_sums(dy, x, 0, R, first, last, S, False, k, e, sums)
-            strip_sums(dy, x, 0, R, first, last, C, S, fit, mean, rstd, k, sums)
+        k = workspace_of(work, task, columns)
+        for unit in task_units(task, tasks, 1, C, block):
+            _, _, _, first, last = unit_of(unit, R, 1, C, block)
+            standardized_sums(dy, x, 0, R, first, last, last, C, S, 1, False, mean, rstd, k, sums)
             narrow(sums, first, last, grads)
             block_gradient(
-                dy,
-                x,
-                0,
-                R,
-                first,
-                last,
-                mean,
-                rstd,
-                gamma,
-                sums,
-                float(R * S),
-                training,
-                S,
-                1,
-                block * S,
-                stream,
-                k,
-                dx,
+                dy, x, 0, R, first, last, mean, rstd, gamma, sums, count, training, S, 1, block * S, stream, k, dx
             )

@@ -15,7 +15,7 @@ from fastbn.cpu import interrupts, pool, threads
 from fastbn.cpu import team as _team
 from fastbn.cpu.kernels import cache
 
-__all__ = ["DISABLED", "KERNELS", "Kernel", "kernel", "leaf", "prange", "routine"]
+__all__ = ["DISABLED", "KERNELS", "SHARED", "Kernel", "kernel", "leaf", "prange", "routine"]
 
 DISABLED = bool(config.DISABLE_JIT)
 
@@ -28,11 +28,9 @@ def _njit(function: Callable[..., Any], parallel: bool = False, inline: bool = F
 
 
 def leaf(function: Callable[..., Any]) -> Any:
-    """A serial function that kernels call; compiled with the kernel, for its types.
-
-    Inlined: an array argument takes ten words on the stack, and a call 15 ns. Short rows gain 5 to 15 %, a first call
-    loses 0.7 s.
-    """
+    """A serial function that kernels call; compiled with the kernel, for its types, and inlined."""
+    # An array argument takes ten words on the stack, and a call 15 ns: short rows gain 5 to 15 %, a first call loses
+    # 0.7 s.
     return _njit(function, inline=True)
 
 
@@ -51,22 +49,42 @@ def _plainly(body: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _argument(token: str, dtype: Any) -> Any:
-    kind, rank = token[0], int(token[1:] or 1)
+# Arguments that are the same in every kernel. The first word is the type: a letter of `_argument` and the rank. (A
+# schedule's numbers come one by one. As a NamedTuple of seven they would cost the same, 0.10 us a call, and spare the
+# caller 0.08 us of reading its attributes.)
+SHARED = {
+    "mean": "m1 (C,)",
+    "rstd": "m1 (C,): 1 / sqrt(var + eps)",
+    "gamma": "p1 (C,), or empty: 1",
+    "beta": "p1 (C,), or empty: 0",
+    "eps": "f",
+    "count": "f values per channel",
+    "training": "b whether mean and rstd are the batch's own; else constants",
+    "tasks": "i that share the units of work",
+    "stream": "b whether the result goes past the cache",
+    "stats": "s2 (2, C): mean and m2",
+    "sums": "s2 (2, C): sum of dy, sum of dy * xhat",
+    "grads": "w2 (2, C): sums in the dtype of parameters",
+}
+
+
+def _argument(word: str, dtype: Any) -> Any:
+    """The numba type of an argument, beside x of `dtype`."""
+    letter, rank = word[0], int(word[1:] or 1)
     computed = dtype if isinstance(dtype, types.Float) else types.float32
-    if kind == "x":  # an input: any strides, read-only, unaligned
+    if letter == "x":  # an input: any strides, read-only, unaligned
         return types.Array(dtype, rank, "A", readonly=True, aligned=False)
-    if kind == "y":  # an output
+    if letter == "y":  # an output
         return types.Array(dtype, rank, "A", aligned=False)
-    if kind == "w":  # workspace in the arithmetic of x
+    if letter == "w":  # a workspace, or parameters written, in the arithmetic of x: float32 for half precision
         return types.Array(computed, rank, "C")
-    if kind == "p":  # a parameter in the arithmetic of x, read
+    if letter == "p":  # a parameter in the arithmetic of x, read
         return types.Array(computed, rank, "C", readonly=True, aligned=False)
-    if kind == "m":  # float64 statistics, read
+    if letter == "m":  # float64 statistics, read
         return types.Array(types.float64, rank, "C", readonly=True, aligned=False)
-    if kind == "s":  # float64 statistics, written
+    if letter == "s":  # float64 statistics, written
         return types.Array(types.float64, rank, "C")
-    return {"i": types.intp, "f": types.float64, "b": types.boolean}[kind]
+    return {"i": types.intp, "f": types.float64, "b": types.boolean}[letter]
 
 
 class Kernel:
@@ -76,24 +94,34 @@ class Kernel:
     ----------
     body : function
         The kernel, written with one `prange`; the serial form runs it as a plain range.
-    arguments : str
-        A token per argument: x3 an input of rank 3, y3 an output; p1 a parameter and w2 a workspace in the arithmetic
-        of x (float32 for half precision); m1 float64 to read, s1 to write; i f b scalars.
+    lines : dict
+        What each argument is, by name, as in `SHARED`; names that the body does not have are left out.
     parallel : bool
         Whether there is a parallel form.
+
+    Attributes
+    ----------
+    arguments : dict
+        The line of each argument, in order: the signature, and with `print(kernel)` its documentation.
     """
 
-    def __init__(self, body: Callable[..., Any], arguments: str, parallel: bool = True) -> None:
+    def __init__(self, body: Callable[..., Any], lines: dict[str, str], parallel: bool = True) -> None:
         self.parallel = parallel
         self.name = f"{body.__module__.rpartition('.')[2]}.{body.__name__}"
         self._body: Any = body
-        self._arguments = arguments.split()
+        names = self._body.__code__.co_varnames[: self._body.__code__.co_argcount]
+        if missing := [name for name in names if name not in lines]:
+            raise TypeError(f"{self.name}: no line says what {', '.join(missing)} is")
+        self.arguments = {name: lines[name] for name in names}
         self._compiled: dict[tuple[Any, bool | _team.Runtime], Callable[..., Any]] = {}
 
-    def form(self, dtype: np.dtype[Any], parallel: bool, team: _team.Runtime | None = None) -> Callable[..., Any]:
-        """The function for arrays of `dtype` that runs here and now.
+    def __str__(self) -> str:
+        lines = [f"    {name:18}{line}" for name, line in self.arguments.items()]
+        return "\n".join([f"{self.name}: {self._body.__doc__}", *lines])
 
-        The serial one where threads are unsafe or limited to one.
+    def form(self, dtype: np.dtype[Any], parallel: bool, team: _team.Runtime | None = None) -> Callable[..., Any]:
+        """The function for arrays of `dtype` that runs here and now: serial where threads are unsafe or limited to one.
+
         `team`: whose threads it runs on, where `threads.on_team` would take too long.
         """
         count = threads.count() if parallel and not DISABLED else 1
@@ -101,10 +129,7 @@ class Kernel:
         return threads.masked(run, count) if count > 1 else run
 
     def compiled(self, dtype: np.dtype[Any], parallel: bool | _team.Runtime) -> Callable[..., Any]:
-        """The compiled function for arrays of `dtype`, whatever the threads of this process.
-
-        Serial, on numba's threads, or on a team.
-        """
+        """The compiled function for arrays of `dtype`: serial, on numba's threads or on a team's."""
         found = self._compiled.get((dtype, parallel))
         return found if found is not None else self._compile(dtype, parallel)
 
@@ -130,9 +155,11 @@ class Kernel:
         compiled = _njit(function, bool(parallel))
         compiled._cache = cache.Cache(function)  # as enable_caching would, with numba's own
         with nullcontext() if team is None else _team.linked(team):
-            compiled.compile(tuple(_argument(token, numba.from_dtype(dtype)) for token in self._arguments))
-        # Called without the dispatcher, which would look at the types of all arguments first: 32 x 64 in 1.0 us instead
-        # of 1.7.
+            compiled.compile(
+                tuple(_argument(line.split()[0], numba.from_dtype(dtype)) for line in self.arguments.values())
+            )
+        # Without the dispatcher, which would look at the types of all arguments first, 32 x 64 takes 1.0 us instead of
+        # 1.7.
         (made,) = compiled.overloads.values()
         specialized: Callable[..., Any] = made.entry_point
         return specialized
@@ -141,11 +168,13 @@ class Kernel:
 KERNELS: list[Kernel] = []
 
 
-def kernel(arguments: str, parallel: bool = True) -> Callable[[Callable[..., Any]], Kernel]:
-    """Decorate a kernel body; see `Kernel` for the argument tokens."""
+def kernel(lines: dict[str, str], parallel: bool = True, **own: str) -> Callable[[Callable[..., Any]], Kernel]:
+    """Decorate a kernel body; `own`: arguments of its own, or other than in `lines`. See `Kernel`."""
 
     def decorate(body: Callable[..., Any]) -> Kernel:
-        made = Kernel(body, arguments, parallel)
+        made = Kernel(body, lines | own, parallel)
+        if idle := own.keys() - made.arguments.keys():
+            raise TypeError(f"{made.name}: no argument {', '.join(sorted(idle))}")
         KERNELS.append(made)
         return made
 

@@ -1,10 +1,12 @@
-"""The vectors of `_simd` as small NumPy arrays, for NUMBA_DISABLE_JIT=1.
+"""The functions of `simd` on small NumPy arrays, for NUMBA_DISABLE_JIT=1.
 
 Kernels as plain Python, every line counted and debuggable.
 """
 
 from __future__ import annotations
 
+import ctypes
+import math
 from typing import Any, cast
 
 import numpy as np
@@ -12,7 +14,7 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 Index = tuple[int, ...]
-WIDE = 8
+_WIDE = 8
 
 
 def _arithmetic(x: Array) -> np.dtype[Any]:
@@ -106,14 +108,14 @@ def store_some(x: Array, index: Index, count: int, value: Array) -> None:
     _span(x, index, count)[:] = _narrow(value[:count], x.dtype)
 
 
-def spread(x: Array, value: float) -> Array:
+def broadcast(x: Array, value: float) -> Array:
     """The value in every lane of a vector of x."""
     return np.full(lanes(x), value, _arithmetic(x))
 
 
-def broadcast(x: Array, index: Index) -> Array:
+def load_broadcast(x: Array, index: Index) -> Array:
     """The element x[index] of a float array in every lane."""
-    return spread(x, x[index])
+    return broadcast(x, x[index])
 
 
 def splice(a: Array, count: int, b: Array) -> Array:
@@ -139,7 +141,7 @@ def total(a: Array) -> Any:
 
 def load_wide(x: Array, index: Index, count: int) -> Array:
     """The first `count` of eight elements from x[index], as a wide vector with zeros behind them."""
-    vector = np.zeros(WIDE)
+    vector = np.zeros(_WIDE)
     vector[:count] = _widen(_span(x, index, count))
     return vector
 
@@ -156,7 +158,7 @@ def rounded(x: Array, value: Array) -> Array:
 
 def wide(value: float) -> Array:
     """The float64 in every lane of a wide vector."""
-    return np.full(WIDE, value)
+    return np.full(_WIDE, value)
 
 
 def root(a: Array) -> Array:
@@ -185,6 +187,14 @@ def within(a: Array, count: int, low: float, high: float) -> bool:
 def choose(a: Array, low: float, high: float, inside: Array, outside: Array) -> Array:
     """Each lane of `inside` where low < a < high, else of `outside`; all wide vectors."""
     return np.where((a > low) & (a < high), inside, outside)
+
+
+def at(like: Array, address: int, shape: Index) -> Array:
+    """The array of elements of `like` at an address, without gaps."""
+    size = math.prod(shape)
+    memory: Any = (ctypes.c_char * (size * like.itemsize)).from_address(address) if size else b""
+    array: Array = np.ndarray(shape, like.dtype, memory)
+    return array
 
 
 def address(x: Array, index: Index) -> int:

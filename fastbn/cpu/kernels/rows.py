@@ -3,9 +3,9 @@
 A channel's slab, N rows of S values, is walked in blocks: `rows` rows, or one of `splits` pieces of a long row. Blocks
 are numbered 0 .. blocks, a part is a run of them. One pass over a block is enough: its values are shifted by the mean
 of the blocks before; only the first block of a part, which fits the first-level cache, is read twice for that.
-Statistics alone take `lot` channels together, block by block: rows of one channel lie far apart, and memory gives them
-at half its speed (102 MB in rows of 12 KB: 2.8 -> 1.5 ms). `tasks` is how many tasks share the work, each with a row of
-the workspace; which task does what changes nothing in the result.
+Statistics alone take a group of channels together, block by block: rows of one channel lie far apart, and memory gives
+them at half its speed (102 MB in rows of 12 KB: 2.8 -> 1.5 ms). `tasks` is how many tasks share the work, each with a
+row of the workspace; which task does what changes nothing in the result.
 """
 
 from __future__ import annotations
@@ -13,19 +13,36 @@ from __future__ import annotations
 import numpy as np
 
 from fastbn.cpu.kernels import welford
-from fastbn.cpu.kernels.beyond import affine_rows
-from fastbn.cpu.kernels.elementwise import (
-    affine_row,
-    affine_stream,
-    deviation,
-    fill_affine,
-    fill_forward,
-    one_stream,
-    put_affine,
+from fastbn.cpu.kernels.beyond import affine_columns
+from fastbn.cpu.kernels.elementwise import affine_row, affine_stream, channel_rstd, fill_affine, one_stream, put_affine
+from fastbn.cpu.kernels.jit import SHARED, kernel, leaf, prange, routine
+from fastbn.cpu.kernels.simd import (
+    broadcast,
+    element,
+    fence,
+    lanes,
+    load,
+    load_some,
+    load_wide,
+    muladd,
+    scalar,
+    total,
+    wide,
 )
-from fastbn.cpu.kernels.jit import kernel, leaf, prange, routine
-from fastbn.cpu.kernels.memory import fence
-from fastbn.cpu.kernels.simd import element, lanes, load, load_some, load_wide, muladd, scalar, spread, total, wide
+
+ROWS = SHARED | {
+    "x": "x3 (N, C, S), S contiguous",
+    "dy": "x3 like x",
+    "y": "y3 like x",
+    "dx": "y3 like x",
+    "rows": "i of a block, where a block is whole rows",
+    "splits": "i blocks of a row, where a row is several",
+    "blocks": "i of a channel",
+    "parts": "i runs of blocks, of a channel",
+    "pieces": "i of a row, each a unit of work",
+    "group": "i channels taken together",
+    "prefetch_distance": "i channels further, fetched meanwhile; 0: none",
+}
 
 merge = leaf(welford.merge)
 finish_block = leaf(welford.block)
@@ -39,22 +56,29 @@ SEGMENT = 32
 
 
 @leaf
-def bounds(x, k, rows, splits):
-    """Block k of a channel: rows n0 .. n1, columns s0 .. s1. Pieces of a row begin on whole vectors."""
-    N, S = x.shape[0], x.shape[2]
-    if splits == 1:
-        return k * rows, min(N, (k + 1) * rows), 0, S
-    W = lanes(x)
-    n, piece = k // splits, k % splits
+def ends(x, piece, pieces):
+    """Columns of a piece of a row, which begins on a whole vector."""
+    S, W = x.shape[2], lanes(x)
+    if pieces == 1:
+        return 0, S
     vectors = (S + W - 1) // W
-    return n, n + 1, vectors * piece // splits * W, min(S, vectors * (piece + 1) // splits * W)
+    return vectors * piece // pieces * W, min(S, vectors * (piece + 1) // pieces * W)
+
+
+@leaf
+def bounds(x, k, rows, splits):
+    """Block k of a channel: rows n0 .. n1, columns s0 .. s1."""
+    if splits == 1:
+        return k * rows, min(x.shape[0], (k + 1) * rows), 0, x.shape[2]
+    s0, s1 = ends(x, k % splits, splits)
+    return k // splits, k // splits + 1, s0, s1
 
 
 @leaf
 def block_sum(x, c, n0, n1, s0, s1):
     """Sum of a block, in the arithmetic of x."""
     W = lanes(x)
-    zero = spread(x, 0.0)
+    zero = broadcast(x, 0.0)
     a, b, d, e = zero, zero, zero, zero
     for n in range(n0, n1):
         i = s0
@@ -82,8 +106,8 @@ def group_rows(x, s0, s1):
 def block_deviations(x, c, n0, n1, s0, s1, shift):
     """(sum, sum of squares) of x - shift over a block, in the arithmetic of x."""
     W = lanes(x)
-    k = spread(x, shift)
-    zero = spread(x, 0.0)
+    k = broadcast(x, shift)
+    zero = broadcast(x, 0.0)
     t, q = zero, zero
     group = group_rows(x, s0, s1)
     for m in range(n0, n1, group):
@@ -141,18 +165,16 @@ def wide_deviations(x, c, n0, n1, s0, s1, shift):
 
 
 @leaf
-def coarse(x, mean, spread):
-    """The mean in the arithmetic of x, on a grid of 1/32 to 1/64 of the spread: what values are shifted by.
-
-    Of few digits more than the spread's: deviations of data that have few themselves, and their squares, then add up
-    exactly. About a shift of 24 digits each of these sums is rounded, equal ones all the same way: 5e-8 std of a mean,
-    3e-6 of a variance.
-    """
-    near = scalar(x, mean)
-    if spread < 1e30:  # beyond, nothing is gained that is not lost by overflow
-        step = scalar(x, spread * (2.0**14 if lanes(x) == 16 else 2.0**43))
-        near = (near + step) - step
-    return near
+def coarse(x, mean, std):
+    """The mean in the arithmetic of x, on a grid of 1/32 to 1/64 of std: what values are shifted by."""
+    # Of few digits more than std's: deviations of data that have few themselves, and their squares, then add up
+    # exactly. About a shift of 24 digits each of these sums is rounded, equal ones all the same way: 5e-8 std of a
+    # mean, 3e-6 of a variance.
+    shift = scalar(x, mean)
+    if std < 1e30:  # beyond, nothing is gained that is not lost by overflow
+        step = scalar(x, std * (2.0**14 if lanes(x) == 16 else 2.0**43))
+        shift = (shift + step) - step
+    return shift
 
 
 @leaf
@@ -163,10 +185,7 @@ def distance(x, index, mean):
 
 @leaf
 def block_shift(x, c, n0, n1, s0, s1, mean, m2, before):
-    """What a block's values are shifted by.
-
-    The mean of `before` values before it or, where it is the first, its own.
-    """
+    """What a block's values are shifted by: the mean of `before` values before it, or its own where it is the first."""
     if before > 0.0:
         return coarse(x, mean, np.sqrt(m2 / before))
     mean = block_sum(x, c, n0, n1, s0, s1) / float((n1 - n0) * (s1 - s0))
@@ -181,8 +200,8 @@ def block_moments(x, c, n0, n1, s0, s1, mean, m2, before):
     """(count, mean, m2) of a block, in deviations from `block_shift`."""
     count = float((n1 - n0) * (s1 - s0))
     shift = block_shift(x, c, n0, n1, s0, s1, mean, m2, before)
-    near, squares = block_deviations(x, c, n0, n1, s0, s1, shift)
-    k, t, q = np.float64(shift), np.float64(near), np.float64(squares)
+    deviations, squares = block_deviations(x, c, n0, n1, s0, s1, shift)
+    k, t, q = np.float64(shift), np.float64(deviations), np.float64(squares)
     if lanes(x) == 16 and not (LOW < q < HIGH):
         k = wide_deviations(x, c, n0, n1, s0, s1, 0.0)[0] / count
         t, q = wide_deviations(x, c, n0, n1, s0, s1, k)
@@ -192,10 +211,7 @@ def block_moments(x, c, n0, n1, s0, s1, mean, m2, before):
 
 @routine
 def part_moments(x, c0, c1, first, last, rows, splits, mean, m2):
-    """mean, m2 of blocks first .. last of channels c0 .. c1, block by block in the order of memory.
-
-    The values of each.
-    """
+    """mean, m2 of blocks first .. last of channels c0 .. c1, block by block in the order of memory; values of each."""
     count, more = 0.0, 0.0
     for k in range(first, last):
         n0, n1, s0, s1 = bounds(x, k, rows, splits)
@@ -208,15 +224,15 @@ def part_moments(x, c0, c1, first, last, rows, splits, mean, m2):
     return count
 
 
-@kernel("x3 i i i i i i s3 s2")
-def moments(x, rows, splits, blocks, parts, lot, tasks, partial, stats):
-    """stats (2, C): mean and m2 of x, `lot` channels in a unit; `partial` is a workspace (parts, 3, C)."""
+@kernel(ROWS, partial="s3 (parts, 3, C): mean, m2 and count of each part")
+def moments(x, rows, splits, blocks, parts, group, tasks, partial, stats):
+    """Mean and m2 of each channel."""
     C = x.shape[1]
-    units = (C + lot - 1) // lot * parts
+    units = (C + group - 1) // group * parts
     for task in prange(tasks):
         for unit in range(units * task // tasks, units * (task + 1) // tasks):
-            c0, p = unit // parts * lot, unit % parts
-            c1 = min(C, c0 + lot)
+            c0, p = unit // parts * group, unit % parts
+            c1 = min(C, c0 + group)
             count = part_moments(
                 x, c0, c1, blocks * p // parts, blocks * (p + 1) // parts, rows, splits, partial[p, 0], partial[p, 1]
             )
@@ -230,23 +246,10 @@ def moments(x, rows, splits, blocks, parts, lot, tasks, partial, stats):
 
 @leaf
 def units_of(x, task, tasks, pieces):
-    """A task's share of N * C * pieces units in the order of memory.
-
-    How many, and the first one's row, channel and piece.
-    """
+    """One task's of N * C * pieces units in the order of memory: how many; the first one's row, channel and piece."""
     N, C = x.shape[0], x.shape[1]
     first, last = N * C * pieces * task // tasks, N * C * pieces * (task + 1) // tasks
     return last - first, first // pieces // C, first // pieces % C, first % pieces
-
-
-@leaf
-def ends(x, piece, pieces):
-    """Columns of a piece of a row, which begins on a whole vector."""
-    S, W = x.shape[2], lanes(x)
-    if pieces == 1:
-        return 0, S
-    vectors = (S + W - 1) // W
-    return vectors * piece // pieces * W, min(S, vectors * (piece + 1) // pieces * W)
 
 
 @leaf
@@ -262,7 +265,7 @@ def onward(x, n, c, piece, pieces):
 
 @leaf
 def affine_units(x, task, tasks, pieces, k, stream, y):
-    """A task's share of y, in the order of memory; k the coefficients of all channels, which fit."""
+    """One task's part of y, in the order of memory; k the coefficients of all channels, which fit."""
     more, n, c, piece = units_of(x, task, tasks, pieces)
     if stream and pieces == 1 and one_stream(x, y):
         row = n * x.shape[1] + c
@@ -275,25 +278,19 @@ def affine_units(x, task, tasks, pieces, k, stream, y):
 
 
 @routine
-def affine_channel(x, c, mean, spread, count, eps, gamma, beta, k, i, y):
-    """y of channel c, where another's coefficients do not fit, or its own.
-
-    Column i of k, or in float64. See `beyond.rstd_of`.
-    """
-    rstd = deviation(spread, c, 1, count, eps) if count > 0.0 else load_wide(spread, (c,), 1)
+def affine_channel(x, c, mean, m2_or_rstd, count, eps, gamma, beta, k, i, y):
+    """y of channel c by column i of k where another's coefficients do not fit, in float64 where its own do not."""
+    rstd = channel_rstd(m2_or_rstd, c, 1, count, eps)
     if put_affine(x, load_wide(mean, (c,), 1), rstd, gamma, beta, c, 1, k, i):
         for n in range(x.shape[0] - 1, -1, -1):
             affine_row(x, n, c, 0, x.shape[2], k, i, 0, False, y)
     else:
-        affine_rows(x, c, mean, spread, count, eps, gamma, beta, y)
+        affine_columns(x[:, c], 0, x.shape[0], 0, x.shape[2], c, mean, m2_or_rstd, count, eps, gamma, beta, y[:, c])
 
 
 @leaf
 def affine_task(x, task, tasks, pieces, fit, mean, rstd, gamma, beta, k, stream, y):
-    """A task's share of y: in the order of memory where the coefficients k of all channels fit.
-
-    Else a channel after another.
-    """
+    """One task's part of y: in the order of memory where the coefficients k of all channels fit, else by channels."""
     if fit:
         affine_units(x, task, tasks, pieces, k, stream, y)
         if stream:
@@ -303,42 +300,36 @@ def affine_task(x, task, tasks, pieces, fit, mean, rstd, gamma, beta, k, stream,
             affine_channel(x, c, mean, rstd, 0.0, 0.0, gamma, beta, k, c, y)
 
 
-@kernel("x3 m1 m1 p1 p1 i i b w2 y3")
+@kernel(ROWS, work="w2 (3, C rounded up to 8)")
 def normalize(x, mean, rstd, gamma, beta, pieces, tasks, stream, work, y):
-    """y = gamma * (x - mean) * rstd + beta, in the order of memory; gamma, beta may be empty.
-
-    `work` (3, C rounded up to 8).
-    """
-    fit = fill_affine(x, mean, rstd, gamma, beta, 0, x.shape[1], work)
+    """y = gamma * (x - mean) * rstd + beta, in the order of memory."""
+    fit = fill_affine(x, mean, rstd, 0.0, 0.0, gamma, beta, 0, x.shape[1], work)
     for task in prange(tasks):
         affine_task(x, task, tasks, pieces, fit, mean, rstd, gamma, beta, work, stream, y)
 
 
-@kernel("x3 p1 p1 f i i i i i i b w3 y3 s2")
-def forward(x, gamma, beta, eps, rows, splits, blocks, lot, tasks, ahead, stream, work, y, stats):
-    """Moments and normalize, `lot` channels at a time, still in the cache.
-
-    `work` (tasks, 3, 8), stats (2, C): mean and m2.
-    Up to 8 channels: coefficients are computed for 8 at once (forward of 1 x 256 x 24 x 26: 63 -> 45 us).
-    """
+@kernel(ROWS, work="w3 (tasks, 3, 8)")
+def forward(x, gamma, beta, eps, rows, splits, blocks, group, tasks, prefetch_distance, stream, work, y, stats):
+    """Moments and normalize, a group of up to 8 channels at a time, still in the cache."""
+    # Coefficients are computed for 8 channels at once: forward of 1 x 256 x 24 x 26 takes 45 us instead of 63.
     N, C, S = x.shape
     mean, m2 = stats[0], stats[1]
-    units, whole = (C + lot - 1) // lot, stream and one_stream(x, y)
+    units, whole = (C + group - 1) // group, stream and one_stream(x, y)
     for task in prange(tasks):
         k = work[task]
         for unit in range(units * task // tasks, units * (task + 1) // tasks):
-            c0 = unit * lot
-            c1 = min(C, c0 + lot)
+            c0 = unit * group
+            c1 = min(C, c0 + group)
             count = part_moments(x, c0, c1, 0, blocks, rows, splits, mean, m2)
-            if not fill_forward(x, mean, m2, count, eps, gamma, beta, c0, c1, k):
+            if not fill_affine(x, mean, m2, count, eps, gamma, beta, c0, c1, k):
                 for c in range(c0, c1):
                     affine_channel(x, c, mean, m2, count, eps, gamma, beta, k, c - c0, y)
                 continue
             for n in range(N - 1, -1, -1):  # what was read last is the hottest
                 if whole:
-                    affine_stream(x, n * C + c0, n * C + c1, k, 0, ahead, y)
+                    affine_stream(x, n * C + c0, n * C + c1, k, 0, prefetch_distance, y)
                 else:
                     for c in range(c0, c1):
-                        affine_row(x, n, c, 0, S, k, c - c0, ahead, stream, y)
+                        affine_row(x, n, c, 0, S, k, c - c0, prefetch_distance, stream, y)
         if stream:
             fence()

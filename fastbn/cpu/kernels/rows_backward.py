@@ -1,10 +1,10 @@
-"""Backward kernels on (N, C, S) arrays, S contiguous; blocks, parts and tasks as in `channels_first`."""
+"""Backward kernels on (N, C, S) arrays, S contiguous; blocks, parts and tasks as in `rows`."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from fastbn.cpu.kernels.beyond import finite, gradient_rows, row, wide_sums
+from fastbn.cpu.kernels.beyond import finite, gradient_columns, row, wide_sums
 from fastbn.cpu.kernels.elementwise import (
     affine_row,
     affine_stream,
@@ -19,17 +19,16 @@ from fastbn.cpu.kernels.elementwise import (
     put_standardize,
 )
 from fastbn.cpu.kernels.jit import kernel, leaf, prange, routine
-from fastbn.cpu.kernels.memory import fence
-from fastbn.cpu.kernels.rows import SEGMENT, affine_units, bounds, ends, group_rows, onward, units_of
-from fastbn.cpu.kernels.simd import broadcast, lanes, load, load_some, muladd, spread, total
+from fastbn.cpu.kernels.rows import ROWS, SEGMENT, affine_units, bounds, ends, group_rows, onward, units_of
+from fastbn.cpu.kernels.simd import broadcast, fence, lanes, load, load_broadcast, load_some, muladd, total
 
 
 @leaf
 def block_sums(dy, x, c, n0, n1, s0, s1, k, e):
-    """(sum of dy, sum of dy * xhat) over a block, in the arithmetic of x; column e of k: high, scale, shift of xhat."""
+    """(sum of dy, sum of dy * xhat) over a block, in the arithmetic of x; xhat by column e of k."""
     W = lanes(x)
-    h, r, o = broadcast(k, (0, e)), broadcast(k, (1, e)), broadcast(k, (2, e))
-    zero = spread(x, 0.0)
+    h, r, o = load_broadcast(k, (0, e)), load_broadcast(k, (1, e)), load_broadcast(k, (2, e))
+    zero = broadcast(x, 0.0)
     t, q = zero, zero
     group = group_rows(x, s0, s1)
     for m in range(n0, n1, group):
@@ -72,10 +71,7 @@ def channel_sums(dy, x, c, first, last, rows, splits, mean, rstd, fit, sums):
 
 @leaf
 def part_sums(dy, x, c0, c1, first, last, rows, splits, mean, rstd, k, sums):
-    """sums (2, C): sum of dy, sum of dy * xhat over blocks first .. last of channels c0 .
-
-    c1, blocks added in float64.
-    """
+    """sums (2, C): sum of dy, sum of dy * xhat over blocks first .. last of channels c0 .. c1, added in float64."""
     fit = fill_standardize(x, mean, rstd, c0, c1, k)
     for c in range(c0, c1):
         sums[0, c], sums[1, c] = 0.0, 0.0
@@ -95,7 +91,8 @@ def part_sums(dy, x, c0, c1, first, last, rows, splits, mean, rstd, k, sums):
 def gradient_channel(dy, x, c, mean, rstd, gamma, sums, count, training, k, i, dx):
     """dx of channel c, where another's coefficients do not fit, or its own: column i of k, or in float64."""
     if not put_gradient(x, mean, rstd, gamma, sums, count, training, c, 1, k, i):
-        gradient_rows(dy, x, c, mean, rstd, gamma, sums, count, training, dx)
+        N, S = x.shape[0], x.shape[2]
+        gradient_columns(dy[:, c], x[:, c], 0, N, 0, S, c, mean, rstd, gamma, sums, count, training, dx[:, c])
         return
     for n in range(x.shape[0] - 1, -1, -1):
         if training:
@@ -104,19 +101,16 @@ def gradient_channel(dy, x, c, mean, rstd, gamma, sums, count, training, k, i, d
             affine_row(dy, n, c, 0, x.shape[2], k, i, 0, False, dx)
 
 
-@kernel("x3 x3 m1 m1 i i i i i i w3 s3 s2")
-def grad_reduce(dy, x, mean, rstd, rows, splits, blocks, parts, lot, tasks, work, partial, sums):
-    """sums (2, C): sum of dy, sum of dy * xhat, `lot` channels in a unit.
-
-    Workspaces: work (tasks, 3, lot rounded up to 8), partial (parts, 2, C).
-    """
+@kernel(ROWS, work="w3 (tasks, 3, group rounded up to 8)", partial="s3 (parts, 2, C): sums of each part")
+def grad_reduce(dy, x, mean, rstd, rows, splits, blocks, parts, group, tasks, work, partial, sums):
+    """Sums of dy and of dy * xhat of each channel."""
     C = x.shape[1]
-    units = (C + lot - 1) // lot * parts
+    units = (C + group - 1) // group * parts
     for task in prange(tasks):
         for unit in range(units * task // tasks, units * (task + 1) // tasks):
-            c0, p = unit // parts * lot, unit % parts
+            c0, p = unit // parts * group, unit % parts
             first, last = blocks * p // parts, blocks * (p + 1) // parts
-            part_sums(dy, x, c0, min(C, c0 + lot), first, last, rows, splits, mean, rstd, work[task], partial[p])
+            part_sums(dy, x, c0, min(C, c0 + group), first, last, rows, splits, mean, rstd, work[task], partial[p])
     for i in range(2):
         for c in range(C):
             t = 0.0
@@ -127,7 +121,7 @@ def grad_reduce(dy, x, mean, rstd, rows, splits, blocks, parts, lot, tasks, work
 
 @leaf
 def gradient_units(dy, x, task, tasks, pieces, k, stream, dx):
-    """A task's share of dx, in the order of memory; k the coefficients of all channels."""
+    """One task's part of dx, in the order of memory; k the coefficients of all channels."""
     more, n, c, piece = units_of(x, task, tasks, pieces)
     if stream and pieces == 1 and joined(dy) and one_stream(x, dx):
         row = n * x.shape[1] + c
@@ -139,12 +133,9 @@ def gradient_units(dy, x, task, tasks, pieces, k, stream, dx):
         n, c, piece = onward(x, n, c, piece, pieces)
 
 
-@kernel("x3 x3 m1 m1 p1 m2 f b i i b w2 y3")
+@kernel(ROWS, sums="m2 (2, C): those of grad_reduce", work="w2 (5, C rounded up to 8)")
 def grad_input(dy, x, mean, rstd, gamma, sums, count, training, pieces, tasks, stream, work, dx):
-    """dx from the sums, in the order of memory; `training` False for constant statistics.
-
-    `work` (5, C rounded up to 8).
-    """
+    """dx from the sums, in the order of memory."""
     C = x.shape[1]
     fit = fill_gradient(x, mean, rstd, gamma, sums, count, training, 0, C, work)
     for task in prange(tasks):
@@ -159,21 +150,19 @@ def grad_input(dy, x, mean, rstd, gamma, sums, count, training, pieces, tasks, s
             fence()
 
 
-@kernel("x3 x3 m1 m1 p1 b i i i i i i b w3 y3 s2 w2")
+@kernel(ROWS, work="w3 (tasks, 5, 8)")
 def backward(
-    dy, x, mean, rstd, gamma, training, rows, splits, blocks, lot, tasks, ahead, stream, work, dx, sums, grads
-):
-    """grad_reduce and grad_input, `lot` channels (up to 8) at a time, still in the cache.
-
-    `work` (tasks, 5, 8), sums, grads (2, C).
-    """
+    dy, x, mean, rstd, gamma, training, rows, splits, blocks, group, tasks, prefetch_distance, stream, work, dx, sums,
+    grads
+):  # fmt: skip
+    """grad_reduce and grad_input, a group of up to 8 channels at a time, still in the cache."""
     N, C, S = x.shape
-    count, units, whole = float(N * S), (C + lot - 1) // lot, stream and joined(dy) and one_stream(x, dx)
+    count, units, whole = float(N * S), (C + group - 1) // group, stream and joined(dy) and one_stream(x, dx)
     for task in prange(tasks):
         k = work[task]
         for unit in range(units * task // tasks, units * (task + 1) // tasks):
-            c0 = unit * lot
-            c1 = min(C, c0 + lot)
+            c0 = unit * group
+            c1 = min(C, c0 + group)
             part_sums(dy, x, c0, c1, 0, blocks, rows, splits, mean, rstd, k, sums)
             narrow(sums, c0, c1, grads)
             if not fill_gradient(x, mean, rstd, gamma, sums, count, training, c0, c1, k):
@@ -182,13 +171,13 @@ def backward(
                 continue
             for n in range(N - 1, -1, -1):
                 if whole and training:
-                    gradient_stream(dy, x, n * C + c0, n * C + c1, k, 0, ahead, dx)
+                    gradient_stream(dy, x, n * C + c0, n * C + c1, k, 0, prefetch_distance, dx)
                 elif whole:
-                    affine_stream(dy, n * C + c0, n * C + c1, k, 0, ahead, dx)
+                    affine_stream(dy, n * C + c0, n * C + c1, k, 0, prefetch_distance, dx)
                 for c in range(c0, c0 if whole else c1):
                     if training:
-                        gradient_row(dy, x, n, c, 0, S, k, c - c0, ahead, stream, dx)
+                        gradient_row(dy, x, n, c, 0, S, k, c - c0, prefetch_distance, stream, dx)
                     else:
-                        affine_row(dy, n, c, 0, S, k, c - c0, ahead, stream, dx)
+                        affine_row(dy, n, c, 0, S, k, c - c0, prefetch_distance, stream, dx)
         if stream:
             fence()

@@ -10,21 +10,14 @@ from __future__ import annotations
 
 import numpy as np
 
-from fastbn.cpu.kernels import beyond, blocks, columns, columns_apply, columns_backward, rows_backward
+from fastbn.cpu.kernels import beyond, columns, columns_apply, columns_backward, rows_backward, welford
 from fastbn.cpu.kernels import rows as channels_first
-from fastbn.cpu.kernels.elementwise import (
-    affine_row,
-    fill_affine,
-    fill_forward,
-    fill_gradient,
-    fill_standardize,
-    gradient_row,
-)
+from fastbn.cpu.kernels.elementwise import affine_row, fill_affine, fill_gradient, fill_standardize, gradient_row
 from fastbn.cpu.kernels.jit import leaf, routine
 from fastbn.cpu.kernels.simd import lanes
 
-cut = leaf(blocks.cut)
-BLOCK = blocks.BLOCK
+cut = leaf(welford.cut)
+BLOCK = welford.BLOCK
 COLUMNS = 1024  # of a channels-last array at a time; zeros behind the last coefficients, which whole vectors read too
 
 __all__ = [
@@ -60,7 +53,7 @@ def normalize_channels_first(x, mean, rstd, gamma, beta, y):
     """y = gamma * (x - mean) * rstd + beta on (N, C, S) arrays."""
     N, C, S = x.shape
     k = np.empty((3, C + 8), x.dtype)
-    fit = fill_affine(x, mean, rstd, gamma, beta, 0, C, k)
+    fit = fill_affine(x, mean, rstd, 0.0, 0.0, gamma, beta, 0, C, k)
     if not fit:
         for c in range(C):
             channels_first.affine_channel(x, c, mean, rstd, 0.0, 0.0, gamma, beta, k, c, y)
@@ -76,7 +69,7 @@ def normalize_channels_last(x, mean, rstd, gamma, beta, y):
     k = np.zeros((3, min(C, COLUMNS) + 16), x.dtype)
     for first in range(0, C, COLUMNS):
         last = min(C, first + COLUMNS)
-        if fill_affine(x, mean, rstd, gamma, beta, first, last, k):
+        if fill_affine(x, mean, rstd, 0.0, 0.0, gamma, beta, first, last, k):
             columns_apply.affine_block(x, 0, R, first, last - first, k, 0, 0, False, y)
         else:
             columns_apply.affine_channels(x, 0, R, first, last, 1, 1, mean, rstd, 0.0, 0.0, gamma, beta, k, y)
@@ -90,9 +83,9 @@ def forward_channels_first(x, gamma, beta, eps, y, mean, m2):
     rows, splits, count = cut(N, S, lanes(x), BLOCK)
     for c in range(C):
         values = channels_first.part_moments(x, c, c + 1, 0, count, rows, splits, mean, m2)
-        fit = fill_forward(x, mean, m2, values, eps, gamma, beta, c, c + 1, k)
+        fit = fill_affine(x, mean, m2, values, eps, gamma, beta, c, c + 1, k)
         if not fit:
-            beyond.affine_rows(x, c, mean, m2, values, eps, gamma, beta, y)
+            beyond.affine_columns(x[:, c], 0, N, 0, S, c, mean, m2, values, eps, gamma, beta, y[:, c])
         for n in range(N - 1 if fit else -1, -1, -1):
             affine_row(x, n, c, 0, S, k, 0, 0, False, y)
 
@@ -105,7 +98,7 @@ def forward_channels_last(x, gamma, beta, eps, y, mean, m2):
     for first in range(0, C, COLUMNS):
         last = min(C, first + COLUMNS)
         columns.part_moments(x, 0, R, first, last, 1, False, k, mean, m2)
-        if fill_forward(x, mean, m2, float(R), eps, gamma, beta, first, last, k):
+        if fill_affine(x, mean, m2, float(R), eps, gamma, beta, first, last, k):
             columns_apply.affine_block(x, 0, R, first, last - first, k, 0, 0, False, y)
         else:
             columns_apply.affine_channels(x, 0, R, first, last, 1, 1, mean, m2, float(R), eps, gamma, beta, k, y)
@@ -121,7 +114,9 @@ def backward_channels_first(dy, x, mean, rstd, gamma, dx, sums):
         rows_backward.part_sums(dy, x, c, c + 1, 0, count, rows, splits, mean, rstd, k, sums)
         fit = fill_gradient(x, mean, rstd, gamma, sums, float(N * S), True, c, c + 1, k)
         if not fit:
-            beyond.gradient_rows(dy, x, c, mean, rstd, gamma, sums, float(N * S), True, dx)
+            beyond.gradient_columns(
+                dy[:, c], x[:, c], 0, N, 0, S, c, mean, rstd, gamma, sums, float(N * S), True, dx[:, c]
+            )
         for n in range(N - 1 if fit else -1, -1, -1):
             gradient_row(dy, x, n, c, 0, S, k, 0, 0, False, dx)
 
@@ -130,7 +125,7 @@ def backward_channels_first(dy, x, mean, rstd, gamma, dx, sums):
 def backward_channels_last(dy, x, mean, rstd, gamma, dx, sums):
     """Gradients of the forward on (R, C) arrays; writes dx and sums (2, C) in float64: dbeta, dgamma."""
     R, C = x.shape
-    k = np.zeros((blocks.WORK, min(C, COLUMNS) + 16), x.dtype)
+    k = np.zeros((welford.WORK, min(C, COLUMNS) + 16), x.dtype)
     for first in range(0, C, COLUMNS):
         last = min(C, first + COLUMNS)
         fit = fill_standardize(x, mean, rstd, first, last, k)

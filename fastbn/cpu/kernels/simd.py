@@ -13,10 +13,10 @@ is a small NumPy array.
 from typing import Any
 
 from llvmlite import ir
-from numba import types
+from numba import carray, types
 from numba.extending import intrinsic
 
-from fastbn.cpu.kernels.jit import DISABLED
+from fastbn.cpu.kernels.jit import DISABLED, leaf
 from fastbn.cpu.kernels.vector import (
     DOUBLE,
     FLOAT,
@@ -31,6 +31,7 @@ from fastbn.cpu.kernels.vector import (
     load_first,
     load_halves,
     mask,
+    pointer,
     splat,
     store_elements,
     store_first,
@@ -61,12 +62,12 @@ def bytes_of(typingctx, x):
 @intrinsic
 def scalar(typingctx, x, value):
     """A float64 rounded to what x is computed in."""
-    kind = Vector(x.dtype).dtype
+    dtype = Vector(x.dtype).dtype
 
     def codegen(context, builder, sig, args):
         return args[1]
 
-    return kind(x, kind), codegen
+    return dtype(x, dtype), codegen
 
 
 @intrinsic
@@ -84,40 +85,38 @@ def element(typingctx, x, index):
 @intrinsic
 def load(typingctx, x, index):
     """Vector at x[index]."""
-    kind = Vector(x.dtype)
+    vector = Vector(x.dtype)
 
     def codegen(context, builder, sig, args):
-        return load_elements(context, builder, sig, args, kind.lanes)
+        return load_elements(context, builder, sig, args, vector.lanes)
 
-    return kind(x, index), codegen
+    return vector(x, index), codegen
 
 
 @intrinsic
 def load_far(typingctx, x, index):
-    """The same by two loads, where x is read along the memory and is not in a core's own cache.
-
-    Zen 4 fetches ahead better for two loads of a line: y from x in the last-level cache gains 8 to 18 %, the sums of dy
-    and dy * xhat of rows of 64, 128 or 256 columns 5 to 10 % (192: lose 2 to 9 %). Streaming stores hide it, and sums
-    over 4 rows at a time lose 10 %.
-    """
-    kind = Vector(x.dtype)
+    """The same by two loads, where x is read along the memory and is not in a core's own cache."""
+    # Zen 4 fetches ahead better for two loads of a line: y from x in the last-level cache gains 8 to 18 %, the sums of
+    # dy and dy * xhat of rows of 64, 128 or 256 columns 5 to 10 % (192: lose 2 to 9 %). Streaming stores hide it, and
+    # sums over 4 rows at a time lose 10 %.
+    vector = Vector(x.dtype)
 
     def codegen(context, builder, sig, args):
-        return load_halves(context, builder, sig, args, kind.lanes)
+        return load_halves(context, builder, sig, args, vector.lanes)
 
-    return kind(x, index), codegen
+    return vector(x, index), codegen
 
 
 @intrinsic
 def load_some(typingctx, x, index, count, fill):
     """The first `count` lanes from x[index], the others from `fill`; memory beyond is not touched."""
-    kind = Vector(x.dtype)
+    vector = Vector(x.dtype)
 
     def codegen(context, builder, sig, args):
-        loaded, some = load_first(context, builder, sig, args, kind.lanes)
+        loaded, some = load_first(context, builder, sig, args, vector.lanes)
         return builder.select(some, loaded, args[3])
 
-    return kind(x, index, types.intp, kind), codegen
+    return vector(x, index, types.intp, vector), codegen
 
 
 @intrinsic
@@ -155,29 +154,29 @@ def store_some(typingctx, x, index, count, value):
 
 
 @intrinsic
-def spread(typingctx, x, value):
+def broadcast(typingctx, x, value):
     """The value in every lane of a vector of x."""
-    kind = Vector(x.dtype)
+    vector = Vector(x.dtype)
 
     def codegen(context, builder, sig, args):
-        return splat(builder, args[1], kind.ir)
+        return splat(builder, args[1], vector.ir)
 
-    return kind(x, kind.dtype), codegen
+    return vector(x, vector.dtype), codegen
 
 
 @intrinsic
-def broadcast(typingctx, x, index):
+def load_broadcast(typingctx, x, index):
     """The element x[index] of a float array in every lane."""
-    kind = Vector(x.dtype)
+    vector = Vector(x.dtype)
 
     def codegen(context, builder, sig, args):
         return splat(
             builder,
             builder.extract_element(load_elements(context, builder, sig, args, 1), ir.Constant(I32, 0)),
-            kind.ir,
+            vector.ir,
         )
 
-    return kind(x, index), codegen
+    return vector(x, index), codegen
 
 
 @intrinsic
@@ -285,9 +284,9 @@ def rough_root(typingctx, a):
     word, one = (I32, 0x3F800000) if a.ir.element == FLOAT else (I64, 0x3FF0000000000000)
 
     def codegen(context, builder, sig, args):
-        kind = ir.VectorType(word, a.lanes)
-        half = builder.lshr(builder.bitcast(args[0], kind), ir.Constant(kind, [1] * a.lanes))
-        return builder.bitcast(builder.add(half, ir.Constant(kind, [one // 2] * a.lanes)), a.ir)
+        words = ir.VectorType(word, a.lanes)
+        half = builder.lshr(builder.bitcast(args[0], words), ir.Constant(words, [1] * a.lanes))
+        return builder.bitcast(builder.add(half, ir.Constant(words, [one // 2] * a.lanes)), a.ir)
 
     return a(a), codegen
 
@@ -332,5 +331,55 @@ def choose(typingctx, a, low, high, inside, outside):
     return WIDE(WIDE, types.float64, types.float64, WIDE, WIDE), codegen
 
 
+@intrinsic
+def _pointer(typingctx, like, address):
+    """An address as a pointer to elements of `like`."""
+
+    def codegen(context, builder, sig, args):
+        return builder.inttoptr(args[1], context.get_value_type(sig.return_type))
+
+    return types.CPointer(like.dtype)(like, address), codegen
+
+
+@leaf
+def at(like, address, shape):
+    """The array of elements of `like` at an address, without gaps."""
+    return carray(_pointer(like, address), shape)
+
+
+@intrinsic
+def address(typingctx, x, index):
+    """Address of x[index], in bytes."""
+
+    def codegen(context, builder, sig, args):
+        return builder.ptrtoint(pointer(context, builder, sig, args), I64)
+
+    return types.intp(x, index), codegen
+
+
+@intrinsic
+def prefetch(typingctx, x, index):
+    """Bring x[index] into the second-level cache; any address will do."""
+
+    def codegen(context, builder, sig, args):
+        place = builder.bitcast(pointer(context, builder, sig, args), ir.IntType(8).as_pointer())
+        hints = [ir.Constant(I32, hint) for hint in (0, 2, 1)]  # to read, second level, data
+        call(builder, ir.VoidType(), "llvm.prefetch.p0", [place, *hints])
+        return context.get_dummy_value()
+
+    return types.void(x, index), codegen
+
+
+@intrinsic
+def fence(typingctx):
+    """Make this thread's streaming stores visible before anything that follows."""
+
+    def codegen(context, builder, sig, args):
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
 if DISABLED:
-    pass
+    from fastbn.cpu.kernels.plain import *  # noqa: F403
