@@ -1,15 +1,14 @@
 """numba's thread pool: which layer drives it, and whether kernels may use it in this process.
 
-Imports numba only when asked.
-TBB survives forks and any number of Python threads. numba's other layers end the process: GNU OpenMP when a forked
-child uses the pool of its parent, workqueue when two Python threads use it at once. A lock around fastbn's calls would
-not hold back the user's own parallel functions, so the serial kernels run there: the same bits, and one warning.
+Imports numba only when asked. TBB survives forks and any number of Python threads. numba's other layers end the
+process: GNU OpenMP when a forked child uses the pool of its parent, workqueue when two Python threads use it at once. A
+lock around fastbn's calls would not hold back the user's own parallel functions, so the serial kernels run there: the
+same bits, and one warning.
 """
 
 from __future__ import annotations
 
 import ctypes
-import importlib
 import multiprocessing
 import os
 import sys
@@ -27,7 +26,6 @@ __all__ = ["Serial", "functions", "guard_forks", "launch", "layer", "lock", "mas
 lock = threading.RLock()
 _PATIENCE = 30.0  # seconds that a fork waits: a kernel compiles in two
 
-_POOLS = {"tbb": "tbbpool", "omp": "omppool", "workqueue": "workqueue"}
 _SPECIAL = {
     "safe": ["tbb"],
     "threadsafe": ["tbb", "omp"],
@@ -84,11 +82,9 @@ def _load_from_elsewhere() -> bool:
 
 
 def _importable(name: str) -> bool:
-    try:
-        importlib.import_module(f"numba.np.ufunc.{_POOLS[name]}")
-    except (ImportError, KeyError):
-        return False
-    return True
+    from fastbn.cpu.kernels import private
+
+    return private.has_pool(name)
 
 
 def _asked() -> str:
@@ -245,18 +241,10 @@ def mask() -> int:
 
 @lru_cache(maxsize=1)
 def functions() -> tuple[Callable[[], int], Callable[[int], None]]:
-    """numba's getter and setter of the calling thread's mask, once the pool runs.
+    """numba's getter and setter of the calling thread's mask, once the pool runs."""
+    from fastbn.cpu.kernels import private
 
-    Not the public ones: they take a lock that all forked processes share, and that a child killed at that moment keeps
-    for ever.
-    """
-    import numba
-    from numba.np.ufunc import parallel
-
-    return (
-        getattr(parallel, "_get_num_threads", numba.get_num_threads),
-        getattr(parallel, "_set_num_threads", numba.set_num_threads),
-    )
+    return private.masks()
 
 
 def _before_fork() -> None:
@@ -289,23 +277,13 @@ def _let_go_in_child() -> None:
 
 
 def _renew() -> None:
-    """New locks in a child of a fork that gave up waiting.
-
-    The old ones are held by a thread that is not here, which was compiling.
-    """
+    """New locks in a child of a fork that gave up waiting: a thread that is not here, and was compiling, holds them."""
     global lock
-    lock = threading.RLock()
-    modules = ("numba.core.compiler_lock", "numba.core.registry", "llvmlite.binding.ffi", "fastbn.cpu.team")
-    compiler, registry, llvm, team = map(sys.modules.get, modules)
-    # Private: numba's lock, that of its type inference with the calls that were being inferred, LLVM's.
-    for holder, name, new in (
-        (getattr(compiler, "global_compiler_lock", None), "_lock", threading.RLock),
-        (getattr(getattr(registry, "cpu_target", None), "typing_context", None), "callstack", None),
-        (getattr(getattr(llvm, "lib", None), "_lock", None), "_lock", threading.RLock),
-        (team, "_lock", threading.Lock),
-    ):
-        if hasattr(holder, name):
-            setattr(holder, name, (new or type(getattr(holder, name)))())
+    from fastbn.cpu import team
+    from fastbn.cpu.kernels import private
+
+    lock, team._lock = threading.RLock(), threading.Lock()
+    private.renew_locks()
 
 
 if hasattr(os, "register_at_fork"):

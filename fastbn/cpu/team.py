@@ -1,6 +1,5 @@
-"""Parallel kernels on threads that another library keeps.
+"""Parallel kernels on threads that another library keeps: a GNU OpenMP runtime's, which PyTorch brings.
 
-Those of a GNU OpenMP runtime, which PyTorch brings, in the place of numba's.
 Two pools in one program take the processors from each other: after each of its operations OpenMP's threads spin for
 milliseconds, in which TBB's find a processor late. Beside a PyTorch operation on 32 x 128 x 16 x 16 a forward took 245
 us on PyTorch's threads, 390 on TBB's. numba's parallel functions call a symbol, `numba_parallel_for`, that numba sets
@@ -18,11 +17,10 @@ from typing import Any, NamedTuple
 
 import numba
 from llvmlite import binding
-from numba.core.compiler_lock import global_compiler_lock
+
+from fastbn.cpu.kernels.private import PARALLEL_FOR, global_compiler_lock
 
 __all__ = ["Runtime", "linked"]
-
-SYMBOL = "numba_parallel_for"
 
 
 class Runtime(NamedTuple):
@@ -38,9 +36,9 @@ class Runtime(NamedTuple):
 _PROGRAM = """
 %loop = type {{ ptr, ptr, ptr, ptr, ptr, i64, i64 }}
 
-define internal void @share(ptr %given) {{
+define internal void @run(ptr %loop_at) {{
 start:
-  %loop = load %loop, ptr %given
+  %loop = load %loop, ptr %loop_at
   %call = extractvalue %loop %loop, 0
   %arrays = extractvalue %loop %loop, 1
   %dims = extractvalue %loop %loop, 2
@@ -101,7 +99,7 @@ define void @team(ptr %call, ptr %arrays, ptr %dims, ptr %steps, ptr %data, i64 
   %f = insertvalue %loop %e, i64 %inner, 5
   %g = insertvalue %loop %f, i64 %count, 6
   store %loop %g, ptr %loop
-  call void inttoptr (i64 {GOMP_parallel} to ptr)(ptr @share, ptr %loop, i32 %threads, i32 0)
+  call void inttoptr (i64 {GOMP_parallel} to ptr)(ptr @run, ptr %loop, i32 %threads, i32 0)
   ret void
 }}
 """
@@ -130,11 +128,13 @@ def linked(runtime: Runtime) -> Iterator[None]:
     numba's pool is launched already, and no other thread links meanwhile.
     """
     with global_compiler_lock:
-        before = binding.address_of_symbol(SYMBOL)
+        before = binding.address_of_symbol(PARALLEL_FOR)
         if before is None or struct.calcsize("P") != 8:
-            raise RuntimeError(f"numba {numba.__version__} has no {SYMBOL} of 64 bits to replace: please report this")
-        binding.add_symbol(SYMBOL, _address(runtime))
+            raise RuntimeError(
+                f"numba {numba.__version__} has no {PARALLEL_FOR} of 64 bits to replace: please report this"
+            )
+        binding.add_symbol(PARALLEL_FOR, _address(runtime))
         try:
             yield
         finally:
-            binding.add_symbol(SYMBOL, before)
+            binding.add_symbol(PARALLEL_FOR, before)

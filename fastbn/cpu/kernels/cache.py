@@ -20,8 +20,8 @@ from typing import Any
 import llvmlite
 import numba
 from numba import config
-from numba.core import caching
-from numba.misc.appdirs import AppDirs
+
+from fastbn.cpu.kernels.private import AppDirs, CompileResultCacheImpl, FunctionCache
 
 __all__ = ["Cache", "directories", "stamp", "writable"]
 
@@ -141,7 +141,7 @@ class _Locator:
         return "0"
 
 
-class _Files(caching.CompileResultCacheImpl):  # type: ignore[misc] # numba's is untyped
+class _Files(CompileResultCacheImpl):  # type: ignore[misc] # numba's is untyped
     """The names of a function's files, and what goes into them."""
 
     directory: Path
@@ -162,11 +162,10 @@ class _Files(caching.CompileResultCacheImpl):  # type: ignore[misc] # numba's is
 
 
 @lru_cache(maxsize=8)
-def _kind(directory: Path) -> Callable[[Callable[..., Any]], Any]:
+def _class_for(directory: Path) -> Callable[[Callable[..., Any]], Any]:
     """numba's cache, of functions kept in one directory."""
     files = type("Files", (_Files,), {"directory": directory})
-    kind: Callable[[Callable[..., Any]], Any] = type("FunctionCache", (caching.FunctionCache,), {"_impl_class": files})
-    return kind
+    return type("FunctionCache", (FunctionCache,), {"_impl_class": files})
 
 
 class Cache:
@@ -176,7 +175,7 @@ class Cache:
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
-        self._caches = {directory: _kind(directory)(function) for directory in directories()}
+        self._caches = {directory: _class_for(directory)(function) for directory in directories()}
         self._damaged: set[Path] = set()
 
     @property

@@ -13,7 +13,7 @@ from numba import config, prange, types
 
 from fastbn.cpu import interrupts, pool, threads
 from fastbn.cpu import team as _team
-from fastbn.cpu.kernels import cache
+from fastbn.cpu.kernels import cache, private
 
 __all__ = ["DISABLED", "KERNELS", "SHARED", "Kernel", "kernel", "leaf", "prange", "routine"]
 
@@ -153,16 +153,14 @@ class Kernel:
         if parallel:
             pool.launch()
         compiled = _njit(function, bool(parallel))
-        compiled._cache = cache.Cache(function)  # as enable_caching would, with numba's own
+        private.keep(compiled, cache.Cache(function))
         with nullcontext() if team is None else _team.linked(team):
             compiled.compile(
                 tuple(_argument(line.split()[0], numba.from_dtype(dtype)) for line in self.arguments.values())
             )
         # Without the dispatcher, which would look at the types of all arguments first, 32 x 64 takes 1.0 us instead of
         # 1.7.
-        (made,) = compiled.overloads.values()
-        specialized: Callable[..., Any] = made.entry_point
-        return specialized
+        return private.entry_point(compiled)
 
 
 KERNELS: list[Kernel] = []

@@ -1,4 +1,4 @@
-"""The vector type of the kernels, and how values are kept in memory: the LLVM side of `_simd`.
+"""The vector type of the kernels, and how values are kept in memory: the LLVM side of `simd`.
 
 Arithmetic is in float32 or float64. Half precision is storage only: float16 arrays reach a kernel as their bits in
 uint16, bfloat16 arrays as theirs in int16, so that numba tells the two apart; loads widen to float32, stores round to
@@ -11,13 +11,10 @@ from typing import Any
 
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
-from numba.core.datamodel import models, register_default
-from numba.core.imputils import lower_builtin
-from numba.core.typing.templates import AbstractTemplate, infer_global, signature
-from numba.np.arrayobj import make_array
+from numba.extending import lower_builtin, models, register_model, type_callable
 
 from fastbn.cpu.kernels.half import converts, from_half, to_half
+from fastbn.cpu.kernels.private import cgutils, make_array, target, volatile
 
 VECTOR_BYTES = 64  # of arithmetic: 16 float32 or 8 float64
 I16, I32, I64 = (ir.IntType(bits) for bits in (16, 32, 64))
@@ -44,21 +41,18 @@ class Vector(types.Type):  # type: ignore[misc]  # numba is untyped
         super().__init__(name=f"Vector({self.dtype} x {self.lanes})")
 
 
-@register_default(Vector)
+@register_model(Vector)
 class _VectorModel(models.PrimitiveModel):  # type: ignore[misc]  # numba is untyped
     def __init__(self, dmm: Any, fe_type: Vector) -> None:
         super().__init__(dmm, fe_type, fe_type.ir)
 
 
-class _Elementwise(AbstractTemplate):  # type: ignore[misc]  # numba is untyped
-    def generic(self, args: tuple[Any, ...], kws: dict[str, Any]) -> Any:
-        if len(args) == 2 and isinstance(args[0], Vector) and args[0] == args[1]:
-            return signature(args[0], *args)
-        return None
-
-
 def _register(op: Callable[[Any, Any], Any], instruction: str) -> None:
-    infer_global(op)(type(f"_{instruction}", (_Elementwise,), {}))
+    """Let an operator of two vectors be an instruction."""
+
+    @type_callable(op)  # type: ignore[untyped-decorator]  # numba is untyped
+    def typed(context: Any) -> Callable[[Any, Any], Any]:
+        return lambda a, b: a if isinstance(a, Vector) and a == b else None
 
     @lower_builtin(op, Vector, Vector)  # type: ignore[untyped-decorator]  # numba is untyped
     def lower(context: Any, builder: Any, sig: Any, args: Any) -> Any:
@@ -89,7 +83,7 @@ def pointer(context: Any, builder: Any, sig: Any, args: Any) -> Any:
     array_type, index_type = sig.args[:2]
     view = make_array(array_type)(context, builder, args[0])
     parts = cgutils.unpack_tuple(builder, args[1], len(index_type))
-    parts = [context.cast(builder, part, kind, types.intp) for part, kind in zip(parts, index_type, strict=True)]
+    parts = [context.cast(builder, part, dtype, types.intp) for part, dtype in zip(parts, index_type, strict=True)]
     offset = builder.mul(parts[-1], ir.Constant(I64, itemsize(array_type.dtype)))
     for part, stride in zip(parts[:-1], cgutils.unpack_tuple(builder, view.strides), strict=False):
         offset = builder.add(offset, builder.mul(part, stride))
@@ -115,7 +109,7 @@ def suffix(vector: ir.VectorType) -> str:
     return f"v{vector.count}{ {FLOAT: 'f32', DOUBLE: 'f64'}.get(vector.element, 'i16') }"
 
 
-def stored(dtype: Any, lanes: int) -> ir.VectorType:
+def storage(dtype: Any, lanes: int) -> ir.VectorType:
     """The type of so many elements in memory."""
     return ir.VectorType({types.float32: FLOAT, types.float64: DOUBLE}.get(dtype, I16), lanes)
 
@@ -132,7 +126,7 @@ def widen(context: Any, builder: Any, vector: Any, dtype: Any) -> Any:
     """Elements as loaded from an array of `dtype` -> what they are computed in."""
     lanes = vector.type.count
     if dtype == types.uint16:
-        if not converts(*context.codegen().magic_tuple()):
+        if not converts(*target(context)):
             return from_half(builder, vector)
         return builder.fpext(builder.bitcast(vector, ir.VectorType(ir.HalfType(), lanes)), ir.VectorType(FLOAT, lanes))
     if dtype == types.int16:
@@ -149,7 +143,7 @@ def narrow(context: Any, builder: Any, vector: Any, dtype: Any) -> Any:
     """
     lanes = vector.type.count
     if dtype == types.uint16:
-        if not converts(*context.codegen().magic_tuple()):
+        if not converts(*target(context)):
             return to_half(builder, vector)
         return builder.bitcast(builder.fptrunc(vector, ir.VectorType(ir.HalfType(), lanes)), ir.VectorType(I16, lanes))
     if dtype == types.int16:
@@ -175,7 +169,7 @@ WIDE = Vector(types.float64)
 def load_elements(context: Any, builder: Any, sig: Any, args: Any, lanes: int) -> Any:
     """So many elements from x[index], as they are computed."""
     dtype = sig.args[0].dtype
-    return widen(context, builder, _load(builder, pointer(context, builder, sig, args), stored(dtype, lanes)), dtype)
+    return widen(context, builder, _load(builder, pointer(context, builder, sig, args), storage(dtype, lanes)), dtype)
 
 
 def load_halves(context: Any, builder: Any, sig: Any, args: Any, lanes: int) -> Any:
@@ -183,36 +177,26 @@ def load_halves(context: Any, builder: Any, sig: Any, args: Any, lanes: int) -> 
     dtype = sig.args[0].dtype
     if lanes * itemsize(dtype) < VECTOR_BYTES:
         return load_elements(context, builder, sig, args, lanes)
-    place, kind = pointer(context, builder, sig, args), stored(dtype, lanes // 2)
+    place, half = pointer(context, builder, sig, args), storage(dtype, lanes // 2)
     second = cgutils.pointer_add(builder, place, ir.Constant(I64, VECTOR_BYTES // 2))
-    halves = [_load(builder, start, kind, _Volatile) for start in (place, second)]
+    halves = [volatile(_load(builder, start, half)) for start in (place, second)]
     return builder.shuffle_vector(*halves, ir.Constant(ir.VectorType(I32, lanes), list(range(lanes))))
 
 
-class _Volatile(ir.LoadInstr):  # type: ignore[misc]  # llvmlite is untyped
-    """A load that LLVM does not join with the next one."""
-
-    def descr(self, buf: list[str]) -> None:
-        text: list[str] = []
-        super().descr(text)
-        buf.append(text[0].replace("load", "load volatile", 1))
-
-
-def _load(builder: Any, place: Any, kind: ir.VectorType, instruction: type[ir.LoadInstr] = ir.LoadInstr) -> Any:
-    loaded = builder.load(builder.bitcast(place, kind.as_pointer()), typ=kind)
-    loaded.__class__ = instruction  # the builder knows one kind only
+def _load(builder: Any, place: Any, vector: ir.VectorType) -> Any:
+    loaded = builder.load(builder.bitcast(place, vector.as_pointer()), typ=vector)
     loaded.align = 1
     return loaded
 
 
 def load_first(context: Any, builder: Any, sig: Any, args: Any, lanes: int) -> Any:
-    """The first args[2] of so many elements, zeros behind them."""
-    kind, some = stored(sig.args[0].dtype, lanes), mask(builder, args[2], lanes)
-    place = builder.bitcast(pointer(context, builder, sig, args), kind.as_pointer())
-    arguments = [place, ir.Constant(I32, 1), some, ir.Constant(kind, None)]
-    return widen(
-        context, builder, call(builder, kind, f"llvm.masked.load.{suffix(kind)}.p0", arguments), sig.args[0].dtype
-    ), some
+    """The first args[2] of so many elements, zeros behind them; and which they are."""
+    dtype, first = sig.args[0].dtype, mask(builder, args[2], lanes)
+    vector = storage(dtype, lanes)
+    place = builder.bitcast(pointer(context, builder, sig, args), vector.as_pointer())
+    arguments = [place, ir.Constant(I32, 1), first, ir.Constant(vector, None)]
+    loaded = call(builder, vector, f"llvm.masked.load.{suffix(vector)}.p0", arguments)
+    return widen(context, builder, loaded, dtype), first
 
 
 def store_elements(context: Any, builder: Any, sig: Any, args: Any, value: Any, align: int) -> Any:
