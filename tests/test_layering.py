@@ -161,7 +161,7 @@ IN_FUNCTIONS = {
     # These show or ask for numba's settings; pool launches its threads, buffers asks for a driver, the command line
     # counts what compiles.
     "numba": [
-        "cli/__init__.py",
+        "cli/warmup.py",
         "cli/info.py",
         "cpu/pool.py",
         "cpu/threads.py",
@@ -178,7 +178,7 @@ IN_FUNCTIONS = {
     "threadpoolctl": ["cli/train/__init__.py"],
     "sklearn": ["cli/train/data.py"],
     # A peer, where installed; as CuPy; whose process groups join ranks; whose weights are folded.
-    "torch": ["cli/bench.py", "cli/cases.py", "cuda/buffers.py", "cuda/placement.py", "distributed.py", "fold.py"],
+    "torch": ["cli/bench.py", "cuda/buffers.py", "cuda/placement.py", "distributed.py", "fold.py"],
     "mpi4py": ["distributed.py"],  # whose communicators join ranks
 }
 
@@ -236,7 +236,7 @@ def test_what_a_kernel_is_compiled_from_lies_under_the_stamp_of_the_cache() -> N
 
 
 def test_a_bridge_is_imported_by_itself_and_by_the_command_that_warms_it_up() -> None:
-    own = [f for f in FILES if f.startswith("torch/") or f == "cli/__init__.py"]
+    own = [f for f in FILES if f.startswith("torch/") or f == "cli/warmup.py"]
     assert not [
         f"fastbn/{f}:{line}"
         for f in FILES
