@@ -294,6 +294,6 @@ def _beside(x: Any, *arrays: Array) -> tuple[Any, ...]:
     if not buffers.on_device(x):
         return arrays
     index, library = buffers.device_of(buffers.view(x, "x")), buffers.library(x)
-    if library not in placement.KINDS:
+    if library not in placement.LIBRARIES:
         library = "numba"
     return tuple(placement.to_device(array, index, library) for array in arrays)

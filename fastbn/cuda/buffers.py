@@ -103,13 +103,13 @@ def geometries(*buffers: Buffer | None) -> tuple[Geometry | None, ...]:
 
 def library(value: Any) -> str:
     """The package that an array comes from: "torch" and "cupy" of subclasses too."""
-    kind: Any = type(value)
-    return _root(kind)
+    cls: Any = type(value)
+    return _root(cls)
 
 
 @lru_cache(maxsize=256)
-def _root(kind: Any) -> str:
-    roots = [str(base.__module__).partition(".")[0] for base in kind.__mro__]
+def _root(cls: Any) -> str:
+    roots = [str(base.__module__).partition(".")[0] for base in cls.__mro__]
     return next((root for root in roots if root in ("torch", "cupy")), roots[0])
 
 
@@ -280,9 +280,9 @@ def empty(shape: Ints, order: Ints, dtype: str, like: Buffer) -> Any:
         made = torch.empty(sizes, dtype=getattr(torch, dtype), device=like.owner.device)
         return made if back is None else made.permute(back)
     if root == "cupy":
-        kind = like.owner.dtype if dtype == "bfloat16" else dtype
+        own = like.owner.dtype if dtype == "bfloat16" else dtype
         with like.owner.device:
-            made = sys.modules["cupy"].empty(sizes, kind)
+            made = sys.modules["cupy"].empty(sizes, own)
         return made if back is None else made.transpose(back)
     if dtype == "bfloat16":
         raise TypeError(

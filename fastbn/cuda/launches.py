@@ -203,9 +203,9 @@ class Queue:
             for k, number, offset in places:
                 arguments[k] = given[number] + offset
             if gpu.SIMULATED:
-                for (k, number, _), (_, _, (low, high), kind) in zip(places, memory, strict=True):
-                    if kind is not None:
-                        arguments[k] = jit.pointer(arguments[k], given[number] + low, given[number] + high, kind)
+                for (k, number, _), (_, _, (low, high), pointed) in zip(places, memory, strict=True):
+                    if pointed is not None:
+                        arguments[k] = jit.pointer(arguments[k], given[number] + low, given[number] + high, pointed)
             try:
                 kernel.launch(dtype, statistic, blocks, grids.THREADS, stream, device, arguments)
             except Exception as error:

@@ -85,9 +85,9 @@ def backward(
 
 def grad_reduce(call: Call, dy: View, x: View, mean: Buffer, var: Buffer, eps: Any, sums: Any) -> None:
     """Sums of dy and dy * xhat into `sums` (2, C)."""
-    mean, var = _alike(call, mean, var)
     computed, table = x.buffer.computed, {"columns": 1, "copies": 1, "pad": pad_of(x.C)}
     spare = {"coefs": call.take(4 * pad_of(x.C), computed), "grads": call.take(2 * x.C, computed)}  # not read
+    mean, var = _alike(call, mean, var)
     given = _sums(dy, x, mean, var, 1.0, eps) | _affine(x, None) | table | spare | {"training": 1, "sums": sums}
     _reduce(call, SUMS, 2, finish.finish_backward, views.reduction(x, dy), x, given, mean.dtype)
 

@@ -15,10 +15,10 @@ from fastbn.cuda import checks as device_checks
 
 Array = NDArray[Any]
 
-KINDS = ("torch", "cupy", "numba")
+LIBRARIES = ("torch", "cupy", "numba")
 
 
-def chosen(kind: str | None) -> str:
+def chosen(library: str | None) -> str:
     """The library whose arrays a layer on a GPU holds.
 
     The one asked for, else the first of PyTorch and CuPy that is imported, else numba.
@@ -30,15 +30,14 @@ def chosen(kind: str | None) -> str:
     ValueError
         No such library.
     """
-    if kind is None:
-        return next((name for name in KINDS if name in sys.modules and name != "numba" and _usable(name)), "numba")
-    if not isinstance(kind, str):
-        raise TypeError(
-            f"kind: given {scalars.shown(kind)}, want one of {', '.join(KINDS)}: the library of the layer's arrays"
-        )
-    if kind not in KINDS:
-        raise ValueError(f"kind: given {kind!r}, want one of {', '.join(KINDS)}: the library of the layer's arrays")
-    return kind
+    if library is None:
+        return next((name for name in LIBRARIES if name in sys.modules and name != "numba" and _usable(name)), "numba")
+    want = f"want one of {', '.join(LIBRARIES)}: the library of the layer's arrays"
+    if not isinstance(library, str):
+        raise TypeError(f"kind: given {scalars.shown(library)}, {want}")
+    if library not in LIBRARIES:
+        raise ValueError(f"kind: given {library!r}, {want}")
+    return library
 
 
 def _usable(name: str) -> bool:
@@ -65,7 +64,7 @@ def parsed(device: Any) -> int | None:
     raise ValueError(f"device: given {scalars.shown(device)}, want 'cpu', 'cuda' or 'cuda:N'")
 
 
-def to_device(array: Array, index: int, kind: str) -> Any:
+def to_device(array: Array, index: int, library: str) -> Any:
     """A copy of a host array on a GPU, as an array of a library's.
 
     Raises
@@ -74,11 +73,11 @@ def to_device(array: Array, index: int, kind: str) -> Any:
         No CUDA here.
     """
     buffers.check_served()
-    if kind == "torch":
+    if library == "torch":
         import torch
 
         return torch.from_numpy(array.copy()).to(f"cuda:{index}")
-    if kind == "cupy":
+    if library == "cupy":
         import cupy
 
         with cupy.cuda.Device(index):
@@ -95,10 +94,10 @@ def to_host(array: Any) -> Array:
         return own
     if not buffers.on_device(array):
         return np.array(array)
-    root = buffers.library(array)
-    if root == "torch":
+    library = buffers.library(array)
+    if library == "torch":
         array = array.detach().resolve_neg().cpu()
-    found: Any = array.numpy() if root == "torch" else array.get() if root == "cupy" else array.copy_to_host()
+    found: Any = array.numpy() if library == "torch" else array.get() if library == "cupy" else array.copy_to_host()
     host: Array = np.asarray(found)
     return host
 
@@ -108,12 +107,12 @@ def overwrite(target: Any, values: Array) -> None:
     if isinstance(target, np.ndarray):
         target[...] = values
         return
-    root, values = buffers.library(target), np.ascontiguousarray(values, str(target.dtype).rpartition(".")[2])
-    if root == "torch":
+    library, values = buffers.library(target), np.ascontiguousarray(values, str(target.dtype).rpartition(".")[2])
+    if library == "torch":
         import torch
 
         target.detach().copy_(torch.from_numpy(values))
-    elif root == "cupy":
+    elif library == "cupy":
         target.set(values)
     else:
         target.copy_to_device(values)

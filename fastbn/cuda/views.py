@@ -89,20 +89,20 @@ def fused_reduction(out: View, *views: View) -> Reduction:
 def _fused_reduction(
     out: tuple[int, int, int], dims: tuple[int, int, int], arrays: tuple[tuple[int, int, int], ...], lanes: int
 ) -> Reduction:
-    plan, (N, C, S) = _reduction(dims, arrays, lanes), dims
-    if plan.rows is not None:
-        alike = plan.rows.chunk == 0 or not any(
+    reduction, (N, C, S) = _reduction(dims, arrays, lanes), dims
+    if reduction.rows is not None:
+        alike = reduction.rows.chunk == 0 or not any(
             (one - first) % lanes for one, first in zip(out, arrays[0], strict=True)
         )
-        if not alike or N * S * (16 // lanes) > grids.SLAB or (plan.entries > 1 and C < grids.ENOUGH):
-            return plan
-        return plan._replace(rows=grids.undivided(plan.rows, N), entries=1, whole=True)
-    if plan.entries > 1:
-        return plan
+        if not alike or N * S * (16 // lanes) > grids.SLAB or (reduction.entries > 1 and C < grids.ENOUGH):
+            return reduction
+        return reduction._replace(rows=grids.undivided(reduction.rows, N), entries=1, whole=True)
+    if reduction.entries > 1:
+        return reduction
     base, outer, inner = out
-    even = plan.even and grids.even_rows(base, [outer], lanes)
-    assert plan.columns is not None
-    return plan._replace(whole=True, even=even) if plan.columns.fold == S == inner == 1 else plan
+    even = reduction.even and grids.even_rows(base, [outer], lanes)
+    assert reduction.columns is not None
+    return reduction._replace(whole=True, even=even) if reduction.columns.fold == S == inner == 1 else reduction
 
 
 def _reduction(dims: tuple[int, int, int], arrays: tuple[tuple[int, int, int], ...], lanes: int) -> Reduction:
@@ -113,10 +113,10 @@ def _reduction(dims: tuple[int, int, int], arrays: tuple[tuple[int, int, int], .
         even = cut.W % lanes == 0 and all(grids.even_rows(base, [cut.fold * outer], lanes) for base, outer, _ in arrays)
         return Reduction(None, cut, cut.parts * cut.copies, even)
     even = S % lanes == 0 and all(grids.even_rows(base, (outer, inner), lanes) for base, outer, inner in arrays)
-    plan = grids.rows(N, C, S, lanes, even)
+    grid = grids.rows(N, C, S, lanes, even)
     if any((one - first) % lanes for array in arrays for one, first in zip(array, arrays[0], strict=True)):
-        plan = grids.rows(N, C, S, S + 1, False)  # none of them lies alike: element by element
-    return Reduction(plan, None, plan.parts, even)
+        grid = grids.rows(N, C, S, S + 1, False)  # none of them lies alike: element by element
+    return Reduction(grid, None, grid.parts, even)
 
 
 class Flat(NamedTuple):
