@@ -277,7 +277,7 @@ def test_every_half_on_processors_without_a_conversion(cpu: str, tmp_path: Path)
 def test_which_processors_convert() -> None:
     from numba.core.registry import cpu_target
 
-    from fastbn.cpu.kernels import half as _half
+    from fastbn.cpu.kernels import half
 
     assert cpu_target.target_context.codegen().magic_tuple()  # LLVM's targets are registered with numba's
     names = {
@@ -289,6 +289,6 @@ def test_which_processors_convert() -> None:
         "znver4": True,
     }
     triple = "x86_64-unknown-linux-gnu"
-    assert {name: _half.converts(triple, name, "") for name in names} == names
-    assert _half.converts(triple, "generic", "+f16c")
-    assert not _half.converts(triple, "haswell", "-f16c")
+    assert {name: half.converts(triple, name, "") for name in names} == names
+    assert half.converts(triple, "generic", "+f16c")
+    assert not half.converts(triple, "haswell", "-f16c")

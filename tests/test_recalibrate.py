@@ -11,7 +11,7 @@ from launch import python
 from tolerances import check
 
 import fastbn
-from fastbn import progress as screen
+from fastbn import progress
 from fastbn.arguments.errors import MissingExtra
 
 SIZES = (7, 1, 0, 12, 3)  # batches of all sizes: an average over batches would be another number
@@ -211,7 +211,7 @@ def test_without_rich_there_is_no_bar(monkeypatch: pytest.MonkeyPatch, capsys: p
     assert _state(found) == _state(fastbn.BatchNorm(4).recalibrate(_batches(), progress=False))
     assert capsys.readouterr() == ("", "")
     with pytest.raises(MissingExtra, match=r"^this command needs rich: pip install 'fastbn\[demo\]'$") as raised:
-        screen.need()
+        progress.need()
     assert raised.value.__suppress_context__  # rich's own traceback says no more
 
 
@@ -225,5 +225,5 @@ def test_rich_is_not_imported_without_a_bar() -> None:
 
 def test_items_come_through_the_bar_as_they_are() -> None:
     pytest.importorskip("rich", reason="a progress bar: pip install 'fastbn[demo]'")
-    with screen.tracked((str(i) for i in range(3)), "recalibrate") as items:
+    with progress.tracked((str(i) for i in range(3)), "recalibrate") as items:
         assert list(items) == ["0", "1", "2"]

@@ -265,24 +265,23 @@ def test_warmup_compiles_and_says_what(capsys, monkeypatch):
     """Every dtype there is, for numba's threads and PyTorch's; which kernels there are, and that they are compiled,
     others test.
     """
-    from fastbn.cpu import passes  # noqa: F401  # registers the kernels
-    from fastbn.cpu import team as _team
+    from fastbn.cpu import passes, team  # noqa: F401 # passes registers the kernels
     from fastbn.cpu.kernels import jit
 
     asked = []
     monkeypatch.setattr(jit, "KERNELS", jit.KERNELS[:1])
     monkeypatch.setattr(jit.Kernel, "compiled", lambda kernel, dtype, form: asked.append((dtype.name, form)))
     kernel, stored = jit.KERNELS[0].name, {"float16": "uint16", "bfloat16": "int16"}
-    runtime = _team.Runtime(1, 2, 3)
+    runtime = team.Runtime(1, 2, 3)
     every = [str(dtype) for dtype in selftest.installed()]
     assert {"float16", "float32", "float64"} <= set(every)
     for words, dtypes in (([], every), (["float64"], ["float64"]), (["f4", "half"], ["float32", "float16"])):
-        for team in (None, runtime):
-            monkeypatch.setattr(cli, "_pytorch", lambda team=team: team)
+        for members in (None, runtime):
+            monkeypatch.setattr(cli, "_pytorch", lambda members=members: members)
             asked.clear()
             assert main(["warmup", *words]) == 0
             *lines, last = capsys.readouterr().out.splitlines()
-            names = {"serial": False, "parallel": True, "team": team}
+            names = {"serial": False, "parallel": True, "team": members}
             forms = [name for name in names if name == "serial" or (names[name] and threads.usable())]
             assert [line.split("  ")[-1] for line in lines] == [
                 f"{kernel} {dtype} {name}" for dtype in dtypes for name in forms

@@ -13,7 +13,7 @@ import pytest
 from launch import python
 
 from fastbn.arguments.errors import DataError, MissingExtra
-from fastbn.cli import train as demo
+from fastbn.cli import train
 from fastbn.cli.train import network as nets
 from fastbn.cli.train.data import Dataset
 
@@ -26,12 +26,12 @@ from .test_network import toy
 def test_a_rate_far_too_high_is_said_not_warned_of() -> None:
     data, network = toy(), nets.Network(nets.initial_weights((4, 12, 3), 0), "relu", batch_norm=False)
     history = nets.train(network, nets.Optimizer(), 1e30, data, nets.batches(60, 20, 40, 0), 40)
-    sentence = demo._summary({True: history, False: nets.History(24, [0, 40], [8, 24])}, 40, 1 / 3)[0]
+    sentence = train._summary({True: history, False: nets.History(24, [0, 40], [8, 24])}, 40, 1 / 3)[0]
     assert sentence.endswith(
         f"diverged at step {history.diverged} (the loss is no longer a number; try a smaller --lr)."
     )
-    assert demo._answer(network, data.test_images[:1]) == "diverged"
-    cells = [row[1:] for row in demo._rows({True: history, False: nets.History(24, [0, 1, 2, 40], [8, 9, 9, 24])}, 40)]
+    assert train._answer(network, data.test_images[:1]) == "diverged"
+    cells = [row[1:] for row in train._rows({True: history, False: nets.History(24, [0, 1, 2, 40], [8, 9, 9, 24])}, 40)]
     assert ("diverged", "100.0 %") in cells
 
 
@@ -50,14 +50,14 @@ def test_a_rate_far_too_high_is_said_not_warned_of() -> None:
 )  # fmt: skip
 def test_summary_follows_the_numbers(ours: list[int], twin: list[int], want: list[str]) -> None:
     histories = {True: nets.History(450, [0, 50, 100], ours), False: nets.History(450, [0, 50, 100], twin)}
-    found = demo._summary(histories, 100, 46 / 450)
+    found = train._summary(histories, 100, 46 / 450)
     assert found == [f"With batch normalization: {want[0]}.", f"Without: {want[1]}."]
 
 
 def test_table_rows() -> None:
     steps = list(range(0, 2001, 50))
     ours, twin = nets.History(450, steps, [45] + [441] * 40, 1.26), nets.History(450, steps, [45] * 41, 0.5)
-    rows = demo._rows({True: ours, False: twin}, 2000)
+    rows = train._rows({True: ours, False: twin}, 2000)
     assert [row[0].strip() for row in rows[1:14]] == [str(n) for n in (0, 50, 100, *range(200, 2001, 200))]
     assert rows[2] == ("  50", "98.0 %", "10.0 %")
     assert ("  for 98 %", "50", "not within 2000") in rows
@@ -66,7 +66,7 @@ def test_table_rows() -> None:
 
 def test_plot_shows_both_curves_and_says_what_they_are() -> None:
     histories = {True: nets.History(24, [0, 10], [8, 24]), False: nets.History(24, [0, 10], [8, 9])}
-    (axes,) = demo._figure(histories, toy()).axes
+    (axes,) = train._figure(histories, toy()).axes
     assert (
         axes.get_xlabel() == "training steps" and axes.get_ylabel() == "test accuracy (%)" and axes.get_title() == "toy"
     )
@@ -88,7 +88,7 @@ def test_a_plot_takes_any_name_of_a_directory(name: str, kind: str, tmp_path: Pa
     """
     histories = {True: nets.History(24, [0, 10], [8, 24]), False: nets.History(24, [0, 10], [8, 9])}
     with (tmp_path / "p").open("wb") as file:
-        demo._save(demo._figure(histories, toy()._replace(name=name)), file, kind)
+        train._save(train._figure(histories, toy()._replace(name=name)), file, kind)
     assert (tmp_path / "p").stat().st_size > 1000
 
 
@@ -98,7 +98,7 @@ Command = Callable[..., int]
 
 
 @pytest.fixture
-def train(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Command:
+def command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Command:
     """Run `train` with these arguments in an empty directory, no terminal, whatever the environment asks of rich."""
     for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "COLUMNS"):
         monkeypatch.delenv(name, raising=False)
@@ -108,8 +108,8 @@ def train(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Command:
 
     def run(*arguments: str) -> int:
         parser = argparse.ArgumentParser()
-        demo.add_arguments(parser)
-        return demo.run(parser.parse_args(arguments))
+        train.add_arguments(parser)
+        return train.run(parser.parse_args(arguments))
 
     return run
 
@@ -117,8 +117,8 @@ def train(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Command:
 SHORT = ("--steps", "60", "--hidden", "24,24")
 
 
-def test_a_short_run(train: Command, capsys: pytest.CaptureFixture[str]) -> None:
-    assert train(*SHORT, "--plot", "curves.png") == 0
+def test_a_short_run(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(*SHORT, "--plot", "curves.png") == 0
     assert [path.name for path in Path.cwd().iterdir()] == ["curves.png"]
     assert Path("curves.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     out, err = capsys.readouterr()
@@ -135,7 +135,7 @@ def test_a_short_run(train: Command, capsys: pytest.CaptureFixture[str]) -> None
     assert re.search(r"^  60 +\d+\.\d % +\d+\.\d %", out, re.MULTILINE)
     assert re.search(r"^  for 98 % +not within 60 +not within 60", out, re.MULTILINE)
     assert re.search(r"^seconds of training +\d+\.\d +\d+\.\d", out, re.MULTILINE)
-    assert len(re.findall(r"^image \d+ +\d +\d \(\d+ %\) +\d \(\d+ %\)", out, re.MULTILINE)) == demo.EXAMPLES
+    assert len(re.findall(r"^image \d+ +\d +\d \(\d+ %\) +\d \(\d+ %\)", out, re.MULTILINE)) == train.EXAMPLES
     assert re.search(r"^With batch normalization: .*\d+\.\d % at the end", lines[-3])
     assert re.search(r"^Without: .*\d+\.\d % at the end", lines[-2])
     assert lines[-1] == f"plot of both curves: {Path.cwd() / 'curves.png'}"
@@ -144,19 +144,19 @@ def test_a_short_run(train: Command, capsys: pytest.CaptureFixture[str]) -> None
 
 @pytest.mark.skipif(bool(numba.config.DISABLE_JIT), reason="2000 steps take minutes without compiled kernels")
 def test_the_default_run_shows_what_batch_normalization_does(
-    train: Command, capsys: pytest.CaptureFixture[str]
+    command: Command, capsys: pytest.CaptureFixture[str]
 ) -> None:
     histories: dict[bool, nets.History] = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo, "_rows", lambda given, steps: (histories.update(given), [])[1])
-        assert train() == 0
+        patch.setattr(train, "_rows", lambda given, steps: (histories.update(given), [])[1])
+        assert command() == 0
     assert Path("fastbn-train.png").stat().st_size > 10_000
     assert histories[True].steps[-1] == 2000 and histories[True].first(98) is not None
     assert histories[True].accuracy[-1] > 0.975 and histories[False].accuracy[-1] < 0.15
     assert "98 % of the test images right after" in capsys.readouterr().out
 
 
-def test_both_networks_get_the_same_weights_and_batches(train: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_both_networks_get_the_same_weights_and_batches(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[list[np.ndarray], list[np.ndarray]]] = []
     real = nets.train
 
@@ -174,7 +174,7 @@ def test_both_networks_get_the_same_weights_and_batches(train: Command, monkeypa
         return real(network, optimizer, rate, data, iter(batches), steps, *report)
 
     monkeypatch.setattr(nets, "train", spy)
-    assert train(*SHORT, "--seed", "3", "--optimizer", "adam", "--activation", "relu") == 0
+    assert command(*SHORT, "--seed", "3", "--optimizer", "adam", "--activation", "relu") == 0
     _, ours, twin = seen  # the first one compiles the kernels
     for a, b in zip(ours[0] + ours[1], twin[0] + twin[1], strict=True):
         np.testing.assert_array_equal(a, b)
@@ -182,12 +182,12 @@ def test_both_networks_get_the_same_weights_and_batches(train: Command, monkeypa
 
 
 def test_progress_in_a_terminal_without_colour(
-    train: Command, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    command: Command, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TTY_COMPATIBLE", "1")
     monkeypatch.setenv("NO_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm-256color")
-    assert train(*SHORT) == 0
+    assert command(*SHORT) == 0
     out, err = capsys.readouterr()
     assert "60/60" in err and "with batch normalization" in err and "% right" in err
     assert not re.search(r"\x1b\[[0-9;]*3[0-9]", out + err)  # foreground colours
@@ -205,9 +205,9 @@ def idx_directory(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("kind", ["svg", "PDF"])
 def test_idx_files_and_other_kinds_of_plot(
-    train: Command, idx_directory: Path, kind: str, capsys: pytest.CaptureFixture[str]
+    command: Command, idx_directory: Path, kind: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert train(*SHORT, "--data", str(idx_directory), "--batch", "60", "--plot", f"curves.{kind}") == 0
+    assert command(*SHORT, "--data", str(idx_directory), "--batch", "60", "--plot", f"curves.{kind}") == 0
     assert Path(f"curves.{kind}").read_bytes().startswith({"svg": b"<?xml", "PDF": b"%PDF"}[kind])
     out = capsys.readouterr().out
     assert out.startswith(
@@ -216,9 +216,9 @@ def test_idx_files_and_other_kinds_of_plot(
     assert "98 % of the test images right after" in out
 
 
-def test_an_old_plot_is_replaced(train: Command) -> None:
+def test_an_old_plot_is_replaced(command: Command) -> None:
     Path("old.png").write_bytes(b"old")
-    assert train(*SHORT, "--plot", "old.png") == 0
+    assert command(*SHORT, "--plot", "old.png") == 0
     assert Path("old.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -243,35 +243,35 @@ def test_an_old_plot_is_replaced(train: Command) -> None:
         (["--data", "none"], "--data: none is not there; want a directory of IDX files"),
     ],
 )  # fmt: skip
-def test_bad_options(train: Command, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+def test_bad_options(command: Command, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
     with pytest.raises(DataError, match=f"^{re.escape(message.format(cwd=Path.cwd()))}$"):
-        train(*arguments)
+        command(*arguments)
     assert capsys.readouterr() == ("", "")
     assert list(Path.cwd().iterdir()) == []
 
 
-def test_a_plot_that_is_a_directory(train: Command) -> None:
+def test_a_plot_that_is_a_directory(command: Command) -> None:
     Path("p.png").mkdir()
     with pytest.raises(DataError, match=r"^--plot: .*p\.png: is not a file and can't be replaced; give another name$"):
-        train("--plot", "p.png")
+        command("--plot", "p.png")
 
 
-def test_a_directory_that_takes_no_files(train: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_directory_that_takes_no_files(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(path: Path) -> Iterator[None]:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(demo.npy_moments, "replacing", refuse)  # permissions don't stop root
+    monkeypatch.setattr(train.npy_moments, "replacing", refuse)  # permissions don't stop root
     with pytest.raises(
         DataError,
         match=rf"^--plot: {re.escape(str(Path.cwd()))}/p\.png can't be written: Permission "
         rf"denied$",
     ):
-        train("--plot", "p.png")
+        command("--plot", "p.png")
 
 
 @pytest.mark.parametrize("kept", [None, b"old"])
 def test_an_interrupt_leaves_nothing_half_written(
-    train: Command, monkeypatch: pytest.MonkeyPatch, kept: bytes | None
+    command: Command, monkeypatch: pytest.MonkeyPatch, kept: bytes | None
 ) -> None:
     if kept:
         Path("p.png").write_bytes(kept)
@@ -279,27 +279,27 @@ def test_an_interrupt_leaves_nothing_half_written(
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(demo, "_figure", interrupt)
+    monkeypatch.setattr(train, "_figure", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        train(*SHORT, "--plot", "p.png")
+        command(*SHORT, "--plot", "p.png")
     assert {path.name: path.read_bytes() for path in Path.cwd().iterdir()} == ({"p.png": kept} if kept else {})
 
 
 def test_a_plot_is_in_its_place_before_a_terminal_can_refuse_the_table(
-    train: Command, monkeypatch: pytest.MonkeyPatch
+    command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(demo.screen, "table", lambda *_: open("/none/such"))
+    monkeypatch.setattr(train.screen, "table", lambda *_: open("/none/such"))
     with pytest.raises(OSError, match="none"):
-        train(*SHORT, "--plot", "p.png")
+        command(*SHORT, "--plot", "p.png")
     assert [path.name for path in Path.cwd().iterdir()] == ["p.png"]
 
 
 @pytest.mark.parametrize("package", ["rich", "matplotlib", "sklearn", "threadpoolctl"])
-def test_a_missing_extra_is_said(train: Command, monkeypatch: pytest.MonkeyPatch, package: str) -> None:
+def test_a_missing_extra_is_said(command: Command, monkeypatch: pytest.MonkeyPatch, package: str) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     message = "train needs rich, matplotlib, scikit-learn and threadpoolctl: pip install 'fastbn[demo]'"
     with pytest.raises(MissingExtra, match=f"^{re.escape(message)}$"):
-        train(*SHORT)
+        command(*SHORT)
     assert list(Path.cwd().iterdir()) == []
 
 
@@ -307,8 +307,8 @@ def test_the_options_need_none_of_the_extra() -> None:
     code = (
         "import argparse, sys\n"
         "for name in ('rich', 'matplotlib', 'sklearn', 'threadpoolctl'): sys.modules[name] = None\n"
-        "from fastbn.cli import train as demo\n"
-        "demo.add_arguments(parser := argparse.ArgumentParser())\n"
+        "from fastbn.cli import train\n"
+        "train.add_arguments(parser := argparse.ArgumentParser())\n"
         "print(parser.format_help())"
     )
     shown = python("-c", code)

@@ -19,15 +19,13 @@ import fastbn
 from fastbn.arguments import dtypes
 from fastbn.cli import info
 from fastbn.cpu import passes as cpu
-from fastbn.cpu import team as _team
-from fastbn.cpu import threads
-from fastbn.cpu.kernels import cache as _cache
-from fastbn.cpu.kernels import jit
+from fastbn.cpu import team, threads
+from fastbn.cpu.kernels import cache, jit
 
 pytestmark = pytest.mark.skipif(bool(numba.config.DISABLE_JIT), reason="without the JIT nothing is compiled")
 
 
-KERNELS = Path(_cache.__file__).parent
+KERNELS = Path(cache.__file__).parent
 
 
 def files(place: Path) -> set[str]:
@@ -35,34 +33,34 @@ def files(place: Path) -> set[str]:
 
 
 @pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))  # which numba reads again when it compiles
     monkeypatch.setattr(numba.config, "CACHE_DIR", str(tmp_path))
     return tmp_path
 
 
-def test_what_was_compiled_is_found_again(cache: Path) -> None:
+def test_what_was_compiled_is_found_again(kept: Path) -> None:
     assert tiny.compiled() == ["double_serial"]
-    assert len(files(cache)) == 2
+    assert len(files(kept)) == 2
     assert tiny.compiled() == []
 
 
 @pytest.mark.parametrize("kind", ["nbc", "nbi"])
-def test_a_damaged_file_is_compiled_anew(cache: Path, kind: str) -> None:
+def test_a_damaged_file_is_compiled_anew(kept: Path, kind: str) -> None:
     assert tiny.compiled()
-    (path,) = cache.rglob(f"*.{kind}")
+    (path,) = kept.rglob(f"*.{kind}")
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     assert tiny.compiled()
     assert tiny.compiled() == []
 
 
-def test_code_that_another_index_left_is_compiled_anew(cache: Path) -> None:
+def test_code_that_another_index_left_is_compiled_anew(kept: Path) -> None:
     """Two processes that save forms of one kernel at once may leave an index that gives one's code for the other's
     dtype.
     """
     assert tiny.compiled("float32")
     assert tiny.compiled("float64")
-    one, other = cache.rglob("*.nbc")
+    one, other = kept.rglob("*.nbc")
     one_code, other_code = one.read_bytes(), other.read_bytes()
     one.write_bytes(other_code), other.write_bytes(one_code)
     for dtype in ("float32", "float64"):
@@ -70,13 +68,13 @@ def test_code_that_another_index_left_is_compiled_anew(cache: Path) -> None:
         assert tiny.compiled(dtype) == []
 
 
-def test_a_full_disk_is_no_error(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_no_error(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*arguments: Any) -> None:
         raise OSError(errno.ENOSPC, "no space left on device")
 
     monkeypatch.setattr(caching.IndexDataCacheFile, "save", full)
     assert tiny.compiled()
-    assert files(cache) == set()
+    assert files(kept) == set()
 
 
 SETTINGS = {"OPT": 2, "BOUNDSCHECK": 1, "DEBUGINFO_DEFAULT": 1, "LOOP_VECTORIZE": 0, "SLP_VECTORIZE": 1}
@@ -85,28 +83,28 @@ SETTINGS = {"OPT": 2, "BOUNDSCHECK": 1, "DEBUGINFO_DEFAULT": 1, "LOOP_VECTORIZE"
 def test_every_source_setting_and_both_compilers_count(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A directory for each version of what kernels are compiled from and by; numba sees a kernel's own file only."""
     sources = shutil.copytree(KERNELS, tmp_path / "kernels")
-    known = _cache.directories()[-1].name
-    monkeypatch.setattr(_cache, "_HERE", sources)
-    monkeypatch.setattr(_cache, "_sources", _cache._sources.__wrapped__)  # read again every time
-    seen = [_cache.directories()[-1].name]
+    known = cache.directories()[-1].name
+    monkeypatch.setattr(cache, "_HERE", sources)
+    monkeypatch.setattr(cache, "_sources", cache._sources.__wrapped__)  # read again every time
+    seen = [cache.directories()[-1].name]
     assert seen == [known]
     modules = sorted(set(sources.glob("*.py")) - {sources / "__init__.py"})
     assert sources / "welford.py" in modules
     for path in modules:
         path.write_text(f"{path.read_text()}# the next version\n")
-        seen.append(_cache.directories()[-1].name)
+        seen.append(cache.directories()[-1].name)
     for compiler in (numba, llvmlite):
         monkeypatch.setattr(compiler, "__version__", "0.0.0")
-        seen.append(_cache.directories()[-1].name)
+        seen.append(cache.directories()[-1].name)
     for name, value in SETTINGS.items():
         monkeypatch.setattr(numba.config, name, value)
-        seen.append(_cache.directories()[-1].name)
+        seen.append(cache.directories()[-1].name)
     assert len(set(seen)) == len(seen) == 1 + len(modules) + 2 + len(SETTINGS)
 
 
 def test_settings_are_numbas() -> None:
     """A name that numba no longer has would count for nothing."""
-    assert [name for name in _cache._SETTINGS if not hasattr(numba.config, name)] == []
+    assert [name for name in cache._SETTINGS if not hasattr(numba.config, name)] == []
 
 
 def test_a_frozen_program_without_files_counts_code(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,10 +121,10 @@ def test_a_frozen_program_without_files_counts_code(monkeypatch: pytest.MonkeyPa
             return compile(sources[name.rpartition(".")[2]], "nowhere", "exec")
 
     def digest() -> str:
-        return _cache._sources.__wrapped__()
+        return cache._sources.__wrapped__()
 
     monkeypatch.setattr(
-        _cache.pkgutil, "iter_modules", lambda *_: [pkgutil.ModuleInfo(Importer(), name, False) for name in sources]
+        cache.pkgutil, "iter_modules", lambda *_: [pkgutil.ModuleInfo(Importer(), name, False) for name in sources]
     )
     seen = [digest()]
     sources["welford"] = "# a line above\n" + sources["welford"]
@@ -140,36 +138,34 @@ def test_a_frozen_program_without_files_counts_code(monkeypatch: pytest.MonkeyPa
         sources["welford"] = sources["welford"].replace(before, after)
         seen.append(digest())
     assert len(set(seen)) == 4
-    assert _cache._text(frozenset("abcdef")) == "('a', 'b', 'c', 'd', 'e', 'f')"
+    assert cache._text(frozenset("abcdef")) == "('a', 'b', 'c', 'd', 'e', 'f')"
     sources.clear()
-    monkeypatch.setattr(_cache, "_sources", _cache._sources.__wrapped__)
-    assert (_cache.stamp(), _cache.directories()) == ("", [])
+    monkeypatch.setattr(cache, "_sources", cache._sources.__wrapped__)
+    assert (cache.stamp(), cache.directories()) == ("", [])
     assert info.cache_directory().startswith("nowhere: this program's importer does not show fastbn's modules")
 
 
-def test_a_program_that_unpacks_itself_keeps_kernels_with_the_user(
-    cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_program_that_unpacks_itself_keeps_kernels_with_the_user(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its own directory is there for one process only."""
     monkeypatch.setattr(numba.config, "CACHE_DIR", "")
-    assert len(_cache.directories()) == 2
+    assert len(cache.directories()) == 2
     monkeypatch.setattr(sys, "frozen", True, raising=False)
-    assert [place.name[:7] for place in _cache.directories()] == ["fastbn-"]
+    assert [place.name[:7] for place in cache.directories()] == ["fastbn-"]
 
 
-def test_numbas_own_choice_of_directories_is_not_asked(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_numbas_own_choice_of_directories_is_not_asked(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They know nothing of an edit of a leaf."""
     monkeypatch.setenv("NUMBA_CACHE_LOCATOR_CLASSES", "InTreeCacheLocator")
     monkeypatch.setattr(numba.config, "CACHE_LOCATOR_CLASSES", "InTreeCacheLocator")
     assert tiny.compiled() == ["double_serial"]
-    assert len(files(cache)) == 2
+    assert len(files(kept)) == 2
 
 
-def test_code_that_holds_addresses_is_not_kept(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code_that_holds_addresses_is_not_kept(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As most does with NUMBA_OPT=0: numba would warn of it, and ask for a file that fastbn's cache does not know."""
     monkeypatch.setattr(codegen.CodeLibrary, "has_dynamic_globals", True)
     assert tiny.compiled() == ["double_serial"]
-    assert files(cache) == set()
+    assert files(kept) == set()
     monkeypatch.setattr(numba.config, "OPT", 0)
     assert "most are compiled anew at each start, since NUMBA_OPT=0" in info.cache_directory()
 
@@ -193,19 +189,19 @@ def test_warmup_covers_every_call(monkeypatch: pytest.MonkeyPatch, dtype: str) -
         return lambda *arguments: None
 
     monkeypatch.setattr(jit.Kernel, "compiled", compiled)
-    team = _team.Runtime(1, 2, 3)  # PyTorch's threads, say
-    assert len(list(cpu.warmup([kind], team))) > len(jit.KERNELS)
+    pytorchs = team.Runtime(1, 2, 3)
+    assert len(list(cpu.warmup([kind], pytorchs))) > len(jit.KERNELS)
     warm = asked.copy()
     asked.clear()
-    for runtime in (None, team):
+    for runtime in (None, pytorchs):
         with np.errstate(all="ignore"), threads.on_team(runtime):  # results are whatever the memory held
             _everything(kind, runtime)
     assert asked - warm == set()
     assert len({name for name, *_ in asked}) == len(jit.KERNELS)  # and each kernel is of use
-    assert not threads.usable() or {form for *_, form in warm} == {False, True, team}
+    assert not threads.usable() or {form for *_, form in warm} == {False, True, pytorchs}
 
 
-def _everything(kind: np.dtype[Any], runtime: _team.Runtime | None) -> None:
+def _everything(kind: np.dtype[Any], runtime: team.Runtime | None) -> None:
     """Every kind of call on arrays of a dtype."""
     for shape in SHAPES:
         for last in (False, True):

@@ -14,8 +14,7 @@ from numba import cuda as numba_cuda
 from shapes import Case
 
 import fastbn
-from fastbn.cuda import backend as device
-from fastbn.cuda import buffers, checks, grids, launches, streams, views
+from fastbn.cuda import backend, buffers, checks, grids, launches, streams, views
 from fastbn.cuda.kernels import apply, jit, simulated
 from tests import test_contract as contract
 from tests import test_kept
@@ -365,8 +364,8 @@ def test_workspace_is_what_a_call_needs() -> None:
     """
     one = ((4, 3), (3, 1), "float32", 0)
     given = (((3,), (1,), "float64", 0),) * 2
-    assert launches.program(device._backward, (one, one, *given, None, None, None), 1, ("mean", "var"), True).work == 0
+    assert launches.program(backend._backward, (one, one, *given, None, None, None), 1, ("mean", "var"), True).work == 0
     for C in (10_000_001, 2**28 + 1):
         x, means = ((2, C), (C, 1), "float16", 0), ((C,), (1,), "float32", 0)
-        program = launches.program(device._inference, (x, means, means, None, None, None), 1)
+        program = launches.program(backend._inference, (x, means, means, None, None, None), 1)
         assert 12 * C <= program.work <= 12 * (C + 8) + launches.ALIGNED
