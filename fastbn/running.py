@@ -123,7 +123,7 @@ class RunningMoments:
         return self.moments.mean
 
     def var(self, ddof: float = 0) -> Statistics:
-        """Variance of each channel: see `Moments.var`."""
+        """Variance of each channel, as `Moments` gives it: NaN where count does not exceed ddof."""
         return self.moments.var(ddof)
 
     def std(self, ddof: float = 0) -> Statistics:

@@ -106,10 +106,10 @@ def _mapped(size: int) -> mmap.mmap:
     return mmap.mmap(-1, size + HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
-def _advise(mapped: mmap.mmap, name: str, *place: int) -> bool:
+def _advise(mapped: mmap.mmap, name: str, *span: int) -> bool:
     """Whether the system took the advice: it may not know it, or have locked the pages."""
     try:
-        mapped.madvise(getattr(mmap, name), *place)
+        mapped.madvise(getattr(mmap, name), *span)
     except (AttributeError, OSError):
         return False
     return True

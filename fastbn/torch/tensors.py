@@ -145,7 +145,7 @@ def backward(
     return _in_format(dx, found), tensor(dgamma), tensor(dbeta)
 
 
-def track(found: Moments, weight: float, running_mean: Tensor, running_var: Tensor) -> None:
+def track(m: Moments, weight: float, running_mean: Tensor, running_var: Tensor) -> None:
     """Move running statistics, in place, towards those of a batch, by `weight`; the variance unbiased."""
     mean, var = array(running_mean), array(running_var)
-    backend_for(mean).track(found, found.count - 1, weight, mean, var)
+    backend_for(mean).track(m, m.count - 1, weight, mean, var)
