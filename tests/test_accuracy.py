@@ -8,12 +8,12 @@ from functools import lru_cache
 import numpy as np
 import published
 import pytest
-from fastbn.cli.cases import accuracy_cases
 from published import Gradients, Statistics
 from shapes import COMPACT, Case
 from tolerances import Scales, check, excess, scales
 
 import fastbn
+from bench.accuracy import accuracy_cases
 from fastbn.cpu import schedule
 
 EPS = 1e-5

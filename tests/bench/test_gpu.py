@@ -1,5 +1,6 @@
 """`python -m bench.gpu` as far as no GPU is needed: how rounds become a record, and what it shows and writes."""
 
+import itertools
 import json
 import math
 import re
@@ -9,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from bench import gpu, gpu_checks, gpu_host, gpu_problem, gpu_timing
+from bench import gpu, gpu_checks, gpu_timing, plot
 from fastbn.arguments.errors import MissingExtra
 from fastbn.cuda import buffers, cost
 
@@ -19,9 +20,9 @@ FACTS = ("date", "device", "cudnn", "cuda", "fastbn", "numba", "numba-cuda", "nu
 
 
 def _record(name, fastbn, peer, copy):
-    case = gpu_problem.SHAPES[name]
+    case = gpu_timing.SHAPES[name]
     problem = SimpleNamespace(case=case, dtype="float32", bytes=4 * math.prod(case.shape))
-    problem.moved = lambda what: cost.moved(what, gpu_problem.dims(case), "float32")
+    problem.moved = lambda what: cost.moved(what, gpu_timing.dims(case), "float32")
     paces = ((1, 1), (3, 3), (1.1, 9))  # of fastbn and of the others, in each round
     rounds = [{"fastbn": fastbn * pace, "PyTorch cuDNN": peer * other, "copy": copy * other} for pace, other in paces]
     return gpu_timing.summed_up(name, "forward", problem, rounds, {})
@@ -68,7 +69,7 @@ def machine(monkeypatch, tmp_path):
     monkeypatch.setattr(buffers, "declines", lambda: None)
     monkeypatch.setattr(gpu, "facts", lambda: dict.fromkeys(FACTS, "9.9"))
     monkeypatch.setattr(gpu, "host", lambda: {"fastbn forward": 30.0})
-    monkeypatch.setattr(gpu, "draw", lambda result, path: path.write_bytes(b"a plot"))
+    monkeypatch.setattr(plot, "draw_gpu", lambda result, path, *_: path.write_bytes(b"a plot"))
     monkeypatch.setattr(gpu_checks, "cases", lambda quick: iter(cases))
     monkeypatch.setattr(
         gpu, "timed", lambda result, seconds, quick: result["records"].append(_record(SMALL, 30e-6, 15e-6, 10e-6))
@@ -112,42 +113,14 @@ def test_what_there_is_gets_written_whatever_ends_the_run(machine, monkeypatch):
 
 
 def test_the_plot_is_drawn_where_matplotlib_is(machine, monkeypatch, capsys):
+    lacks = MissingExtra("the plot needs matplotlib: pip install 'fastbn[demo]'")
     with monkeypatch.context() as patch:
-        patch.setattr(
-            gpu.progress, "need", _raising(MissingExtra("the plot needs matplotlib: pip install 'fastbn[demo]'"))
-        )
+        patch.setattr(gpu.progress, "need", _raising(lacks))
         assert gpu.main(machine.argv) == 0
-    assert (
-        "the plot needs matplotlib: pip install 'fastbn[demo]'; then python -m bench.gpu --from"
-        in capsys.readouterr().out
-    )
+    assert f"{lacks}; then python -m bench.gpu --from" in capsys.readouterr().out
     assert not machine.path.with_suffix(".png").exists()
     assert gpu.main(["--from", str(machine.path)]) == 0
     assert machine.path.with_suffix(".png").exists()
-
-
-def test_a_shape_that_fails_leaves_the_others_and_a_peer_that_refuses_is_left_out(monkeypatch):
-    torch = SimpleNamespace(cuda=SimpleNamespace(empty_cache=lambda: None, synchronize=lambda: None))
-    monkeypatch.setitem(sys.modules, "torch", torch)
-    monkeypatch.setattr(
-        gpu, "Problem", lambda name, dtype: SimpleNamespace(name=name) if name != LARGE else _raising(MemoryError())()
-    )
-    monkeypatch.setattr(gpu, "plan", lambda quick: [(LARGE, "float32"), (SMALL, "float32")])
-    monkeypatch.setattr(
-        gpu_timing, "record", lambda name, what, problem, compiled: _record(name, 30e-6, 15e-6, 10e-6) | {"pass": what}
-    )
-    result = {"records": [], "failed": [], "left": []}
-    gpu.timed(result, 60.0, True)
-    assert [failed["what"] for failed in result["failed"]] == [f"{LARGE} float32"]
-    assert {record["shape"] for record in result["records"]} == {SMALL}
-    builds = {
-        "fastbn": lambda: lambda k: k,
-        "cuDNN": _raising(RuntimeError("no\nplan")),
-        "native": lambda: _raising(ValueError("not this")),
-    }
-    calls, refused = gpu_timing.ready(torch, builds)
-    assert list(calls) == ["fastbn"]
-    assert refused == {"cuDNN": "RuntimeError: no plan", "native": "ValueError: not this"}
 
 
 @pytest.mark.parametrize("quick", [False, True])
@@ -157,13 +130,11 @@ def test_every_dtype_and_layout_is_checked_with_statistics_of_both_dtypes(quick,
     for what, run in gpu_checks.cases(quick):
         if what[0] in "fb":  # of a dtype, not of a library
             run()
-    assert {(dtype, statistic) for dtype, *_, statistic in seen} == {
-        (a, b) for a in gpu_checks.LIMITS for b in ("float32", "float64")
-    }
-    assert {(layout, statistic) for _, _, layout, _, statistic in seen} == {
-        (a, b) for a in gpu_checks.LAYOUTS for b in ("float32", "float64")
-    }
-    assert {shape for _, shape, *_ in seen} == set(gpu_checks.SHAPES)
+    dtypes, shapes, layouts, _, statistics = zip(*seen, strict=True)
+    both = ("float32", "float64")
+    assert set(zip(dtypes, statistics, strict=True)) == set(itertools.product(gpu_checks.LIMITS, both))
+    assert set(zip(layouts, statistics, strict=True)) == set(itertools.product(gpu_checks.LAYOUTS, both))
+    assert set(shapes) == set(gpu_checks.SHAPES)
 
 
 class Timed:
@@ -183,29 +154,18 @@ def timing(monkeypatch):
     """Contestants by name that are timed on no GPU; how often memory was released."""
     released = []
     monkeypatch.setattr(gpu_timing.gc, "collect", lambda: 0)  # a tenth of a second each
-    cuda = SimpleNamespace(
-        empty_cache=lambda: released.append(1),
-        synchronize=lambda: None,
-        Event=lambda **_: SimpleNamespace(record=lambda: None, synchronize=lambda: None, elapsed_time=lambda end: 1.0),
-    )
-    torch = SimpleNamespace(cuda=cuda)
+    event = SimpleNamespace(record=lambda: None, synchronize=lambda: None, elapsed_time=lambda end: 1.0)
+    cuda = {"empty_cache": lambda: released.append(1), "synchronize": lambda: None, "Event": lambda **_: event}
+    torch = SimpleNamespace(cuda=SimpleNamespace(**cuda))
     monkeypatch.setitem(sys.modules, "torch", torch)
-    case = gpu_problem.SHAPES[SMALL]
     taking = {"fastbn": Timed(), "PyTorch cuDNN": Timed(), "PyTorch native": Timed()}
-    monkeypatch.setattr(
-        gpu_timing, "contestants", lambda *_: {who: lambda call=call: call for who, call in taking.items()}
-    )
+    calls = lambda *_: {who: lambda call=call: call for who, call in taking.items()}  # noqa: E731
+    monkeypatch.setattr(gpu_timing, "contestants", calls)
 
     def problem(name, dtype):
-        return SimpleNamespace(
-            torch=torch,
-            case=case,
-            dtype=dtype,
-            bytes=4 * math.prod(case.shape),
-            sets=2,
-            moved=lambda what: 1,
-            copy=Timed(),
-        )
+        case = gpu_timing.SHAPES[name]
+        sizes = {"bytes": 4 * math.prod(case.shape), "sets": 2, "moved": lambda what: 1}
+        return SimpleNamespace(torch=torch, case=case, dtype=dtype, copy=Timed(), **sizes)
 
     monkeypatch.setattr(gpu, "Problem", problem)
     monkeypatch.setattr(gpu, "plan", lambda quick: [(SMALL, dtype) for dtype in DTYPES])
@@ -264,8 +224,8 @@ def test_a_problem_that_fails_is_released_before_the_next(timing, monkeypatch):
 @pytest.mark.peers
 def test_host_time_is_measured_without_a_gpu(monkeypatch):
     pytest.importorskip("numba_cuda", reason="its bindings pack the arguments")
-    monkeypatch.setattr(gpu_host, "CALLS", 2)
-    lines = gpu_host.report(rounds=1)
+    monkeypatch.setattr(gpu_timing, "HOST_CALLS", 2)
+    lines = gpu_timing.host_report(rounds=1)
     assert [line.partition(":")[2].split(",")[0].strip() for line in lines[:-1]] == [
         f"{n} launches" for n in (1, 1, 2, 2, 3, 3, 2, 2)
     ]

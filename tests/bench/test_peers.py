@@ -1,6 +1,7 @@
 """`python -m bench.peers`: ratios are right, nobody wrong is timed, and what was measured is shown and written."""
 
 import importlib
+import itertools
 import json
 import re
 import shutil
@@ -11,20 +12,21 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from bench import contestants, limit, machine, measure, onnx_runtime, peers, pytorch, rounds, xla
-from bench.problem import PASSES, Call, Problem, Refused, own
-from fastbn.cli import bench, timing
+from bench import contestants, limit, machine, measure, onnx_runtime, peers, pytorch, xla
+from bench.problem import PASSES, Call, Problem, Refused, case, own
+from bench.suite import cases
+from fastbn.cli import timing
 from tests import ROOT
 
-SHAPES = ("2x16x8x8", "1x256x24x26 last", "8x256x1120 last", "32x64")  # both orders, and rank 3
+SHAPES = ("2x16x8x8", "1x256x24x26 last", "8x256x1120 last", "32x64", "3x5x2x3x4 last")  # both orders, other ranks
 
 
 @pytest.fixture
 def instant(monkeypatch):
     """Turns that call once and take a millisecond, whoever's they are, on a machine that counts as quiet."""
     monkeypatch.setattr(timing, "turn", lambda call: (call(), 1.00496e-3)[1])
-    monkeypatch.setattr(rounds, "LEAST", 1)
-    monkeypatch.setattr(bench, "others", lambda: 0.0)
+    monkeypatch.setattr(measure, "LEAST", 1)
+    monkeypatch.setattr(timing, "others", lambda: 0.0)
 
 
 @pytest.mark.parametrize("seconds", [2e-3, 1e-6, 0.3])
@@ -49,7 +51,7 @@ def test_rounds_interleave_everyone_and_the_slow_of_a_class_leave(monkeypatch):
     takes = {"a": 1.0, "b": 2.9, "slow": 3.1, "alone": 99.0}
     monkeypatch.setattr(timing, "turn", lambda call: (turns.append(call()), takes[turns[-1]])[1])
     calls, before = {name: (lambda name=name: name) for name in takes}, {"slow": lambda: prepared.append(len(turns))}
-    times = rounds.rounds(calls, 60.0, [("a", "b", "slow"), ("alone",)], before)
+    times = measure.rounds(calls, 60.0, [("a", "b", "slow"), ("alone",)], before)
     assert times == {name: [takes[name]] * (3 if name == "slow" else 15) for name in takes}
     assert [sorted(turns[i : i + 4]) for i in (0, 4, 8)] == [sorted(takes)] * 3
     assert prepared == [i for i, name in enumerate(turns) if name == "slow"]
@@ -57,8 +59,8 @@ def test_rounds_interleave_everyone_and_the_slow_of_a_class_leave(monkeypatch):
 
 def test_ratios_are_paired_within_a_round():
     # The machine slows down in the second round: the ratio of the medians would be 2.
-    assert rounds.paired([3.0, 20.0, 4.0], [1.0, 4.0, 2.0]) == 3.0
-    assert rounds.paired([3.0], [1.0, 100.0, 100.0]) == 3.0  # who left early is held against the rounds it ran in
+    assert measure.paired([3.0, 20.0, 4.0], [1.0, 4.0, 2.0]) == 3.0
+    assert measure.paired([3.0], [1.0, 100.0, 100.0]) == 3.0  # who left early is held against the rounds it ran in
     times = {"fastbn": [1.0, 2.0, 2.0], "a": [3.0, 6.0, 8.0], "b": [2.0, 4.0, 4.0], "fastbn float32": [1.5, 3.0, 3.0]}
     record = measure.summary({**times, "l": [0.5, 1.0, 1.0], "m": [0.4, 1.6, 1.6]}, ["a", "b"], ["l", "m"])
     assert (record["ratios"], record["fastest"], record["ratio"]) == ({"a": 3.0, "b": 2.0}, "b", 2.0)
@@ -214,8 +216,25 @@ def test_a_run_writes_all_that_it_was_asked_for(tmp_path, instant, monkeypatch, 
     assert re.search("other processes used.*is left as it was", capsys.readouterr().err, re.DOTALL)
 
 
+def test_shapes_of_the_table_keep_their_names_and_any_other_has_one():
+    asked = ["small", "32,64", "(32, 64, 56, 56) last", "3x5x7 last", "4096x70 last", "2x3x4x5x6", "3x5x7 last"]
+    names = ["32x64x56x56 last", "3x5x7 last", "4096x70", "2x3x4x5x6"]
+    assert peers.chosen(asked, True) == [*cases.names("small"), *names]
+    groups = [(case(name).group, case(name).last) for name in names]
+    assert groups == [("last", True), ("own", True), ("own", False), ("own", False)]
+    for name, dtype in itertools.product(names[1:], ("float16", "float64")):
+        p = Problem(name, dtype)
+        assert (p.x.dtype, p.rows(p.x).flags.c_contiguous, p.out.strides) == (dtype, True, p.x.strides)
+        assert p.x.shape == tuple(map(int, name.removesuffix(" last").split("x")))
+
+
 REFUSED = {
-    "--shapes 32x65": "--shapes: given '32x65', want one of first, last, flat, small, '32x64x112x112'",
+    "--shapes frist": "--shapes: given 'frist', want whole numbers with commas between them, like 32,64,56,56",
+    "--shapes 4x3x5x": "--shapes: given '4x3x5x', want whole numbers",
+    "--shapes 7": "--shapes '7': given rank 1, shape (7,); want rank 2 or more",
+    "--shapes 32x0": "given shape (32, 0), with no channels",
+    "--shapes 1x4": "--shapes: given '1x4', want two values or more a channel",
+    "--shapes 99999x99999x9999": "--shapes: given '99999x99999x9999', its arrays and the peers' take about",
     "--seconds 0": "--seconds: given 0.0, want more than 0",
     "--from asv.conf.json": "is no result of python -m bench.peers",
     "--json no/such/folder/x.json": "there is no directory",

@@ -66,13 +66,16 @@ def test_the_passes_take_every_shape_of_the_table_in_its_orders():
 
 @pytest.mark.parametrize("name", [*cases.names("small"), "1x256x24x26", "1x256x24x26 last", "32x512x7x7 last"])
 def test_arrays_are_what_their_names_say(name):
-    case, x = cases.CASES[name], cases.array(name, "float32")
+    case = cases.CASES[name]
+    x = cases.array(case, "float32")
     assert x.shape == case.shape == tuple(map(int, name.removesuffix(" last").split("x")))
     assert (np.moveaxis(x, 1, -1) if name.endswith("last") else x).flags.c_contiguous
     assert x.ctypes.data % cases.ALIGNMENT == 0
-    np.testing.assert_array_equal(x, cases.array(name.removesuffix(" last"), "float32"))  # in either memory order
+    np.testing.assert_array_equal(
+        x, cases.array(cases.CASES[name.removesuffix(" last")], "float32")
+    )  # in either memory order
     for dtype in ("float16", "float32", "float64"):
-        kinds = [cases.array(name, dtype).dtype, *(parameter.dtype for parameter in cases.parameters(name, dtype))]
+        kinds = [cases.array(case, dtype).dtype, *(parameter.dtype for parameter in cases.parameters(case, dtype))]
         assert kinds == [dtype, *["float64" if dtype == "float64" else "float32"] * 2]
 
 

@@ -2,6 +2,7 @@
 `warmup`.
 """
 
+import itertools
 import os
 import re
 import signal
@@ -16,7 +17,7 @@ from launch import python
 import fastbn
 from fastbn import cli
 from fastbn.arguments.errors import MissingExtra
-from fastbn.cli import info, main, selftest
+from fastbn.cli import info, main, selftest, warmup
 from fastbn.cpu import interrupts, threads
 
 NAMES = ["train", "moments", "explain", "info", "check", "bench", "warmup"]
@@ -94,8 +95,19 @@ def test_explain(text, capsys):
 def test_explain_options(capsys):
     assert main(["explain", "8,4,4,16", "float64", "--axis", "-1", "--backend", "reference"]) == 0
     assert capsys.readouterr().out == f"{fastbn.explain((8, 4, 4, 16), 'float64', -1, backend='reference')}\n"
-    assert main(["explain", "8,16,4,4", "--channels-last"]) == 0
-    assert capsys.readouterr().out == f"{fastbn.explain((8, 16, 4, 4), channels_last=True)}\n"
+    for words in (["8,16,4,4", "--channels-last"], ["8,16,4,4 last"], ["8x16x4x4 last", "--channels-last"]):
+        assert main(["explain", *words]) == 0
+        assert capsys.readouterr().out == f"{fastbn.explain((8, 16, 4, 4), channels_last=True)}\n"
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float64"])
+@pytest.mark.parametrize("shape", [(4096, 70), (3, 5, 7), (2, 3, 4, 5, 6), (2, 3, 1, 2, 3, 1)])
+def test_explain_takes_any_rank_and_order(shape, dtype, capsys):
+    for axis, (last, behind), backend in itertools.product((0, 1, -1), ((False, ""), (True, " last")), ("cpu", "cuda")):
+        text = "x".join(map(str, shape)) + behind
+        assert main(["explain", text, dtype, "--axis", str(axis), "--backend", backend]) == 0
+        wanted = fastbn.explain(shape, dtype, axis, channels_last=last, backend=backend)
+        assert capsys.readouterr().out == f"{wanted}\n"
 
 
 @pytest.mark.parametrize(
@@ -104,6 +116,8 @@ def test_explain_options(capsys):
         (["32,a"], "SHAPE: given '32,a', want whole numbers with commas"),
         (["32,-4"], "SHAPE: given '32,-4'"),
         ([""], "SHAPE: given ''"),
+        (["32xx4"], "SHAPE: given '32xx4'"),
+        (["32x4 lost"], "like 32x64x56x56, and ' last' behind them where the channels are last in memory"),
         (["32"], "want rank 2 or more"),
         (["32,4", "--axis", "2"], "axis: given 2, want one from -2 to 1"),
         (["32,4", "int8"], "given int8, want float16, bfloat16, float32 or float64"),
@@ -277,7 +291,7 @@ def test_warmup_compiles_and_says_what(capsys, monkeypatch):
     assert {"float16", "float32", "float64"} <= set(every)
     for words, dtypes in (([], every), (["float64"], ["float64"]), (["f4", "half"], ["float32", "float16"])):
         for members in (None, runtime):
-            monkeypatch.setattr(cli, "_pytorch", lambda members=members: members)
+            monkeypatch.setattr(warmup, "_pytorch", lambda members=members: members)
             asked.clear()
             assert main(["warmup", *words]) == 0
             *lines, last = capsys.readouterr().out.splitlines()

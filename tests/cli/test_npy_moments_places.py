@@ -10,7 +10,7 @@ import pytest
 
 from fastbn import functional
 from fastbn.arguments.errors import DataError
-from fastbn.cli import main, npy_moments
+from fastbn.cli import files, main, npy_moments
 
 from .test_npy_moments import SHAPE, data, left
 
@@ -95,7 +95,7 @@ def test_bad_outputs_are_refused_before_any_work(options, message, npy, tmp_path
 
 
 def test_a_full_disk_is_noticed_before_any_work(npy, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(npy_moments.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1000}))
     assert main(["moments", str(npy), "--normalize", str(tmp_path / "y.npy")]) == 2
     assert "needs 2,648 bytes, its disk has 1,000 left" in capsys.readouterr().err
     assert left(tmp_path) == ["x.npy"]

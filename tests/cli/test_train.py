@@ -260,7 +260,7 @@ def test_a_directory_that_takes_no_files(command: Command, monkeypatch: pytest.M
     def refuse(path: Path) -> Iterator[None]:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(train.npy_moments, "replacing", refuse)  # permissions don't stop root
+    monkeypatch.setattr(train.files, "replacing", refuse)  # permissions don't stop root
     with pytest.raises(
         DataError,
         match=rf"^--plot: {re.escape(str(Path.cwd()))}/p\.png can't be written: Permission "
@@ -288,7 +288,7 @@ def test_an_interrupt_leaves_nothing_half_written(
 def test_a_plot_is_in_its_place_before_a_terminal_can_refuse_the_table(
     command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train.screen, "table", lambda *_: open("/none/such"))
+    monkeypatch.setattr(train.progress, "table", lambda *_: open("/none/such"))
     with pytest.raises(OSError, match="none"):
         command(*SHORT, "--plot", "p.png")
     assert [path.name for path in Path.cwd().iterdir()] == ["p.png"]
