@@ -1,6 +1,6 @@
 """What fastbn.torch uses of PyTorch that PyTorch does not document, by name, with what rests on it.
 
-An upgrade may take any of it away: tests/test_torch_private.py says which. What a subclass of torch.nn.Module inherits
+An upgrade may take any of it away: tests/torch/test_private.py says which. What a subclass of torch.nn.Module inherits
 (`_parameters`, `_buffers`, `_modules`, `_check_input_dim`, the hooks) is used where it is needed, and asked for there
 too.
 """
