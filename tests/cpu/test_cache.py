@@ -215,7 +215,7 @@ def _everything(kind: np.dtype[Any], runtime: team.Runtime | None) -> None:
             fastbn.batch_norm_backward(x, x, m)
             fastbn.batch_norm(x[::2, ::-1])
     for dims in ((3000, 40), (4, 64, 4096)):
-        cpu.compact("inference", dims, dims, kind)(0, 0, 0, 0, 0, 0, 1e-5, runtime)
+        cpu.compact(dims, dims, kind).inference(0, 0, 0, 0, 0, 0, 1e-5, runtime)
 
 
 def test_odd_arrays_compile_nothing() -> None:
