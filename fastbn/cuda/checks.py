@@ -151,11 +151,6 @@ def _shadows(arrays: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def parameters(x: Buffer) -> str:
-    """The dtype of parameters beside x."""
-    return x.parameters
-
-
 def check_features(x: Any, axis: int, channels: int, dtype: str) -> None:
     """An input that goes with a layer's parameters."""
     buffer = as_input(x)

@@ -7,7 +7,7 @@ its end, which the pass before has left in cache. Every kernel stands here twice
 longer arrays: a division of 64 bits takes as long as the rest.
 """
 
-from fastbn.cuda.kernels import gpu
+from fastbn.cuda.kernels.gpu import gpu
 from fastbn.cuda.kernels.jit import kernel
 
 EACH = 4  # groups of a thread
@@ -116,31 +116,9 @@ def gradient_group(x, dy, mean_hi, projection, mean_dy, scale):
 
 
 def _gradient(
-    x,
-    dy,
-    dx,
-    coefs,
-    pad,
-    C,
-    S,
-    runs,
-    length,
-    per_run,
-    inner,
-    sn,
-    sc,
-    dn,
-    dc,
-    yn,
-    yc,
-    groups,
-    mode,
-    aligned,
-    apart,
-    xd,
-    dd,
-    yd,
-):
+    x, dy, dx, coefs, pad, C, S, runs, length, per_run, inner, sn, sc, dn, dc, yn, yc, groups, mode, aligned, apart, xd,
+    dd, yd,
+):  # fmt: skip
     """dx = (dy - (x - mean_hi) * projection) * scale - mean_dy, with `finish.gradient_coefs`' coefficients (4, pad).
 
     As `_normalize`.

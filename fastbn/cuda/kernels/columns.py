@@ -6,7 +6,7 @@ together, and the last, shorter one is read apart. A block merges what it has of
 columns.
 """
 
-from fastbn.cuda.kernels import gpu
+from fastbn.cuda.kernels.gpu import gpu
 from fastbn.cuda.kernels.jit import kernel
 from fastbn.cuda.kernels.merging import (
     LEAF,

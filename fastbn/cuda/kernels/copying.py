@@ -1,6 +1,6 @@
 """Copies between memory orders on the GPU, for arrays that two strides can't describe."""
 
-from fastbn.cuda.kernels import gpu
+from fastbn.cuda.kernels.gpu import gpu
 from fastbn.cuda.kernels.jit import kernel
 from fastbn.cuda.kernels.merging import grid_index
 

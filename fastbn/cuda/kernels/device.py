@@ -1,6 +1,6 @@
 """Loads, stores and arithmetic of 16-byte groups as LLVM instructions.
 
-The only file that knows numba-cuda's compiler, with `_group`.
+The only file that knows numba-cuda's compiler, with `group`.
 `x` tells a function which memory it is about: a pointer to float32, float64, uint16 (float16) or int16 (bfloat16).
 Indices are elements. `+`, `-`, `*` and `/` work on groups. `gpu.scalar` and `gpu.broadcast` give numbers their type: a
 Python 0.0 would turn float32 into float64.

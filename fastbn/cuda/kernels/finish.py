@@ -7,7 +7,7 @@ so every bit, comes from the shape. Channels that float32 has too little range f
 
 from math import sqrt
 
-from fastbn.cuda.kernels import gpu
+from fastbn.cuda.kernels.gpu import gpu
 from fastbn.cuda.kernels.jit import kernel
 from fastbn.cuda.kernels.merging import (
     grid_index,

@@ -9,10 +9,10 @@ from math import sqrt
 
 from numpy import float64
 
-from fastbn.cuda.kernels import gpu
 from fastbn.cuda.kernels.apply import gradient_group
 from fastbn.cuda.kernels.columns import columns_of, kept_group, load_columns, part_moments, part_sums
 from fastbn.cuda.kernels.finish import dgamma_of, gradient_coefs_of, normalize_coefs_of, rstd_of
+from fastbn.cuda.kernels.gpu import gpu
 from fastbn.cuda.kernels.jit import kernel
 from fastbn.cuda.kernels.merging import (
     keep,

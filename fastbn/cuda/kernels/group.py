@@ -1,4 +1,4 @@
-"""The vector type of the GPU kernels, how its lanes are kept in memory, and shared memory: the LLVM side of `_device`.
+"""The vector type of the GPU kernels, how its lanes are kept in memory, and shared memory: the LLVM side of `device`.
 
 A group is what 16 bytes of memory hold: 4 float32, 2 float64, 8 of half precision. Arithmetic is in float32 or float64;
 float16 memory is seen as its bits in uint16, bfloat16 memory as its bits in int16, so that the two are told apart.

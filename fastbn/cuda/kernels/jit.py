@@ -36,7 +36,7 @@ class Kernel:
     Parameters
     ----------
     body : function
-        The kernel, in terms of `_gpu`.
+        The kernel, in terms of `gpu`.
     arguments : str
         A type per argument, as `fastbn.cuda.kernels.arguments` has them.
     name : str, optional

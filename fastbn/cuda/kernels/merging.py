@@ -11,7 +11,7 @@ from typing import Any
 
 from numpy import float64, int32, int64
 
-from fastbn.cuda.kernels import gpu
+from fastbn.cuda.kernels.gpu import gpu
 
 # Squares vanish in float32 below 1e-19, and numbers near a mean are 6e-8 of it apart: beyond 2e-12 they are equal or
 # their squares stand.

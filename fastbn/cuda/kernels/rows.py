@@ -6,7 +6,7 @@ A row is cut into slots of 16 bytes that begin on 16-byte boundaries, as many as
 by counters: a division for each would cost as much as the arithmetic.
 """
 
-from fastbn.cuda.kernels import gpu
+from fastbn.cuda.kernels.gpu import gpu
 from fastbn.cuda.kernels.jit import kernel
 from fastbn.cuda.kernels.merging import (
     LEAF,

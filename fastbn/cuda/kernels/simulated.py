@@ -1,4 +1,4 @@
-"""The same functions as `_device` in plain Python, for numba's simulator.
+"""The same functions as `device` in plain Python, for numba's simulator.
 
 Kernels as they stand, every line counted and debuggable.
 A pointer is a `Memory`, which refuses what a GPU would do without a word: indices outside, groups off their boundary. A
