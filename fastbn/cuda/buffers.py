@@ -124,10 +124,10 @@ def memory() -> Any:
     return jit
 
 
-def _dtype(given: Any, interface: dict[str, Any], name: str) -> str:
+def _dtype(array: Any, interface: dict[str, Any], name: str) -> str:
     typestr = interface["typestr"]
     if typestr not in _TYPES:
-        own = str(getattr(given, "dtype", "")).rpartition(".")[2]
+        own = str(getattr(array, "dtype", "")).rpartition(".")[2]
         if own == "bfloat16":
             return own
         raise TypeError(
@@ -136,7 +136,7 @@ def _dtype(given: Any, interface: dict[str, Any], name: str) -> str:
     return _TYPES[typestr]
 
 
-def view(given: Any, name: str) -> Buffer:
+def view(array: Any, name: str) -> Buffer:
     """The buffer of an array on a GPU.
 
     Raises
@@ -146,24 +146,17 @@ def view(given: Any, name: str) -> Buffer:
     ValueError
         A null pointer, strides that are no whole number of elements, another number of strides than of axes.
     """
-    if is_simulated(given):
-        array = _private().simulated_array(given)
-        strides = tuple(s // array.itemsize for s in array.strides)
-        return Buffer(
-            array.ctypes.data,
-            array.shape,
-            strides,
-            _dtype(given, {"typestr": array.dtype.str}, name),
-            not array.flags.writeable,
-            None,
-            given,
-        )
-    if library(given) == "torch":
-        return _tensor(given, name)
-    interface = given.__cuda_array_interface__
+    if is_simulated(array):
+        own = _private().simulated_array(array)
+        strides = tuple(step // own.itemsize for step in own.strides)
+        dtype = _dtype(array, {"typestr": own.dtype.str}, name)
+        return Buffer(own.ctypes.data, own.shape, strides, dtype, not own.flags.writeable, None, array)
+    if library(array) == "torch":
+        return _tensor(array, name)
+    interface = array.__cuda_array_interface__
     try:
         shape, (address, readonly), version = _ints(interface["shape"], name), interface["data"], interface["version"]
-        dtype = _TYPES.get(interface["typestr"]) or _dtype(given, interface, name)
+        dtype = _TYPES.get(interface["typestr"]) or _dtype(array, interface, name)
     except KeyError:
         missing = [key for key in ("shape", "typestr", "data", "version") if key not in interface]
         raise TypeError(f"{name}: its __cuda_array_interface__ lacks {', '.join(missing)}") from None
@@ -183,49 +176,49 @@ def view(given: Any, name: str) -> Buffer:
     if not address and 0 not in shape:
         raise ValueError(f"{name}: given a null pointer for shape {shape}")
     producer = None if stream is None else _ints((stream,), name)[0] or LEGACY
-    return Buffer(address, shape, strides, dtype, bool(readonly), producer, given)
+    return Buffer(address, shape, strides, dtype, bool(readonly), producer, array)
 
 
-def _ints(given: Any, name: str) -> Ints:
+def _ints(values: Any, name: str) -> Ints:
     """Whole numbers of an interface as Python's.
 
     Those of NumPy have a width, in which products and masks wrap or raise.
     """
     try:
-        return tuple(map(operator.index, given))
+        return tuple(map(operator.index, values))
     except TypeError:
         raise TypeError(
-            f"{name}: its __cuda_array_interface__ has {given!r} where it should have whole numbers"
+            f"{name}: its __cuda_array_interface__ has {values!r} where it should have whole numbers"
         ) from None
 
 
-def _tensor(given: Any, name: str) -> Buffer:
-    dtype = _of_torch(given.dtype)
+def _tensor(tensor: Any, name: str) -> Buffer:
+    dtype = _of_torch(tensor.dtype)
     if dtype is None:
         raise TypeError(
-            f"{name}: given dtype {given.dtype}, want {dtypes.WANTED}: convert it first, e.g. {name}.float()"
+            f"{name}: given dtype {tensor.dtype}, want {dtypes.WANTED}: convert it first, e.g. {name}.float()"
         )
-    if given.requires_grad:
+    if tensor.requires_grad:
         instead = "or a module of fastbn.torch, such as BatchNorm2d"
         raise TypeError(
             f"{name}: given a tensor that requires a gradient, which this call does not record: "
             f"{name}.detach(), {instead}"
         )
     try:
-        address, strides = given.data_ptr(), given.stride()
+        address, strides = tensor.data_ptr(), tensor.stride()
     except Exception as error:  # sparse ones; those of torch.func's transformations
         raise TypeError(
             f"{name}: given a tensor without memory of its own ({error}), want a plain one: {name}.to_dense()"
         ) from error
-    if given.is_neg():
+    if tensor.is_neg():
         raise TypeError(
             f"{name}: given a view whose memory holds the negated values, want memory of its own: {name}.resolve_neg()"
         )
-    if not address and given.numel():
+    if not address and tensor.numel():
         raise TypeError(
             f"{name}: given a tensor without memory (of zeros, or a fake one), want a plain one: {name}.clone()"
         )
-    return Buffer(address, tuple(given.shape), strides, dtype, False, None, given)
+    return Buffer(address, tuple(tensor.shape), strides, dtype, False, None, tensor)
 
 
 @lru_cache(maxsize=64)

@@ -29,17 +29,17 @@ GLOBAL, SHARED = 1, 3  # address spaces
 HALVES = {types.uint16: "f16x2", types.int16: "bf16x2"}  # what two of them are called
 
 
-def arithmetic(stored: Any) -> Any:
+def arithmetic(storage: Any) -> Any:
     """The numba type that elements of memory are computed in."""
-    return stored if isinstance(stored, types.Float) else types.float32
+    return storage if isinstance(storage, types.Float) else types.float32
 
 
 class Group(types.Type):  # type: ignore[misc]  # numba is untyped
-    """The numba type of a group; `stored` is what memory holds."""
+    """The numba type of a group; `storage` is what memory holds."""
 
-    def __init__(self, stored: Any) -> None:
-        self.dtype = arithmetic(stored)
-        self.lanes = GROUP_BYTES * 8 // stored.bitwidth
+    def __init__(self, storage: Any) -> None:
+        self.dtype = arithmetic(storage)
+        self.lanes = GROUP_BYTES * 8 // storage.bitwidth
         self.ir = ir.VectorType(FLOAT if self.dtype.bitwidth == 32 else DOUBLE, self.lanes)
         super().__init__(name=f"Group({self.dtype} x {self.lanes})")
 
@@ -87,48 +87,50 @@ def place(builder: Any, base: Any, index: Any, element: Any, space: int) -> Any:
     return builder.gep(pointer, [index], source_etype=element)
 
 
-def kept(stored: Any) -> Any:
+def element_type(storage: Any) -> Any:
     """The LLVM type of an element in memory."""
-    return {types.float32: FLOAT, types.float64: DOUBLE}.get(stored, I16)
+    return {types.float32: FLOAT, types.float64: DOUBLE}.get(storage, I16)
 
 
-def read(builder: Any, base: Any, index: Any, stored: Any, lanes: int) -> Any:
+def read(builder: Any, base: Any, index: Any, storage: Any, lanes: int) -> Any:
     """So many elements from base[index], in one instruction; a vector of what they are computed in."""
-    kind = memory(stored, lanes)
-    at = builder.bitcast(place(builder, base, index, kept(stored), GLOBAL), ir.PointerType(kind, GLOBAL))
+    kind = memory(storage, lanes)
+    at = builder.bitcast(place(builder, base, index, element_type(storage), GLOBAL), ir.PointerType(kind, GLOBAL))
     loaded = builder.load(at, typ=kind)
-    loaded.align = lanes * stored.bitwidth // 8
-    return widen(builder, loaded, stored)
+    loaded.align = lanes * storage.bitwidth // 8
+    return widen(builder, loaded, storage)
 
 
-def write(builder: Any, base: Any, index: Any, stored: Any, vector: Any) -> None:
+def write(builder: Any, base: Any, index: Any, storage: Any, vector: Any) -> None:
     """A vector to base[index] onwards, in one instruction."""
-    narrowed = narrow(builder, vector, stored)
-    at = builder.bitcast(place(builder, base, index, kept(stored), GLOBAL), ir.PointerType(narrowed.type, GLOBAL))
-    builder.store(narrowed, at).align = vector.type.count * stored.bitwidth // 8
+    narrowed = narrow(builder, vector, storage)
+    at = builder.bitcast(
+        place(builder, base, index, element_type(storage), GLOBAL), ir.PointerType(narrowed.type, GLOBAL)
+    )
+    builder.store(narrowed, at).align = vector.type.count * storage.bitwidth // 8
 
 
-def memory(stored: Any, lanes: int) -> ir.VectorType:
+def memory(storage: Any, lanes: int) -> ir.VectorType:
     """The LLVM type of elements in memory: half precision in words of two.
 
     Of a vector of 16-bit elements libNVVM makes two loads of 8 bytes, and for targets below sm_100 it loads halves into
     float registers without converting them; words it does load at once and as they are.
     """
-    if stored in HALVES and lanes > 1:
+    if storage in HALVES and lanes > 1:
         return ir.VectorType(I32, lanes // 2)
-    return ir.VectorType(kept(stored), lanes)
+    return ir.VectorType(element_type(storage), lanes)
 
 
-def widen(builder: Any, vector: Any, stored: Any) -> Any:
+def widen(builder: Any, vector: Any, storage: Any) -> Any:
     """Elements as loaded -> what they are computed in."""
-    if stored not in HALVES:
+    if storage not in HALVES:
         return vector
     values: list[Any] = []
     for k in range(vector.type.count):
         word = builder.extract_element(vector, ir.Constant(I32, k))
         if word.type == I16:
             word = builder.zext(word, I32)
-        if stored == types.uint16:
+        if storage == types.uint16:
             pair = builder.bitcast(word, ir.VectorType(HALF, 2))
             values += [builder.fpext(builder.extract_element(pair, ir.Constant(I32, j)), FLOAT) for j in range(2)]
         else:
@@ -137,12 +139,12 @@ def widen(builder: Any, vector: Any, stored: Any) -> Any:
     return packed(builder, values if vector.type.element == I32 else values[:1])
 
 
-def narrow(builder: Any, vector: Any, stored: Any) -> Any:
+def narrow(builder: Any, vector: Any, storage: Any) -> Any:
     """The inverse, rounding to nearest even: two at a time, in an instruction that LLVM has no name for."""
-    if stored not in HALVES:
+    if storage not in HALVES:
         return vector
     values = [builder.extract_element(vector, ir.Constant(I32, k)) for k in range(vector.type.count)]
-    asm = ir.InlineAsm(ir.FunctionType(I32, [FLOAT, FLOAT]), f"cvt.rn.{HALVES[stored]}.f32 $0, $1, $2;", "=r,f,f")
+    asm = ir.InlineAsm(ir.FunctionType(I32, [FLOAT, FLOAT]), f"cvt.rn.{HALVES[storage]}.f32 $0, $1, $2;", "=r,f,f")
     words = [builder.call(asm, [high, low]) for low, high in zip(values[::2], values[1::2] or values, strict=True)]
     return packed(builder, words if len(values) > 1 else [builder.trunc(words[0], I16)])
 

@@ -64,10 +64,10 @@ class Kernel:
         """The numba signature for memory of a dtype: float32, float64, uint16 for float16, int16 for bfloat16."""
         from numba.cuda import types  # not in the simulator of numba's own target
 
-        stored = getattr(types, dtype.name)
-        computed = stored if isinstance(stored, types.Float) else types.float32
+        storage = getattr(types, dtype.name)
+        computed = storage if isinstance(storage, types.Float) else types.float32
         known = {
-            "x": types.CPointer(stored),
+            "x": types.CPointer(storage),
             "w": types.CPointer(computed),
             "s": types.CPointer(types.float64),
             "t": types.CPointer(getattr(types, statistic.name)),
