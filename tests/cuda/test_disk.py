@@ -182,7 +182,7 @@ def test_the_stamp_sees_sources_compiler_and_settings(monkeypatch: pytest.Monkey
 
 
 def test_no_two_kernels_share_a_file() -> None:
-    for name in ("rows", "columns", "apply", "fused", "moving"):
+    for name in ("rows", "columns", "apply", "fused", "copying"):
         importlib.import_module(f"fastbn.cuda.kernels.{name}")
     keys = [(kernel.name, tuple(kernel.arguments)) for kernel in jit.KERNELS]
     assert len(set(keys)) == len(keys) > 15
