@@ -11,7 +11,7 @@ import math
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -134,8 +134,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=COMMAND, description="Worst errors on hard float32 data, fastbn's and PyTorch's, where that is installed."
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers")
-    command.add_readme(parser, "accuracy")
+    command.add_outputs(parser, "accuracy", "write the numbers", source=False)
     return parser
 
 
@@ -159,10 +158,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line; the exit code: 0, or 2 for bad input."""
-    return command.main(_parser(), run, argv)
-
+main = partial(command.main, _parser, run)
 
 if __name__ == "__main__":
     sys.exit(main())

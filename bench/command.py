@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,16 @@ from fastbn.cli.files import replacing
 RESULTS = Path(__file__).parent / "results"
 
 
-def main(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], int], argv: Sequence[str] | None) -> int:
+def main(
+    make_parser: Callable[[], argparse.ArgumentParser],
+    run: Callable[[argparse.Namespace], int],
+    argv: Sequence[str] | None = None,
+) -> int:
     """Run a command line; what a person did wrong, or what lacks, is one line, and no traceback.
 
     The exit code is what `run` returns, 2 for bad input or a package that lacks, 130 for an interrupt.
     """
+    parser = make_parser()
     args = parser.parse_args(argv)
     try:
         return run(args)
@@ -33,10 +39,13 @@ def main(parser: argparse.ArgumentParser, run: Callable[[argparse.Namespace], in
         return 2
 
 
-def add_readme(parser: argparse.ArgumentParser, name: str) -> None:
-    """The option that has a page's block of this name written."""
-    text = f"replace the block between <!-- {name}:begin --> and <!-- {name}:end -->"
-    parser.add_argument("--readme", type=Path, metavar="FILE", help=text)
+def add_outputs(parser: argparse.ArgumentParser, name: str, json: str, source: bool = True, **how: Any) -> None:
+    """--json, with this help, --readme for a page's block of this name, and --from where `source` says so."""
+    add = partial(parser.add_argument, type=Path, metavar="FILE")
+    add("--json", help=json, **how)
+    add("--readme", help=f"replace the block between <!-- {name}:begin --> and <!-- {name}:end -->")
+    if source:
+        add("--from", dest="source", help="measure nothing: show an earlier result")
 
 
 def rounded(value: Any) -> Any:

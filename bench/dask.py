@@ -11,8 +11,8 @@ import json
 import math
 import sys
 import time
-from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -169,13 +169,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line; the exit code.
-
-    0, 1 for too much memory or wrong results, 2 for bad input or a missing package.
-    """
-    return command.main(_parser(), run, argv)
-
+main = partial(command.main, _parser, run)
 
 if __name__ == "__main__":
     sys.exit(main())

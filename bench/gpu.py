@@ -9,10 +9,11 @@ import statistics
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench import command, gpu_checks, gpu_timing, plot
+from bench import command, gpu_checks, gpu_timing, plot, report
 from bench.command import RESULTS, relative, replace_block, rounded, write_result
 from bench.gpu_timing import SHAPES, Problem
 from bench.problem import PASSES
@@ -167,12 +168,9 @@ def summary(records: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-def table(records: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[str]]]:
+def table(records: Sequence[Mapping[str, Any]]) -> report.Table:
     """One line per shape and dtype, one column per pass."""
-    found: dict[str, dict[str, str]] = {}
-    for record in records:
-        found.setdefault(f"{record['shape']} {record['dtype']}", {})[record["pass"]] = cell(record)
-    return ["shape", *PASSES], [[shape, *(cells.get(what, "-") for what in PASSES)] for shape, cells in found.items()]
+    return report.by_shape([{**r, "shape": f"{r['shape']} {r['dtype']}"} for r in records], cell)
 
 
 def note(result: Mapping[str, Any]) -> str:
@@ -201,11 +199,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=COMMAND, description="Check fastbn on this machine's GPU, then time it beside PyTorch."
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here (default: into bench/results)")
-    parser.add_argument(
-        "--from", type=Path, dest="source", metavar="FILE", help="measure nothing: print and write an earlier result"
-    )
-    command.add_readme(parser, "gpu")
+    command.add_outputs(parser, "gpu", "write the result here (default: into bench/results)")
     parser.add_argument(
         "--seconds", type=float, default=SECONDS, metavar="S", help=f"for all timings together (default: {SECONDS:g})"
     )
@@ -278,10 +272,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line; the exit code: 0, 1 where a check fails, 2 for bad input or no GPU."""
-    return command.main(_parser(), run, argv)
-
+main = partial(command.main, _parser, run)
 
 if __name__ == "__main__":
     sys.exit(main())

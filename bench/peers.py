@@ -62,25 +62,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--quick", action="store_true", help=f"a smoke run: {', '.join(QUICK)}, {QUICK_SECONDS:g} s each"
     )
-    parser.add_argument(
-        "--json",
-        type=Path,
-        nargs="?",
-        const=AUTO,
-        metavar="FILE",
-        help="write the result (default: into bench/results)",
-    )
-    parser.add_argument(
-        "--plot", type=Path, nargs="?", const=AUTO, metavar="FILE", help="draw it as PNG (default: beside the JSON)"
-    )
-    command.add_readme(parser, "peers")
-    parser.add_argument(
-        "--from",
-        type=Path,
-        dest="source",
-        metavar="FILE",
-        help="measure nothing: print, draw and write an earlier result",
-    )
+    command.add_outputs(parser, "peers", "write the result (default: into bench/results)", nargs="?", const=AUTO)
+    draw = "draw it as PNG (default: beside the JSON)"
+    parser.add_argument("--plot", type=Path, nargs="?", const=AUTO, metavar="FILE", help=draw)
     return parser
 
 
@@ -250,10 +234,7 @@ def show(result: dict[str, Any]) -> None:
         print(textwrap.fill(line, 110))
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line; the exit code: 0, 1 where the README was left, 2 for bad input."""
-    return command.main(_parser(), run, argv)
-
+main = partial(command.main, _parser, run)
 
 if __name__ == "__main__":
     sys.exit(main())

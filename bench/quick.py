@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
 
 from bench import command
 from fastbn.cli import bench, info
@@ -15,7 +16,7 @@ COMMAND = "python -m bench.quick"
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=COMMAND, description="What `fastbn bench` measures, written into a page.")
     bench.add_arguments(parser)
-    command.add_readme(parser, "speed")
+    parser.add_argument("--readme", type=Path, metavar="FILE", help="the page, with <!-- speed:begin --> and its end")
     return parser
 
 
@@ -33,10 +34,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line; the exit code: 0, 1 where the page was left, 2 for bad input."""
-    return command.main(_parser(), run, argv)
-
+main = partial(command.main, _parser, run)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -7,9 +7,8 @@ import itertools
 import json
 import statistics
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from bench import command, machine, plot
@@ -213,11 +212,7 @@ def _parser() -> argparse.ArgumentParser:
         prog=COMMAND, description="Train and run whole networks with PyTorch's batch norms and fastbn's."
     )
     names = ("ResNet-18", "MobileNetV2")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here (default: into bench/results)")
-    parser.add_argument(
-        "--from", type=Path, dest="source", metavar="FILE", help="measure nothing: print and write an earlier result"
-    )
-    command.add_readme(parser, "resnet")
+    command.add_outputs(parser, "resnet", "write the result here (default: into bench/results)")
     parser.add_argument(
         "--seconds", type=float, default=20.0, metavar="S", help="of rounds for each line (default: 20)"
     )
@@ -259,10 +254,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line; the exit code: 0, or 2 for bad input or a package that lacks."""
-    return command.main(_parser(), run, argv)
-
+main = partial(command.main, _parser, run)
 
 if __name__ == "__main__":
     sys.exit(main())
