@@ -43,7 +43,7 @@ def test_what_was_measured_is_shown_and_written_unless_a_check_failed(tmp_path, 
     for line in (
         "before\n<!-- gpu:begin -->\n* of the copy's bandwidth, arrays over 256 MiB: least 100 % (256x64x112x112 ",
         "0.50x (32x64x56x56 last float32 forward, PyTorch cuDNN); 1 of 2 at 1x; geometric mean 1.00x (target 1.3x)\n",
-        "| 256x64x112x112 float32 | 3300 µs, 2.00x PyTorch cuDNN, 100 % | - | - | - |\n",
+        "| 256x64x112x112 float32 | 3300 µs, 2.00x PyTorch cuDNN, 100 % |\n",
         "Written by `python -m bench.gpu` from [its results](gpu.json).\n<!-- gpu:end -->\nafter\n",
     ):
         assert line in text
