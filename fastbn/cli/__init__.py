@@ -61,11 +61,7 @@ COMMANDS = (
         explain.run,
     ),
     Command(
-        "info",
-        "versions, processor, threads, and which backends are there and why",
-        ("info",),
-        _no_arguments,
-        info.run,
+        "info", "versions, processor, threads, and which backends are there and why", ("info",), _no_arguments, info.run
     ),
     Command(
         "check",
