@@ -115,10 +115,7 @@ CHECKED: dict[str, tuple[int, dict[str, str]]] = {
     ),
     "cpu.backend.Host.forward": (3, X | PARAMETERS | OUT),
     "cpu.backend.Host.inference": (4, X | STATISTICS | PARAMETERS | OUT),
-    "cpu.backend.Host._backward": (
-        4,
-        X | DY | STATISTICS | PARAMETERS | OUT | {"moments": "statistics.check_moments"},
-    ),
+    "cpu.backend.Host._backward": (4, X | DY | STATISTICS | PARAMETERS | OUT | {"moments": "statistics.check_moments"}),
     "cpu.backend.Host.grad_reduce": (2, X | DY | STATISTICS),
     "cpu.backend.Host.grad_input": (
         2,

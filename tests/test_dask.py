@@ -271,8 +271,7 @@ MASKED = da.ma.masked_array(ONES, ONES > 2)
 UNKNOWN = ONES[da.from_array(np.array([True, False, True, True]), chunks=2)]
 REFUSED: list[tuple[Any, Any, type[Exception], str]] = [
     (np.ones((4, 3)), 1, TypeError, "array: given ndarray, want a dask array, e.g. dask.array.from_array(x, chunks); "
-                                    "fastbn.moments and "
-     "fastbn.batch_norm_inference take arrays in memory"),
+                                    "fastbn.moments and fastbn.batch_norm_inference take arrays in memory"),
     (da.ones((4, 3), dtype=int), 1, TypeError, f"array: given dtype int64, want {FLOATS}"),
     (da.ones((4, 3), dtype=complex), 1, TypeError, f"array: given dtype complex128, want {FLOATS}"),
     (da.ones((4, 3), dtype=bool), 1, TypeError, f"array: given dtype bool, want {FLOATS}"),
@@ -371,14 +370,12 @@ def test_integers_are_not_normalized() -> None:
     array = da.from_array(X, (4, 3, 7))
     with pytest.raises(
         TypeError,
-        match=r"^array: given dtype uint8, want float16, bfloat16, float32 or float64: convert it first, "
-        r"e.g. arr",
+        match=r"^array: given dtype uint8, want float16, bfloat16, float32 or float64: convert it first, e.g. arr",
     ):
         bridge.normalize(array, fastbn.moments(X))
     with pytest.raises(
         TypeError,
-        match=r"^array: given dtype int64, .* or integers of 8 or 16 bits: convert it first, e.g. "
-        r"array.astype\('fl",
+        match=r"^array: given dtype int64, .* or integers of 8 or 16 bits: convert it first, e.g. array.astype\('fl",
     ):
         bridge.moments(array.astype(np.int64))
 

@@ -165,12 +165,7 @@ def _anchors(text: str) -> set[str]:
     """What links into a page may name: its headings, as they are turned into anchors."""
     return {
         re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
-        for heading in re.findall(
-            r"^#+ "
-            r"(.*)$",
-            text,
-            re.MULTILINE,
-        )
+        for heading in re.findall(r"^#+ (.*)$", text, re.MULTILINE)
     }
 
 

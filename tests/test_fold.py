@@ -46,9 +46,7 @@ def test_folded_affine_is_what_evaluation_does(dtype: str, affine: bool, offset:
 
 def test_folded_affine_needs_running_statistics() -> None:
     with pytest.raises(
-        ValueError,
-        match=r"^folded_affine: this layer keeps no running statistics, and so has no "
-        r"fixed map$",
+        ValueError, match=r"^folded_affine: this layer keeps no running statistics, and so has no fixed map$"
     ):
         fastbn.BatchNorm(C, track_running_stats=False).folded_affine()
 

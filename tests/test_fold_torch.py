@@ -22,8 +22,7 @@ def _theirs(layer: fastbn.BatchNorm, module: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("groups", "bias", "theirs"),
-    [(1, True, True), (1, False, False), (2, True, False), (2, False, True)],
+    ("groups", "bias", "theirs"), [(1, True, True), (1, False, False), (2, True, False), (2, False, True)]
 )
 @pytest.mark.parametrize("transposed", [True, False])
 @pytest.mark.parametrize("rank", [1, 2, 3])

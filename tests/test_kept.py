@@ -278,9 +278,7 @@ def test_in_place_in_swapped_byte_order_is_refused(backend: str) -> None:
     for out in (x, np.empty_like(x)):  # which share their dtype, the object
         before = x.tobytes()
         with pytest.raises(
-            TypeError,
-            match=r"^out: given dtype >f4 in swapped byte order, want float32, the dtype of "
-            r"x$",
+            TypeError, match=r"^out: given dtype >f4 in swapped byte order, want float32, the dtype of x$"
         ):
             fastbn.batch_norm(x, out=out, backend=backend)
         assert x.tobytes() == before

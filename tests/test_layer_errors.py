@@ -164,9 +164,7 @@ def test_backward_refuses_what_is_unlike_x(backend: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape('dy: given shape (4, 3), want (4, 3, 5), the shape of x')}$"):
         bn.backward(_float32(4, 3))
     with pytest.raises(
-        TypeError,
-        match=r"^dy: given dtype float64, want float32, the dtype of x: convert one of "
-        r"them$",
+        TypeError, match=r"^dy: given dtype float64, want float32, the dtype of x: convert one of them$"
     ):
         bn.backward(np.ones(SHAPE))
     with pytest.raises(ValueError, match=r"^out: given shape"):
@@ -256,8 +254,7 @@ def test_a_bad_count_is_healed_by_what_replaces_it(count: Any) -> None:
 def test_a_state_is_a_mapping(state: Any) -> None:
     with pytest.raises(
         TypeError,
-        match=rf"^state_dict: given {type(state).__name__}, want a mapping of .*, as "
-        rf"state_dict\(\) gives it$",
+        match=rf"^state_dict: given {type(state).__name__}, want a mapping of .*, as state_dict\(\) gives it$",
     ):
         _layer("reference").load_state_dict(state)
 

@@ -126,17 +126,14 @@ REFUSED: list[tuple[Any, type[Exception], str]] = [
     ([ONE], ValueError, "batches: given one value per channel in all, want two or more: one has no unbiased variance"),
     (ONE, TypeError, "batches: given one ndarray, want an iterable of arrays: [x] for a single batch"),
     ([ONE, {"x": ONE, "y": ONE}], TypeError, "batches: batch 1: given dict with keys 'x', 'y', want arrays: "
-                                             "(batch[key] for batch in "
-     "loader), with the key of the input"),
+                                             "(batch[key] for batch in loader), with the key of the input"),
     ([({"x": ONE}, ONE)], TypeError, "batches: batch 0: given dict with keys 'x', want arrays: (batch[key] for batch "
-                                     "in loader), "
-     "with the key of the input"),
+                                     "in loader), with the key of the input"),
     ({"a": ONE}, TypeError, "batches: given dict with keys 'a', want an iterable of arrays: its values()?"),
     ((ONE, ONE), TypeError, "batches: given a tuple, one (input, target) of a loader? want the loader, or [batch]"),
     *(
         ([ONE, batch], TypeError, "batches: batch 1: given a list of 3 arrays of shape (4, 1, 1), which forward would "
-                                  "join to one, want an "
-         "array: numpy.stack(batch), or batch[0] for the first alone")
+                                  "join to one, want an array: numpy.stack(batch), or batch[0] for the first alone")
         for batch in ([ONE[0]] * 3, ([ONE[0]] * 3, ONE))
     ),
     (7, TypeError, "batches: given int, want an iterable of arrays"),
@@ -144,11 +141,9 @@ REFUSED: list[tuple[Any, type[Exception], str]] = [
     ([ONE, ONE[:, :2]], ValueError, "batches: batch 1: x: given 2 channels along axis 1 of shape (1, 2, 1, 1), want "
                                     "4, as this layer has"),
     ([ONE, ONE.astype(np.float64)], TypeError, "batches: batch 1: x: given dtype float64, want float32, this layer's: "
-                                               "convert x, or make "
-     "the layer with dtype='float64'"),
+                                               "convert x, or make the layer with dtype='float64'"),
     ([ONE, ONE.astype(int)], TypeError, "batches: batch 1: x: given dtype int64, want float16, bfloat16, float32 or "
-                                        "float64: convert it "
-     "first, e.g. x.astype('float32')"),
+                                        "float64: convert it first, e.g. x.astype('float32')"),
 ]  # fmt: skip
 
 

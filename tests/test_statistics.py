@@ -367,8 +367,7 @@ def test_nan_and_inf_stay_in_their_channel_for_good(value: float, backend: str) 
             DATA.astype(int),
             TypeError,
             "x: given dtype int64, want float16, bfloat16, float32 or float64, or integers of 8 or 16 bits: convert "
-            "it first, "
-            "e.g. x.astype('float64')",
+            "it first, e.g. x.astype('float64')",
         ),
         (DATA[0, 0], ValueError, "x: given rank 1, shape (6,); want rank 2 or more: a batch axis and a channel axis"),
     ],

@@ -300,8 +300,7 @@ def test_ragged_lists(name: str, functions: tuple[str, ...], backend: str) -> No
     for function in functions:
         with pytest.raises(
             TypeError,
-            match=rf"^{name}: given ragged or mixed data \(.*inhomogeneous.*\), want an array of float32 "
-            rf"or float64$",
+            match=rf"^{name}: given ragged or mixed data \(.*inhomogeneous.*\), want an array of float32 or float64$",
         ):
             FUNCTIONS[function](_good(**{name: [[1.0, 2.0], [3.0]]}), backend)
 

@@ -175,14 +175,10 @@ def test_masked_arrays_are_refused_by_all_that_holds_or_takes_results(value: np.
     """`out` would stay masked though the result is in its place."""
     bn, seen = fastbn.BatchNorm(3, backend="reference"), fastbn.RunningMoments(3, backend="reference")
     out = np.ma.masked_all((8, 3), np.float32)
-    acts = {
-        "x": lambda: seen.update(value),
-        "mean": lambda: fastbn.Moments(2, value[0], np.ones(3)),
-    }
+    acts = {"x": lambda: seen.update(value), "mean": lambda: fastbn.Moments(2, value[0], np.ones(3))}
     with pytest.raises(
         TypeError,
-        match=r"^out: given a masked array, whose mask would stay as it is; want a plain array, for "
-        r"example out.data$",
+        match=r"^out: given a masked array, whose mask would stay as it is; want a plain array, for example out.data$",
     ):
         fastbn.batch_norm(ROWS, out=out, backend="reference")
     for argument, act in acts.items():

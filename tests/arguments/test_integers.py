@@ -110,7 +110,6 @@ def test_nothing_else_takes_them() -> None:
     ):
         with pytest.raises(
             TypeError,
-            match=r"^(batches: batch 0: )?x: given dtype uint8, want float16, .* or "
-            r"float64: convert it first",
+            match=r"^(batches: batch 0: )?x: given dtype uint8, want float16, .* or float64: convert it first",
         ):
             act()

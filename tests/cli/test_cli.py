@@ -250,8 +250,7 @@ def test_info_in_a_real_process():
 def test_the_kernel_cache_named_is_the_one_used(tmp_path):
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path), "NUMBA_DISABLE_JIT": "0"}
     code = (
-        "import numpy\nfrom fastbn.cli import info\nfrom fastbn.cpu import passes\nfrom fastbn.cpu.kernels import "
-        "jit\n"
+        "import numpy\nfrom fastbn.cli import info\nfrom fastbn.cpu import passes\nfrom fastbn.cpu.kernels import jit\n"
         "jit.KERNELS[0].form(numpy.dtype('f4'), False)\nprint(info.cache_directory())"
     )
     done = subprocess.run(
@@ -302,9 +301,7 @@ def test_warmup_compiles_and_says_what(capsys, monkeypatch):
             ]
             assert asked == [(stored.get(dtype, dtype), names[name]) for dtype in dtypes for name in forms]
             assert re.match(
-                rf"{len(lines)} forms of kernels in \d+\.\d s: 0 compiled, {len(lines)} found compiled; "
-                rf"kept in ",
-                last,
+                rf"{len(lines)} forms of kernels in \d+\.\d s: 0 compiled, {len(lines)} found compiled; kept in ", last
             )
             assert last.endswith(info.cache_directory())
 

@@ -147,9 +147,7 @@ def test_gzip_corrupt(directory: Path, at: int) -> None:
 
 def test_an_unreadable_file(tmp_path: Path) -> None:
     with pytest.raises(
-        DataError,
-        match=rf"^{re.escape(str(tmp_path / 'none'))}: can't be read: No such file or "
-        rf"directory$",
+        DataError, match=rf"^{re.escape(str(tmp_path / 'none'))}: can't be read: No such file or directory$"
     ):
         read_idx(tmp_path / "none", 3)
 

@@ -128,9 +128,7 @@ def test_a_short_run(command: Command, capsys: pytest.CaptureFixture[str]) -> No
     assert lines[1] == "network:  64-24-24-10 units, sigmoid; same initial weights and batches for both (seed 0)"
     assert lines[2] == "training: 60 steps of 60 images, sgd at rate 0.1 (over the last quarter falling to 0)"
     assert re.fullmatch(
-        r"kernels:  ready after \d+\.\d s \(the first run compiles them, later ones find them "
-        r"compiled\)",
-        lines[3],
+        r"kernels:  ready after \d+\.\d s \(the first run compiles them, later ones find them compiled\)", lines[3]
     )
     assert re.search(r"^  60 +\d+\.\d % +\d+\.\d %", out, re.MULTILINE)
     assert re.search(r"^  for 98 % +not within 60 +not within 60", out, re.MULTILINE)
@@ -262,9 +260,7 @@ def test_a_directory_that_takes_no_files(command: Command, monkeypatch: pytest.M
 
     monkeypatch.setattr(train.files, "replacing", refuse)  # permissions don't stop root
     with pytest.raises(
-        DataError,
-        match=rf"^--plot: {re.escape(str(Path.cwd()))}/p\.png can't be written: Permission "
-        rf"denied$",
+        DataError, match=rf"^--plot: {re.escape(str(Path.cwd()))}/p\.png can't be written: Permission denied$"
     ):
         command("--plot", "p.png")
 

@@ -72,8 +72,7 @@ def test_numbers_of_an_interface_are_pythons_whatever_they_were() -> None:
         (
             {"shape": (2, 3.0, 4)},
             TypeError,
-            r"x: its __cuda_array_interface__ has \(2, 3.0, 4\) where it should have "
-            r"whole numbers",
+            r"x: its __cuda_array_interface__ has \(2, 3.0, 4\) where it should have whole numbers",
         ),
         ({"strides": (48, 16, 4.0)}, TypeError, "4.0.* where it should have whole numbers"),
         ({"shape": None}, TypeError, "has None where it should have whole numbers"),
@@ -146,9 +145,7 @@ def test_why_cuda_declines_is_said(call: str, monkeypatch: pytest.MonkeyPatch) -
 def test_parameters_on_a_gpu_beside_an_array_on_the_host() -> None:
     x = np.ones((4, 3), np.float32)
     with pytest.raises(
-        TypeError,
-        match=r"gamma: given an array on a GPU \(OnGpu\), want a host array: copy it to the "
-        r"host first",
+        TypeError, match=r"gamma: given an array on a GPU \(OnGpu\), want a host array: copy it to the host first"
     ):
         fastbn.batch_norm(x, OnGpu(shape=(3,)))
 

@@ -166,9 +166,7 @@ def test_a_number_that_does_not_fit_is_refused() -> None:
     assert kernel.prepared([2**31 - 1])[0].dtype == np.int32
     for value in (2**31, -(2**31) - 1):
         with pytest.raises(
-            ValueError,
-            match=rf"^x: too large for kernel .*, whose argument 0 of 32 bits would be "
-            rf"{value}: give",
+            ValueError, match=rf"^x: too large for kernel .*, whose argument 0 of 32 bits would be {value}: give"
         ):
             kernel.prepared([value])
 
@@ -206,13 +204,7 @@ PLANTED: dict[str, tuple[str, str, Callable[[str], str]]] = {
     "NaN constants": (
         "fused.forward_rows",
         "float32",
-        lambda ptx: re.sub(
-            r"(add\.f32\s+%f\d+, "
-            r")%f\d+",
-            r"\1 0f7FC00000",
-            ptx,
-            count=1,
-        ),
+        lambda ptx: re.sub(r"(add\.f32\s+%f\d+, )%f\d+", r"\1 0f7FC00000", ptx, count=1),
     ),
     "shared memory of one name twice": (
         "fused.forward_rows",

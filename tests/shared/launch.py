@@ -12,9 +12,7 @@ from tests import ROOT
 SECONDS = 600  # for all, even beside others; in half of it each rank reports where it hangs
 
 # Where a process finds the tests' own modules, and fastbn as it is here.
-PLACES = {
-    "PYTHONPATH": os.pathsep.join([str(ROOT / "tests" / "shared"), str(ROOT), os.environ.get("PYTHONPATH", "")]),
-}
+PLACES = {"PYTHONPATH": os.pathsep.join([str(ROOT / "tests" / "shared"), str(ROOT), os.environ.get("PYTHONPATH", "")])}
 
 # Open MPI's mpiexec wants to be asked for what MPICH's does as it is: to start as root, and more ranks than cores.
 _OPEN_MPI = {

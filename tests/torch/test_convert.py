@@ -164,18 +164,14 @@ def test_subclasses_are_left_alone_and_reported() -> None:
     )
     kinds = [type(m) for m in model]
     with pytest.warns(
-        UserWarning,
-        match=r"left alone.*0 \(torch\.nn\..*SyncBatchNorm\), 1 \(.*Mine\), 3 "
-        r"\(.*LazyBatchNorm2d\)",
+        UserWarning, match=r"left alone.*0 \(torch\.nn\..*SyncBatchNorm\), 1 \(.*Mine\), 3 \(.*LazyBatchNorm2d\)"
     ):
         fastbn.torch.convert(model)
     assert [type(m) for m in model] == [*kinds[:2], fastbn.torch.BatchNorm2d, *kinds[3:]]
     wanted = {"0": torch.nn.SyncBatchNorm, "1": Mine, "3": torch.nn.LazyBatchNorm2d, "5": OfOurs}
     assert fastbn.torch.left_alone(model) == wanted
     with pytest.warns(
-        UserWarning,
-        match=r"revert left alone, for .* derived from fastbn's: 5 "
-        r"\(.*\.OfOurs\)$",
+        UserWarning, match=r"revert left alone, for .* derived from fastbn's: 5 \(.*\.OfOurs\)$"
     ) as caught:
         assert [type(m) for m in fastbn.torch.revert(model)] == kinds
     assert caught[0].filename == __file__

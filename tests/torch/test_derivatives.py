@@ -154,9 +154,7 @@ def test_third_derivatives(training: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "offset"),
-    [*itertools.product([torch.float32], (0.0, 1e2, 1e4, 1e6)), (torch.bfloat16, 0.0)],
-    ids=str,
+    ("dtype", "offset"), [*itertools.product([torch.float32], (0.0, 1e2, 1e4, 1e6)), (torch.bfloat16, 0.0)], ids=str
 )
 @pytest.mark.parametrize("training", [True, False])
 def test_second_derivatives_keep_their_digits(training: bool, dtype: Any, offset: float) -> None:

@@ -206,9 +206,7 @@ def test_a_batch_norm_of_another_axis_is_refused_not_wrong() -> None:
     x = torch.randn(2, 6, 5, dtype=torch.float64)
     model(x)
     with pytest.raises(
-        ValueError,
-        match=r"^x: given rank 3, want 2: the batch norm here was folded into the layer "
-        r"before it$",
+        ValueError, match=r"^x: given rank 3, want 2: the batch norm here was folded into the layer before it$"
     ):
         fuse(model)(x)
     check(

@@ -163,8 +163,7 @@ def test_a_launch_that_fails_says_where(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(apply.normalize, "launch", fail)
     x = gpu.on_gpu(np.ones((4, 3, 5), np.float32))
     words = (
-        r"CUDA failed at kernel apply.normalize, 1 blocks of 8 threads, x \(4, 3, 5\) float32, stream 0x5: out of "
-        r"luck"
+        r"CUDA failed at kernel apply.normalize, 1 blocks of 8 threads, x \(4, 3, 5\) float32, stream 0x5: out of luck"
     )
     given: list[Any] = []
     monkeypatch.setattr(streams, "give_back", given.append)
@@ -237,8 +236,7 @@ THREE = np.ones(3, np.float32)
         (
             lambda g: fastbn.batch_norm(g(X), out=g(X[:2])),
             ValueError,
-            r"out: given shape \(2, 3, 5\), want \(4, 3, "
-            r"5\)",
+            r"out: given shape \(2, 3, 5\), want \(4, 3, 5\)",
         ),
         (
             lambda g: fastbn.batch_norm(g(X), out=g(np.broadcast_to(X, X.shape))),
@@ -258,8 +256,7 @@ THREE = np.ones(3, np.float32)
         (
             lambda g: fastbn.batch_norm_backward(g(X[:2]), g(X), None),
             ValueError,
-            r"dy: given shape \(2, 3, 5\), want "
-            r"\(4, 3, 5\)",
+            r"dy: given shape \(2, 3, 5\), want \(4, 3, 5\)",
         ),
         (
             lambda g: fastbn.batch_norm_backward(g(X.astype("f8")), g(X), None),
@@ -303,9 +300,7 @@ def test_out_lies_apart_from_parameters_and_statistics(function: str) -> None:
         given["out"] = gpu.on_gpu(memory[: x.size].reshape(x.shape))
         for row in (memory[3:][:C], memory[x.size - 1 :][:C]):
             with pytest.raises(
-                ValueError,
-                match=rf"^out: given an array that overlaps (moments\.)?{name}; want "
-                rf"memory apart from it$",
+                ValueError, match=rf"^out: given an array that overlaps (moments\.)?{name}; want memory apart from it$"
             ):
                 call(**given | {name: gpu.on_gpu(row)})
         assert (memory == 1).all()

@@ -72,9 +72,7 @@ def test_recalibrate_and_folded_affine_as_on_the_host() -> None:
         np.testing.assert_allclose(mine, theirs, rtol=1e-6)
     before = device.state_dict()
     with pytest.raises(
-        TypeError,
-        match=r"running_mean: this layer's is on a GPU, x on the host: move the layer, "
-        r"bn\.to\('cpu'\)",
+        TypeError, match=r"running_mean: this layer's is on a GPU, x on the host: move the layer, bn\.to\('cpu'\)"
     ):
         device.recalibrate([gpu.on_gpu(X), X], progress=False)
     for key, value in device.state_dict().items():
@@ -121,15 +119,11 @@ def test_out_over_x_leaves_no_backward() -> None:
 def test_sides_do_not_mix() -> None:
     host, device = _pair()
     with pytest.raises(
-        TypeError,
-        match=r"gamma: this layer's is on the host, x on a GPU: move the layer, "
-        r"bn.to\('cuda'\)",
+        TypeError, match=r"gamma: this layer's is on the host, x on a GPU: move the layer, bn.to\('cuda'\)"
     ):
         host(gpu.on_gpu(X))
     with pytest.raises(
-        TypeError,
-        match=r"gamma: this layer's is on a GPU, x on the host: move the layer, "
-        r"bn.to\('cpu'\)",
+        TypeError, match=r"gamma: this layer's is on a GPU, x on the host: move the layer, bn.to\('cpu'\)"
     ):
         device(X)
     assert device.num_batches_tracked == host.num_batches_tracked == 0
@@ -162,8 +156,7 @@ def test_arrays_that_no_kernel_may_have_are_refused_before_anything_is_computed(
         (
             memory[::2],
             ValueError,
-            r"given an array with gaps \(strides \(2,\) elements\), want a contiguous one: copy "
-            r"it first",
+            r"given an array with gaps \(strides \(2,\) elements\), want a contiguous one: copy it first",
             True,
         ),
         (memory, ValueError, r"given shape \(6,\), want \(3,\)", True),
@@ -187,15 +180,11 @@ def test_arrays_that_no_kernel_may_have_are_refused_before_anything_is_computed(
         device.running_mean, device.gamma = gpu.on_gpu(memory[:3]), gpu.on_gpu(memory[2:5])
         if training:
             with pytest.raises(
-                ValueError,
-                match=r"^running_mean: given an array that overlaps gamma, want memory "
-                r"apart from it",
+                ValueError, match=r"^running_mean: given an array that overlaps gamma, want memory apart from it"
             ):
                 device(gpu.on_gpu(X))
             with pytest.raises(
-                ValueError,
-                match=r"^gamma: given an array that overlaps running_mean, want memory "
-                r"apart from it",
+                ValueError, match=r"^gamma: given an array that overlaps running_mean, want memory apart from it"
             ):
                 device.load_state_dict(fastbn.BatchNorm(3).state_dict())
         else:
