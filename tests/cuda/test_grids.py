@@ -70,7 +70,7 @@ def test_every_channel_is_finished_once(entries: int, C: int) -> None:
     assert across < 2 * C
 
 
-@given(
+every_group = given(
     N=SIZES,
     C=SIZES,
     S=SIZES,
@@ -78,6 +78,9 @@ def test_every_channel_is_finished_once(entries: int, C: int) -> None:
     tables=st.sampled_from([1, grids.TABLES]),
     gaps=st.sampled_from(["none", "outer", "both"]),
 )
+
+
+@every_group
 def test_runs_cover_every_element_once_and_know_its_channel(
     N: int, C: int, S: int, lanes: int, tables: int, gaps: str
 ) -> None:
@@ -114,14 +117,7 @@ def test_runs_cover_every_element_once_and_know_its_channel(
         assert grid.mode == grids.ONE or (found[1] == found[1][:, :1]).all()
 
 
-@given(
-    N=SIZES,
-    C=SIZES,
-    S=SIZES,
-    lanes=LANES,
-    tables=st.sampled_from([1, grids.TABLES]),
-    gaps=st.sampled_from(["none", "outer", "both"]),
-)
+@every_group
 def test_groups_find_their_coefficients(N: int, C: int, S: int, lanes: int, tables: int, gaps: str) -> None:
     outer, inner = {"none": (C * S, S), "outer": (C * S + 3, S), "both": (C * (S + 2), S + 2)}[gaps]
     with mock.patch.object(grids, "TABLES", tables):  # of one column no table is short enough

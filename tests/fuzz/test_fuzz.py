@@ -36,15 +36,7 @@ def test_nothing_is_found() -> None:
     """Of the first calls; .ci/run makes as many as a minute holds."""
     done = run(
         "import sys; from tests.fuzz import __main__ as fuzz; sys.exit(fuzz.main())",
-        "--calls",
-        "150",
-        "--seconds",
-        "600",
-        "--jobs",
-        "1",
-        "--no-torch",
-        "--dtypes",
-        KERNELS,
+        *f"--calls 150 --seconds 600 --jobs 1 --no-torch --dtypes {KERNELS}".split(),
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "findings: 0" in done.stdout
@@ -152,19 +144,8 @@ for broken, (only, parts) in json.loads(sys.argv.pop(1)).items():
 
 @pytest.mark.process
 def test_what_is_broken_is_found() -> None:
-    done = run(
-        BREAK,
-        json.dumps(BROKEN),
-        "--calls",
-        "4000",
-        "--seconds",
-        "600",
-        "--jobs",
-        "1",
-        "--no-torch",
-        "--dtypes",
-        "float32",
-    )
+    words = "--calls 4000 --seconds 600 --jobs 1 --no-torch --dtypes float32"
+    done = run(BREAK, json.dumps(BROKEN), *words.split())
     assert done.returncode == 0, done.stderr
     for (broken, (_, parts)), line in zip(BROKEN.items(), done.stdout.splitlines(), strict=True):
         found = json.loads(line)

@@ -17,26 +17,26 @@ def _wide(array: np.ndarray) -> np.ndarray:
     return np.asarray(array, np.float64)
 
 
-def _along(values: np.ndarray | float, x: np.ndarray, axis: int) -> np.ndarray:
+def along(values: np.ndarray | float, x: np.ndarray, axis: int) -> np.ndarray:
     """Per-channel values, shape (C,), to go beside x."""
     shape = [1] * x.ndim
     shape[axis] = x.shape[axis]
     return np.broadcast_to(np.asarray(values, np.float64), (x.shape[axis],)).reshape(shape)
 
 
-def _others(x: np.ndarray, axis: int) -> tuple[int, ...]:
+def others_of(x: np.ndarray, axis: int) -> tuple[int, ...]:
     return tuple(a for a in range(x.ndim) if a != axis % x.ndim)
 
 
 def statistics(x: np.ndarray, axis: int) -> Statistics:
     """Mean 1/m sum x and variance 1/m sum (x - mean)^2 of each channel."""
-    x, others = _wide(x), _others(x, axis)
+    x, others = _wide(x), others_of(x, axis)
     mean = x.mean(others)
-    return Statistics(x.size // x.shape[axis], mean, np.square(x - _along(mean, x, axis)).mean(others))
+    return Statistics(x.size // x.shape[axis], mean, np.square(x - along(mean, x, axis)).mean(others))
 
 
 def xhat(x: np.ndarray, mean: np.ndarray, var: np.ndarray, axis: int, eps: float) -> np.ndarray:
-    return (_wide(x) - _along(mean, x, axis)) / np.sqrt(_along(var, x, axis) + eps)
+    return (_wide(x) - along(mean, x, axis)) / np.sqrt(along(var, x, axis) + eps)
 
 
 def normalized(
@@ -50,7 +50,7 @@ def normalized(
 ) -> np.ndarray:
     """Gamma * xhat + beta."""
     gamma, beta = 1.0 if gamma is None else gamma, 0.0 if beta is None else beta
-    return _along(gamma, x, axis) * xhat(x, mean, var, axis, eps) + _along(beta, x, axis)
+    return along(gamma, x, axis) * xhat(x, mean, var, axis, eps) + along(beta, x, axis)
 
 
 class Gradients(NamedTuple):
@@ -70,9 +70,9 @@ def gradients(
     training: bool,
 ) -> Gradients:
     """Through the statistics in training; with constant ones otherwise."""
-    dy, others, m = _wide(dy), _others(x, axis), x.size // x.shape[axis]
+    dy, others, m = _wide(dy), others_of(x, axis), x.size // x.shape[axis]
     hat = xhat(x, mean, var, axis, eps)
     dgamma, dbeta = (dy * hat).sum(others), dy.sum(others)
-    inner = dy - _along(dbeta, x, axis) / m - hat * _along(dgamma, x, axis) / m if training else dy
+    inner = dy - along(dbeta, x, axis) / m - hat * along(dgamma, x, axis) / m if training else dy
     gamma = 1.0 if gamma is None else gamma
-    return Gradients(_along(gamma, x, axis) / np.sqrt(_along(var, x, axis) + eps) * inner, dgamma, dbeta)
+    return Gradients(along(gamma, x, axis) / np.sqrt(along(var, x, axis) + eps) * inner, dgamma, dbeta)

@@ -90,15 +90,13 @@ def scales(
     training: bool,
 ) -> Scales:
     """The natural scales of everything computed from x and dy, with these statistics."""
-    others, m = tuple(a for a in range(x.ndim) if a != axis % x.ndim), x.size // x.shape[axis]
+    others, m = published.others_of(x, axis), x.size // x.shape[axis]
     hat = np.abs(published.xhat(x, mean, var, axis, eps))
     steep = np.abs(np.asarray(dy, np.float64))
     dgamma, dbeta = (steep * hat).sum(others), steep.sum(others)
-    along = [1] * x.ndim
-    along[axis] = x.shape[axis]
 
     def beside(values: Any) -> np.ndarray:
-        return np.broadcast_to(np.abs(np.asarray(values, np.float64)), (x.shape[axis],)).reshape(along)
+        return published.along(np.abs(values), x, axis)
 
     weight = beside(1.0 if gamma is None else gamma)
     height = np.maximum(1.0, np.maximum(weight * hat, beside(0.0 if beta is None else beta)))
