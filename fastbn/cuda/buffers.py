@@ -113,12 +113,9 @@ def _root(cls: Any) -> str:
     return next((root for root in roots if root in ("torch", "cupy")), roots[0])
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=1)  # an import in a function takes 1 us, again and again
 def memory() -> Any:
-    """Where memory of a GPU comes from: imported late, for it imports numba.cuda.
-
-    An import in a function takes 1 us, again and again.
-    """
+    """Where memory of a GPU comes from: imported late, for it imports numba.cuda."""
     from fastbn.cuda.kernels import jit
 
     return jit

@@ -85,13 +85,13 @@ def check_out(out: Buffer | None, inputs: Sequence[Buffer], **others: Buffer | N
     """An `out` where the result may be written, as `checks.check_out` has it for the host.
 
     Each input either itself or apart from it.
-    NumPy is asked only where bounds meet: for an `out` and three arrays beside it that takes 12 us, bounds 2.
     """
     if out is None:
         return
     if out.readonly:
         raise ValueError("out: given a read-only array, want one that can be written")
     begin, end = out.span()
+    # NumPy is asked only where bounds meet: for an `out` and three arrays beside it that takes 12 us, bounds 2.
     meeting = [
         a for a in inputs if _meet(a, begin, end) and not (a.address == out.address and a.strides == out.strides)
     ]

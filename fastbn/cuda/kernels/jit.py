@@ -45,12 +45,12 @@ class Kernel:
     Attributes
     ----------
     options : dict
-        What the compiler is told beside the signature. Without bounds ptxas allows for blocks of 1024 threads: it keeps
-        within 64 registers and takes the loads of a step apart, so that each waits for the one before (`python -m
-        bench.sass`: 2 of 4 at once).
+        What the compiler is told beside the signature.
     """
 
-    # threads of a block, blocks of a multiprocessor: 128 registers
+    # Threads of a block, blocks of a multiprocessor: 128 registers. Without, ptxas allows for blocks of 1024 threads:
+    # it keeps within 64 registers and takes the loads of a step apart, so that each waits for the one before
+    # (`python -m bench.sass`: 2 of 4 at once).
     options: ClassVar[dict[str, Any]] = {"launch_bounds": (256, 2)}
 
     def __init__(self, body: Callable[..., Any], arguments: str, name: str | None = None) -> None:
@@ -108,14 +108,13 @@ class Kernel:
     def prepared(self, arguments: Sequence[Any]) -> list[Any]:
         """Arguments as the driver takes them; what is no number stays as it is.
 
-        NumPy's numbers: a launch with 17 arguments, without the driver, takes 10.6 us with those of ctypes made anew,
-        1.7 with these.
-
         Raises
         ------
         ValueError
             A number that the kernel has no room for.
         """
+        # NumPy's numbers: a launch with 17 arguments, without the driver, takes 10.6 us with those of ctypes made anew,
+        # 1.7 with these.
         return [
             _number(self, k, token, value)
             for k, (token, value) in enumerate(zip(self.arguments, arguments, strict=True))
