@@ -57,10 +57,10 @@ def test_the_bits_are_those_of_numbas_threads(runtime: team.Runtime, last: bool,
 
 
 def test_linking_leaves_numbas_own_threads_to_everyone_else(runtime: team.Runtime) -> None:
-    before = binding.address_of_symbol(team.SYMBOL)
+    before = binding.address_of_symbol(team.PARALLEL_FOR)
     with team.linked(runtime):
-        assert binding.address_of_symbol(team.SYMBOL) not in (None, before)
-    assert binding.address_of_symbol(team.SYMBOL) == before
+        assert binding.address_of_symbol(team.PARALLEL_FOR) not in (None, before)
+    assert binding.address_of_symbol(team.PARALLEL_FOR) == before
 
     @njit(parallel=True)
     def squares(n):
