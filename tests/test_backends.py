@@ -204,8 +204,8 @@ def test_describe_is_a_text_for_both_kinds(backend: str) -> None:
 @pytest.mark.process
 def test_the_contract_holds_with_streaming_stores_too() -> None:
     """The same tests with every store past the cache; in a process of their own, since a wrong alignment ends it."""
-    words = ("-m", "pytest", "-qn0", "-m", "", "-k", "cpu and out_", "-p", "no:cacheprovider", "tests/test_contract.py")
-    assert " passed" in python(*words, FASTBN_STREAM_BYTES="0", PYTEST_ADDOPTS="")
+    words = ("-m", "pytest", "-q", "-n", "0", "-m", "", "-k", "cpu and out_", "-p", "no:cacheprovider")
+    assert " passed" in python(*words, "tests/test_contract.py", FASTBN_STREAM_BYTES="0", PYTEST_ADDOPTS="")
 
 
 # The registry

@@ -366,8 +366,9 @@ def describe(dims: Ints, dtype: dtypes.Dtype) -> str:
         cut += f", {route.columns_per_channel} columns a channel" if route.columns_per_channel > 1 else ""
         units, parallel = c.parts * c.blocks, c.parallel
     elif (r := route.by_rows) is not None:
-        cut, units = f"{r.blocks} blocks a channel", dims[1] * r.parts
-        parallel = r.parallel and units > 1
+        cut, together = f"{r.blocks} blocks a channel", r.group if schedule.fused(dims, dtype, one, one) else 1
+        units = -(-dims[1] * r.parts // together)
+        parallel = r.parallel and dims[1] * r.parts > 1
     statistics, apply, back = (rows, rows, rows_backward) if c is None else (columns, columns_apply, columns_backward)
     fused, streams = schedule.fused(dims, dtype, one, one) is not None, schedule.streams(dims, dtype, 2)
     in_rows = schedule.route(dims, dtype, one, one, applied=True).by_rows is not None
@@ -380,11 +381,14 @@ def describe(dims: Ints, dtype: dtypes.Dtype) -> str:
     passes = "fused, x is read from memory once" if fused else "two passes over memory: moments, then normalize"
     how = threads.describe() if parallel else "one thread: too small to wake the others"
     stores = "streaming, past the cache" if streams else "ordinary, into the cache"
-    form = f"{dtype}, {'parallel' if parallel and threads.parallel() else 'serial'}"
+    form, tasks = (
+        f"{dtype}, {'parallel' if parallel and threads.parallel() else 'serial'}",
+        schedule.tasks(units, parallel),
+    )
     lines = (
         f"kernels: {names[0]} ({form})",
         f"backward: {names[1]}",
-        f"schedule: {passes}; {units} task{'s' * (units != 1)}, {cut}",
+        f"schedule: {passes}; {tasks} task{'s' * (tasks != 1)}, {cut}",
     )
     return "\n".join((*lines, f"threads: {how}", f"stores: {stores}"))
 

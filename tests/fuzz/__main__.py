@@ -232,15 +232,17 @@ DTYPES = "float32,float64,float16,bfloat16"
 
 
 def parsed(words: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=60.0)
-    parser.add_argument("--seed", type=int, default=0)
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.fuzz", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seconds", type=float, default=60.0, help="how long (default: 60)")
+    parser.add_argument("--seed", type=int, default=0, help="another number draws other calls")
     parser.add_argument("--calls", type=int, default=2**62, help="stop after the calls of so many numbers")
     parser.add_argument("--call", type=int, help="of this number alone")
     parser.add_argument("--only", help="such calls, e.g. batch_norm or layer, of all")
     parser.add_argument("--jobs", type=int, default=min(4, os.cpu_count() or 1), help="processes at a time")
-    parser.add_argument("--dtypes", default=DTYPES, help="of x")
-    parser.add_argument("--no-torch", dest="torch", action="store_false")
+    parser.add_argument("--dtypes", default=DTYPES, help=f"of x, by commas (default: {DTYPES})")
+    parser.add_argument("--no-torch", dest="torch", action="store_false", help="leave fastbn.torch out")
     parser.add_argument("--json", action="store_true", help="findings as JSON, one a line")
     return parser.parse_args(words)
 

@@ -260,7 +260,9 @@ def table(rows: list[dict[str, Any]], before: dict[str, bool]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.mutants", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--root", type=Path, default=ROOT, help="the checkout whose tests judge")
     parser.add_argument("--json", type=Path, help="write the verdicts there")
     parser.add_argument("--compare", type=Path, help="verdicts that --json wrote")

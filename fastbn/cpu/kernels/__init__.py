@@ -7,7 +7,7 @@ Shapes
     int16: bfloat16); inputs may be read-only and unaligned. Parameters are of float32, beside float64 of float64.
     `print(kernel)` says what each argument is.
 Allocation
-    Kernels never allocate. Outputs, statistics (float64, shape (C,)) and workspaces come from `fastbn.cpu.backend`.
+    Kernels never allocate. Outputs, statistics (float64, shape (C,)) and workspaces come from `fastbn.cpu.passes`.
 Arithmetic
     In float32, beside float64 in float64, within a block of at most a few thousand values; blocks are merged in
     float64. Means are split into a value of that dtype and the remainder. Half precision is rounded once, to nearest
