@@ -15,7 +15,7 @@ from numpy.typing import DTypeLike
 from fastbn.arguments import checks, config, dtypes, layout, scalars
 from fastbn.arguments.errors import BackendUnavailable
 from fastbn.arguments.foreign import on_device
-from fastbn.cpu import interrupts
+from fastbn.cpu import interrupts, threads
 from fastbn.statistics import Moments
 
 
@@ -99,13 +99,20 @@ class Entry(NamedTuple):
 
     name: str
     decline: Callable[[], str | None]  # why it can't serve on this machine; None where it can
-    load: Callable[[], Backend] | None  # for arrays on the host; None for a backend that takes those on a GPU
+    load: Callable[[], Backend]
+    device: bool = False  # whether it takes arrays on a GPU
 
 
 def _cuda_declines() -> str | None:
     from fastbn.cuda import buffers
 
     return buffers.declines()
+
+
+def _cuda() -> Backend:
+    from fastbn.cuda import backend
+
+    return backend.Device()
 
 
 def _cpu() -> Backend:
@@ -122,7 +129,7 @@ def _reference() -> Backend:
 
 
 REGISTRY: tuple[Entry, ...] = (
-    Entry("cuda", _cuda_declines, None),
+    Entry("cuda", _cuda_declines, _cuda, device=True),
     Entry("cpu", lambda: None, _cpu),
     Entry("reference", lambda: None, _reference),
 )
@@ -155,12 +162,12 @@ def backend_for(x: Any, name: str | None = None, num_threads: int | None = None,
         return backend.Device(stream)
     if stream is not None:
         raise TypeError("stream: given one for an array on the host, want an array on a GPU, or no stream")
-    host = select(name)
     if num_threads is None:
-        return host
+        return select(name)
+    threads.check(num_threads)
     from fastbn.cpu.backend import Limited
 
-    return cast(Backend, Limited(host, num_threads))
+    return cast(Backend, Limited(select(name), num_threads))
 
 
 def select(name: str | None = None) -> Backend:
@@ -210,7 +217,7 @@ def _request(wanted: str, given: bool) -> str:
 def _load(wanted: str, given: bool) -> Backend:
     for entry in REGISTRY:
         if entry.name == wanted and entry.decline() is None:
-            if entry.load is None:
+            if entry.device:
                 raise BackendUnavailable(
                     f"{_request(wanted, given)} takes arrays on a GPU, and this one lives on the host: copy it there "
                     f"first"

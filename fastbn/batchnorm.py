@@ -284,8 +284,10 @@ class BatchNorm:
             ):
                 self._settle()  # to what may be, or raise: nothing below looks at these before it has computed
                 across = self._exchange if self.training else None
-            served = backend_for(x, self.backend, self.num_threads)
+            served = backend_for(x, self.backend)
             x, overwritten = self._checked(served, x, out)
+            if self.num_threads is not None:
+                served = backend_for(x, self.backend, self.num_threads)
         except Exception:
             if across is not None:
                 across.decline("forward")

@@ -115,7 +115,23 @@ class Moments:
         return m.m2 / (m.count - ddof)
 
     def std(self, ddof: float = 0) -> Statistics:
-        """Standard deviation of each channel: the root of `var`."""
+        """Standard deviation of each channel: the root of `var`.
+
+        Parameters
+        ----------
+        ddof : number
+            0 for the biased variance, 1 for the unbiased one.
+
+        Returns
+        -------
+        ndarray, shape (C,), float64
+            NaN where count does not exceed ddof.
+
+        Raises
+        ------
+        TypeError, ValueError
+            ddof is no number.
+        """
         return np.sqrt(self.var(ddof))
 
     def rstd(self, eps: float) -> Statistics:

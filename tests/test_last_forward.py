@@ -74,6 +74,7 @@ def test_older_pickles_are_read_and_their_last_forward_dropped() -> None:
     _no_backward(bn, EVALUATION)
     assert bn.train()(x).shape == (2, 2)
     assert pickle.loads(b"cfastbn.state\n_Saved\n.")._fields == ("x", "statistics", "overwritten", "across")
+    assert isinstance(pickle.loads(b"cfastbn.errors\nBackendUnavailable\n(Va\ntR."), fastbn.BackendUnavailable)
 
 
 class _Slotted(fastbn.BatchNorm):

@@ -8,6 +8,10 @@ RuntimeError
     The right call at the wrong time: backward before forward.
 """
 
+import sys
+
+sys.modules["fastbn.errors"] = sys.modules[__name__]  # where pickles of exceptions look for them
+
 
 class BackendUnavailable(RuntimeError):
     """An explicit request for a backend that can't be served.

@@ -22,9 +22,7 @@ Wide = NDArray[np.float64]
 Ints = tuple[int, ...]
 
 PIECE = 2**18  # integers widened at a time, to 2 MB of float64: in cache when their moments are taken
-ROWS = (
-    64  # of an (R, C) array, at least, in a piece of one that has so many: merging a piece costs as much as some rows
-)
+PIECE_ROWS = 64  # at least, of an (R, C) array that has so many: merging a piece costs as much as some rows
 
 
 class Compact(Protocol):
@@ -156,7 +154,7 @@ class Host:
         """
         N, C, S = (*view.shape, 1)[:3]
         inner = min(S, PIECE)
-        channels = max(1, min(C, PIECE // (inner * min(N, ROWS))))
+        channels = max(1, min(C, PIECE // (inner * min(N, PIECE_ROWS))))
         outer = min(N, PIECE // (inner * channels))
         wide, parts = np.empty(outer * channels * inner), []
         for c in range(0, C, channels):

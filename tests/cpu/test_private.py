@@ -5,6 +5,7 @@ changed, and what rests on it. Each is also shown to fail.
 import ast
 import inspect
 import platform
+import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -282,6 +283,30 @@ def test_its_canary_can_fail(canary: Canary, monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(pytest.fail.Exception) as failed:
         watch(canary)
     assert str(failed.value).startswith(f"{canary.name} changed: fastbn/{canary.file} rests on it")
+
+
+@pytest.mark.parametrize("name", [name for name in private.RESTS if name.startswith("numba.")])
+def test_an_upgrade_that_takes_a_name_away_is_told_at_import(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, _, member = name.rpartition(".")
+    if name == "numba.core.cgutils":
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delattr(sys.modules[module], member)
+    with pytest.raises(ImportError) as caught:
+        runpy.run_path(private.__file__)
+    assert str(caught.value) == private.gone(name)
+    assert f"fastbn/cpu/kernels/{private.RESTS[name]}" in private.gone(name)
+
+
+def test_an_upgrade_that_takes_a_member_away_is_told_in_the_same_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(codegen.JITCPUCodegen.__mro__[1], "magic_tuple")
+    for name, call in (
+        ("Dispatcher._cache", lambda: private.keep(object(), None)),
+        ("CompileResult.entry_point", lambda: private.entry_point(SimpleNamespace(overloads={1: object()}))),
+        ("codegen().magic_tuple", lambda: private.target(cpu_target.target_context)),
+    ):
+        with pytest.raises(ImportError) as caught:
+            call()
+        assert str(caught.value) == private.gone(name)
 
 
 def test_nothing_else_names_what_is_private() -> None:

@@ -7,18 +7,16 @@ broke. Nothing else in `fastbn.cpu` names them.
 from __future__ import annotations
 
 import importlib
+import pkgutil
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
+import llvmlite
 import numba
 from llvmlite import ir
-from numba.core import cgutils  # vectors: LLVM's pointers, tuples and functions of a module
-from numba.core.caching import CompileResultCacheImpl, FunctionCache  # cache: a function's files, and what uses them
-from numba.core.compiler_lock import global_compiler_lock  # team: nobody else links meanwhile
-from numba.misc.appdirs import AppDirs  # cache: the user's directory, as numba finds it
-from numba.np.arrayobj import make_array  # vectors: an array's data and strides in LLVM
 
 __all__ = [
     "PARALLEL_FOR",
@@ -38,23 +36,69 @@ __all__ = [
 ]
 
 PARALLEL_FOR = "numba_parallel_for"  # team: the symbol that parallel functions call, set to a layer's function
+# What is asked for by name: which file rests on it, and for what.
+RESTS = {
+    "numba.core.cgutils": "vector.py: LLVM's pointers, tuples and functions of a module",
+    "numba.core.caching.CompileResultCacheImpl": "cache.py: the names of a function's files",
+    "numba.core.caching.FunctionCache": "cache.py: loads and saves a function's files",
+    "numba.core.compiler_lock.global_compiler_lock": "private.py, for cpu/team.py: nobody else links meanwhile",
+    "numba.misc.appdirs.AppDirs": "cache.py: the user's directory, as numba finds it",
+    "numba.np.arrayobj.make_array": "vector.py: an array's data and strides in LLVM",
+    "Dispatcher._cache": "jit.py: a cache that sees edits of leaves",
+    "CompileResult.entry_point": "jit.py: a call without the dispatcher",
+    "codegen().magic_tuple": "half.py: which processor code is made for",
+}
+
+
+def gone(name: str) -> str:
+    """The words for an interface that is not there any more, or not what it was."""
+    versions = f"numba {numba.__version__} and llvmlite {llvmlite.__version__}"
+    return (
+        f"{name}: gone or changed in {versions}; fastbn/cpu/kernels/{RESTS[name]}. Take an older numba, and report it"
+    )
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """ImportError in these words where what happens within finds no such thing."""
+    try:
+        yield
+    except (ImportError, AttributeError) as error:
+        raise ImportError(gone(name)) from error
+
+
+def _interface(name: str) -> Any:
+    with _named(name):
+        return pkgutil.resolve_name(name)
+
+
+cgutils: Any = _interface("numba.core.cgutils")
+CompileResultCacheImpl: Any = _interface("numba.core.caching.CompileResultCacheImpl")
+FunctionCache: Any = _interface("numba.core.caching.FunctionCache")
+global_compiler_lock: Any = _interface("numba.core.compiler_lock.global_compiler_lock")
+AppDirs: Any = _interface("numba.misc.appdirs.AppDirs")
+make_array: Any = _interface("numba.np.arrayobj.make_array")
+
 _POOLS = {"tbb": "tbbpool", "omp": "omppool", "workqueue": "workqueue"}  # modules of layers, in numba.np.ufunc
 
 
 def keep(dispatcher: Any, cache: Any) -> None:
     """Let a dispatcher load from and save to a cache, as its `enable_caching` does with numba's own."""
-    dispatcher._cache = cache
+    with _named("Dispatcher._cache"):
+        dispatcher._cache = cache
 
 
 def entry_point(dispatcher: Any) -> Callable[..., Any]:
     """The function that a dispatcher with one signature calls, once it has looked at the types of all arguments."""
-    (compiled,) = dispatcher.overloads.values()
-    return cast(Callable[..., Any], compiled.entry_point)
+    with _named("CompileResult.entry_point"):
+        (compiled,) = dispatcher.overloads.values()
+        return cast(Callable[..., Any], compiled.entry_point)
 
 
 def target(context: Any) -> tuple[str, str, str]:
     """(triple, processor, features) that code is made for: half."""
-    return cast("tuple[str, str, str]", context.codegen().magic_tuple())
+    with _named("codegen().magic_tuple"):
+        return cast("tuple[str, str, str]", context.codegen().magic_tuple())
 
 
 class _Volatile(ir.LoadInstr):  # type: ignore[misc]  # llvmlite is untyped

@@ -44,7 +44,11 @@ RESTS = {
 def gone(name: str) -> str:
     """The words for an interface that is not there any more, or not what it was."""
     root = "torch" if name.startswith("torch.") else "numba-cuda"
-    return f"{name}: gone or changed in {root} {metadata.version(root)}; fastbn/cuda/{RESTS[name]}"
+    try:
+        version = metadata.version(root)
+    except metadata.PackageNotFoundError:  # numba's own target, which is another
+        version = "(not installed)"
+    return f"{name}: gone or changed in {root} {version}; fastbn/cuda/{RESTS[name]}"
 
 
 def interface(name: str) -> Any:
