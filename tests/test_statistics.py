@@ -247,12 +247,14 @@ def test_rstd(count: int, backend: str) -> None:
             np.testing.assert_allclose(found, 1 / np.sqrt(m2 / count + eps), rtol=1e-15)
 
 
+@pytest.mark.parametrize("strided", [(1, 1), (2, 1), (1, 2)], ids=str)
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_track(dtype: str, backend: str) -> None:
-    """Computed in float64 and rounded once; beyond float32 infinite, without a warning."""
+def test_track(dtype: str, strided: tuple[int, int], backend: str) -> None:
+    """Computed in float64 and rounded once, in memory of any stride; beyond float32 infinite, without a warning."""
     m = fastbn.Moments(8, np.array([1.0, -2.0 / 3, np.nan, 1e300]), np.array([3.0, 1e-9, 1.0, 1e300]))
     for weight in (0.0, 0.1, 1.0):
-        mean, var = np.array([0.5, 1 / 3, 7, 1], dtype), np.array([2, 1 / 7, 9, 1], dtype)
+        values = np.array([0.5, 1 / 3, 7, 1], dtype), np.array([2, 1 / 7, 9, 1], dtype)
+        mean, var = (np.repeat(each, step)[::step] for each, step in zip(values, strided, strict=True))
         with np.errstate(over="ignore"):
             wanted = [
                 ((1 - weight) * old.astype(np.float64) + weight * new).astype(dtype)

@@ -39,7 +39,7 @@ EQUIVALENT = {
     "never a bit",
     r"serial.py:.*\+ .*True, (y|dx)\)|affine_rest:.*\+ .*(True|1, False), rest_y": "past the cache or not: speed, "
     "never a bit",
-    r"schedule.py:of_rows:.* prefetch, back_prefetch": "what is fetched meanwhile: speed",
+    r"schedule.py:of_rows:.* prefetch, back_prefetch|affine_units:.*k, c, 1, y": "what is fetched meanwhile: speed",
     r"schedule.py:(tasks|group_of_statistics): (?!lost)|cpu/passes.py:.*\b(tasks|group) = ": "who does what: speed",
     r"schedule.py:(short: (?!lost)|of_rows:.*fused = |of_columns:.*fold >= 1|route:.*\bC, 2)": "another walk, as right",
     r"cpu/passes.py:.*grad_input:.*applied=False": "another walk, as right as the first",
