@@ -439,7 +439,7 @@ class BatchNorm:
     def __getstate__(self) -> Any:
         """All but the last forward, whose x is a call's: pickles and copies of a layer would carry a batch of data."""
         state = self.__dict__ | {"_saved": None}
-        # of subclasses, as object.__getstate__ of Python 3.11
+        # of subclasses, as object.__getstate__ of Python 3.11 has them; typeshed leaves this function out
         names = copyreg._slotnames(type(self))  # type: ignore[attr-defined]
         slots = {name: getattr(self, name) for name in names if hasattr(self, name)}
         return (state, slots) if slots else state

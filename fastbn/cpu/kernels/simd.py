@@ -382,4 +382,5 @@ def fence(typingctx):
 
 
 if DISABLED:
+    # all that plain.py lists, each in the place of the intrinsic of its name
     from fastbn.cpu.kernels.plain import *  # noqa: F403
