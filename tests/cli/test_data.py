@@ -38,8 +38,8 @@ def directory(tmp_path: Path) -> Path:
 
 def assert_holds(data: Dataset, given: list[np.ndarray]) -> None:
     for found, want in zip((data.images, data.test_images), (given[0], given[2]), strict=True):
-        assert found.dtype == np.float32
-        np.testing.assert_array_equal(np.rint(found * 255), want.reshape(len(want), -1))
+        assert found.dtype == np.uint8
+        np.testing.assert_array_equal(found, want.reshape(len(want), -1))
     for found, want in zip((data.labels, data.test_labels), (given[1], given[3]), strict=True):
         np.testing.assert_array_equal(found, want)
 
@@ -47,7 +47,7 @@ def assert_holds(data: Dataset, given: list[np.ndarray]) -> None:
 def test_digits_are_whole_and_split_the_same_way_each_time() -> None:
     data, again = load_digits(), load_digits()
     assert data.images.shape == (1347, 64) and data.test_images.shape == (450, 64)
-    assert data.images.dtype == np.float32 and data.images.min() == 0 and data.images.max() == 1
+    assert data.images.dtype == np.uint8 and data.images.min() == 0 and data.images.max() == data.ink == 16
     np.testing.assert_array_equal(data.test_images, again.test_images)
     whole = np.bincount(np.concatenate([data.labels, data.test_labels]))
     assert np.abs(np.bincount(data.test_labels) - whole / 4).max() <= 1  # stratified
@@ -64,7 +64,7 @@ def test_idx_round_trip(tmp_path: Path, rename: Callable[[str], str], compress: 
         (tmp_path / (rename(name) + ".gz" * compress)).write_bytes(content)
     data = load_idx(tmp_path)
     assert_holds(data, arrays())
-    assert data.pixels == (3, 2) and data.classes == 3 and data.chance == 0.5  # test labels 0 1 2 0
+    assert data.pixels == (3, 2) and data.ink == 255 and data.classes == 3 and data.chance == 0.5  # test labels 0 1 2 0
 
 
 def test_a_gz_name_on_plain_content_is_read(directory: Path) -> None:

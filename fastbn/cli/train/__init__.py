@@ -21,6 +21,7 @@ from fastbn import progress
 from fastbn.arguments.errors import DataError
 from fastbn.cli import files
 from fastbn.cli.train import network as nets
+from fastbn.cli.train import training
 from fastbn.cli.train.data import Dataset, load_digits, load_idx
 
 if TYPE_CHECKING:
@@ -31,18 +32,19 @@ TARGETS = (80, 90, 95, 97, 98)  # percent of the test images right
 PLOT_KINDS = (".png", ".pdf", ".svg")
 ROWS = 10  # of the accuracies in the table, beside those of the first two checks
 EXAMPLES = 8
+INIT = "xavier"
 NEAR_CHANCE = 0.05  # accuracy above chance that is still called near
 
-Histories = dict[bool, nets.History]  # by whether the network has batch normalization
+Histories = dict[bool, training.History]  # by whether the network has batch normalization
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the `train` command."""
-    rates = ", ".join(f"{optimizer.rate:g} for {name}" for name, optimizer in nets.OPTIMIZERS.items())
+    rates = ", ".join(f"{optimizer.rate:g} for {name}" for name, optimizer in training.OPTIMIZERS.items())
     add = parser.add_argument
     add(
         "--optimizer",
-        choices=list(nets.OPTIMIZERS),
+        choices=list(training.OPTIMIZERS),
         default="sgd",
         help="how weights, gamma and beta are updated (default: %(default)s)",
     )
@@ -130,12 +132,12 @@ def run(args: argparse.Namespace) -> int:
         stack.enter_context(threadpool_limits(1, user_api="blas"))
         sizes = (data.images.shape[1], *hidden, data.classes)
         _print_task(args, data, sizes, rate)
-        data = _prepare(data, args, sizes)
-        networks, histories = _train_both(args, data, sizes, rate)
+        inputs = _prepare(data, args, sizes)
+        networks, histories = _train_both(args, inputs, sizes, rate)
         _save(_figure(histories, data), file, plot.suffix[1:].lower())
     # The plot is in its place before anything is shown, which a terminal may not take.
     progress.table(("", *NAMES.values()), _rows(histories, args.steps))
-    _print_examples(networks, data, args.seed)
+    _print_examples(networks, inputs, args.seed)
     print("", *_summary(histories, args.steps, data.chance), sep="\n")
     print(f"plot of both curves: {plot}")
     return 0
@@ -151,7 +153,7 @@ def _check_options(args: argparse.Namespace) -> tuple[tuple[int, ...], float]:
         raise DataError(
             f"--hidden: given {args.hidden!r}, want whole numbers above 0 with commas between them, like 100,100,100"
         )
-    rate = nets.OPTIMIZERS[args.optimizer].rate if args.lr is None else args.lr
+    rate = training.OPTIMIZERS[args.optimizer].rate if args.lr is None else args.lr
     if not 0 < rate < math.inf:
         raise DataError(f"--lr: given {rate:g}, want a number above 0, like 0.1")
     if args.steps < 1:
@@ -195,18 +197,20 @@ def _print_task(args: argparse.Namespace, data: Dataset, sizes: tuple[int, ...],
     )
 
 
-def _prepare(data: Dataset, args: argparse.Namespace, sizes: tuple[int, ...]) -> Dataset:
+def _prepare(data: Dataset, args: argparse.Namespace, sizes: tuple[int, ...]) -> training.Inputs:
     """Normalize the inputs, and compile every kernel with a throw-away step, so that no network's seconds count it."""
     print("kernels:  ", end="", flush=True)
     start = time.perf_counter()
-    data = nets.normalize_inputs(data)
-    trial = nets.Network(nets.initial_weights(sizes, args.seed), args.activation, batch_norm=True)
-    nets.train(trial, nets.Optimizer(), 0.0, data, nets.batches(len(data.images), args.batch, 1, args.seed), 1)
+    inputs = training.Inputs(data)
+    trial = nets.Network(nets.initial_weights(sizes, INIT, args.seed), args.activation, nets.batch_norm)
+    training.train(
+        trial, training.Optimizer(), 0.0, inputs, training.batches(len(data.images), args.batch, 1, args.seed), 1
+    )
     print(
         f"ready after {time.perf_counter() - start:.1f} s (the first run compiles them, later ones find them compiled)",
         flush=True,
     )
-    return data
+    return inputs
 
 
 @contextmanager
@@ -225,22 +229,23 @@ def _progress(steps: int) -> Iterator[Callable[[str], Callable[[int, float], obj
 
 
 def _train_both(
-    args: argparse.Namespace, data: Dataset, sizes: tuple[int, ...], rate: float
+    args: argparse.Namespace, inputs: training.Inputs, sizes: tuple[int, ...], rate: float
 ) -> tuple[dict[bool, nets.Network], Histories]:
-    weights = nets.initial_weights(sizes, args.seed)
-    networks = {batch_norm: nets.Network(weights, args.activation, batch_norm) for batch_norm in NAMES}
+    weights = nets.initial_weights(sizes, INIT, args.seed)
+    norms = {True: nets.batch_norm, False: None}
+    networks = {batch_norm: nets.Network(weights, args.activation, norm) for batch_norm, norm in norms.items()}
     histories = {}
     with _progress(args.steps) as start:
         for batch_norm, network in networks.items():
-            chosen = nets.batches(len(data.images), args.batch, args.steps, args.seed)
-            optimizer = nets.OPTIMIZERS[args.optimizer]()
-            histories[batch_norm] = nets.train(
-                network, optimizer, rate, data, chosen, args.steps, start(NAMES[batch_norm])
+            chosen = training.batches(len(inputs.data.images), args.batch, args.steps, args.seed)
+            optimizer = training.OPTIMIZERS[args.optimizer]()
+            histories[batch_norm] = training.train(
+                network, optimizer, rate, inputs, chosen, args.steps, start(NAMES[batch_norm])
             )
     return networks, histories
 
 
-def _percent(history: nets.History, i: int) -> str:
+def _percent(history: training.History, i: int) -> str:
     """Accuracy at check i, with digits enough to tell one image more from none."""
     return f"{100 * history.accuracy[i]:.{1 if history.total < 1000 else 2}f} %"
 
@@ -252,9 +257,9 @@ def _rows(histories: Histories, steps: int) -> list[tuple[str, ...]]:
     both = histories.values()
     rows: list[tuple[str, ...]] = [("test accuracy after step", "", "")]
     rows += [(f"  {checks[i]}", *(_percent(h, i) if i < len(h.steps) else "diverged" for h in both)) for i in shown]
-    rows += [("", "", ""), (f"steps needed, checked every {max(1, steps // nets.CHECKS)}", "", "")]
+    rows += [("", "", ""), (f"steps needed, checked every {max(1, steps // training.CHECKS)}", "", "")]
     for target in TARGETS:
-        needed = (h.first(target) for h in both)
+        needed = (h.first(target / 100) for h in both)
         rows.append(
             (f"  for {target} %", *(f"not within {steps}" if first is None else str(first) for first in needed))
         )
@@ -262,14 +267,15 @@ def _rows(histories: Histories, steps: int) -> list[tuple[str, ...]]:
     return rows
 
 
-def _print_examples(networks: dict[bool, nets.Network], data: Dataset, seed: int) -> None:
+def _print_examples(networks: dict[bool, nets.Network], inputs: training.Inputs, seed: int) -> None:
     """Classify some test images one by one."""
+    data = inputs.data
     chosen = np.random.default_rng((seed, 2)).permutation(len(data.test_images))[:EXAMPLES]
     rows = [
         (
             f"image {i}",
             str(data.test_labels[i]),
-            *(_answer(network, data.test_images[i : i + 1]) for network in networks.values()),
+            *(_answer(network, inputs.test[i : i + 1]) for network in networks.values()),
         )
         for i in chosen
     ]
@@ -288,12 +294,12 @@ def _answer(network: nets.Network, image: NDArray[np.float32]) -> str:
 
 def _summary(histories: Histories, steps: int, chance: float) -> list[str]:
     """One sentence for each network, on the highest target that either reached."""
-    reached = [target for target in TARGETS if any(h.first(target) is not None for h in histories.values())]
+    reached = [target for target in TARGETS if any(h.first(target / 100) is not None for h in histories.values())]
     sentences = []
     for batch_norm, history in histories.items():
         parts = []
         if reached:
-            first = history.first(reached[-1])
+            first = history.first(reached[-1] / 100)
             never, after = (
                 f"never {reached[-1]} % within {steps} steps",
                 (f"{reached[-1]} % of the test images right after {first} steps"),

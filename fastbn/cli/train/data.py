@@ -1,4 +1,4 @@
-"""Labelled images for the `train` command.
+"""Labelled images for the commands that train.
 
 Scikit-learn's handwritten digits, or a directory of MNIST-style IDX files.
 """
@@ -16,9 +16,8 @@ from numpy.typing import NDArray
 
 from fastbn.arguments.errors import DataError
 
-Images = NDArray[np.float32]
+Images = NDArray[np.uint8]
 Labels = NDArray[np.intp]
-Bytes = NDArray[np.uint8]
 
 TEST_SHARE = 0.25
 SPLIT_SEED = 0  # fixed: --seed changes the weights and the batches, never which images are kept for the test
@@ -27,13 +26,14 @@ UNSIGNED_BYTES = 8  # IDX's code for the type of the values
 
 
 class Dataset(NamedTuple):
-    """Images as rows of pixels from 0 (paper) to 1 (ink), with their labels.
+    """Images as rows of pixels from 0 (paper) to `ink`, with their labels.
 
     `images` has shape (n, pixels) and `labels` (n,); `pixels` is an image's (height, width).
     """
 
     name: str
     pixels: tuple[int, int]
+    ink: int
     images: Images
     labels: Labels
     test_images: Images
@@ -59,9 +59,9 @@ def load_digits() -> Dataset:
     from sklearn.model_selection import train_test_split
 
     digits = datasets.load_digits()
-    images, labels = (digits.data / 16).astype(np.float32), digits.target.astype(np.intp)
+    images, labels = digits.data.astype(np.uint8), digits.target.astype(np.intp)
     split = train_test_split(images, labels, test_size=TEST_SHARE, stratify=labels, random_state=SPLIT_SEED)
-    return Dataset("scikit-learn's handwritten digits", (8, 8), split[0], split[2], split[1], split[3])
+    return Dataset("scikit-learn's handwritten digits", (8, 8), 16, split[0], split[2], split[1], split[3])
 
 
 def load_idx(directory: Path) -> Dataset:
@@ -96,7 +96,8 @@ def load_idx(directory: Path) -> Dataset:
         sizes = " and of ".join(" x ".join(map(str, stack.shape[1:])) for stack in (images, test_images))
         raise DataError(f"--data: training and test images in {directory} are of {sizes} pixels; want one size")
     pixels = (images.shape[1], images.shape[2])
-    return Dataset(str(directory), pixels, _flat(images), labels, _flat(test_images), test_labels)
+    flat, flat_test = (stack.reshape(len(stack), -1) for stack in (images, test_images))
+    return Dataset(str(directory), pixels, 255, flat, labels, flat_test, test_labels)
 
 
 def _find(directory: Path, name: str) -> Path | None:
@@ -105,7 +106,7 @@ def _find(directory: Path, name: str) -> Path | None:
     return next((path for path in paths if path.is_file()), None)
 
 
-def _labelled(images_path: Path, labels_path: Path) -> tuple[Bytes, Labels]:
+def _labelled(images_path: Path, labels_path: Path) -> tuple[Images, Labels]:
     images, labels = read_idx(images_path, 3), read_idx(labels_path, 1)
     if len(images) != len(labels):
         raise DataError(
@@ -116,13 +117,7 @@ def _labelled(images_path: Path, labels_path: Path) -> tuple[Bytes, Labels]:
     return images, labels.astype(np.intp)
 
 
-def _flat(images: Bytes) -> Images:
-    """Rows of pixels from 0 to 1."""
-    rows: Images = images.reshape(len(images), -1).astype(np.float32) / np.float32(255)
-    return rows
-
-
-def read_idx(path: Path, ndim: int) -> Bytes:
+def read_idx(path: Path, ndim: int) -> Images:
     """Read one IDX file of unsigned bytes: a magic number, the shape as big-endian 32-bit integers, the values.
 
     Parameters
