@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import fastbn
-from fastbn.arguments.errors import BackendUnavailable, MissingExtra
-from fastbn.cli import bench, console, explain, info, npy_moments, selftest, train, warmup
+from fastbn.arguments.errors import BackendUnavailable, DataError, MissingExtra
+from fastbn.cli import bench, console, explain, info, npy_moments, options, selftest, train, warmup
 from fastbn.cpu import interrupts
 
 PROGRAM = "python -m fastbn"  # works where scripts are not on the PATH
@@ -98,17 +98,13 @@ def _epilog(examples: Sequence[str]) -> str:
     return "examples:\n" + "\n".join(f"  {line}" for line in lines)
 
 
-class _Parser(argparse.ArgumentParser):
-    def _print_message(self, message: str, file: Any = None) -> None:
-        if file is sys.stdout:  # argparse itself ignores a full device, and without a buffer nothing is left to flush
-            file.write(message)
-        else:
-            super()._print_message(message, file)
+def _no_command(args: argparse.Namespace) -> int:
+    raise DataError(f"COMMAND: given none, want {options.listed([command.name for command in COMMANDS])}")
 
 
 def _parser() -> argparse.ArgumentParser:
     shape: Any = argparse.RawDescriptionHelpFormatter  # the examples keep their lines
-    parser = _Parser(
+    parser = options.Parser(
         prog=PROGRAM,
         description=_paragraph(
             "Batch normalization for NumPy arrays: train with it, take the statistics of a file, check it, time it."
@@ -118,7 +114,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"fastbn {fastbn.__version__}")
     parser.add_argument("--traceback", action="store_true", help="show where an error came from, not only its message")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True, title="commands")
+    commands = parser.add_subparsers(metavar="COMMAND", title="commands")
+    parser.set_defaults(run=_no_command)
     for command in COMMANDS:
         line = command.line[0].upper() + command.line[1:]
         sub = commands.add_parser(
