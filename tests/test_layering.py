@@ -162,6 +162,7 @@ IN_FUNCTIONS = {
     # counts what compiles.
     "numba": [
         "cli/warmup.py",
+        "cli/train/kernels.py",
         "cli/info.py",
         "cpu/pool.py",
         "cpu/threads.py",
@@ -173,8 +174,8 @@ IN_FUNCTIONS = {
     "cupy": ["cuda/buffers.py", "cuda/placement.py"],  # whose arrays come in, and hold a layer's parameters
     "llvmlite": ["cli/info.py"],  # shows the processor as the compiler sees it
     "ml_dtypes": ["arguments/dtypes.py"],  # when bfloat16 is asked for by name
-    "rich": ["progress.py", "cli/train/__init__.py"],
-    "matplotlib": ["cli/train/__init__.py"],
+    "rich": ["progress.py"],
+    "matplotlib": ["cli/train/report.py"],
     "threadpoolctl": ["cli/train/__init__.py"],
     "sklearn": ["cli/train/data.py"],
     # A peer, where installed; as CuPy; whose process groups join ranks; whose weights are folded.

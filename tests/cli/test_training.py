@@ -136,7 +136,8 @@ def test_history_counts_what_the_network_gets_right() -> None:
     )
     assert history.steps == training.checked_steps(85) and history.total == 24
     assert history.seconds > 0 and history.diverged is None
-    assert seen == list(zip(history.steps, history.accuracy, strict=True))
+    assert [step for step, _ in seen] == list(range(86))
+    assert [seen[step] for step in history.steps] == list(zip(history.steps, history.accuracy, strict=True))
     assert history.correct[-1] == training.correct(network, inputs)
     assert history.correct[-1] == (network.predict(inputs.test).argmax(axis=1) == inputs.data.test_labels).sum()
     assert history.accuracy[-1] > 0.9 > history.accuracy[0]

@@ -1,41 +1,29 @@
 """The `train` command: the paper's network on real handwritten digits, with batch normalization and without.
 
-Its options and what is shown; the network, its optimizers and the training loop are in `fastbn.cli.train.network`.
+Its options and its run; the network is in `fastbn.cli.train.network`, the loop in `training`, what is shown in
+`report`.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
-import time
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fastbn import progress
 from fastbn.arguments.errors import DataError
-from fastbn.cli import files
+from fastbn.cli import files, options
+from fastbn.cli.train import kernels, report, training
 from fastbn.cli.train import network as nets
-from fastbn.cli.train import training
 from fastbn.cli.train.data import Dataset, load_digits, load_idx
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-NAMES = {True: "with batch normalization", False: "without"}
-TARGETS = (80, 90, 95, 97, 98)  # percent of the test images right
 PLOT_KINDS = (".png", ".pdf", ".svg")
-ROWS = 10  # of the accuracies in the table, beside those of the first two checks
 EXAMPLES = 8
-INIT = "xavier"
-NEAR_CHANCE = 0.05  # accuracy above chance that is still called near
-
-Histories = dict[bool, training.History]  # by whether the network has batch normalization
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,29 +49,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="IMAGES",
         help="images per training step, 2 or more (default: %(default)s)",
     )
-    add("--steps", type=int, default=2000, metavar="N", help="training steps, each on one batch (default: %(default)s)")
+    add(
+        "--steps",
+        type=options.whole_from(1),
+        default=2000,
+        metavar="N",
+        help="training steps, each on one batch (default: %(default)s)",
+    )
     add(
         "--lr",
-        type=float,
+        type=options.above_zero,
         metavar="RATE",
         help=f"learning rate, falling to 0 in the last quarter of the steps (default: {rates})",
     )
     add(
+        "--init",
+        type=_init,
+        default="xavier",
+        metavar="INIT",
+        help="standard deviation of the initial weights: xavier, he, or a number, 0.03 say (default: %(default)s)",
+    )
+    add(
         "--hidden",
+        type=_hidden,
         default="100,100,100",
         metavar="UNITS",
         help="units of each hidden layer, with commas (default: %(default)s)",
     )
     add(
         "--seed",
-        type=int,
+        type=options.whole_from(0),
         default=0,
         metavar="N",
         help="of the initial weights and the batches; same seed, same run (default: %(default)s)",
     )
     add(
         "--plot",
-        type=Path,
+        type=_plot,
         default=Path("fastbn-train.png"),
         metavar="FILE",
         help="image of both curves: .png, .pdf or .svg (default: %(default)s)",
@@ -108,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
     MissingExtra
         A package of the extra `demo` is absent.
     """
-    hidden, rate = _check_options(args)
+    rate = training.OPTIMIZERS[args.optimizer].rate if args.lr is None else args.lr
     with ExitStack() as stack:
         plot, file = _open_plot(args.plot, stack)
         progress.need(
@@ -130,37 +132,50 @@ def run(args: argparse.Namespace) -> int:
         # Matrices this small gain nothing from a second BLAS thread, and on a busy machine its waiting cost a factor of
         # 20.
         stack.enter_context(threadpool_limits(1, user_api="blas"))
-        sizes = (data.images.shape[1], *hidden, data.classes)
-        _print_task(args, data, sizes, rate)
-        inputs = _prepare(data, args, sizes)
-        networks, histories = _train_both(args, inputs, sizes, rate)
-        _save(_figure(histories, data), file, plot.suffix[1:].lower())
+        sizes = (data.images.shape[1], *args.hidden, data.classes)
+        network = f"{'-'.join(map(str, sizes))} units, {args.activation}, initial weights {_said(args.init)}"
+        lessons = f"{report.counted(args.steps, 'step')} of {args.batch} images, {args.optimizer} at rate {rate:g}"
+        _print_task(args, data, network, lessons)
+        weights = nets.initial_weights(sizes, args.init, args.seed)
+        with kernels.announced():
+            inputs = training.Inputs(data)
+            _rehearse(args, inputs, weights)
+        networks, histories = _train_both(args, inputs, weights, rate)
+        title = f"{data.name}\n{network}\n{lessons}"
+        report.save(report.figure(histories, title, args.steps, data.chance), file, plot.suffix[1:].lower())
     # The plot is in its place before anything is shown, which a terminal may not take.
-    progress.table(("", *NAMES.values()), _rows(histories, args.steps))
+    progress.table(("", *report.NAMES.values()), report.rows(histories, args.steps))
     _print_examples(networks, inputs, args.seed)
-    print("", *_summary(histories, args.steps, data.chance), sep="\n")
+    print("", *report.summary(histories, data.chance), sep="\n")
     print(f"plot of both curves: {plot}")
     return 0
 
 
-def _check_options(args: argparse.Namespace) -> tuple[tuple[int, ...], float]:
-    """(units of the hidden layers, learning rate)."""
+def _init(text: str) -> str | float:
+    return text if text in nets.INITS else options.above_zero(text, "xavier, he, or a number above 0, like 0.03")
+
+
+def _said(init: str | float) -> str:
+    return init if isinstance(init, str) else f"of standard deviation {init:g}"
+
+
+def _hidden(text: str) -> tuple[int, ...]:
+    """Units of the hidden layers."""
     try:
-        hidden = tuple(int(units) for units in args.hidden.split(","))
+        hidden = tuple(int(units) for units in text.split(","))
     except ValueError:
         hidden = (0,)
     if min(hidden) < 1:
-        raise DataError(
-            f"--hidden: given {args.hidden!r}, want whole numbers above 0 with commas between them, like 100,100,100"
-        )
-    rate = training.OPTIMIZERS[args.optimizer].rate if args.lr is None else args.lr
-    if not 0 < rate < math.inf:
-        raise DataError(f"--lr: given {rate:g}, want a number above 0, like 0.1")
-    if args.steps < 1:
-        raise DataError(f"--steps: given {args.steps}, want 1 or more")
-    if args.seed < 0:
-        raise DataError(f"--seed: given {args.seed}, want 0 or more")
-    return hidden, rate
+        want = "whole numbers above 0 with commas between them, like 100,100,100"
+        raise argparse.ArgumentTypeError(f"given {text!r}, want {want}")
+    return hidden
+
+
+def _plot(text: str) -> Path:
+    path = Path(text)
+    if path.suffix.lower() not in PLOT_KINDS:
+        raise argparse.ArgumentTypeError(f"given '{text}', want a file name that ends in {options.listed(PLOT_KINDS)}")
+    return path
 
 
 def _open_plot(path: Path, stack: ExitStack) -> tuple[Path, IO[bytes]]:
@@ -168,10 +183,6 @@ def _open_plot(path: Path, stack: ExitStack) -> tuple[Path, IO[bytes]]:
 
     A plot that can't be written is found now, not after the training.
     """
-    if path.suffix.lower() not in PLOT_KINDS:
-        raise DataError(
-            f"--plot: given '{path}', want a file name that ends in {', '.join(PLOT_KINDS[:-1])} or {PLOT_KINDS[-1]}"
-        )
     try:
         path = files.check_output(path, 0)
         return path, stack.enter_context(files.replacing(path))
@@ -181,90 +192,43 @@ def _open_plot(path: Path, stack: ExitStack) -> tuple[Path, IO[bytes]]:
         raise DataError(f"--plot: {path} can't be written: {error.strerror}") from error
 
 
-def _print_task(args: argparse.Namespace, data: Dataset, sizes: tuple[int, ...], rate: float) -> None:
+def _print_task(args: argparse.Namespace, data: Dataset, network: str, lessons: str) -> None:
     height, width = data.pixels
     print(
         f"data:     {data.name}, {height} x {width} pixels: {len(data.images)} to train on, {len(data.test_images)} to "
         "test"
     )
-    print(
-        f"network:  {'-'.join(map(str, sizes))} units, {args.activation}; same initial weights and batches for both "
-        f"(seed {args.seed})"
-    )
-    print(
-        f"training: {args.steps} steps of {args.batch} images, {args.optimizer} at rate {rate:g} (over the last "
-        "quarter falling to 0)"
-    )
+    print(f"network:  {network}; the same weights and batches for both (seed {args.seed})")
+    print(f"training: {lessons} (over the last quarter falling to 0)", flush=True)
 
 
-def _prepare(data: Dataset, args: argparse.Namespace, sizes: tuple[int, ...]) -> training.Inputs:
-    """Normalize the inputs, and compile every kernel with a throw-away step, so that no network's seconds count it."""
-    print("kernels:  ", end="", flush=True)
-    start = time.perf_counter()
-    inputs = training.Inputs(data)
-    trial = nets.Network(nets.initial_weights(sizes, INIT, args.seed), args.activation, nets.batch_norm)
-    training.train(
-        trial, training.Optimizer(), 0.0, inputs, training.batches(len(data.images), args.batch, 1, args.seed), 1
-    )
-    print(
-        f"ready after {time.perf_counter() - start:.1f} s (the first run compiles them, later ones find them compiled)",
-        flush=True,
-    )
-    return inputs
-
-
-@contextmanager
-def _progress(steps: int) -> Iterator[Callable[[str], Callable[[int, float], object]]]:
-    """Bars on stderr, nothing where that is no terminal: name -> (steps so far, test accuracy) -> None."""
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-
-    named, accuracy = TextColumn("{task.description:>24}"), TextColumn("{task.fields[accuracy]:>6.1%} right")
-    with progress.bars(named, BarColumn(20), MofNCompleteColumn(), accuracy, TimeElapsedColumn()) as bars:
-
-        def start(name: str) -> Callable[[int, float], object]:
-            task = bars.add_task(name, total=steps, accuracy=0.0)
-            return lambda step, accuracy: bars.update(task, completed=step, accuracy=accuracy)
-
-        yield start
+def _rehearse(args: argparse.Namespace, inputs: training.Inputs, weights: list[nets.Array]) -> None:
+    """Call every kernel once that the run will need, by a throw-away step, so that no network's seconds count it."""
+    trial = nets.Network(weights, args.activation, nets.batch_norm)
+    chosen = training.batches(len(inputs.data.images), args.batch, 1, args.seed)
+    training.train(trial, training.Optimizer(), 0.0, inputs, chosen, 1)
+    _answer(trial, inputs.test[:1])
 
 
 def _train_both(
-    args: argparse.Namespace, inputs: training.Inputs, sizes: tuple[int, ...], rate: float
-) -> tuple[dict[bool, nets.Network], Histories]:
-    weights = nets.initial_weights(sizes, INIT, args.seed)
+    args: argparse.Namespace, inputs: training.Inputs, weights: list[nets.Array], rate: float
+) -> tuple[dict[bool, nets.Network], report.Histories]:
     norms = {True: nets.batch_norm, False: None}
     networks = {batch_norm: nets.Network(weights, args.activation, norm) for batch_norm, norm in norms.items()}
     histories = {}
-    with _progress(args.steps) as start:
+    with progress.counted() as start:
         for batch_norm, network in networks.items():
-            chosen = training.batches(len(inputs.data.images), args.batch, args.steps, args.seed)
+            task = start(report.NAMES[batch_norm], args.steps)
             optimizer = training.OPTIMIZERS[args.optimizer]()
-            histories[batch_norm] = training.train(
-                network, optimizer, rate, inputs, chosen, args.steps, start(NAMES[batch_norm])
-            )
+            chosen = training.batches(len(inputs.data.images), args.batch, args.steps, args.seed)
+            show = partial(_show, task)
+            histories[batch_norm] = training.train(network, optimizer, rate, inputs, chosen, args.steps, show)
+            task.end()
     return networks, histories
 
 
-def _percent(history: training.History, i: int) -> str:
-    """Accuracy at check i, with digits enough to tell one image more from none."""
-    return f"{100 * history.accuracy[i]:.{1 if history.total < 1000 else 2}f} %"
-
-
-def _rows(histories: Histories, steps: int) -> list[tuple[str, ...]]:
-    """Build the table: accuracy after so many steps, steps until an accuracy, seconds."""
-    checks = max((history.steps for history in histories.values()), key=len)
-    shown = sorted({0, 1, 2, *np.linspace(0, len(checks) - 1, ROWS + 1).astype(int).tolist()} & set(range(len(checks))))
-    both = histories.values()
-    rows: list[tuple[str, ...]] = [("test accuracy after step", "", "")]
-    rows += [(f"  {checks[i]}", *(_percent(h, i) if i < len(h.steps) else "diverged" for h in both)) for i in shown]
-    rows += [("", "", ""), (f"steps needed, checked every {max(1, steps // training.CHECKS)}", "", "")]
-    for target in TARGETS:
-        needed = (h.first(target / 100) for h in both)
-        rows.append(
-            (f"  for {target} %", *(f"not within {steps}" if first is None else str(first) for first in needed))
-        )
-    rows += [("", "", ""), ("seconds of training", *(f"{h.seconds:.1f}" for h in both))]
-    return rows
+def _show(task: progress.Task, step: int, accuracy: float) -> None:
+    task.update(step, f"{100 * accuracy:.1f} % right")
 
 
 def _print_examples(networks: dict[bool, nets.Network], inputs: training.Inputs, seed: int) -> None:
@@ -279,7 +243,7 @@ def _print_examples(networks: dict[bool, nets.Network], inputs: training.Inputs,
         )
         for i in chosen
     ]
-    progress.table(("one at a time", "is a", *NAMES.values()), rows)
+    progress.table(("one at a time", "is a", *report.NAMES.values()), rows)
     print("Each image above went through alone, a batch of one: in use, the running averages of")
     print("mean and variance that training gathered stand in for those of a batch.")
 
@@ -290,52 +254,3 @@ def _answer(network: nets.Network, image: NDArray[np.float32]) -> str:
         probability = network.predict(image)[0]
     best = int(probability.argmax())
     return f"{best} ({100 * probability[best]:.0f} %)" if np.isfinite(probability[best]) else "diverged"
-
-
-def _summary(histories: Histories, steps: int, chance: float) -> list[str]:
-    """One sentence for each network, on the highest target that either reached."""
-    reached = [target for target in TARGETS if any(h.first(target / 100) is not None for h in histories.values())]
-    sentences = []
-    for batch_norm, history in histories.items():
-        parts = []
-        if reached:
-            first = history.first(reached[-1] / 100)
-            never, after = (
-                f"never {reached[-1]} % within {steps} steps",
-                (f"{reached[-1]} % of the test images right after {first} steps"),
-            )
-            parts.append(never if first is None else after)
-        end = f"{_percent(history, -1)} at the end"
-        if history.diverged:
-            end = f"diverged at step {history.diverged} (the loss is no longer a number; try a smaller --lr)"
-        elif history.accuracy[-1] < chance + NEAR_CHANCE:
-            end += f", near chance ({100 * chance:.1f} %)"
-        sentences.append(f"{NAMES[batch_norm].capitalize()}: {', '.join([*parts, end])}.")
-    return sentences
-
-
-def _figure(histories: Histories, data: Dataset) -> Figure:
-    """Draw both test accuracies over the steps."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    FigureCanvasAgg(figure)  # no window, whatever the user's settings say
-    axes = figure.add_subplot()
-    for batch_norm, history in histories.items():
-        axes.plot(history.steps, [100 * accuracy for accuracy in history.accuracy], label=NAMES[batch_norm])
-    axes.axhline(100 * data.chance, color="gray", linestyle=":", label="chance")
-    axes.set(xlabel="training steps", ylabel="test accuracy (%)", ylim=(0, 101))
-    # a directory's name, of any letters
-    axes.set_title(data.name.encode(errors="backslashreplace").decode(), parse_math=False)
-    axes.margins(x=0.01)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    return figure
-
-
-def _save(figure: Figure, file: IO[bytes], suffix: str) -> None:
-    with warnings.catch_warnings():
-        # of the title's letters: the font's box stands for them
-        warnings.filterwarnings("ignore", "Glyph .* missing from ")
-        figure.savefig(file, format=suffix, dpi=150)

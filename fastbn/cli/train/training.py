@@ -205,14 +205,14 @@ def train(
     steps: int,
     report: Callable[[int, float], object] = lambda step, accuracy: None,
 ) -> History:
-    """Train, and follow the test accuracy; `report(steps so far, test accuracy)` is called at every check."""
+    """Train, and follow the test accuracy; `report(steps so far, the last found)` is called before and after each."""
     history, checked = History(len(inputs.data.test_labels)), set(checked_steps(steps))
 
     def check(step: int) -> None:
         if step in checked:
             history.steps.append(step)
             history.correct.append(correct(network, inputs))
-            report(step, history.accuracy[-1])
+        report(step, history.correct[-1] / history.total)
 
     history.seconds, history.diverged = descend(network, optimizer, rate, inputs, chosen, steps, check)
     return history

@@ -1,0 +1,148 @@
+"""What the `train` command shows of two histories: the table, the closing lines, the plot."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import IO, TYPE_CHECKING
+
+import numpy as np
+
+from fastbn.cli.train import training
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+NAMES = {True: "with batch normalization", False: "without"}
+SHARES = (90, 95, 99)  # percent of the better accuracy at the end: what the steps are counted for
+ROWS = 10  # of the accuracies in the table, beside those of the first two checks
+NEAR_CHANCE = 0.05  # accuracy above chance that is still called near
+RISING = 0.01  # what the accuracy gains at the least, over the last half of the steps, where it is no plateau
+# Blue and vermillion of Okabe & Ito (2008), which the colour-blind tell apart; lines and markers differ without
+# colours.
+STYLES = {True: ("#0072B2", "-", "o"), False: ("#D55E00", "--", "s")}
+
+Histories = Mapping[bool, training.History]  # by whether the network has batch normalization
+
+
+def counted(n: int, noun: str) -> str:
+    """So many of them: 1 step, 2 steps."""
+    return f"{n} {noun}{'s' * (n != 1)}"
+
+
+def _percent(accuracy: float, total: int) -> str:
+    """So many percent, with digits enough to tell one image more from none."""
+    return f"{100 * accuracy:.{1 if total < 1000 else 2}f} %"
+
+
+def _targets(histories: Histories) -> list[tuple[float, str]]:
+    """(accuracy, its name) for each of SHARES of the better end, in whole images; none where both diverged."""
+    ends = [history for history in histories.values() if history.diverged is None]
+    if not ends:
+        return []
+    total, best = ends[0].total, max(history.correct[-1] for history in ends)
+    wanted = [(share, -(-share * best // 100) / total) for share in SHARES]
+    return [(accuracy, f"{_percent(accuracy, total)} ({share} % of the better)") for share, accuracy in wanted]
+
+
+def rows(histories: Histories, steps: int) -> list[tuple[str, ...]]:
+    """Build the table: accuracy after so many steps, steps until an accuracy, seconds."""
+    both, checks = histories.values(), training.checked_steps(steps)
+    last = len(checks) - 1
+    shown = sorted({min(i, last) for i in (0, 1, 2)} | set(np.linspace(0, last, ROWS + 1).astype(int).tolist()))
+    table: list[tuple[str, ...]] = [("test accuracy after step", "", "")]
+    for i in shown:
+        cells = (_percent(h.accuracy[i], h.total) if i < len(h.steps) else "-" for h in both)
+        table.append((f"  {checks[i]}", *cells))
+    if any(h.diverged for h in both):
+        table.append(("diverged at step", *("-" if h.diverged is None else str(h.diverged) for h in both)))
+    targets = _targets(histories)
+    if targets:
+        table += [("", "", ""), (f"steps needed, by {counted(last, 'check')}", "", "")]
+    for accuracy, name in targets:
+        needed = ((h.first(accuracy), f"not within {steps}" if h.diverged is None else "-") for h in both)
+        table.append((f"  for {name}", *(never if first is None else str(first) for first, never in needed)))
+    table += [("", "", ""), ("processor seconds, checks apart", *(f"{h.seconds:.1f}" for h in both))]
+    return table
+
+
+def summary(histories: Histories, chance: float) -> list[str]:
+    """One sentence for each network: what it did."""
+    targets = _targets(histories)
+    return [f"{NAMES[norm].capitalize()}: {_did(history, targets, chance)}." for norm, history in histories.items()]
+
+
+def _did(history: training.History, targets: list[tuple[float, str]], chance: float) -> str:
+    if history.diverged is not None:
+        return f"diverged at step {history.diverged} (the loss is no longer a number; try a smaller --lr)"
+    accuracy, end = history.accuracy, f"{_percent(history.accuracy[-1], history.total)} at the end"
+    if accuracy[-1] < chance + NEAR_CHANCE:
+        plateau = "on a plateau, " if len(accuracy) > ROWS else ""  # after a few steps it is none yet
+        return f"{plateau}still near chance ({_percent(chance, history.total)}), {end}"
+    reached = [(first, name) for target, name in targets if (first := history.first(target)) is not None]
+    after = "".join(f"{name} after {counted(first, 'step')}, " for first, name in reached[-1:])
+    if len(reached) == len(targets):
+        return f"reached {after}{end}"
+    if accuracy[-1] < accuracy[(len(accuracy) - 1) // 2] + RISING:
+        return f"on a plateau over the last half of the steps, {after}{end}"
+    return f"slower, {after}{end}"
+
+
+def figure(histories: Histories, title: str, steps: int, chance: float) -> Figure:
+    """Draw both test accuracies over the steps, and where a network diverged, a cross."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    made = Figure(figsize=(8, 5), layout="constrained")
+    FigureCanvasAgg(made)  # no window, whatever the user's settings say
+    axes = made.add_subplot()
+    for norm, history in histories.items():
+        _draw(axes, norm, history)
+    seen = [100 * accuracy for history in histories.values() for accuracy in history.accuracy]
+    margin = max(1.0, 0.05 * (max(seen) - min(seen)))
+    low, high = max(min(seen) - margin, -1.0), min(max(seen) + margin, 101.0)
+    if low <= 100 * chance <= high:
+        axes.axhline(100 * chance, color="gray", linestyle=":", label="chance")
+    axes.set(xlabel="training steps", ylabel="test accuracy (%)", xlim=(-0.01 * steps, 1.01 * steps), ylim=(low, high))
+    # a directory's name, of any letters
+    axes.set_title(title.encode(errors="backslashreplace").decode(), parse_math=False, fontsize=10)
+    axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 2.5, 5, 10], integer=True))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return made
+
+
+def _draw(axes: Axes, norm: bool, history: training.History) -> None:
+    colour, line, marker = STYLES[norm]
+    percent = [100 * accuracy for accuracy in history.accuracy]
+    axes.plot(
+        history.steps,
+        percent,
+        color=colour,
+        linestyle=line,
+        marker=marker,
+        markersize=4,
+        markevery=max(1, len(percent) // 10),
+        label=NAMES[norm],
+    )
+    if history.diverged is not None:
+        axes.plot(
+            [history.diverged],
+            percent[-1:],
+            color=colour,
+            linestyle="none",
+            marker="X",
+            markersize=11,
+            clip_on=False,
+            label=f"{NAMES[norm]}: diverged at step {history.diverged}",
+        )
+
+
+def save(figure: Figure, file: IO[bytes], suffix: str) -> None:
+    """Write a figure: png, pdf or svg."""
+    with warnings.catch_warnings():
+        # of the title's letters: the font's box stands for them
+        warnings.filterwarnings("ignore", "Glyph .* missing from ")
+        figure.savefig(file, format=suffix, dpi=150)
