@@ -1,5 +1,6 @@
 """The training loop: inputs, batches, optimizers, and the history of the accuracy."""
 
+import tracemalloc
 from types import SimpleNamespace
 
 import numpy as np
@@ -189,3 +190,19 @@ def test_seconds_count_the_training_alone(monkeypatch: pytest.MonkeyPatch) -> No
         made(), optimizer, 0.2, training.Inputs(toy()), training.batches(60, 20, 8, 0), 8, lambda step: tick(100.0)
     )
     assert seconds == 8.0
+
+
+def test_a_batch_of_all_images_is_in_memory_once() -> None:
+    """As float32: neither the bytes beside it, nor the last batch."""
+    count, pixels = 4 * training.CHUNK, 64
+    images = np.random.default_rng(0).integers(0, 256, (count, pixels), np.uint8)
+    labels = np.arange(count) % 3
+    inputs = training.Inputs(Dataset("", (8, 8), 255, images, labels, images[:10], labels[:10]))
+    network = nets.Network(nets.initial_weights((pixels, 1, 3), "xavier", 0), "sigmoid", None)
+    chosen = list(training.batches(count, count, 3, 0))
+    tracemalloc.start()
+    training.descend(network, training.Optimizer(), 0.1, inputs, chosen, 3)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    batch = count * pixels * 4
+    assert batch < peak < 1.4 * batch  # the scores, their gradient and a hidden unit are a tenth of it

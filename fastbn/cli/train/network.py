@@ -2,7 +2,8 @@
 
 Every layer is called forwards, ``y = layer(x)``, and then backwards, ``dx = layer.backward(dy)``, which leaves the
 gradients of its parameters beside them: `dweight` beside `weight`, `dgamma` beside `gamma`. `fastbn.BatchNorm` is such
-a layer already.
+a layer already. What was kept for it is let go by backward: beside the next batch, the last one would take as much
+memory again.
 """
 
 from __future__ import annotations
@@ -52,7 +53,9 @@ class Linear:
         """(batch, inputs) -> (batch, outputs)."""
         self.x = x
         y: Array = x @ self.weight
-        return y if self.bias is None else y + self.bias
+        if self.bias is not None:
+            y += self.bias
+        return y
 
     def backward(self, dy: Array) -> Array:
         """(batch, outputs) -> (batch, inputs)."""
@@ -63,6 +66,7 @@ class Linear:
     def gradients(self, dy: Array) -> None:
         """Only those of the parameters: of a network's first layer nobody needs dx."""
         self.dweight = self.x.T @ dy
+        del self.x
         if self.bias is not None:
             self.dbias = dy.sum(axis=0)
 
@@ -72,12 +76,16 @@ class Sigmoid:
 
     def __call__(self, x: Array) -> Array:
         """Element by element."""
-        self.y: Array = 0.5 * np.tanh(0.5 * x) + 0.5
+        self.y: Array = 0.5 * x
+        np.tanh(self.y, out=self.y)
+        self.y *= 0.5
+        self.y += 0.5
         return self.y
 
     def backward(self, dy: Array) -> Array:
         """dy * y * (1 - y)."""
         dx: Array = dy * self.y * (1 - self.y)
+        del self.y
         return dx
 
 
@@ -92,6 +100,7 @@ class Tanh:
     def backward(self, dy: Array) -> Array:
         """dy * (1 - y^2)."""
         dx: Array = dy * (1 - self.y * self.y)
+        del self.y
         return dx
 
 
@@ -105,7 +114,9 @@ class ReLU:
 
     def backward(self, dy: Array) -> Array:
         """The part of dy where y is positive."""
-        return dy * (self.y > 0)
+        dx: Array = dy * (self.y > 0)
+        del self.y
+        return dx
 
 
 ACTIVATIONS: dict[str, Callable[[], Layer]] = {"sigmoid": Sigmoid, "relu": ReLU, "tanh": Tanh}

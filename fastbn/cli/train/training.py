@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from fastbn.cli.train.data import Dataset, Images
+from fastbn.cli.train.data import Dataset
 from fastbn.cli.train.network import Array, Network, cross_entropy
 from fastbn.functional import batch_norm_inference, moments
 
@@ -23,6 +23,7 @@ PIXEL_EPS = 0.1  # added to the variance of each pixel, in units of the ink
 # kept the last ten checks of each from 97.8 % up; at a constant rate single ones went down to 94.9 %, for training then
 # jumps now and again, and recovers.
 COOLDOWN = 0.25
+CHUNK = 4096  # images
 CHECKS = 40  # how often the test accuracy is taken
 
 
@@ -38,14 +39,19 @@ class Inputs:
         m = moments(data.images, num_threads=1)
         self.mean, self.var = m.mean.astype(np.float32), m.var().astype(np.float32)
         self.eps = PIXEL_EPS * data.ink**2
-        self.test = self._normalized(data.test_images)
+        self.test = self._normalized(data.test_images.astype(np.float32))
 
     def __getitem__(self, chosen: Indices | slice) -> Array:
         """Training images, shape (chosen, pixels) of float32."""
-        return self._normalized(self.data.images[chosen])
+        images = self.data.images
+        if isinstance(chosen, slice):
+            return self._normalized(images[chosen].astype(np.float32))
+        x = np.empty((len(chosen), images.shape[1]), np.float32)
+        for start in range(0, len(chosen), CHUNK):  # a copy in bytes is of a few images only
+            x[start : start + CHUNK] = images[chosen[start : start + CHUNK]]
+        return self._normalized(x)
 
-    def _normalized(self, images: Images) -> Array:
-        x = images.astype(np.float32)
+    def _normalized(self, x: Array) -> Array:
         return batch_norm_inference(x, self.mean, self.var, eps=self.eps, out=x, num_threads=1)
 
 
