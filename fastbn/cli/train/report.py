@@ -145,4 +145,4 @@ def save(figure: Figure, file: IO[bytes], suffix: str) -> None:
     with warnings.catch_warnings():
         # of the title's letters: the font's box stands for them
         warnings.filterwarnings("ignore", "Glyph .* missing from ")
-        figure.savefig(file, format=suffix, dpi=150)
+        figure.savefig(file, format=suffix, dpi=120)
