@@ -23,7 +23,7 @@ def histories(ours: list[int], twin: list[int], steps: int = 100, diverged: int 
 
 CHANCE = 46 / 450
 SOON = "reached 97.8 % (99 % of the better) after 50 steps, 98.7 % at the end"
-DIVERGED = "diverged at step 60 (the loss is no longer a number; try a smaller --lr)"
+DIVERGED = "diverged at step 60 (the loss is no longer a number; try a smaller --lr or --init)"
 
 
 @pytest.mark.parametrize(

@@ -128,10 +128,11 @@ def initial_weights(sizes: Sequence[int], init: str | float, seed: int, dtype: D
     `init` is a name of `INITS`, or the standard deviation of all.
     """
     rng = np.random.default_rng((seed, 0))
-    return [
-        ((INITS[init](*pair) if isinstance(init, str) else init) * rng.standard_normal(pair)).astype(dtype)
-        for pair in itertools.pairwise(sizes)
-    ]
+    with np.errstate(over="ignore"):  # of a standard deviation far too high: the network diverges, which is reported
+        return [
+            ((INITS[init](*pair) if isinstance(init, str) else init) * rng.standard_normal(pair)).astype(dtype)
+            for pair in itertools.pairwise(sizes)
+        ]
 
 
 def batch_norm(weight: Array) -> BatchNorm:

@@ -75,7 +75,7 @@ def summary(histories: Histories, chance: float) -> list[str]:
 
 def _did(history: training.History, targets: list[tuple[float, str]], chance: float) -> str:
     if history.diverged is not None:
-        return f"diverged at step {history.diverged} (the loss is no longer a number; try a smaller --lr)"
+        return f"diverged at step {history.diverged} (the loss is no longer a number; try a smaller --lr or --init)"
     accuracy, end = history.accuracy, f"{_percent(history.accuracy[-1], history.total)} at the end"
     if accuracy[-1] < chance + NEAR_CHANCE:
         plateau = "on a plateau, " if len(accuracy) > ROWS else ""  # after a few steps it is none yet
