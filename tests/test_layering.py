@@ -157,6 +157,7 @@ AT_IMPORT = {
         *(f"cuda/kernels/{name}.py" for name in ("device", "group")),
     ],
 }
+CLAIMS = ("__init__", "noise", "serving", "shift", "sweeps")  # each draws its picture
 IN_FUNCTIONS = {
     # These show or ask for numba's settings; pool launches its threads, buffers asks for a driver, the command line
     # counts what compiles.
@@ -175,8 +176,8 @@ IN_FUNCTIONS = {
     "llvmlite": ["cli/info.py"],  # shows the processor as the compiler sees it
     "ml_dtypes": ["arguments/dtypes.py"],  # when bfloat16 is asked for by name
     "rich": ["progress.py"],
-    "matplotlib": ["cli/train/report.py"],
-    "threadpoolctl": ["cli/train/__init__.py"],
+    "matplotlib": ["cli/plots.py", "cli/train/report.py", *(f"cli/claims/{name}.py" for name in CLAIMS)],
+    "threadpoolctl": ["cli/train/training.py"],
     "sklearn": ["cli/train/data.py"],
     # A peer, where installed; as CuPy; whose process groups join ranks; whose weights are folded.
     "torch": ["cli/bench.py", "cuda/buffers.py", "cuda/placement.py", "distributed.py", "fold.py"],

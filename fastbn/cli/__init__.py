@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import fastbn
 from fastbn.arguments.errors import BackendUnavailable, DataError, MissingExtra
-from fastbn.cli import bench, console, explain, info, npy_moments, options, selftest, train, warmup
+from fastbn.cli import bench, claims, console, explain, info, npy_moments, options, selftest, train, warmup
 from fastbn.cpu import interrupts
 
 PROGRAM = "python -m fastbn"  # works where scripts are not on the PATH
@@ -41,6 +41,13 @@ COMMANDS = (
         ("train", "train --optimizer adam --activation relu --plot adam.png", "train --data mnist/ --batch 128"),
         train.add_arguments,
         train.run,
+    ),
+    Command(
+        "claims",
+        "try what is said of batch normalization on real images: an experiment, a picture and a verdict for each claim",
+        ("claims", "claims --quick --only rate,depth", "claims --data mnist/ --out mnist-claims"),
+        claims.add_arguments,
+        claims.run,
     ),
     Command(
         "moments",

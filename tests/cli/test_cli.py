@@ -20,7 +20,7 @@ from fastbn.arguments.errors import MissingExtra
 from fastbn.cli import info, main, selftest, warmup
 from fastbn.cpu import interrupts, threads
 
-NAMES = ["train", "moments", "explain", "info", "check", "bench", "warmup"]
+NAMES = ["train", "claims", "moments", "explain", "info", "check", "bench", "warmup"]
 
 
 def run(*arguments, **options):

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fastbn.cli import train
+from fastbn.cli import plots, train
 from fastbn.cli.train import network as nets
 from fastbn.cli.train import report, training
 
@@ -93,7 +93,7 @@ def test_a_network_that_diverged_has_one_row_that_says_so() -> None:
 def test_the_plot_shows_both_curves_and_says_what_they_are() -> None:
     (axes,) = report.figure(histories([45, 450], [45, 90], 10), "data\nnetwork", 10, CHANCE).axes
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("training steps", "test accuracy (%)")
-    assert axes.get_title() == "data\nnetwork"
+    assert axes.get_figure().get_suptitle() == "data\nnetwork"
     ours, twin, _ = axes.get_lines()
     np.testing.assert_allclose(ours.get_xydata(), [[0, 10], [10, 100]])
     np.testing.assert_allclose(twin.get_xydata(), [[0, 10], [10, 20]])
@@ -129,5 +129,5 @@ def test_a_plot_takes_any_name_of_a_directory(name: str, kind: str, tmp_path: Pa
     errors.
     """
     with (tmp_path / "p").open("wb") as file:
-        report.save(report.figure(histories([45, 450], [45, 90], 10), name, 10, CHANCE), file, kind)
+        plots.save(report.figure(histories([45, 450], [45, 90], 10), name, 10, CHANCE), file, kind)
     assert (tmp_path / "p").stat().st_size > 1000

@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 
 from fastbn import progress
 from fastbn.arguments.errors import DataError
-from fastbn.cli import files, options
+from fastbn.cli import files, options, plots
 from fastbn.cli.train import kernels, report, training
 from fastbn.cli.train import network as nets
-from fastbn.cli.train.data import Dataset, load_digits, load_idx
+from fastbn.cli.train.data import Dataset, load
 
 PLOT_KINDS = (".png", ".pdf", ".svg")
 EXAMPLES = 8
@@ -113,25 +113,14 @@ def run(args: argparse.Namespace) -> int:
     rate = training.OPTIMIZERS[args.optimizer].rate if args.lr is None else args.lr
     with ExitStack() as stack:
         plot, file = _open_plot(args.plot, stack)
-        progress.need(
-            "rich",
-            "matplotlib",
-            "sklearn",
-            "threadpoolctl",
-            command="train",
-            named="rich, matplotlib, scikit-learn and threadpoolctl",
-        )
-        from threadpoolctl import threadpool_limits
-
-        data = load_digits() if args.data is None else load_idx(args.data)
+        training.need("train")
+        data = load(args.data)
         if not 2 <= args.batch <= len(data.images):
             raise DataError(
                 f"--batch: given {args.batch}, want 2 (a variance needs two images) to {len(data.images)}, the "
                 "training images"
             )
-        # Matrices this small gain nothing from a second BLAS thread, and on a busy machine its waiting cost a factor of
-        # 20.
-        stack.enter_context(threadpool_limits(1, user_api="blas"))
+        stack.enter_context(training.one_blas_thread())
         sizes = (data.images.shape[1], *args.hidden, data.classes)
         network = f"{'-'.join(map(str, sizes))} units, {args.activation}, initial weights {_said(args.init)}"
         lessons = f"{report.counted(args.steps, 'step')} of {args.batch} images, {args.optimizer} at rate {rate:g}"
@@ -142,9 +131,9 @@ def run(args: argparse.Namespace) -> int:
             _rehearse(args, inputs, weights)
         networks, histories = _train_both(args, inputs, weights, rate)
         title = f"{data.name}\n{network}\n{lessons}"
-        report.save(report.figure(histories, title, args.steps, data.chance), file, plot.suffix[1:].lower())
+        plots.save(report.figure(histories, title, args.steps, data.chance), file, plot.suffix[1:].lower())
     # The plot is in its place before anything is shown, which a terminal may not take.
-    progress.table(("", *report.NAMES.values()), report.rows(histories, args.steps))
+    progress.table(("", *plots.NAMES.values()), report.rows(histories, args.steps))
     _print_examples(networks, inputs, args.seed)
     print("", *report.summary(histories, data.chance), sep="\n")
     print(f"plot of both curves: {plot}")
@@ -218,7 +207,7 @@ def _train_both(
     histories = {}
     with progress.counted() as start:
         for batch_norm, network in networks.items():
-            task = start(report.NAMES[batch_norm], args.steps)
+            task = start(plots.NAMES[batch_norm], args.steps)
             optimizer = training.OPTIMIZERS[args.optimizer]()
             chosen = training.batches(len(inputs.data.images), args.batch, args.steps, args.seed)
             show = partial(_show, task)
@@ -243,7 +232,7 @@ def _print_examples(networks: dict[bool, nets.Network], inputs: training.Inputs,
         )
         for i in chosen
     ]
-    progress.table(("one at a time", "is a", *report.NAMES.values()), rows)
+    progress.table(("one at a time", "is a", *plots.NAMES.values()), rows)
     print("Each image above went through alone, a batch of one: in use, the running averages of")
     print("mean and variance that training gathered stand in for those of a batch.")
 

@@ -50,6 +50,11 @@ class Dataset(NamedTuple):
         return float(np.bincount(self.test_labels).max()) / len(self.test_labels)
 
 
+def load(directory: Path | None) -> Dataset:
+    """What the option --data names: a directory of IDX files, or without one the digits."""
+    return load_digits() if directory is None else load_idx(directory)
+
+
 def load_digits() -> Dataset:
     """1797 handwritten digits of 8 x 8 pixels, which come inside scikit-learn.
 

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fastbn.cli import plots
 from fastbn.cli.train import training
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-NAMES = {True: "with batch normalization", False: "without"}
 SHARES = (90, 95, 99)  # percent of the better accuracy at the end: what the steps are counted for
 ROWS = 10  # of the accuracies in the table, beside those of the first two checks
 NEAR_CHANCE = 0.05  # accuracy above chance that is still called near
 RISING = 0.01  # what the accuracy gains at the least, over the last half of the steps, where it is no plateau
-# Blue and vermillion of Okabe & Ito (2008), which the colour-blind tell apart; lines and markers differ without
-# colours.
-STYLES = {True: ("#0072B2", "-", "o"), False: ("#D55E00", "--", "s")}
 
 Histories = Mapping[bool, training.History]  # by whether the network has batch normalization
 
@@ -70,7 +66,9 @@ def rows(histories: Histories, steps: int) -> list[tuple[str, ...]]:
 def summary(histories: Histories, chance: float) -> list[str]:
     """One sentence for each network: what it did."""
     targets = _targets(histories)
-    return [f"{NAMES[norm].capitalize()}: {_did(history, targets, chance)}." for norm, history in histories.items()]
+    return [
+        f"{plots.NAMES[norm].capitalize()}: {_did(history, targets, chance)}." for norm, history in histories.items()
+    ]
 
 
 def _did(history: training.History, targets: list[tuple[float, str]], chance: float) -> str:
@@ -91,12 +89,9 @@ def _did(history: training.History, targets: list[tuple[float, str]], chance: fl
 
 def figure(histories: Histories, title: str, steps: int, chance: float) -> Figure:
     """Draw both test accuracies over the steps, and where a network diverged, a cross."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    made = Figure(figsize=(8, 5), layout="constrained")
-    FigureCanvasAgg(made)  # no window, whatever the user's settings say
+    made = plots.figure(title, (8, 5))
     axes = made.add_subplot()
     for norm, history in histories.items():
         _draw(axes, norm, history)
@@ -106,8 +101,6 @@ def figure(histories: Histories, title: str, steps: int, chance: float) -> Figur
     if low <= 100 * chance <= high:
         axes.axhline(100 * chance, color="gray", linestyle=":", label="chance")
     axes.set(xlabel="training steps", ylabel="test accuracy (%)", xlim=(-0.01 * steps, 1.01 * steps), ylim=(low, high))
-    # a directory's name, of any letters
-    axes.set_title(title.encode(errors="backslashreplace").decode(), parse_math=False, fontsize=10)
     axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 2.5, 5, 10], integer=True))
     axes.grid(alpha=0.3)
     axes.legend()
@@ -115,34 +108,10 @@ def figure(histories: Histories, title: str, steps: int, chance: float) -> Figur
 
 
 def _draw(axes: Axes, norm: bool, history: training.History) -> None:
-    colour, line, marker = STYLES[norm]
-    percent = [100 * accuracy for accuracy in history.accuracy]
-    axes.plot(
-        history.steps,
-        percent,
-        color=colour,
-        linestyle=line,
-        marker=marker,
-        markersize=4,
-        markevery=max(1, len(percent) // 10),
-        label=NAMES[norm],
-    )
+    style, percent = plots.STYLES[norm], [100 * accuracy for accuracy in history.accuracy]
+    every = max(1, len(percent) // 10)
+    axes.plot(history.steps, percent, label=plots.NAMES[norm], markevery=every, **style)
     if history.diverged is not None:
-        axes.plot(
-            [history.diverged],
-            percent[-1:],
-            color=colour,
-            linestyle="none",
-            marker="X",
-            markersize=11,
-            clip_on=False,
-            label=f"{NAMES[norm]}: diverged at step {history.diverged}",
-        )
-
-
-def save(figure: Figure, file: IO[bytes], suffix: str) -> None:
-    """Write a figure: png, pdf or svg."""
-    with warnings.catch_warnings():
-        # of the title's letters: the font's box stands for them
-        warnings.filterwarnings("ignore", "Glyph .* missing from ")
-        figure.savefig(file, format=suffix, dpi=120)
+        cross = style | {"linestyle": "none", "marker": "X", "markersize": 11, "clip_on": False}
+        label = f"{plots.NAMES[norm]}: diverged at step {history.diverged}"
+        axes.plot([history.diverged], percent[-1:], label=label, **cross)

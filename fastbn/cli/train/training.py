@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fastbn import progress
 from fastbn.cli.train.data import Dataset
 from fastbn.cli.train.network import Array, Network, cross_entropy
 from fastbn.functional import batch_norm_inference, moments
@@ -25,6 +28,20 @@ PIXEL_EPS = 0.1  # added to the variance of each pixel, in units of the ink
 COOLDOWN = 0.25
 CHUNK = 4096  # images
 CHECKS = 40  # how often the test accuracy is taken
+
+
+def need(command: str) -> None:
+    """MissingExtra where a package is absent that the commands which train need."""
+    packages = "rich, matplotlib, scikit-learn and threadpoolctl"
+    progress.need("rich", "matplotlib", "sklearn", "threadpoolctl", command=command, named=packages)
+
+
+def one_blas_thread() -> AbstractContextManager[Any]:
+    """Matrices this small gain nothing from a second BLAS thread; on a busy machine its waiting cost a factor of 20."""
+    from threadpoolctl import threadpool_limits
+
+    limits: AbstractContextManager[Any] = threadpool_limits(1, user_api="blas")
+    return limits
 
 
 class Inputs:
