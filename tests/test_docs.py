@@ -107,7 +107,7 @@ def _command_lines() -> Iterator[list[str]]:
         for part in line.split("&&"):
             found = re.match(r"(?:python -m )?fastbn ((?:[a-z]|-)[^|]*)$", part.strip())
             if found:
-                yield shlex.split(found[1])
+                yield shlex.split(found[1], comments=True)
 
 
 def test_commands_parse() -> None:
