@@ -65,6 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--init",
         type=_init,
+        # From weights of 0.03 the plain network stays near chance on the digits, for all of 16 seeds.
         default="xavier",
         metavar="INIT",
         help="standard deviation of the initial weights: xavier, he, or a number, 0.03 say (default: %(default)s)",
