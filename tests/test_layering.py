@@ -179,6 +179,7 @@ IN_FUNCTIONS = {
     "matplotlib": ["cli/plots.py", "cli/train/report.py", *(f"cli/claims/{name}.py" for name in CLAIMS)],
     "threadpoolctl": ["cli/train/training.py"],
     "sklearn": ["cli/train/data.py"],
+    "scipy": ["cli/claims/noise.py"],  # scikit-learn's own, a quantile
     # A peer, where installed; as CuPy; whose process groups join ranks; whose weights are folded.
     "torch": ["cli/bench.py", "cuda/buffers.py", "cuda/placement.py", "distributed.py", "fold.py"],
     "mpi4py": ["distributed.py"],  # whose communicators join ranks

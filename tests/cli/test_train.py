@@ -55,7 +55,7 @@ def test_a_short_run(command: Command, capsys: pytest.CaptureFixture[str]) -> No
     out, err = capsys.readouterr()
     assert err == ""  # no bar where there is no terminal
     lines = out.splitlines()
-    assert lines[0] == "data:     scikit-learn's handwritten digits, 8 x 8 pixels: 1347 to train on, 450 to test"
+    assert lines[0] == "data:     scikit-learn's handwritten digits, 8 x 8 pixels: 1,347 to train on, 450 to test"
     network = "64-24-24-10 units, sigmoid, initial weights xavier"
     assert lines[1] == f"network:  {network}; the same weights and batches for both (seed 0)"
     assert lines[2] == "training: 60 steps of 60 images, sgd at rate 0.1 (over the last quarter falling to 0)"
@@ -118,7 +118,7 @@ def test_the_default_run_shows_what_batch_normalization_does(
 ) -> None:
     histories: dict[bool, training.History] = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.report, "rows", lambda given, steps: (histories.update(given), [])[1])
+        patch.setattr(train.report, "rows", lambda given, *_: (histories.update(given), [])[1])
         assert command() == 0
     assert Path("fastbn-train.png").stat().st_size > 10_000
     ours, twin = histories[True], histories[False]

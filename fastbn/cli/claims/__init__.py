@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from fastbn import progress
 from fastbn.arguments.errors import DataError
-from fastbn.cli import console, files, options, plots
+from fastbn.cli import console, files, info, options, plots
 from fastbn.cli.claims import noise, processes, report, serving, shift, sweeps
 from fastbn.cli.claims.runs import BATCH, Finding, Plan, Results, Run
 from fastbn.cli.train import kernels, training
@@ -37,6 +37,10 @@ class Claim(Protocol):
     def sentence(self) -> str:
         """What is said."""
 
+    @property
+    def network(self) -> str:
+        """What is trained, for the picture's title."""
+
     def runs(self, plan: Plan) -> list[Run]:
         """What it takes to try it."""
 
@@ -51,7 +55,12 @@ CLAIMS: dict[str, Claim] = {
     claim.name: claim
     for claim in (sweeps.RATE, sweeps.INIT, sweeps.DEPTH, shift.Shift(), noise.Noise(), serving.Serving())
 }
-HEIGHTS = {"shift": 8.0}  # inches, of 10 x 4.5
+HEIGHTS = {"rate": 7.0, "shift": 8.0}  # inches, of 10 x 4.5
+OUT, QUICK_OUT = Path("fastbn-claims"), Path("fastbn-claims-quick")  # a look does not replace a report
+ABOUT = (
+    "rate (of learning), init (the weights at the start), depth, shift (of what hidden layers see), noise (of a "
+    "batch's statistics), test (without a batch)"
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,19 +72,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="MNIST-style IDX files, as of `train` (default: the digits inside scikit-learn; nothing is downloaded)",
     )
-    add("--only", metavar="NAMES", help=f"some of {','.join(CLAIMS)} (default: all)")
+    add("--only", metavar="NAMES", help=f"some of {ABOUT}, with commas between them (default: all)")
     add(
         "--quick",
         action="store_true",
-        help=f"{QUICK_STEPS} steps a run in place of {STEPS:,}: a look, and not every verdict the same",
+        help=f"runs of {QUICK_STEPS} steps in place of {STEPS:,}, a quarter of a minute in place of one or two; some "
+        "verdicts are others then",
     )
     add(
         "--out",
         type=Path,
-        default=Path("fastbn-claims"),
         metavar="DIR",
         help=f"where {report.PAGE}, {report.FILE} and the pictures go; runs that are finished there are not made again "
-        "(default: %(default)s)",
+        f"(default: {OUT}, with --quick {QUICK_OUT})",
     )
     add(
         "--seed",
@@ -101,25 +110,31 @@ def run(args: argparse.Namespace) -> int:
     data = load(args.data)
     if len(data.images) < BATCH:
         raise DataError(f"--data: {data.name} has {len(data.images)} training images, want {BATCH} or more, a batch")
-    out = _directory(args.out)
+    if len(data.test_images) < 2:
+        raise DataError(f"--data: {data.name} has one test image, want two or more: one has no variance")
+    out = _directory(args.out or (QUICK_OUT if args.quick else OUT))
     kept = report.Kept(out / report.FILE, data)
-    plan = Plan(QUICK_STEPS if args.quick else STEPS, args.seed, len(data.images), len(data.test_images))
+    plan = Plan(
+        QUICK_STEPS if args.quick else STEPS, args.seed, len(data.images), len(data.test_images), 100 * data.chance
+    )
     runs = list(dict.fromkeys(run for claim in chosen for run in claim.runs(plan)))
     height, width = data.pixels
     print(
-        f"data:     {report.plain(data.name)}, {height} x {width} pixels: {len(data.images)} to train on, "
-        f"{len(data.test_images)} to test"
+        f"data:     {report.plain(data.name)}, {height} x {width} pixels: {len(data.images):,} to train on, "
+        f"{len(data.test_images):,} to test"
     )
     _make(runs, kept, data)
     # Claims whose runs are all there are told of, too: of an earlier call, which was for them only.
     told = [claim for claim in CLAIMS.values() if all(run in kept.results for run in claim.runs(plan))]
-    findings = [(claim, claim.conclude(plan, kept.results)) for claim in told]
-    for claim in told:
-        _draw(claim, out / f"{claim.name}.png", data, plan, kept.results)
+    print(f"pictures: {', '.join(f'{claim.name}.png' for claim in told)}", flush=True)
+    with kept.believed():
+        findings = [(claim, claim.conclude(plan, kept.results)) for claim in told]
+        for claim in told:
+            _draw(claim, out / f"{claim.name}.png", data, plan, kept.results)
     seconds = sum(kept.results[run]["seconds"] for claim in told for run in claim.runs(plan))
     _write(out / report.PAGE, report.page(data, plan, findings, seconds).encode())
-    progress.table(("claim", ""), [(claim.name, finding.outcome) for claim, finding in findings])
-    print(f"report: {out / report.PAGE}")
+    print("", *(f"{claim.name:7} {finding.outcome:14} {claim.sentence}" for claim, finding in findings), "", sep="\n")
+    print(f"report:   {out / report.PAGE}")
     return 0
 
 
@@ -155,15 +170,18 @@ def _make(runs: list[Run], kept: report.Kept, data: Dataset) -> None:
     def count() -> str:
         return f"{sum(run in kept.results for run in runs)} of {len(runs)} runs"
 
+    kept_where = info.cache_directory()
+    if kept_where.startswith("nowhere"):
+        print(f"kernels:  kept {kept_where}: {processes.PROCESSES} processes compile them anew, too")
     _compile(missing, data)
-    with progress.counted() as start:
-        task = start("steps", sum(run.steps for run in missing))
-        try:
+    try:
+        with progress.counted() as start:
+            task = start("steps", sum(run.steps for run in missing))
             for run, result in processes.results(missing, data, lambda steps: task.update(steps, count())):
                 kept.add(run, result)
-        except BaseException:
-            console.complain(f"{count()} are kept in {kept.path}: the same command goes on there")
-            raise
+    except BaseException:
+        console.complain(f"{count()} are kept in {kept.path}: the same command goes on there")
+        raise
 
 
 def _compile(runs: list[Run], data: Dataset) -> None:
@@ -176,11 +194,14 @@ def _compile(runs: list[Run], data: Dataset) -> None:
 
 
 def _draw(claim: Claim, path: Path, data: Dataset, plan: Plan, results: Results) -> None:
-    title = f"{claim.name}: {data.name}, hidden layers of 100, {plan.steps:,} steps of {BATCH}"
-    figure = plots.figure(title, (10, HEIGHTS.get(claim.name, 4.5)))
-    claim.draw(figure, plan, results)
+    setting = f"{plan.steps:,} steps of {BATCH} images; seed {plan.seed}"
+    name = data.name if data.pixels == (8, 8) else Path(data.name).name or data.name
     image = io.BytesIO()
-    plots.save(figure, image, "png")
+    with plots.defaults():
+        size = (10, HEIGHTS.get(claim.name, 4.5))
+        figure = plots.figure(f"{claim.sentence}\n{name}; {claim.network}, {setting}", size)
+        claim.draw(figure, plan, results)
+        plots.save(figure, image, "png")
     _write(path, image.getvalue())
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -15,6 +14,7 @@ from fastbn.cli.claims import noise, serving, shift, sweeps
 from fastbn.cli.claims.runs import Measure, Result, Run
 from fastbn.cli.train import training
 from fastbn.cli.train.data import Dataset
+from fastbn.cpu import interrupts
 
 PROCESSES = 2
 REPORT_SECONDS = 0.2
@@ -37,15 +37,21 @@ def results(runs: Sequence[Run], data: Dataset, report: Callable[[int], object])
     waiting = sorted(runs, key=lambda run: run.steps * run.hidden * run.batch * (1 + run.batch_norm))
     done, going = 0, dict[Any, tuple[Run, int]]()  # by pipe, with the steps so far
     with ExitStack() as stack:
+        processes = {}
         for _ in range(min(PROCESSES, len(waiting))):
-            pipe = stack.enter_context(_process(data))
+            pipe, process = stack.enter_context(_process())
+            processes[pipe] = process
+        for pipe in processes:
             going[pipe] = (waiting.pop(), 0)
-            pipe.send(going[pipe][0])
+            with _ended(processes[pipe]):
+                pipe.send(data)
+                pipe.send(going[pipe][0])
         while going:
             ready: list[Any] = connection.wait(list(going))
             for pipe in ready:
                 run, _ = going[pipe]
-                message = _receive(pipe)
+                with _ended(processes[pipe]):
+                    message = pipe.recv()
                 if isinstance(message, Exception):
                     raise message
                 if isinstance(message, int):
@@ -55,53 +61,70 @@ def results(runs: Sequence[Run], data: Dataset, report: Callable[[int], object])
                     del going[pipe]
                     if waiting:
                         going[pipe] = (waiting.pop(), 0)
-                        pipe.send(going[pipe][0])
+                        with _ended(processes[pipe]):
+                            pipe.send(going[pipe][0])
                     yield run, message
                 report(done + sum(steps for _, steps in going.values()))
 
 
-def _receive(pipe: Any) -> Any:
+@contextmanager
+def _ended(process: Any) -> Iterator[None]:
+    """Say why a process is no longer there."""
     try:
-        return pipe.recv()
+        yield
     except (EOFError, ConnectionError):
+        process.join()
+        how = f"with exit code {process.exitcode}, see above"
+        if process.exitcode < 0:
+            how = f"by signal {-process.exitcode}" + " (by the system, where memory ran out?)" * (
+                process.exitcode == -9
+            )
         raise OSError(
-            "a process that trains was ended from outside (by the system, where memory ran out); the same command goes "
-            "on with what is not done yet"
+            f"a process that trains was ended {how}; the same command goes on with what is not done yet"
         ) from None
 
 
 @contextmanager
-def _process(data: Dataset) -> Iterator[Any]:
-    """A pipe to a new process: runs go in, steps and results come out."""
+def _process() -> Iterator[tuple[Any, Any]]:
+    """A pipe to a new process, and that: the data and then runs go in, steps and results come out."""
     context = multiprocessing.get_context("spawn")  # nothing of this process's threads may be copied
     here, there = context.Pipe()
-    process = context.Process(target=_work, args=(there, data), name="fastbn-claims", daemon=True)
-    with _without_interrupts():
-        process.start()
-    there.close()
+    process = context.Process(target=_work, args=(there,), name="fastbn-claims", daemon=True)
     try:
-        yield here
+        with interrupts.deferred(), _held_back():
+            process.start()
+        there.close()
+        yield here, process
     finally:
-        process.terminate()
-        process.join()
+        if process.pid is not None:
+            process.terminate()
+            process.join()
         here.close()
 
 
 @contextmanager
-def _without_interrupts() -> Iterator[None]:
-    """Ctrl-C reaches every process of a terminal, and a new one takes over that it is ignored: this one ends it."""
-    if threading.current_thread() is not threading.main_thread():
+def _held_back() -> Iterator[None]:
+    """Ctrl-C, which reaches every process of a terminal, for the process that is made in here.
+
+    It takes over that this is held back, until it ignores it: its imports would end in a traceback.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
-    way = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    from multiprocessing import resource_tracker
+
+    resource_tracker.ensure_running()  # which lets go of it where it begins
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, way)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _work(pipe: Any, data: Dataset) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # where that isn't taken over
+def _work(pipe: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     said = time.monotonic()
 
     def report(step: int) -> None:
@@ -112,7 +135,7 @@ def _work(pipe: Any, data: Dataset) -> None:
 
     try:
         with training.one_blas_thread():
-            inputs = training.Inputs(data)
+            inputs = training.Inputs(pipe.recv())
             while True:
                 pipe.send(measured(pipe.recv(), inputs, report))
     except (EOFError, ConnectionError):  # the other end is gone

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,42 +36,62 @@ class Kept:
 
     def __init__(self, path: Path, data: Dataset) -> None:
         self.path, self.data = path, {"name": data.name, "fingerprint": fingerprint(data)}
-        self.entries: list[dict[str, Any]] = self._read() if path.exists() else []
+        self.entries: dict[str, dict[str, Any]] = {}
         self.results: dict[Run, Result] = {}
-        for entry in self.entries:
-            if entry["data"]["fingerprint"] == self.data["fingerprint"] and entry["fastbn"] == MADE_BY:
-                self.results[Run(**entry["run"])] = entry["result"]
+        self._read()
 
-    def _read(self) -> list[dict[str, Any]]:
+    def _read(self) -> None:
+        """Take in what is in the file, perhaps from another command at work beside this one."""
+        if not self.path.exists():
+            return
         try:
             found = json.loads(self.path.read_text(encoding="utf-8"))["runs"]
-            for entry in found:
-                Run(**entry["run"]), entry["result"]["seconds"], entry["data"]["fingerprint"], entry["fastbn"]
+            runs = [(Run(**entry["run"]), entry) for entry in found]
+            for run, entry in runs:
+                hash(run), entry["result"]["seconds"] + 0.0, entry["data"]["fingerprint"], entry["fastbn"]
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(
                 f"--out: {self.path} holds no runs of this command ({type(error).__name__}: {error}); give another "
                 "directory, or remove the file"
             ) from error
-        return list(found)
+        for run, entry in runs:
+            self._take(run, entry)
+
+    def _take(self, run: Run, entry: dict[str, Any]) -> None:
+        self.entries[json.dumps([entry["fastbn"], entry["data"]["fingerprint"], run])] = entry
+        if entry["data"]["fingerprint"] == self.data["fingerprint"] and entry["fastbn"] == MADE_BY:
+            self.results[run] = entry["result"]
 
     def add(self, run: Run, result: Result) -> None:
         """Keep it: the file is written whole, beside the old one, which it then replaces."""
-        self.results[run] = result
-        self.entries.append({"fastbn": MADE_BY, "data": self.data, "run": run._asdict(), "result": result})
+        self._read()
+        self._take(run, {"fastbn": MADE_BY, "data": self.data, "run": run._asdict(), "result": result})
         with files.replacing(self.path) as file:
-            lines = ",\n".join(json.dumps(entry) for entry in self.entries)
+            lines = ",\n".join(json.dumps(entry) for entry in self.entries.values())
             file.write(f'{{"runs": [\n{lines}\n]}}\n'.encode())
+
+    @contextmanager
+    def believed(self) -> Iterator[None]:
+        """Results are as they were written, or the file has been changed by other hands."""
+        try:
+            yield
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+            raise DataError(
+                f"--out: {self.path} holds a run that can't be read ({type(error).__name__}: {error}); remove the file"
+            ) from error
 
 
 def page(data: Dataset, plan: Plan, findings: Sequence[tuple[Any, Finding]], seconds: float) -> str:
     """The report, as Markdown: each claim with its sentence, what was done, table, picture and verdict."""
-    height, width = data.pixels
+    (height, width), facts = data.pixels, info.machine()
+    versions = ", ".join(f"{name} {facts[name]}" for name in ("fastbn", "numpy", "numba", "python"))
     parts = [
         f"# What batch normalization does, on {plain(data.name)}",
         f"{plan.images:,} images of {height} x {width} pixels to train on, {plan.test_images:,} to test; hidden "
         f"layers of {WIDTH} units (three, where nothing else is said), batches of {BATCH}, plain gradient descent "
-        f"over {_steps(plan.steps)}, the rate falling to 0 in the last quarter; seed {plan.seed}. Made by `fastbn "
-        f"claims`, in {seconds:.0f} s of processor time: {info.sentence(info.machine())}.",
+        f"over {_steps(plan.steps)}, the learning rate falling to 0 over the last quarter; seed {plan.seed}. *With* "
+        f"is with batch normalization before each activation. Made by `fastbn claims`: its runs took {seconds:.0f} s "
+        f"of processor time. {facts['processor']}, {versions}, {facts['date']}.",
         _table(("claim", "", "verdict"), [(c.name, c.sentence, f.outcome) for c, f in findings], "ll"),
     ]
     for claim, finding in findings:
@@ -79,7 +100,9 @@ def page(data: Dataset, plan: Plan, findings: Sequence[tuple[Any, Finding]], sec
             finding.done,
             _table(finding.headers, finding.rows, "r"),
             f"![{claim.name}]({claim.name}.png)",
-            f"**{finding.outcome.capitalize()}.** {finding.verdict}",
+            f"**{finding.outcome.capitalize()}.**",
+            "\n".join(f"* {sentence}" for sentence in finding.verdict),
+            f"*The rule:* {finding.rule}",
         ]
     return "\n\n".join(parts) + "\n"
 

@@ -54,16 +54,18 @@ class Plan(NamedTuple):
     seed: int
     images: int
     test_images: int
+    chance: float = 0.0  # percent of the test images that the commonest class makes
 
 
 class Finding(NamedTuple):
-    """What a claim's runs showed."""
+    """What a claim's runs showed: how it was tried, by which rule it is judged, and what came of it."""
 
     done: str
+    rule: str
     headers: tuple[str, ...]
     rows: Sequence[tuple[str, ...]]
     outcome: str  # "holds", "holds in part", "does not hold", "undecided"
-    verdict: str
+    verdict: Sequence[str]  # sentences, each with its numbers
 
 
 class GhostBatchNorm(BatchNorm):

@@ -45,7 +45,8 @@ def _layer(bands: np.ndarray, begun: np.ndarray) -> Result:
     found: Result = {}
     for name, part in (("all", bands), ("afterwards", bands[begun])):
         move, ratio = movement(part)
-        found[name] = {"move": float(np.median(move)), "ratio": float(np.median(ratio))}
+        span = float(np.median(np.ptp(part[:, 1], axis=0)))
+        found[name] = {"move": float(np.median(move)), "ratio": float(np.median(ratio)), "span": span}
     move, ratio = movement(bands)
     # the unit whose two numbers stand nearest the middle of their ranks
     ranks = np.argsort(np.argsort([move, ratio], axis=1), axis=1)
@@ -65,6 +66,7 @@ class Shift:
     """The claim."""
 
     name = "shift"
+    network = "three hidden layers of 100 sigmoids, Xavier, rate 0.1"
     sentence = "Hidden layers see a steadier input while the layers before them change."
 
     def runs(self, plan: Plan) -> list[Run]:
@@ -76,38 +78,44 @@ class Shift:
         """Compare the bands of each layer."""
         ours, twin = (results[run] for run in self.runs(plan))
         layers = list(zip(ours["layers"], twin["layers"], strict=True))
-        parts = [(key, part) for key in ("move", "ratio") for part in ("all", "afterwards")]
+        keys = [(key, part) for key in ("move", "ratio") for part in ("all", "afterwards")]
         rows = [
-            (str(i), *(f"{side[part][key]:.2f}" for key, part in parts for side in pair))
+            (f"{i}, {side}", *(f"{layer[part][key]:.2f}" for key, part in keys))
             for i, pair in enumerate(layers, start=1)
+            for side, layer in zip(("with", "without"), pair, strict=True)
         ]
-        steadier = [sum(a[part][key] < b[part][key] for a, b in layers) for key, part in parts]
-        share = sum(steadier) / (len(parts) * len(layers))
+        steadier = [sum(a[part][key] < b[part][key] for a, b in layers) for key, part in keys]
+        moves, late_moves, ratios, late_ratios = steadier
+        share = sum(steadier) / (len(keys) * len(layers))
         outcome = "holds" if share == 1 else "holds in part" if share > 0.5 else "does not hold"
         last, last_twin = (side["all"] for side in layers[-1])
-        moves, late_moves, ratios, late_ratios = steadier
-        verdict = (
+        verdict = [
             f"In the last hidden layer the median of a unit's input moves by {last['move']:.2f} of its band's width "
-            f"with and {last_twin['move']:.2f} without, and the band is at its widest {last['ratio']:.1f} and "
-            f"{last_twin['ratio']:.1f} times as wide as at its narrowest. Of {len(layers)} layers {moves} have the "
-            f"steadier median and {ratios} the steadier width over the whole training, {late_moves} and {late_ratios} "
-            "after its first tenth. Part of it holds by construction: gamma and beta are all that can move a "
-            f"normalized input. Steadier is not the same as better: the networks end at {_percent(ours)} with and "
-            f"{_percent(twin)} without."
-        )
+            f"with and {last_twin['move']:.2f} without (by {last['span']:.2f} and {last_twin['span']:.2f} as it "
+            f"stands); the band is at its widest {last['ratio']:.1f} and {last_twin['ratio']:.1f} times as wide as at "
+            "its narrowest.",
+            f"Of {len(layers)} layers {moves} have the steadier median and {ratios} the steadier width with batch "
+            f"normalization over the whole training, {late_moves} and {late_ratios} after its first tenth.",
+            "Part of it holds by construction: gamma and beta are all that can move the mean and the spread of a "
+            "normalized input.",
+            "Steadier is not the same as better: the networks end at "
+            f"{_percent(ours)} with and {_percent(twin)} without.",
+        ]
         done = (
             f"The inputs of every hidden sigmoid (Xavier, rate 0.1) for the same {min(IMAGES, plan.test_images):,} "
-            f"test images, as one batch, looked at {len(ours['steps'])} times over {plan.steps:,} steps: percentiles "
-            "15, 50 and 85. The numbers are those of a layer's median unit: the range of the 50th percentile in "
-            "units of the band's width, and the widest band over the narrowest; each over the whole training and "
-            "after its first tenth."
+            f"test images, as one batch, looked at {len(ours['steps'])} times over {plan.steps:,} steps: the 15th, "
+            "50th and 85th percentile of each unit, the band between the first and the last its spread. Of each "
+            "unit: how far the 50th moves, in units of the band's median width, and the widest band over the "
+            "narrowest; over the whole training, and without its first tenth. The table has each layer's median over "
+            "its units, the picture the unit nearest that."
         )
-        names = {"move": "median moves", "ratio": "widest / narrowest", "all": "", "afterwards": ", late"}
-        headers = (
-            "layer",
-            *(f"{names[key]}{names[part]}, {side}" for key, part in parts for side in ("with", "without")),
+        rule = (
+            "The claim holds where all four numbers are smaller with batch normalization in every layer, in part where "
+            "more than half of them are."
         )
-        return Finding(done, headers, rows, outcome, verdict)
+        late = "without the first tenth"
+        headers = ("layer", "median moves", late, "widest / narrowest", late)
+        return Finding(done, rule, headers, rows, outcome, verdict)
 
     def draw(self, figure: Figure, plan: Plan, results: Results) -> None:
         """Bands of typical units: a row a layer, with and without side by side, on one scale."""
@@ -117,10 +125,12 @@ class Shift:
             for row, layer in enumerate(result["layers"]):
                 axes, (low, middle, high) = grid[row][column], layer["band"]
                 plots.band(axes, result["steps"], low, middle, high, norm)
-                axes.set_title(f"hidden layer {row + 1}, {plots.NAMES[norm]}", fontsize="medium")
+                title = f"hidden layer {row + 1}, unit {layer['unit']}, {plots.NAMES[norm]}"
+                axes.set_title(title, fontsize="medium")
                 axes.grid(alpha=0.3)
                 axes.margins(x=0)
             grid[-1][column].set_xlabel("training steps")
+            grid[0][column].legend(loc="upper left")
         for row in grid:
             row[0].set_ylabel("input of a sigmoid")
 

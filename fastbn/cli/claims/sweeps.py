@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 NEAR = 5.0  # points below the best accuracy that still count as trained
+FEWER = 2  # values at least that must work more with than without, where a range is called wider
 SAME = 1.0  # points between accuracies that are called the same
 EARLY = 10  # the accuracy is looked at after one step in so many, too
 DECADES = (1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0)
@@ -51,8 +52,9 @@ class Sweep(NamedTuple):
     label: str
     values: Sequence[float]
     settings: tuple[Setting, ...]
-    whole: bool = False  # values are whole numbers, each of which the axis names
+    network: str = "three hidden layers of 100"
     speed: bool = False  # the claim is of speed, too
+    harder: bool = False  # values are whole numbers, each harder than the one before
 
     def runs(self, plan: Plan) -> list[Run]:
         """With and without, for each value in each setting."""
@@ -68,9 +70,9 @@ class Sweep(NamedTuple):
             for _, run in self.settings
         ]
 
-    def usable(self, points: list[Run], results: Results) -> list[list[float]]:
+    def usable(self, points: list[Run], plan: Plan, results: Results) -> list[list[float]]:
         """Values that come near the best of the setting, with and without."""
-        floor = self.floor(points, results)
+        floor = self.floor(points, plan, results)
         return [
             [
                 value
@@ -80,9 +82,10 @@ class Sweep(NamedTuple):
             for side in _sides(points)
         ]
 
-    def floor(self, points: list[Run], results: Results) -> float:
-        """The accuracy that a run of this setting must reach."""
-        return max(_best(side, "accuracy", results) for side in _sides(points)) - NEAR
+    def floor(self, points: list[Run], plan: Plan, results: Results) -> float:
+        """The accuracy that a run of this setting must reach: near the best, and more than chance."""
+        best = max(_best(side, "accuracy", results) or 0.0 for side in _sides(points))
+        return max(best - NEAR, plan.chance + SAME)
 
     def conclude(self, plan: Plan, results: Results) -> Finding:
         """Count the values that train."""
@@ -91,58 +94,85 @@ class Sweep(NamedTuple):
             (f"{value:g}", *(_cell(results[run]) for runs in points for run in (runs[i], runs[i].twin)))
             for i, value in enumerate(self.values)
         ]
-        usable = [self.usable(runs, results) for runs in points]
+        usable = [self.usable(runs, plan, results) for runs in points]
         bests, earlies = (
             [[_best(side, key, results) for side in _sides(runs)] for runs in points] for key in ("accuracy", "early")
         )
         early = max(1, plan.steps // EARLY)
-        for what, pairs in (("best", bests), (f"best after {early:,} steps", earlies)):
-            rows.append((what, *(f"{best:.1f}" if best else "-" for pair in pairs for best in pair)))
+        rows.append(("the best", *(_percent(best) for pair in bests for best in pair)))
+        if self.speed:
+            found = (_percent(best) for pair in earlies for best in pair)
+            rows.append((f"the best after {early:,} steps", *found))
         rows.append((f"within {NEAR:g} points", *(f"{len(found)} of {count}" for pair in usable for found in pair)))
 
-        more, fewer = (sum(sign * (len(a) - len(b)) > 0 for a, b in usable) for sign in (1, -1))
-        faster = sum(a > b for a, b in earlies)
-        every = more == len(points) and (faster == len(points) or not self.speed)
-        outcome = "holds" if every else "holds in part" if more > fewer else "does not hold"
-        texts = [
-            f"{setting.name}: {_values(a)} with, {_values(b)} without"
-            for setting, (a, b) in zip(self.settings, usable, strict=True)
-        ]
-        verdict = f"Within {NEAR:g} points of the best of both come: {'; '.join(texts)}."
-        if same := [s.name for s, (a, b) in zip(self.settings, usable, strict=True) if abs(len(a) - len(b)) <= 1]:
-            verdict += f" Little or no difference there: {'; '.join(same)}."
-        if self.speed:
-            ahead = "; ".join(
-                f"{s.name}: {a:.1f} and {b:.1f} %" for s, (a, b) in zip(self.settings, earlies, strict=True)
-            )
-            verdict += f" After {early:,} steps the best with and without are at: {ahead}."
-        final, plain = (max(side) for side in zip(*bests, strict=True))
-        verdict += f" At the best of all these settings a network gets {final:.1f} % with and {plain:.1f} % without"
-        if self.speed and abs(final - plain) < SAME:
-            verdict += ": what is gained is range and speed, not accuracy"
-        verdict += "."
+        sentences, passed = [], 0
+        for setting, (ours, twins), (ours_early, twins_early) in zip(self.settings, usable, earlies, strict=True):
+            text = f"{setting.name}: {self._named(ours)} with, {self._named(twins)} without"
+            holds = len(ours) >= len(twins) + FEWER
+            if not holds and abs(len(ours) - len(twins)) < FEWER:
+                text += ", little or no difference"
+            if self.harder and holds and not twins:
+                text += ", not even the easiest: that is the rate's doing and says nothing of depth"
+                holds = False
+            if self.speed:
+                text += f"; after {early:,} steps the best are at {_percent(ours_early)} and {_percent(twins_early)} %"
+                holds &= (ours_early or 0.0) > (twins_early or 0.0) + SAME
+            passed += holds
+            sentences.append(f"{text}.")
+        outcome = "holds" if passed == len(points) else "holds in part" if passed else "does not hold"
+        final, plain = (
+            max((best for best in side if best is not None), default=None) for side in zip(*bests, strict=True)
+        )
+        text = f"At the best of all settings a network gets {_percent(final)} % with and {_percent(plain)} % without"
+        if self.speed and passed and abs((final or 0.0) - (plain or 0.0)) <= SAME:
+            text += ": what is gained is range and speed, not accuracy"
+        if not any(found for pair in usable for found in pair):
+            outcome, text = "undecided", f"Nothing was learned: none comes above chance, {plan.chance:.1f} %"
+        rule = (
+            f"A setting passes where at least {FEWER} values more come within {NEAR:g} points of the setting's best "
+            "accuracy with batch normalization than without"
+            + (" (of which the easiest must be one)" if self.harder else "")
+            + (f", and after a tenth of the steps the best is ahead by more than {SAME:g} point" if self.speed else "")
+            + ". The claim holds where all settings pass, in part where some do."
+        )
         done = (
             f"{self.label.capitalize()}: {count} values from {min(self.values):g} to {max(self.values):g}, each with "
-            f"and without batch normalization from the same weights and batches; accuracy on {plan.test_images:,} "
-            "test images."
+            "batch normalization and without, from the same weights and batches; accuracy on "
+            f"{plan.test_images:,} test images, in percent."
         )
         headers = (self.label, *(f"{s.name}, {side}" for s in self.settings for side in ("with", "without")))
-        return Finding(done, headers, rows, outcome, verdict)
+        return Finding(done, rule, headers, rows, outcome, [*sentences, f"{text}."])
+
+    def _named(self, found: list[float]) -> str:
+        """Which values, as a range where they are neighbours."""
+        if not found:
+            return "none"
+        start = list(self.values).index(found[0])
+        words = [f"{value:g}" for value in found]
+        if len(found) > 2 and list(self.values[start : start + len(found)]) == found:
+            return f"{words[0]} to {words[-1]} ({len(found)} of {len(self.values)})"
+        return f"{' and '.join(words)} ({len(found)} of {len(self.values)})"
 
     def draw(self, figure: Figure, plan: Plan, results: Results) -> None:
-        """A panel a setting, the usable range shaded under each line."""
-        all_axes = figure.subplots(1, len(self.settings), sharey=True, squeeze=False)[0]
-        for axes, setting, runs in zip(all_axes, self.settings, self.points(plan), strict=True):
-            floor = self.floor(runs, results)
-            for side, norm in zip(_sides(runs), (True, False), strict=True):
-                plots.accuracies(axes, self.values, [results[run]["accuracy"] for run in side], norm, floor)
-            axes.axhline(floor, color="0.4", linewidth=0.8, linestyle=":")
-            axes.set(xlabel=self.label, xscale="log", title=setting.name)
-            if self.whole:
-                plots.ticks(axes.xaxis, self.values)
-            axes.grid(alpha=0.3)
-        all_axes[0].set_ylabel(f"test accuracy (%) after {plan.steps:,} steps")
-        plots.legend(figure, all_axes)
+        """A panel a setting, the usable range shaded under each line; below it, where speed counts, the early ones."""
+        grid = figure.subplots(1 + self.speed, len(self.settings), sharex=True, sharey="row", squeeze=False)
+        for column, (setting, runs) in enumerate(zip(self.settings, self.points(plan), strict=True)):
+            for row, key in enumerate(("accuracy", "early")[: 1 + self.speed]):
+                axes, floor = grid[row][column], None if row else self.floor(runs, plan, results)
+                for side, norm in zip(_sides(runs), (True, False), strict=True):
+                    plots.accuracies(axes, self.values, [results[run][key] for run in side], norm, floor)
+                if floor is not None:
+                    axes.axhline(floor, color="0.3", linewidth=0.8, label=f"{NEAR:g} points below the best")
+                    axes.set_title(setting.name)
+                axes.axhline(plan.chance, color="0.5", linestyle=":", label="chance")
+                axes.set_xscale("log")
+                if self.harder:
+                    plots.ticks(axes.xaxis, self.values)
+                axes.grid(alpha=0.3)
+            grid[-1][column].set_xlabel(self.label)
+        for row, steps in zip(grid, (plan.steps, max(1, plan.steps // EARLY)), strict=False):
+            row[0].set_ylabel(f"test accuracy (%) after {steps:,} steps")
+        plots.legend(figure, grid.ravel())
 
 
 def _sides(points: list[Run]) -> tuple[list[Run], list[Run]]:
@@ -150,16 +180,17 @@ def _sides(points: list[Run]) -> tuple[list[Run], list[Run]]:
     return points, [run.twin for run in points]
 
 
-def _best(runs: list[Run], key: str, results: Results) -> float:
-    return max(results[run][key] or 0.0 for run in runs)
+def _best(runs: list[Run], key: str, results: Results) -> float | None:
+    """None where all diverged."""
+    return max((results[run][key] for run in runs if results[run][key] is not None), default=None)
+
+
+def _percent(accuracy: float | None) -> str:
+    return "-" if accuracy is None else f"{accuracy:.1f}"
 
 
 def _cell(result: Result) -> str:
     return f"diverged at {result['diverged']}" if result["diverged"] else f"{result['accuracy']:.1f}"
-
-
-def _values(found: list[float]) -> str:
-    return f"{len(found)} ({', '.join(f'{value:g}' for value in found)})" if found else "none"
 
 
 def _run(activation: str, init: str | float, rate: float) -> Run:
@@ -198,5 +229,6 @@ DEPTH = Sweep(
         Setting("ReLU, He, rate 0.1", _run("relu", "he", 0.1)),
         Setting("ReLU, He, rate 1", _run("relu", "he", 1.0)),
     ),
-    whole=True,
+    network="hidden layers of 100",
+    harder=True,
 )

@@ -134,7 +134,7 @@ def run(args: argparse.Namespace) -> int:
         title = f"{data.name}\n{network}\n{lessons}"
         plots.save(report.figure(histories, title, args.steps, data.chance), file, plot.suffix[1:].lower())
     # The plot is in its place before anything is shown, which a terminal may not take.
-    progress.table(("", *plots.NAMES.values()), report.rows(histories, args.steps))
+    progress.table(("", *plots.NAMES.values()), report.rows(histories, args.steps, data.chance))
     _print_examples(networks, inputs, args.seed)
     print("", *report.summary(histories, data.chance), sep="\n")
     print(f"plot of both curves: {plot}")
@@ -185,8 +185,8 @@ def _open_plot(path: Path, stack: ExitStack) -> tuple[Path, IO[bytes]]:
 def _print_task(args: argparse.Namespace, data: Dataset, network: str, lessons: str) -> None:
     height, width = data.pixels
     print(
-        f"data:     {data.name}, {height} x {width} pixels: {len(data.images)} to train on, {len(data.test_images)} to "
-        "test"
+        f"data:     {data.name}, {height} x {width} pixels: {len(data.images):,} to train on, "
+        f"{len(data.test_images):,} to test"
     )
     print(f"network:  {network}; the same weights and batches for both (seed {args.seed})")
     print(f"training: {lessons} (over the last quarter falling to 0)", flush=True)
@@ -233,7 +233,7 @@ def _print_examples(networks: dict[bool, nets.Network], inputs: training.Inputs,
         )
         for i in chosen
     ]
-    progress.table(("one at a time", "is a", *plots.NAMES.values()), rows)
+    progress.table(("one at a time", "true class", *plots.NAMES.values()), rows)
     print("Each image above went through alone, a batch of one: in use, the running averages of")
     print("mean and variance that training gathered stand in for those of a batch.")
 

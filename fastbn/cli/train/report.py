@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -16,15 +17,23 @@ if TYPE_CHECKING:
 
 SHARES = (90, 95, 99)  # percent of the better accuracy at the end: what the steps are counted for
 ROWS = 10  # of the accuracies in the table, beside those of the first two checks
-NEAR_CHANCE = 0.05  # accuracy above chance that is still called near
-RISING = 0.01  # what the accuracy gains at the least, over the last half of the steps, where it is no plateau
+NEAR_CHANCE = 0.05  # of the way from chance to all that is still called near
+RISING = 0.01  # the accuracy's range, at the least, over the last half of the steps, where it is no plateau
+SETTLED = 200  # steps before which nothing is called a plateau
+FELL = 0.05  # below the best check: fell back
+UNSTEADY = 0.1  # of accuracy lost between checks, in all, over the last half of the steps
 
 Histories = Mapping[bool, training.History]  # by whether the network has batch normalization
 
 
 def counted(n: int, noun: str) -> str:
     """So many of them: 1 step, 2 steps."""
-    return f"{n} {noun}{'s' * (n != 1)}"
+    return f"{n:,} {noun}{'s' * (n != 1)}"
+
+
+def _near(chance: float) -> float:
+    """Below it, an accuracy is near chance."""
+    return chance + NEAR_CHANCE * (1 - chance)
 
 
 def _percent(accuracy: float, total: int) -> str:
@@ -32,17 +41,19 @@ def _percent(accuracy: float, total: int) -> str:
     return f"{100 * accuracy:.{1 if total < 1000 else 2}f} %"
 
 
-def _targets(histories: Histories) -> list[tuple[float, str]]:
-    """(accuracy, its name) for each of SHARES of the better end, in whole images; none where both diverged."""
+def _targets(histories: Histories, chance: float) -> list[tuple[float, str]]:
+    """(accuracy, its name) for each of SHARES of the better end, in whole images; none where both learned nothing."""
     ends = [history for history in histories.values() if history.diverged is None]
     if not ends:
         return []
     total, best = ends[0].total, max(history.correct[-1] for history in ends)
+    if best < total * _near(chance):
+        return []
     wanted = [(share, -(-share * best // 100) / total) for share in SHARES]
     return [(accuracy, f"{_percent(accuracy, total)} ({share} % of the better)") for share, accuracy in wanted]
 
 
-def rows(histories: Histories, steps: int) -> list[tuple[str, ...]]:
+def rows(histories: Histories, steps: int, chance: float) -> list[tuple[str, ...]]:
     """Build the table: accuracy after so many steps, steps until an accuracy, seconds."""
     both, checks = histories.values(), training.checked_steps(steps)
     last = len(checks) - 1
@@ -50,22 +61,22 @@ def rows(histories: Histories, steps: int) -> list[tuple[str, ...]]:
     table: list[tuple[str, ...]] = [("test accuracy after step", "", "")]
     for i in shown:
         cells = (_percent(h.accuracy[i], h.total) if i < len(h.steps) else "-" for h in both)
-        table.append((f"  {checks[i]}", *cells))
+        table.append((f"  {checks[i]:,}", *cells))
     if any(h.diverged for h in both):
-        table.append(("diverged at step", *("-" if h.diverged is None else str(h.diverged) for h in both)))
-    targets = _targets(histories)
+        table.append(("diverged at step", *("-" if h.diverged is None else f"{h.diverged:,}" for h in both)))
+    targets = _targets(histories, chance)
     if targets:
-        table += [("", "", ""), (f"steps needed, by {counted(last, 'check')}", "", "")]
+        table += [("", "", ""), (f"steps needed, checked {counted(last, 'time')}", "", "")]
     for accuracy, name in targets:
-        needed = ((h.first(accuracy), f"not within {steps}" if h.diverged is None else "-") for h in both)
-        table.append((f"  for {name}", *(never if first is None else str(first) for first, never in needed)))
+        needed = ((h.first(accuracy), f"not within {steps:,}" if h.diverged is None else "-") for h in both)
+        table.append((f"  for {name}", *(never if first is None else f"{first:,}" for first, never in needed)))
     table += [("", "", ""), ("processor seconds, checks apart", *(f"{h.seconds:.1f}" for h in both))]
     return table
 
 
 def summary(histories: Histories, chance: float) -> list[str]:
     """One sentence for each network: what it did."""
-    targets = _targets(histories)
+    targets = _targets(histories, chance)
     return [
         f"{plots.NAMES[norm].capitalize()}: {_did(history, targets, chance)}." for norm, history in histories.items()
     ]
@@ -73,18 +84,23 @@ def summary(histories: Histories, chance: float) -> list[str]:
 
 def _did(history: training.History, targets: list[tuple[float, str]], chance: float) -> str:
     if history.diverged is not None:
-        return f"diverged at step {history.diverged} (the loss is no longer a number; try a smaller --lr or --init)"
-    accuracy, end = history.accuracy, f"{_percent(history.accuracy[-1], history.total)} at the end"
-    if accuracy[-1] < chance + NEAR_CHANCE:
-        plateau = "on a plateau, " if len(accuracy) > ROWS else ""  # after a few steps it is none yet
-        return f"{plateau}still near chance ({_percent(chance, history.total)}), {end}"
+        return f"diverged at step {history.diverged:,} (the loss is no longer a number; try a smaller --lr or --init)"
+    accuracy = history.accuracy
+    last, best, half = accuracy[-1], max(accuracy), accuracy[(len(accuracy) - 1) // 2 :]
+    end = f"{_percent(last, history.total)} at the end"
     reached = [(first, name) for target, name in targets if (first := history.first(target)) is not None]
     after = "".join(f"{name} after {counted(first, 'step')}, " for first, name in reached[-1:])
-    if len(reached) == len(targets):
+    flat = max(half) - min(half) < RISING and history.steps[-1] >= SETTLED
+    if best - last > FELL:
+        return f"rose to {_percent(best, history.total)} and fell back, {end} (try a smaller --lr)"
+    if reached and len(reached) == len(targets):
         return f"reached {after}{end}"
-    if accuracy[-1] < accuracy[(len(accuracy) - 1) // 2] + RISING:
-        return f"on a plateau over the last half of the steps, {after}{end}"
-    return f"slower, {after}{end}"
+    if best < _near(chance):
+        return f"{'on a plateau, ' if flat else ''}still near chance ({_percent(chance, history.total)}), {end}"
+    drops = sum(max(0.0, before - now) for before, now in itertools.pairwise(half))
+    if drops > UNSTEADY:
+        return f"unsteady, {after}{end} (try a smaller --lr)"
+    return f"{'on a plateau over the last half of the steps' if flat else 'slower'}, {after}{end}"
 
 
 def figure(histories: Histories, title: str, steps: int, chance: float) -> Figure:
