@@ -79,7 +79,7 @@ class GhostBatchNorm(BatchNorm):
         super().__init__(num_features, num_threads=1)
         self.group = group
 
-    def __call__(self, x: nets.Array) -> nets.Array:  # type: ignore[override]
+    def __call__(self, x: nets.Array) -> nets.Array:  # type: ignore[override]  # x alone, of two axes
         """Shape (batch, features), the batch a multiple of the group."""
         if not self.training:
             return super().__call__(x)
@@ -91,7 +91,7 @@ class GhostBatchNorm(BatchNorm):
             running += self.momentum * (seen.reshape(self.groups, -1).mean(axis=0) - running)
         return y.reshape(x.shape)
 
-    def backward(self, dy: nets.Array) -> nets.Array:  # type: ignore[override]
+    def backward(self, dy: nets.Array) -> nets.Array:  # type: ignore[override]  # dy alone
         """Set dgamma and dbeta; returns dx."""
         columns = dy.reshape(self.group, -1)
         gamma = self._repeated(self.gamma)
